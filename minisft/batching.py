@@ -1,0 +1,120 @@
+"""Rows of tokens to batches: which rows make a step, padded or packed, shifted once and masked once.
+
+Which rows a step sees is a pure function of (seed, step), so a resumed run sees the same ones. ``batch_size`` counts
+rows whether they are packed or not: packing changes how they lie in memory, never what is computed.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minisft.chat import Encoded
+from minisft.loss import IGNORE_INDEX
+from minisft.seeds import generator
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model computes at once.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        target_ids: (B, T) int64, already shifted: the token to predict *after* each place, or ``IGNORE_INDEX``.
+        segment_ids: (B, T) int64: 0 is padding, 1, 2, ... the row of data within the batch row.
+        num_targets: how many targets are not ignored.
+        num_tokens: how many tokens are not padding.
+        rows: the data rows (line numbers) inside, for messages.
+    """
+
+    input_ids: Tensor
+    target_ids: Tensor
+    segment_ids: Tensor
+    num_targets: int
+    num_tokens: int
+    rows: tuple[int, ...]
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = (x.to(device, non_blocking=True) for x in (self.input_ids, self.target_ids, self.segment_ids))
+        return Batch(*moved, self.num_targets, self.num_tokens, self.rows)
+
+
+def step_rows(step: int, batch_size: int, num_rows: int, seed: int) -> list[int]:
+    """The row indices of optimizer step ``step`` (from 1): the next ``batch_size`` of an endless series of shuffled epochs."""
+    first = (step - 1) * batch_size
+    places = range(first, first + batch_size)
+    orders = {epoch: epoch_order(epoch, num_rows, seed) for epoch in {p // num_rows for p in places}}
+    return [orders[p // num_rows][p % num_rows] for p in places]
+
+
+def epoch_order(epoch: int, num_rows: int, seed: int) -> list[int]:
+    """A permutation of all rows that depends on (seed, epoch) alone."""
+    return torch.randperm(num_rows, generator=generator(seed, "data-order", epoch)).tolist()
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing bin packing: each item goes to the fullest bin that still takes it.
+
+    An item longer than ``capacity`` gets a bin of its own, so that it can never block the others.
+
+    Returns:
+        Bins of item indices; every item is in exactly one.
+
+    Ref: Krell et al. 2021, arXiv:2107.02027, section 3.
+    """
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free places, bin), sorted
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect.bisect_left(room, (lengths[item], -1))
+        if at == len(room):
+            bins.append([item])
+            free, target = capacity - lengths[item], len(bins) - 1
+        else:
+            free, target = room.pop(at)
+            free -= lengths[item]
+            bins[target].append(item)
+        bisect.insort(room, (free, target))
+    return bins
+
+
+def collate(rows: Sequence[Encoded], pad_id: int, bins: Sequence[Sequence[int]] | None = None) -> Batch:
+    """Lay rows out side by side (padded), or several to a batch row (packed).
+
+    Args:
+        rows: encoded rows of data.
+        pad_id: what fills the rest; never looked at, since padding is known by its place.
+        bins: which rows lie in which batch row; None for one each.
+
+    Returns:
+        A ``Batch`` padded on the right to its longest batch row. The target of a row's last token is ignored, so no row is ever
+        asked to predict the next one's beginning.
+    """
+    bins = [[i] for i in range(len(rows))] if bins is None else bins
+    T = max(sum(len(rows[i].input_ids) for i in row) for row in bins)
+    input_ids = torch.full((len(bins), T), pad_id, dtype=torch.int64)
+    target_ids = torch.full((len(bins), T), IGNORE_INDEX, dtype=torch.int64)
+    segment_ids = torch.zeros(len(bins), T, dtype=torch.int64)
+    for b, row in enumerate(bins):
+        end = 0
+        for segment, i in enumerate(row, start=1):
+            ids = torch.tensor(rows[i].input_ids, dtype=torch.int64)
+            supervised = torch.tensor(rows[i].supervised, dtype=torch.bool)
+            start, end = end, end + len(ids)
+            input_ids[b, start:end] = ids
+            target_ids[b, start : end - 1] = torch.where(supervised[1:], ids[1:], IGNORE_INDEX)
+            segment_ids[b, start:end] = segment
+    num_targets = int((target_ids != IGNORE_INDEX).sum())
+    return Batch(input_ids, target_ids, segment_ids, num_targets, int((segment_ids > 0).sum()), tuple(r.row for r in rows))
+
+
+def micro_batches(rows: Sequence[Encoded], micro_batch_size: int, pad_id: int, packing: bool, capacity: int) -> list[Batch]:
+    """Cut a step's rows into batches of at most ``micro_batch_size`` rows, neighbours in length together."""
+    ordered = sorted(rows, key=lambda row: -len(row.input_ids))
+    groups = [ordered[i : i + micro_batch_size] for i in range(0, len(ordered), micro_batch_size)]
+    return [
+        collate(group, pad_id, pack([len(row.input_ids) for row in group], capacity) if packing else None) for group in groups
+    ]

@@ -1,0 +1,288 @@
+"""Typed, frozen settings, checked at birth.
+
+``ModelConfig`` says what a decoder is, ``LoRAConfig`` what an adapter is, ``RunConfig`` what one training run does. A
+command-line flag, a key in a TOML file and a field of ``RunConfig`` are one and the same thing: the command line is
+generated from the fields, so they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from minisft.errors import UserError, listing, nearest, visible
+
+ALL_LINEAR = "all-linear"
+
+
+def _require(ok: bool, name: str, found: object, expected: str, fix: str = "") -> None:
+    if not ok:
+        raise UserError("config/bad-value", "a setting is out of range", where=name, found=visible(found), expected=expected, fix=fix)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency-dependent stretching of RoPE (arXiv:2407.21783, section 3.4; ``rope_type: llama3``)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama-family decoder.
+
+    ``model_type`` is Hugging Face's word (llama, mistral, qwen2, qwen3); what it means for the arithmetic is spelled out
+    in the flags: ``qkv_bias``, ``o_bias``, ``mlp_bias`` and ``qk_norm``.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        limits = {
+            "vocab_size": 2**24,
+            "hidden_size": 2**17,
+            "intermediate_size": 2**19,
+            "num_layers": 1024,
+            "num_heads": 4096,
+            "num_kv_heads": 4096,
+            "head_dim": 4096,
+            "max_position_embeddings": 2**31,
+        }
+        for name, limit in limits.items():
+            value = getattr(self, name)
+            if not 1 <= value <= limit:
+                raise _model_error(f"{name} is absurd", str(value), f"1 to {limit}")
+        if self.num_heads % self.num_kv_heads:
+            raise _model_error("the heads do not divide", f"{self.num_heads} heads over {self.num_kv_heads} kv heads", "a multiple")
+        if self.head_dim % 2:
+            raise _model_error("head_dim is odd", str(self.head_dim), "an even number (RoPE turns pairs)")
+        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
+            raise _model_error("rms_norm_eps is absurd", str(self.rms_norm_eps), "a small positive number")
+        if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
+            raise _model_error("rope_theta is absurd", str(self.rope_theta), "a positive number")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise _model_error("sliding_window is absurd", str(self.sliding_window), "a positive number or null")
+
+
+def _model_error(what: str, found: str, expected: str) -> UserError:
+    return UserError("model/bad-config", what, where="config.json", found=found, expected=expected)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What adapters to add, and where.
+
+    W' = W + scaling * B A, with scaling = alpha / rank, or alpha / sqrt(rank) with ``use_rslora``.
+
+    Args:
+        rank: inner dimension of the factors.
+        alpha: numerator of the scaling.
+        dropout: probability of zeroing an input of ``lora_A`` in training, in [0, 1).
+        use_rslora: rank-stabilised scaling (arXiv:2312.03732).
+        targets: ``"all-linear"`` (every linear but the output head), a tuple of module names (each matches exactly, or
+            as the last parts of a path), or a string: a regular expression that the whole path must match.
+        rank_pattern, alpha_pattern: exceptions, module name or regular expression -> value, as in PEFT.
+
+    Ref: Hu et al. 2021, arXiv:2106.09685, section 4.1.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    use_rslora: bool = False
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
+            _require(rank >= 1, name, rank, "a rank of at least 1")
+        for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            _require(math.isfinite(alpha), name, alpha, "a finite alpha")
+        _require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "a probability in [0, 1)")
+        _require(bool(self.targets), "targets", self.targets, "at least one module name")
+
+
+def _flag(help_text: str, default: object = dataclasses.MISSING, metavar: str | None = None) -> typing.Any:
+    return field(default=default, metadata={"help": help_text, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides one training run. Each field is a flag of ``minisft train`` and a key of ``--config``."""
+
+    model: str = _flag("model folder, GGUF file, hub id or smollm2-135m-instruct", metavar="M")
+    data: str = _flag("training rows, JSONL or JSON", metavar="F")
+    out: str = _flag("run folder: new, or with --resume the one to go on with", metavar="DIR")
+    eval_data: str | None = _flag("validation rows; without it a share of --data is held out", None, "F")
+    validation_share: float = _flag("share of --data held out when there is no --eval-data", 0.05)
+    map: tuple[str, ...] = _flag("column of your file for a field of ours, e.g. prompt=question (repeatable)", (), "FIELD=COLUMN")
+    template: str | None = _flag("chat template instead of the model's own: a .jinja file, chatml or plain", None, "T")
+    turns: Literal["all", "last"] = _flag("which assistant turns are trained", "all")
+    max_length: int = _flag("longest row in tokens; longer rows lose the end of their prompt or are dropped", 1024, "N")
+    strict: bool = _flag("stop at rows that are too long instead of counting and dropping them", False)
+    allow_control_tokens: bool = _flag("let control tokens that stand in the data act as such (default: they are text)", False)
+    packing: bool = _flag("lay several rows end to end (same result as padded, no padding)", False)
+    method: Literal["lora", "full"] = _flag("train adapters, or every weight", "lora")
+    rank: int = _flag("LoRA rank", 16, "R")
+    alpha: float = _flag("LoRA alpha; the update is scaled by alpha / rank", 32.0)
+    dropout: float = _flag("LoRA dropout in [0, 1)", 0.0, "P")
+    use_rslora: bool = _flag("scale by alpha / sqrt(rank)", False)
+    targets: tuple[str, ...] = _flag("module names or one regular expression; default every linear but the head", (ALL_LINEAR,), "NAME")
+    steps: int | None = _flag("optimizer steps (or give --epochs)", None, "N")
+    epochs: float | None = _flag("passes over the data (default 1)", None, "N")
+    batch_size: int = _flag("rows in an optimizer step", 8, "N")
+    micro_batch_size: int | None = _flag("rows computed at once (default: the whole batch); never changes the result", None, "N")
+    lr: float | None = _flag("peak learning rate (default 2e-4 for lora, 2e-5 for full)", None)
+    schedule: Literal["cosine", "linear", "constant"] = _flag("learning rate after the warm-up", "cosine")
+    warmup: float = _flag("share of the steps that warm up", 0.03)
+    weight_decay: float = _flag("decoupled weight decay", 0.0)
+    beta1: float = _flag("AdamW beta1", 0.9)
+    beta2: float = _flag("AdamW beta2", 0.999)
+    clip: float = _flag("largest gradient norm; 0 switches clipping off", 1.0)
+    dtype: Literal["bf16", "fp32"] = _flag("dtype of the base model and activations", "bf16")
+    checkpointing: Literal["none", "selective", "full"] = _flag("recompute activations in backward to save memory", "none")
+    device: str = _flag("cpu, cuda or auto", "auto")
+    seed: int = _flag("decides data order, initialisation, dropout and split", 0)
+    eval_every: int | None = _flag("validate every N steps (default: ten times in the run)", None, "N")
+    save_every: int | None = _flag("checkpoint every N steps (default: at each validation)", None, "N")
+    keep_last: int = _flag("how many newest checkpoints stay (the best always stays)", 2, "N")
+    patience: int | None = _flag("stop after N validations without improvement", None, "N")
+    log_every: int = _flag("print a line every N steps when there is no terminal", 10, "N")
+
+    def __post_init__(self) -> None:
+        for name, kind in _choices().items():
+            _require(getattr(self, name) in kind, f"--{name.replace('_', '-')}", getattr(self, name), " or ".join(kind))
+        for name in ("batch_size", "micro_batch_size", "steps", "eval_every", "save_every", "keep_last", "patience", "log_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, flag_name(name), value, "at least 1")
+        _require(self.max_length >= 8, "--max-length", self.max_length, "at least 8 tokens")
+        _require(self.epochs is None or (math.isfinite(self.epochs) and self.epochs > 0), "--epochs", self.epochs, "a positive number")
+        _require(self.steps is None or self.epochs is None, "--steps and --epochs", "both", "one of them")
+        _require(
+            self.micro_batch_size is None or self.batch_size % self.micro_batch_size == 0,
+            "--micro-batch-size",
+            self.micro_batch_size,
+            f"a divisor of --batch-size {self.batch_size}",
+        )
+        _require(self.lr is None or (math.isfinite(self.lr) and self.lr > 0), "--lr", self.lr, "a positive number")
+        _require(0.0 <= self.warmup < 1.0, "--warmup", self.warmup, "a share in [0, 1), less than all steps")
+        _require(0.0 <= self.validation_share < 1.0, "--validation-share", self.validation_share, "a share in [0, 1)")
+        _require(math.isfinite(self.weight_decay) and self.weight_decay >= 0, "--weight-decay", self.weight_decay, "zero or more")
+        _require(math.isfinite(self.clip) and self.clip >= 0, "--clip", self.clip, "zero or more")
+        for name in ("beta1", "beta2"):
+            _require(0.0 <= getattr(self, name) < 1.0, f"--{name}", getattr(self, name), "a number in [0, 1)")
+        self.lora  # noqa: B018  (checks rank, alpha, dropout and targets)
+
+    @property
+    def lora(self) -> LoRAConfig:
+        """The adapter this run trains."""
+        targets = self.targets
+        # One target with regex characters, or the word all-linear, is PEFT's string form; anything else is names.
+        is_pattern = len(targets) == 1 and (targets[0] == ALL_LINEAR or not targets[0].replace(".", "").replace("_", "").isalnum())
+        return LoRAConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            use_rslora=self.use_rslora,
+            targets=targets[0] if is_pattern else targets,
+        )
+
+    @property
+    def peak_lr(self) -> float:
+        """``lr``, or the field's usual choice for the method."""
+        return self.lr if self.lr is not None else (2e-4 if self.method == "lora" else 2e-5)
+
+    def to_dict(self) -> dict[str, typing.Any]:
+        """All fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def flag_name(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def _choices() -> dict[str, tuple[str, ...]]:
+    hints = typing.get_type_hints(RunConfig)
+    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+
+
+def field_type(name: str) -> tuple[type, bool, tuple[str, ...]]:
+    """What a field of ``RunConfig`` holds: (element type, is it a tuple, its choices)."""
+    hint = typing.get_type_hints(RunConfig)[name]
+    if typing.get_origin(hint) is Literal:
+        return str, False, typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True, ()
+    return hint, False, ()
+
+
+def run_config(values: dict[str, object], where: str = "settings") -> RunConfig:
+    """Build a ``RunConfig`` from loose values (TOML, JSON, flags), checking names and types.
+
+    Raises:
+        UserError: unknown key (names the nearest), missing key, wrong type or value.
+    """
+    known = {f.name: f for f in dataclasses.fields(RunConfig)}
+    checked: dict[str, typing.Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise UserError("config/unknown-key", "unknown setting", where=f"{where}: {visible(key)}", fix=nearest(name, known) or f"known: {listing(known, 60)}")
+        checked[name] = _typed(name, value, where)
+    missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in checked]
+    if missing:
+        raise UserError("config/missing", "a required setting is missing", where=where, expected=", ".join(map(flag_name, missing)))
+    return RunConfig(**checked)
+
+
+def _typed(name: str, value: object, where: str) -> object:
+    kind, is_tuple, _ = field_type(name)
+    if value is None:
+        return None
+    if is_tuple and isinstance(value, (list, tuple)) and all(isinstance(v, kind) for v in value):
+        return tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not is_tuple and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    expected = f"a list of {kind.__name__}" if is_tuple else kind.__name__
+    raise UserError("config/bad-type", "a setting has the wrong type", where=f"{where}: {name}", found=visible(repr(value)), expected=expected)
+
+
+def read_toml(path: Path) -> dict[str, object]:
+    """The flat ``key = value`` table of a ``--config`` file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError("config/no-file", "cannot read the settings", where=visible(path), found=error.strerror or str(error)) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError("config/bad-toml", "the settings are not TOML", where=visible(path), found=visible(error)) from None

@@ -1,0 +1,110 @@
+"""RMSNorm, RoPE and SwiGLU, each as one autograd function that keeps only its inputs.
+
+Written with plain operators, autograd would keep every intermediate (the squared input, the sigmoid, the rotated half)
+until backward. Each of these is cheap to compute again, so only the inputs are kept, most of which are alive anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32 at least; fp64 stays fp64 so that laws can be tested in it."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x_wide = x.to(_wide(x.dtype))
+        rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return weight * (x_wide * rstd).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        wide = _wide(x.dtype)
+        normed = x.to(wide) * rstd
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.to(wide) * normed).reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            # d(x r)/dx with r = (mean x^2 + eps)^-1/2:  r (g - n mean(g n)),  n = x r
+            g = grad.to(wide) * weight.to(wide)
+            mean = (g * normed).mean(-1, keepdim=True)
+            grad_x = normed.mul_(mean).neg_().add_(g).mul_(rstd).to(x.dtype)
+        return grad_x, grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension; statistics in fp32, one rounding before the weight.
+
+    Args:
+        x: (..., D).
+        weight: (D,).
+
+    Ref: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
+    """
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    out = torch.empty_like(x)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None  # the inverse of a rotation turns the other way
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE: turn each pair (x_i, x_{i + E/2}) by its position's angle.
+
+    Args:
+        x: (..., heads, E).
+        cos, sin: (..., 1, E/2), same dtype as ``x``.
+
+    Ref: Su et al. 2021, arXiv:2104.09864, section 3.2.2, in Hugging Face's order of the pairs.
+    """
+    return _Rotate.apply(x, cos, sin)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_up = torch.nn.functional.silu(gate).mul_(grad)
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, grad_up
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise.
+
+    Ref: Shazeer 2020, arXiv:2002.05202, eq. 6.
+    """
+    return _SwiGLU.apply(gate, up)

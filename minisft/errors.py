@@ -1,0 +1,79 @@
+"""One shape for every message that a user's own input can cause.
+
+An error says what is wrong, where, what was found, what was expected and how to mend it, in that order, on one line. Its
+code is ``family/slug``; the family decides the exit status of the command line. Nothing here prints or exits.
+"""
+
+from __future__ import annotations
+
+import difflib
+import unicodedata
+from collections.abc import Iterable
+
+EXIT_CODES = {
+    "config": 2,
+    "data": 3,
+    "model": 4,
+    "adapter": 4,
+    "tokenizer": 4,
+    "checkpoint": 5,
+    "numeric": 6,
+    "memory": 7,
+    "disk": 7,
+}
+_BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+class UserError(ValueError):
+    """Bad input from outside: a file, a flag, a model. ``str(error)`` is the whole message.
+
+    Args:
+        code: ``family/slug``, for instance ``data/bad-json``; the family is a key of ``EXIT_CODES``.
+        what: what is wrong, in a few words.
+        where: file and line, byte, tensor or flag.
+        found: the offending value.
+        expected: what would have been right.
+        fix: what to do, a command where there is one.
+    """
+
+    def __init__(
+        self, code: str, what: str, *, where: str = "", found: str = "", expected: str = "", fix: str = ""
+    ) -> None:
+        self.code = code
+        self.exit_code = EXIT_CODES[code.split("/", 1)[0]]
+        head = f"error[{code}] {what}" + (f": {where}" if where else "")
+        labelled = [f"{label} {text}" for label, text in (("found", found), ("expected", expected)) if text]
+        if fix:
+            labelled.append(f"fix: {fix}")
+        super().__init__("; ".join([head, *labelled]))
+
+
+def visible(text: object, limit: int = 200) -> str:
+    r"""``text`` made safe for a terminal: control, escape and bidirectional characters become ``\xNN`` or ``\uNNNN``.
+
+    Every string that comes from a file (data, tensor names, paths) passes through here before it is shown.
+    """
+    shown = str(text)
+    if len(shown) > limit:
+        shown = shown[:limit] + "…"
+    return "".join(_visible_character(c) for c in shown)
+
+
+def _visible_character(character: str) -> str:
+    if character not in _BIDI_CONTROLS and unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp"):
+        return character
+    point = ord(character)
+    return f"\\x{point:02x}" if point < 0x100 else f"\\u{point:04x}"
+
+
+def listing(names: Iterable[str], limit: int = 12) -> str:
+    """A readable list of names, cut after ``limit``."""
+    shown = [visible(name, 80) for name in names]
+    more = len(shown) - limit
+    return ", ".join(shown[:limit]) + (f" and {more} more" if more > 0 else "") if shown else "none"
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """``did you mean X?`` for the closest option, or an empty string when nothing is close."""
+    close = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,304 @@
+"""Adapter folders in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Equal adapters give equal files. What PEFT has no key for (the fingerprint of the base, how its weights were stored) goes
+into a file of our own, ``minisft.json``, which PEFT never opens. The one idea: an adapter that loads only in part acts like
+the base model and nobody notices, so every tensor must find its module and every module its tensors before the model is
+touched.
+
+Ref: PEFT 0.21, ``get_peft_model_state_dict``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minisft.config import LoRAConfig
+from minisft.durable import disk_errors, staged_folder
+from minisft.errors import UserError, listing, visible
+from minisft.formats.adapter_config import CONFIG_FILE, adapter_config, needs_patterns, read_adapter_config
+from minisft.formats.fields import Fields, read_json_object, write_json
+from minisft.formats.safetensors_file import Header, read_header, read_tensors, write_safetensors
+from minisft.formats.source import base_fingerprint, origin_of, regular_file
+from minisft.lora import LoRAEmbedding
+from minisft.probe import failure
+from minisft.safe_json import JSON
+from minisft.surgery import apply_lora_, lora_modules, match_targets, pattern_value
+
+WEIGHTS_FILE, FACTS_FILE = "adapter_model.safetensors", "minisft.json"
+TEMPLATE_FILE = "chat_template.jinja"
+PREFIX = "base_model.model."  # PEFT's wrapper and its own ``model``
+_BASE_WEIGHT = ".base_layer.weight"  # PEFT stores an adapted embedding itself too, unless told not to
+_FLOATS = ("F32", "BF16", "F16", "F64")
+
+
+def tensor_names(path: str, is_embedding: bool) -> tuple[str, str]:
+    """The names of A and B of the module at ``path``; those of an embedding have no ``.weight``."""
+    first, last = ("lora_embedding_", "") if is_embedding else ("lora_", ".weight")
+    return f"{PREFIX}{path}.{first}A{last}", f"{PREFIX}{path}.{first}B{last}"
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    base_name: str | None = None,
+    fingerprint: str | None = None,
+    facts: Mapping[str, JSON] | None = None,
+    template: str | None = None,
+) -> None:
+    """Write the adapters of ``model`` as a folder that PEFT loads; it appears whole or not at all.
+
+    Args:
+        model: any tree with adapters.
+        folder: new, or empty.
+        base_name: what the base is called; by default what ``load_model`` was given.
+        fingerprint: of the base (``formats.fingerprint``); by default that of the files the model came from.
+        facts: further remarks for ``minisft.json``.
+        template: source of the chat template that the adapter was trained with, kept beside it.
+
+    Raises:
+        UserError: no adapters, a target that is in use, a disk that is full.
+    """
+    num_bytes = sum(p.numel() * p.element_size() for m in lora_modules(model).values() for p in (m.lora_A, m.lora_B))
+    with disk_errors(Path(folder), num_bytes), staged_folder(folder) as staging:
+        write_adapter(model, staging, base_name, fingerprint, facts, template)
+
+
+def write_adapter(
+    model: nn.Module,
+    folder: Path,
+    base_name: str | None = None,
+    fingerprint: str | None = None,
+    facts: Mapping[str, JSON] | None = None,
+    template: str | None = None,
+) -> None:
+    """``save_adapter`` into a folder that exists and that the caller makes durable (part of a checkpoint)."""
+    adapters = lora_modules(model)
+    if not adapters:
+        raise UserError("adapter/none", "the model has no adapters to save", fix="apply_lora_ adds them")
+    origin = origin_of(model)
+    base: dict[str, JSON] = {
+        "fingerprint": fingerprint or base_fingerprint(model),
+        "file_dtype": origin.file_dtype if origin else None,
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    for path, adapter in adapters.items():
+        name_A, name_B = tensor_names(path, isinstance(adapter, LoRAEmbedding))
+        tensors |= {name_A: adapter.lora_A, name_B: adapter.lora_B}
+    write_json(folder / CONFIG_FILE, adapter_config(model, adapters, base_name or (origin.name if origin else None)))
+    write_json(folder / FACTS_FILE, {**(facts or {}), "base": base})
+    write_safetensors(tensors, folder / WEIGHTS_FILE)
+    if template is not None:
+        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Where the two factors of one module are in the file, and the shapes they must have there."""
+
+    names: tuple[str, str]
+    shapes: tuple[tuple[int, int], tuple[int, int]]
+
+
+def load_adapter_(model: nn.Module, folder: str | Path, allow_other_base: bool = False) -> list[str]:
+    """Add the adapters of a folder to ``model``, a base without adapters. Nothing is changed unless all of it fits.
+
+    Args:
+        model: any tree with the modules that the adapter names.
+        folder: PEFT's layout, ours or theirs.
+        allow_other_base: accept a base other than the one the adapter was trained on.
+
+    Returns:
+        The adapted paths, in the model's order.
+
+    Raises:
+        UserError: ``adapter/...``: an unsupported option, missing, unexpected or non-finite tensors, shapes of another
+            base, another fingerprint.
+    """
+    folder = Path(folder)
+    config = read_adapter_config(folder, model)
+    header = read_header(regular_file(folder, WEIGHTS_FILE, "adapter/no-weights"), "adapter")
+    targets = _resolve_safely(model, config, folder)
+    factors = {path: _factors(model.get_submodule(path), path, rank) for path, (rank, _) in targets.items()}
+    _check_tensors(model, factors, header)
+    if not allow_other_base:
+        _check_base(model, folder)
+    tensors = _read_factors(factors, header)
+    paths = apply_lora_(model, config)
+    with torch.no_grad():
+        for path, adapter in lora_modules(model).items():
+            for parameter, name in zip((adapter.lora_A, adapter.lora_B), factors[path].names, strict=True):
+                parameter.copy_(tensors[name])
+    return paths
+
+
+def _resolve_safely(model: nn.Module, config: LoRAConfig, folder: Path) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each target. Patterns from the file run in a child process first: they can take for ever."""
+    where = visible(folder / CONFIG_FILE)
+    if existing := lora_modules(model):
+        raise UserError(
+            "adapter/already-there",
+            "the model already has adapters",
+            found=listing(existing, 3),
+            fix="load the base model again",
+        )
+    if needs_patterns(config) and (problem := failure(lambda: _resolve(model, config))):
+        raise UserError(
+            "adapter/bad-config", "its patterns do not work on this model", where=where, found=visible(problem, 500)
+        )
+    try:
+        return _resolve(model, config)
+    except UserError as error:
+        raise UserError(
+            "adapter/base-mismatch", "its targets are not in this model", where=where, found=visible(error, 500)
+        ) from None
+
+
+def _resolve(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each target."""
+    return {
+        path: (pattern_value(path, config.rank_pattern, config.rank), pattern_value(path, config.alpha_pattern, config.alpha))
+        for path in match_targets(model, config.targets)
+    }
+
+
+def _factors(base: nn.Module, path: str, rank: int) -> _Factors:
+    if isinstance(base, nn.Embedding):
+        return _Factors(tensor_names(path, True), ((rank, base.num_embeddings), (base.embedding_dim, rank)))
+    assert isinstance(base, nn.Linear)
+    return _Factors(tensor_names(path, False), ((rank, base.in_features), (base.out_features, rank)))
+
+
+def _check_tensors(model: nn.Module, factors: Mapping[str, _Factors], header: Header) -> None:
+    """Every module has both factors, of the right shape, and there is no other tensor."""
+    where, found = visible(header.path), header.entries
+    expected = {name for factor in factors.values() for name in factor.names}
+    kept = {f"{PREFIX}{path}{_BASE_WEIGHT}": path for path in factors}
+    if missing := sorted(expected - set(found)):
+        raise UserError(
+            "adapter/missing-tensor",
+            f"{len(missing)} of {len(expected)} tensors are missing",
+            where=where,
+            expected=listing(missing, 6),
+        )
+    if extra := sorted(set(found) - expected - set(kept)):
+        raise UserError(
+            "adapter/unexpected-tensor",
+            "tensors that belong to no target",
+            where=where,
+            found=listing(extra, 6),
+            fix="check that the base model is the right one",
+        )
+    for path, factor in factors.items():
+        _check_shapes(path, factor, header)
+    for name in set(found) & set(kept):
+        _check_base_weight(model.get_submodule(kept[name]), name, header)
+
+
+def _check_shapes(path: str, factor: _Factors, header: Header) -> None:
+    where = visible(header.path)
+    (rank, inputs), (outputs, _) = factor.shapes
+    shapes = [header.entries[name].shape for name in factor.names]
+    for name, shape, expected in zip(factor.names, shapes, factor.shapes, strict=True):
+        if header.entries[name].dtype not in _FLOATS:
+            raise UserError(
+                "adapter/dtype",
+                f"tensor {visible(name)} is not a float",
+                where=where,
+                found=header.entries[name].dtype,
+                expected=" or ".join(_FLOATS),
+            )
+        if len(shape) != 2:
+            raise UserError(
+                "adapter/shape",
+                f"tensor {visible(name)} is no matrix",
+                where=where,
+                found=str(list(shape)),
+                expected=str(list(expected)),
+            )
+    if (shapes[0][0], shapes[1][1]) != (rank, rank):
+        raise UserError(
+            "adapter/rank",
+            f"{visible(path)} has another rank than the config says",
+            where=where,
+            found=f"A {list(shapes[0])}, B {list(shapes[1])}",
+            expected=f"rank {rank}",
+        )
+    if (shapes[1][0], shapes[0][1]) != (outputs, inputs):
+        raise UserError(
+            "adapter/base-mismatch",
+            f"{visible(path)} was trained on a base of another shape",
+            where=where,
+            found=f"{shapes[1][0]} x {shapes[0][1]}",
+            expected=f"{outputs} x {inputs} as in this model",
+            fix="load the base model that adapter_config.json names",
+        )
+    if rank > min(outputs, inputs):
+        raise UserError(
+            "adapter/rank",
+            f"the rank of {visible(path)} exceeds its layer",
+            where=where,
+            found=str(rank),
+            expected=f"at most {min(outputs, inputs)}",
+        )
+
+
+def _check_base_weight(base: nn.Module, name: str, header: Header) -> None:
+    ((_, stored),) = read_tensors(header, [name], "adapter")
+    weight = base.get_parameter("weight").detach().cpu()
+    if weight.shape != stored.shape or not torch.equal(weight.to(stored.dtype), stored):
+        raise UserError(
+            "adapter/unsupported",
+            "the adapter brings a changed base layer",
+            where=visible(header.path),
+            found=visible(name),
+            expected="the base model's own",
+        )
+
+
+def _check_base(model: nn.Module, folder: Path) -> None:
+    if not (folder / FACTS_FILE).exists():
+        return
+    path = regular_file(folder, FACTS_FILE, "adapter/bad-config")
+    base = Fields(read_json_object(path, "adapter/bad-config"), visible(path), "adapter").inner("base")
+    trained_on, here = base.values.get("fingerprint"), base_fingerprint(model)
+    if trained_on is None or here is None or trained_on == here:
+        return
+    name = read_json_object(folder / CONFIG_FILE, "adapter/bad-config").get("base_model_name_or_path")
+    origin = origin_of(model)
+    raise UserError(
+        "adapter/base-mismatch",
+        "the adapter was trained on another base",
+        where=visible(folder),
+        found=f"{visible(origin.name if origin else '')} ({visible(here[:16])}, {origin.file_dtype if origin else ''})",
+        expected=f"{visible(name)} ({visible(trained_on)[:16]}, {visible(base.values.get('file_dtype'))})",
+        fix=f"load {visible(name)}, or pass allow_other_base=True if the bases are as good as equal",
+    )
+
+
+def _read_factors(factors: Mapping[str, _Factors], header: Header) -> dict[str, torch.Tensor]:
+    """All factors, finite; says so when some of them make no difference."""
+    names = [name for factor in factors.values() for name in factor.names]
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(header, names, "adapter")}
+    for name, tensor in tensors.items():
+        bad = ~torch.isfinite(tensor)
+        if bad.any():
+            first = tuple(bad.nonzero()[0].tolist())
+            raise UserError(
+                "adapter/non-finite",
+                f"tensor {visible(name)} holds NaN or infinity",
+                where=visible(header.path),
+                found=f"{int(bad.sum())} of {bad.numel()}, the first at {first}",
+            )
+    idle = [path for path, factor in factors.items() if not all(tensors[name].any() for name in factor.names)]
+    if idle:
+        warnings.warn(
+            f"{visible(header.path)}: no effect in {len(idle)} of {len(factors)} modules, a factor is all zero: {listing(idle, 3)}",
+            stacklevel=3,
+        )
+    return tensors

@@ -1,0 +1,210 @@
+"""``adapter_config.json``: PEFT's description of a LoRA, written from the modules and read into a ``LoRAConfig``.
+
+Nothing is stored twice: rank, alpha and targets are recovered from the adapted model. Options of PEFT that change the
+arithmetic in ways this library does not compute are refused by name, whatever their future names may be: an unknown key
+counts as unused only while its value is null, false or empty.
+
+Ref: PEFT 0.21, ``LoraConfig``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from torch import nn
+
+from minisft.config import ALL_LINEAR, LoRAConfig
+from minisft.errors import UserError, visible
+from minisft.formats.fields import Fields, read_json_object
+from minisft.formats.source import regular_file
+from minisft.lora import LoRAEmbedding, LoRALinear
+from minisft.safe_json import JSON
+from minisft.surgery import matches
+
+T = TypeVar("T", int, float)
+Adapters = Mapping[str, LoRALinear | LoRAEmbedding]
+
+CONFIG_FILE = "adapter_config.json"
+PEFT_VERSION = "0.21.2"  # the version whose layout this is
+
+_READ = {
+    "peft_type",
+    "task_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+}
+# Keys that say nothing about the arithmetic, at any value.
+_REMARKS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "megatron_core",
+    "qalora_group_size",
+}
+# Settings with a harmless value that is not null, false or empty. The other initialisations of PEFT change the base model.
+_HARMLESS: dict[str, tuple[JSON, ...]] = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva")}
+# What PEFT writes for a plain LoRA and a reader of older or newer versions may look for.
+_UNUSED: dict[str, JSON] = {
+    "auto_mapping": None,
+    "bias": "none",
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "modules_to_save": None,
+    "revision": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_dora": False,
+}
+
+
+def read_adapter_config(folder: Path, model: nn.Module) -> LoRAConfig:
+    """Parse ``adapter_config.json`` for ``model``.
+
+    Names in its list of targets that match nothing in the model are dropped: the tensors decide what must be there.
+
+    Raises:
+        UserError: ``adapter/no-config``, ``adapter/bad-config``, or ``adapter/unsupported`` naming the option.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        raise UserError("adapter/no-config", "no adapter there", where=visible(folder), expected=CONFIG_FILE)
+    path = regular_file(folder, CONFIG_FILE, "adapter/bad-config")
+    values = read_json_object(path, "adapter/bad-config")
+    fields = Fields(values, visible(path), "adapter")
+    _refuse_unsupported(fields, values)
+    try:
+        return LoRAConfig(
+            rank=fields.integer("r", 8),
+            alpha=fields.number("lora_alpha", 8.0),
+            dropout=fields.number("lora_dropout", 0.0),
+            use_rslora=fields.flag("use_rslora"),
+            targets=_targets(fields, model),
+            rank_pattern={key: fields.inner("rank_pattern").integer(key) for key in fields.inner("rank_pattern").values},
+            alpha_pattern={key: fields.inner("alpha_pattern").number(key) for key in fields.inner("alpha_pattern").values},
+        )
+    except UserError as error:
+        if error.code.startswith("adapter/"):
+            raise
+        raise UserError(
+            "adapter/bad-config", "the adapter's settings are wrong", where=visible(path), found=visible(error, 500)
+        ) from None
+
+
+def _refuse_unsupported(fields: Fields, values: Mapping[str, JSON]) -> None:
+    if values.get("peft_type") != "LORA":
+        raise fields.error("peft_type", "LORA", "unsupported")
+    if values.get("task_type") not in (None, "CAUSAL_LM"):
+        raise fields.error("task_type", "CAUSAL_LM", "unsupported")
+    for name, value in values.items():
+        if name in _READ or name in _REMARKS or not value or value in _HARMLESS.get(name, ()):
+            continue
+        raise fields.error(name, "this option unused (null, false or empty)", "unsupported")
+
+
+def _targets(fields: Fields, model: nn.Module) -> str | tuple[str, ...]:
+    value = fields.values.get("target_modules")
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
+        raise fields.error("target_modules", "a list of module names, a regular expression or all-linear")
+    paths = [path for path, _ in model.named_modules()]
+    present = tuple(name for name in value if any(matches(path, name) for path in paths))
+    if not present:
+        raise fields.error("target_modules", "names of modules that the base model has", "base-mismatch")
+    return present
+
+
+def adapter_config(model: nn.Module, adapters: Adapters, base_name: str | None) -> dict[str, JSON]:
+    """The config of the adapters that ``model`` carries.
+
+    Raises:
+        UserError: ``adapter/mixed`` when dropout or rsLoRA differ between modules, which PEFT cannot say.
+    """
+    rank, rank_pattern = _exceptions({path: adapter.rank for path, adapter in adapters.items()})
+    alpha, alpha_pattern = _exceptions({path: _plain(adapter.alpha) for path, adapter in adapters.items()})
+    return {
+        **_UNUSED,
+        "alpha_pattern": {**alpha_pattern},
+        "base_model_name_or_path": base_name,
+        "lora_alpha": alpha,
+        "lora_dropout": _common("dropout", [adapter.dropout.p for adapter in adapters.values()]),
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "r": rank,
+        "rank_pattern": {**rank_pattern},
+        "target_modules": _target_names(model, adapters),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": bool(_common("use_rslora", [adapter.use_rslora for adapter in adapters.values()])),
+    }
+
+
+def _plain(number: float) -> float:
+    """32.0 as 32: PEFT's alpha is an integer."""
+    return int(number) if number == int(number) else number
+
+
+def _common(name: str, values: list[float]) -> float:
+    if len(set(values)) > 1:
+        raise UserError(
+            "adapter/mixed",
+            f"{name} differs between modules",
+            found=", ".join(map(str, sorted(set(values)))),
+            expected="one value",
+        )
+    return values[0]
+
+
+def _leaf(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
+
+
+def _exceptions(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
+    """The most frequent value, and the patterns for the rest: a last name where all its modules agree, else whole paths."""
+    default = Counter(values.values()).most_common(1)[0][0]
+    patterns: dict[str, T] = {}
+    for path, value in sorted(values.items()):
+        same_name = {other for name, other in values.items() if _leaf(name) == _leaf(path)}
+        if value != default:
+            # PEFT matches a key at the end of a path; ^ makes it the whole path.
+            patterns[re.escape(_leaf(path)) if len(same_name) == 1 else "^" + re.escape(path)] = value
+    return default, patterns
+
+
+def _target_names(model: nn.Module, adapters: Adapters) -> list[JSON] | str:
+    """Sorted names that select exactly the adapted modules: last names where they are enough, else whole paths.
+
+    A path can be the end of another, unadapted one; then no list says it, and a regular expression does.
+    """
+    inside = tuple(f"{path}." for path in adapters)
+    paths = [path for path, _ in model.named_modules() if not path.startswith(inside)]
+    names: set[str] = set()
+    for path in adapters:
+        shared = [other for other in paths if matches(other, _leaf(path))]
+        names.add(_leaf(path) if all(other in adapters for other in shared) else path)
+    if {path for path in paths if any(matches(path, name) for name in names)} == set(adapters):
+        return [*sorted(names)]
+    return "|".join(re.escape(path) for path in sorted(adapters))
+
+
+def needs_patterns(config: LoRAConfig) -> bool:
+    """Whether reading ``config`` means running regular expressions that somebody else wrote."""
+    return bool(config.rank_pattern or config.alpha_pattern) or (
+        isinstance(config.targets, str) and config.targets != ALL_LINEAR
+    )

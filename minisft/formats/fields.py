@@ -1,0 +1,108 @@
+"""Typed reading of settings that somebody else wrote: JSON objects and GGUF metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from minisft import safe_json
+from minisft.errors import UserError, visible
+from minisft.safe_json import JSON
+
+MAX_JSON_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The keys of one object, by type. A key at null counts as missing.
+
+    Args:
+        values: the object.
+        where: the file, and the way to the object in it.
+        family: error family, ``model`` or ``adapter``.
+
+    Raises:
+        UserError: ``family/bad-config`` for a key that is missing without a default or holds another type.
+    """
+
+    values: Mapping[str, object]
+    where: str
+    family: str = "model"
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        found = self.values.get(name)
+        value = default if found is None else found
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.error(name, "an integer")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        found = self.values.get(name)
+        value = default if found is None else found
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise self.error(name, "a number")
+        try:
+            return float(value)
+        except OverflowError:
+            raise self.error(name, "a number below 1e308") from None
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        found = self.values.get(name)
+        if found is not None and not isinstance(found, bool):
+            raise self.error(name, "true or false")
+        return default if found is None else found
+
+    def text(self, name: str) -> str:
+        found = self.values.get(name)
+        if not isinstance(found, str):
+            raise self.error(name, "a string")
+        return found
+
+    def inner(self, name: str) -> Fields:
+        """The object under ``name``; empty when it is missing."""
+        found = self.values.get(name)
+        if found is not None and not isinstance(found, dict):
+            raise self.error(name, "an object")
+        return Fields(found or {}, f"{self.where}: {visible(name)}", self.family)
+
+    def error(self, name: str, expected: str, slug: str = "bad-config") -> UserError:
+        """What to raise about the key ``name``."""
+        found = self.values.get(name)
+        return UserError(
+            f"{self.family}/{slug}",
+            "a setting is missing"
+            if found is None
+            else "a setting is not supported"
+            if slug == "unsupported"
+            else "a setting is wrong",
+            where=f"{self.where}: {visible(name)}",
+            found="" if found is None else visible(repr(found)),
+            expected=expected,
+        )
+
+
+def read_json_object(path: Path, code: str, limit: int = MAX_JSON_BYTES) -> dict[str, JSON]:
+    """Read a small JSON file that must hold one object.
+
+    Raises:
+        UserError: ``code``, for a file that cannot be read, is too large, not JSON or something else than an object.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
+        value = safe_json.loads(raw) if len(raw) <= limit else None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            code, "cannot read the file", where=visible(path), found=visible(error), expected="one JSON object"
+        ) from None
+    if not isinstance(value, dict):
+        found = f"over {limit} bytes" if len(raw) > limit else type(value).__name__
+        raise UserError(code, "the file is not one JSON object", where=visible(path), found=found)
+    return value
+
+
+def write_json(path: Path, value: dict[str, JSON]) -> None:
+    """Readable JSON with sorted keys."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

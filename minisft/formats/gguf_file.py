@@ -1,0 +1,205 @@
+"""Models in a GGUF file: llama.cpp's names, types and row order turned into ours.
+
+Weights are dequantized to fp32 by the ``gguf`` package, a piece that fits the processor's cache at a time. In files of the
+llama architecture the rows of q and k are interleaved for another form of RoPE; they are put back. What a 4-bit file gives
+is a different base than the model it was made from, which is why a loaded model remembers its file's type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minisft.config import ModelConfig, RopeScaling
+from minisft.errors import UserError, listing, visible
+from minisft.formats.fields import Fields
+from minisft.formats.gguf_header import GGUF, Scalar, TensorInfo
+from minisft.formats.stream import EMBEDDING, HEAD, check_memory, check_shapes, empty_model, expected_shapes, fill_
+from minisft.model import CausalLM, rope_angles
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+CHUNK_ITEMS = 2**16  # dequantized at once: 256 KiB in fp32, so the temporaries stay in the cache (4x faster than whole tensors)
+
+_OUTER = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
+_INNER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+ROPE_FREQS = "rope_freqs.weight"  # not a weight: how much each frequency of RoPE is stretched
+
+
+def load_gguf(gguf: GGUF, dtype: torch.dtype, device: torch.device) -> CausalLM:
+    """Build the model that a checked header describes and stream the weights into it.
+
+    Raises:
+        UserError: unsupported architecture, missing or unexpected tensors, a type that has no dequantizer, no memory.
+    """
+    config = gguf_config(gguf)
+    model = empty_model(config)
+    names = {name: hugging_face_name(name) for name in gguf.tensors if name != ROPE_FREQS}
+    expected = expected_shapes(model)
+    check_shapes(expected, {ours: gguf.tensors[theirs].shape for theirs, ours in names.items()}, gguf.path)
+    check_memory(expected, dtype, device)
+    fill_(model, _weights(gguf, names, config), dtype, device)
+    return model
+
+
+def file_dtype(gguf: GGUF) -> str:
+    """The type that most weights are stored in, e.g. ``Q4_1``."""
+    items: Counter[str] = Counter()
+    for info in gguf.tensors.values():
+        items[info.type_name] += math.prod(info.shape)
+    return items.most_common(1)[0][0]
+
+
+def hugging_face_name(name: str) -> str:
+    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; a name we do not know stays as it is."""
+    if name in _OUTER:
+        return _OUTER[name]
+    parts = name.split(".")
+    if len(parts) != 4 or parts[0] != "blk" or parts[2] not in _INNER:
+        return name
+    return f"model.layers.{parts[1]}.{_INNER[parts[2]]}.{parts[3]}"
+
+
+def _weights(gguf: GGUF, names: dict[str, str], config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    interleaved = (
+        {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if gguf.metadata["general.architecture"] == "llama" else {}
+    )
+    with gguf.path.open("rb") as file:
+        for theirs, ours in names.items():
+            info = gguf.tensors[theirs]
+            weight = torch.from_numpy(_read_tensor(file, info, theirs))
+            heads = interleaved.get(theirs.split(".")[-2])
+            yield ours, weight if heads is None else _halves(weight, heads)
+
+
+def _halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo llama.cpp's row order of q and k: (pair, half) back to Hugging Face's (half, pair) within each head.
+
+    Args:
+        weight: (heads * E, ...), rows in the order x_0, x_{E/2}, x_1, x_{E/2 + 1}, ...
+    """
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _read_tensor(file: BinaryIO, info: TensorInfo, name: str) -> NDArray[np.float32]:
+    """Read and dequantize one tensor: stored blocks -> fp32 of ``info.shape``, holding one chunk of stored bytes."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    kind = GGMLQuantizationType[info.type_name]
+    block_items, block_bytes = GGML_QUANT_SIZES[kind]
+    items = np.empty(math.prod(info.shape), dtype=np.float32)
+    file.seek(info.begin)
+    try:
+        for begin in range(0, items.size, CHUNK_ITEMS):
+            chunk = items[begin : begin + CHUNK_ITEMS]
+            stored = np.frombuffer(file.read(chunk.size // block_items * block_bytes), dtype=np.uint8)
+            chunk[:] = dequantize(stored.reshape(1, -1), kind).reshape(-1)  # one row: the package is slow on many
+    except NotImplementedError:
+        raise UserError(
+            "model/gguf",
+            "tensors of this type cannot be dequantized",
+            where=visible(name),
+            found=info.type_name,
+            fix="convert the file to Q8_0 or F16",
+        ) from None
+    return items.reshape(info.shape)
+
+
+def _refuse(fields: Fields, name: str, harmless: tuple[Scalar, ...]) -> None:
+    if fields.values.get(name) not in (None, *harmless):
+        raise fields.error(name, f"{listing(map(str, harmless))}: anything else is not supported")
+
+
+def gguf_config(gguf: GGUF) -> ModelConfig:
+    """Metadata -> ModelConfig.
+
+    Raises:
+        UserError: ``model/unsupported`` for another architecture, ``model/bad-config`` for bad or unsupported values.
+    """
+    architecture = gguf.metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES or not isinstance(architecture, str):
+        raise UserError(
+            "model/unsupported",
+            "unsupported architecture",
+            where=visible(gguf.path),
+            found=visible(architecture),
+            expected=listing(ARCHITECTURES),
+        )
+    prefix = architecture + "."
+    values = {name.removeprefix(prefix): value for name, value in gguf.metadata.items() if name.startswith(prefix)}
+    keys = Fields(values, f"{visible(gguf.path)}: {architecture}")
+    hidden, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
+    head_dim = keys.integer("attention.key_length", hidden // max(heads, 1))
+    for name in ("attention.value_length", "rope.dimension_count"):
+        _refuse(keys, name, (head_dim,))
+    _refuse(keys, "expert_count", (0,))
+    _refuse(keys, "rope.scaling.type", ("none",))
+    window = keys.integer("attention.sliding_window", 0) or None
+    embedding = gguf.tensors.get("token_embd.weight")
+    theta = keys.number("rope.freq_base", 10000.0)
+    config = ModelConfig(
+        # A llama with a window is what Hugging Face calls mistral; llama.cpp knows one name for both.
+        model_type="mistral" if architecture == "llama" and window else architecture,
+        vocab_size=embedding.shape[0] if embedding and embedding.shape else keys.integer("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=keys.integer("feed_forward_length"),
+        num_layers=keys.integer("block_count"),
+        num_heads=heads,
+        num_kv_heads=keys.integer("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        rope_theta=theta,
+        max_position_embeddings=keys.integer("context_length", 2048),
+        tie_word_embeddings="output.weight" not in gguf.tensors,
+        qkv_bias="blk.0.attn_q.bias" in gguf.tensors,
+        o_bias="blk.0.attn_output.bias" in gguf.tensors,
+        mlp_bias="blk.0.ffn_up.bias" in gguf.tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in gguf.tensors,
+        sliding_window=window,
+    )
+    return config if ROPE_FREQS not in gguf.tensors else dataclasses.replace(config, rope_scaling=_llama3_scaling(gguf, config))
+
+
+def _llama3_scaling(gguf: GGUF, config: ModelConfig) -> RopeScaling:
+    """The settings behind the stretch factors that llama.cpp stores for Llama 3.1 and 3.2.
+
+    The file holds only (E/2,) numbers, original frequency / stretched frequency. All published models share three of the
+    four settings and the largest number is the fourth; the guess counts only if it gives back every number of the file.
+    """
+    with gguf.path.open("rb") as file:
+        stretch = torch.from_numpy(_read_tensor(file, gguf.tensors[ROPE_FREQS], ROPE_FREQS)).double()
+    guess = RopeScaling(float(stretch.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    expected = _frequencies(config) / _frequencies(dataclasses.replace(config, rope_scaling=guess))
+    if stretch.shape != expected.shape or not torch.allclose(stretch, expected, rtol=1e-4):
+        raise UserError(
+            "model/unsupported",
+            "unknown RoPE stretch factors",
+            where=f"{visible(gguf.path)}: {ROPE_FREQS}",
+            expected="those of Llama 3.1 or 3.2",
+        )
+    return guess
+
+
+def _frequencies(config: ModelConfig) -> torch.Tensor:
+    """RoPE's frequencies, (E/2,) fp64: the angles at position 1."""
+    cos, sin = rope_angles(config, torch.ones(1, dtype=torch.int64), torch.float64)
+    return torch.atan2(sin, cos).flatten()

@@ -1,0 +1,118 @@
+"""Filling an empty model tensor by tensor, whatever the file format.
+
+A reader yields (name, tensor) pairs with Hugging Face names; the model starts on the meta device, where it costs nothing,
+and each of its parameters is born when its tensor arrives. So the peak is the finished model plus what the reader holds:
+one tensor. Before the first byte is allocated, names and shapes are compared and the size is held against the free memory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minisft.config import ModelConfig
+from minisft.errors import UserError, listing, visible
+from minisft.model import CausalLM
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def empty_model(config: ModelConfig) -> CausalLM:
+    """The model on the meta device: every shape, no memory."""
+    with torch.device("meta"):
+        return CausalLM(config)
+
+
+def expected_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
+    """Names and shapes a file must hold; a tied head is not among them."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # which lists a tied pair once
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    """Compare what the configuration promises with what the file declares.
+
+    Raises:
+        UserError: missing or unexpected tensors (listed), or one shape that differs (both shown).
+    """
+    shown = visible(where)
+    if missing := [name for name in expected if name not in found]:
+        raise UserError("model/missing-tensor", "tensors are missing", where=shown, expected=listing(missing, 6))
+    if extra := [name for name in found if name not in expected]:
+        raise UserError(
+            "model/unexpected-tensor", "tensors that this architecture does not have", where=shown, found=listing(extra, 6)
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise UserError(
+                "model/shape",
+                f"tensor {visible(name)} has another shape than the configuration says",
+                where=shown,
+                found=str(list(found[name])),
+                expected=str(list(shape)),
+            )
+
+
+def check_memory(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a model that cannot fit before anything is allocated.
+
+    Raises:
+        UserError: ``model/too-large``, with the bytes needed (parameters in ``dtype`` and the largest tensor once more
+            in fp32) and the bytes free.
+    """
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    needed, free = sum(sizes) * dtype.itemsize + max(sizes) * 4, available_bytes(device)
+    if free is not None and needed > free:
+        raise UserError(
+            "model/too-large",
+            "the model does not fit into memory",
+            where=str(device),
+            found=f"{free / 2**30:.1f} GiB free",
+            expected=f"{needed / 2**30:.1f} GiB",
+            fix="use --dtype bf16, a smaller model or a larger machine",
+        )
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of the device: what the kernel calls available, within the container's limit. None: not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    bounds = [bound for bound in (_machine_bytes(), _container_bytes()) if bound is not None]
+    return min(bounds, default=None)
+
+
+def _machine_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux: free pages are the nearest there is
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in os.sysconf_names else None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    try:
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+    except OSError:
+        return None
+    if limit == "max":
+        return None
+    return int(limit) - int(used) + int(statistics.get("inactive_file", 0))  # file pages are given back when needed
+
+
+def fill_(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: torch.device) -> None:
+    """Replace the meta parameters by the tensors of the stream, converted to ``dtype`` on ``device``, then tie the head.
+
+    Args:
+        tensors: (name, tensor) pairs whose tensors nobody else holds: they become the parameters themselves where
+            dtype and device already agree.
+    """
+    for name, tensor in tensors:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device=device, dtype=dtype)))
+    if model.config.tie_word_embeddings:
+        model.tie()

@@ -1,0 +1,261 @@
+"""Write text with a model: many prompts at once, greedily or by sampling, one token a step through a KV cache.
+
+A step reads every weight once, whatever the number of rows, so prompts are grouped into batches; a row that is done leaves
+its batch. This room offers no beam search, penalties or stop strings (vLLM and transformers have them).
+
+The idea to take home: nothing a row says depends on its neighbours. Rows of a batch cannot see each other, padding stands
+where no query looks, and the random number of a draw is a function of (seed, prompt, step) alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minisft.errors import UserError, visible
+from minisft.model import CausalLM, KVCache
+from minisft.seeds import derive_seed
+from minisft.tokenizer import Tokenizer
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no UTF-8 (yet)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from its logits.
+
+    p = softmax(logits / temperature), then only the ``top_k`` likeliest, then of those the fewest that hold ``top_p`` of
+    what is left; renormalised. ``temperature`` 0 takes the likeliest. ``top_k`` 0 and ``top_p`` 1 switch the cuts off.
+
+    Raises:
+        UserError: ``config/bad-value``.
+
+    Ref: top-p: Holtzman et al. 2019, arXiv:1904.09751, section 3.1; top-k: Fan et al. 2018, arXiv:1805.04833, section 5.4.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "zero or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "a share in (0, 1]")
+        _require(self.top_k >= 0, "top_k", self.top_k, "zero (off) or more")
+
+    def choose(self, logits_BV: Tensor, prompts: Sequence[int], step: int) -> Tensor:
+        """One token for each row.
+
+        Args:
+            logits_BV: (B, V).
+            prompts: the prompt index of each row.
+            step: how many tokens each row has so far.
+
+        Returns:
+            (B,) int64.
+        """
+        if self.temperature == 0:
+            return logits_BV.argmax(-1)
+        probabilities, ids = self.distribution(logits_BV)
+        # Inverse transform: the first token at which the running sum passes u. derive_seed is uniform in [0, 2^63).
+        u = [derive_seed(self.seed, "sample", prompt, step) / 2**63 for prompt in prompts]
+        cumulative = probabilities.cumsum(-1)
+        threshold = cumulative.new_tensor(u)[:, None] * cumulative[:, -1:]
+        place = (cumulative <= threshold).sum(-1, keepdim=True)
+        # Rounding can push u * sum up to the sum itself, past every token with a share: fall back to the last of them.
+        return ids.gather(-1, torch.minimum(place, (probabilities > 0).sum(-1, keepdim=True) - 1)).squeeze(-1)
+
+    def distribution(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+        """What is sampled from: probabilities (B, N) in falling order, fp32 at least, and their token ids (B, N)."""
+        scaled = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) / self.temperature
+        N = min(self.top_k or scaled.shape[-1], scaled.shape[-1])
+        kept, ids = scaled.topk(N, sorted=True)
+        probabilities = kept.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # held by the likelier tokens; 0 for the first, which always stays
+        probabilities = probabilities.masked_fill(before >= self.top_p, 0)
+        return probabilities / probabilities.sum(-1, keepdim=True), ids
+
+
+def _require(ok: bool, name: str, found: object, expected: str) -> None:
+    if not ok:
+        raise UserError("config/bad-value", "a setting is out of range", where=name, found=visible(found), expected=expected)
+
+
+def generate(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    batch_size: int = 16,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt until it says one of ``eos_ids``, has ``max_new_tokens`` more, or fills the model's context.
+
+    Args:
+        prompts: token ids; of any lengths, none empty.
+        batch_size: rows computed at once; never changes a row's result (but for rounding).
+        on_token: called with (index of the prompt, token) as tokens come.
+
+    Returns:
+        the new ids of each prompt; the last one is an eos if and only if the row stopped by itself.
+
+    Raises:
+        UserError: a setting is out of range, a prompt is empty or leaves no room in the context.
+
+    Cost: a KV cache of 2 * layers * kv heads * head_dim values for each of the batch's tokens.
+    """
+    sampling = Sampling(temperature, top_p, top_k, seed)
+    _require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
+    _require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+    _check_prompts(model, prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # neighbours of one length: little padding
+    for start in range(0, len(prompts), batch_size):
+        batch = {i: prompts[i] for i in longest_first[start : start + batch_size]}
+        for index, token in _tokens(model, batch, max_new_tokens, eos_ids, sampling):
+            answers[index].append(token)
+            if on_token is not None:
+                on_token(index, token)
+    return answers
+
+
+def _check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]]) -> None:
+    context = model.config.max_position_embeddings
+    for index, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) < context:
+            raise UserError(
+                "data/prompt-length",
+                "a prompt is empty or fills the model's whole context",
+                where=f"prompt {index + 1}",
+                found=f"{len(prompt)} tokens",
+                expected=f"1 to {context - 1}",
+            )
+
+
+@torch.inference_mode()
+def _tokens(
+    model: CausalLM, prompts: dict[int, Sequence[int]], max_new_tokens: int, eos_ids: Collection[int], sampling: Sampling
+) -> Iterator[tuple[int, int]]:
+    """(prompt index, token), step by step, for one batch."""
+    context = model.config.max_position_embeddings
+    limits = {i: min(max_new_tokens, context - len(prompt)) for i, prompt in prompts.items()}
+    rows = list(prompts)
+    with no_dropout(model):
+        cache, hidden_BD = read_prompts(model, list(prompts.values()), max(limits.values()))
+        for step in range(max_new_tokens):
+            tokens = sampling.choose(model.head(hidden_BD), rows, step)
+            chosen = tokens.tolist()
+            yield from zip(rows, chosen, strict=True)
+            going = [r for r, i in enumerate(rows) if chosen[r] not in eos_ids and step + 1 < limits[i]]
+            if not going:
+                return
+            if len(going) < len(rows):
+                keep = torch.tensor(going, device=tokens.device)
+                rows, tokens, cache = [rows[r] for r in going], tokens[keep], cache.select(keep)
+            hidden_BD = model.hidden(tokens[:, None], cache=cache)[:, 0]
+
+
+def read_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], room: int) -> tuple[KVCache, Tensor]:
+    """Run prompts through the model once.
+
+    Returns:
+        a KV cache with space for ``room`` more tokens a row, and the hidden state (B, D) at each prompt's last token.
+    """
+    device = model.model.norm.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest = int(lengths.max())
+    input_ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+    segment_ids = (torch.arange(longest) < lengths[:, None]).long().to(device)
+    cache = KVCache(model.config, len(prompts), longest + room, model.dtype, device)
+    hidden_BTD = model.hidden(input_ids, segment_ids=segment_ids, cache=cache)
+    return cache, hidden_BTD[torch.arange(len(prompts)), lengths - 1]
+
+
+@contextlib.contextmanager
+def no_dropout(model: nn.Module) -> Iterator[None]:
+    """``model.eval()`` for a while; every module gets back the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class TextStream:
+    """Token ids in, text out, as early as it is certain: never half a character, never text that changes later.
+
+    A character may be spread over several byte-level tokens; until its last byte has come, the decoder shows U+FFFD at
+    the end, and the text is held back. New ids are decoded together with the ones before them, because some tokenizers
+    write the first token of a text without its leading space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._said: list[int] = []  # the ids of the last piece handed out
+        self._held: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that has become certain with ``token``; often one word, sometimes empty."""
+        self._held.append(token)
+        piece = self._piece()
+        return "" if piece.endswith(REPLACEMENT) else self._hand_out(piece)
+
+    def finish(self) -> str:
+        """What is still held back: the text ended within a character."""
+        return self._hand_out(self._piece())
+
+    def _piece(self) -> str:
+        before = self._tokenizer.decode(self._said)
+        return self._tokenizer.decode([*self._said, *self._held])[len(before) :]
+
+    def _hand_out(self, piece: str) -> str:
+        if piece:
+            self._said, self._held = self._held, []
+        return piece
+
+
+def safe_text(text: str) -> str:
+    r"""``text`` for a terminal: ESC and other control characters become ``\xNN``; new lines and tabs stay."""
+    return "".join(c if c in "\n\t" else visible(c) for c in text)
+
+
+def stream_chat(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    show: Callable[[str], None],
+    *,
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    sampling: Sampling,
+) -> str:
+    """Answer one prompt, handing pieces of text to ``show`` as they come, made safe for a terminal.
+
+    Returns:
+        the whole answer, as the model said it (not made safe): what belongs into the next turn's history.
+
+    Raises:
+        UserError: the prompt is empty or leaves no room in the context.
+    """
+    _require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
+    _check_prompts(model, [prompt])
+    stream, pieces = TextStream(tokenizer), []
+    for _, token in _tokens(model, {0: prompt}, max_new_tokens, eos_ids, sampling):
+        if token not in eos_ids:
+            pieces.append(stream.push(token))
+            show(safe_text(pieces[-1]))
+    pieces.append(stream.finish())
+    show(safe_text(pieces[-1]))
+    return "".join(pieces)

@@ -1,0 +1,125 @@
+"""What the launchers are handed, and the checks that stand before every launch.
+
+A kernel that is given a wrong size does not fail, it reads someone else's memory. So every launcher checks shape, dtype,
+contiguity and device here, on the host, before it launches. No Triton is imported.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCK_SIZE = 256
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+GROUP = 32  # weights in 16 bytes: the products read them together, with one scale
+MOST_ELEMENTS = 2**34  # word indices are 32 bits wide, and a word holds 8 elements
+
+
+class PackedWeight(NamedTuple):
+    """The raw tensors of a 4-bit weight of N elements in blocks of G, all contiguous and on one device.
+
+    Args:
+        packed: (ceil(N/2),) uint8, the first element in the high nibble; the address is a multiple of 4.
+        absmax: (ceil(N/G),) fp32; with double quantization uint8 codes into ``absmax_map``.
+        levels: (16,) fp32.
+        block_size: G.
+        shape: the dense shape, (out_features, in_features) for the products.
+        absmax_map, absmax2, offset: double quantization, all three or none: (256,), (ceil(N/G/256),) and () fp32.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    levels: Tensor
+    block_size: int
+    shape: tuple[int, ...]
+    absmax_map: Tensor | None = None
+    absmax2: Tensor | None = None
+    offset: Tensor | None = None
+
+    def scale_arguments(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The four pointers that ``decode.load_absmax`` takes."""
+        return self.absmax, self.absmax_map, self.absmax2, self.offset
+
+
+def check_weight(weight: PackedWeight) -> int:
+    """The number of elements of a well-formed weight.
+
+    Raises:
+        ValueError: a size, layout or address that the kernels cannot read.
+        TypeError: a dtype of the wrong kind.
+        RuntimeError: tensors that are not on one GPU.
+    """
+    n = math.prod(weight.shape)
+    check_block_size(weight.block_size)
+    if not 0 < n < MOST_ELEMENTS:
+        raise ValueError(f"a packed weight has 1 to {MOST_ELEMENTS - 1} elements, not {n}: shape {tuple(weight.shape)}")
+    num_blocks = -(-n // weight.block_size)
+    nested = (weight.absmax_map, weight.absmax2, weight.offset)
+    given = [tensor for tensor in nested if tensor is not None]
+    if len(given) not in (0, 3):
+        raise ValueError("double quantization takes absmax_map, absmax2 and offset together, or none of them")
+    check_vector("packed", weight.packed, torch.uint8, (n + 1) // 2)
+    check_vector("absmax", weight.absmax, torch.uint8 if given else torch.float32, num_blocks)
+    check_vector("levels", weight.levels, torch.float32, 16)
+    for name, tensor, size in zip(
+        ("absmax_map", "absmax2", "offset"), given, (256, -(-num_blocks // NESTED_BLOCK_SIZE), 1), strict=False
+    ):
+        check_vector(name, tensor, torch.float32, size)
+    if weight.packed.data_ptr() % 4:
+        raise ValueError("packed starts at an address that is no multiple of 4 bytes: clone() it first")
+    check_devices(weight.packed, weight.absmax, weight.levels, *given)
+    return n
+
+
+def check_block_size(block_size: int) -> None:
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size is one of {', '.join(map(str, BLOCK_SIZES))}, not {block_size}")
+
+
+def check_vector(name: str, tensor: Tensor, dtype: torch.dtype, size: int) -> None:
+    """``tensor`` holds exactly ``size`` contiguous items of ``dtype``; a weight is refused, never copied silently."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} is {tensor.dtype}, expected {dtype}")
+    if tensor.numel() != size:
+        raise ValueError(f"{name} has {tensor.numel()} items, expected {size}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous: strides {tensor.stride()} for shape {tuple(tensor.shape)}")
+
+
+def check_float(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(f"{name} is {dtype}, expected one of {', '.join(map(str, FLOATS))}")
+
+
+def check_devices(*tensors: Tensor) -> None:
+    """All on one GPU, or on the CPU under Triton's interpreter."""
+    devices = {str(tensor.device) for tensor in tensors}
+    if len(devices) > 1:
+        raise RuntimeError(f"the tensors of one launch lie on several devices: {', '.join(sorted(devices))}")
+    if tensors[0].device.type != "cuda" and not interpreting():
+        raise RuntimeError(f"a Triton kernel needs a GPU and got {devices.pop()} tensors: minisft.nf4 runs anywhere")
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU and slowly: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def check_product(name: str, rows: Tensor, weight: PackedWeight, axis: int, most_rows: int) -> Tensor:
+    """``rows`` (M, features along ``axis`` of the weight), contiguous: a non-contiguous one is copied, being small.
+
+    Raises: as ``check_weight``; ValueError too for a weight whose rows are not whole groups of 32.
+    """
+    check_weight(weight)
+    check_float(name, rows.dtype)
+    check_devices(rows, weight.packed)
+    if len(weight.shape) != 2 or weight.shape[1] % GROUP:
+        raise ValueError(f"a fused product needs a matrix with in_features divisible by {GROUP}, not {tuple(weight.shape)}")
+    if rows.dim() != 2 or rows.shape[1] != weight.shape[axis] or not 1 <= rows.shape[0] <= most_rows:
+        raise ValueError(f"{name} is {tuple(rows.shape)}, expected (1 to {most_rows}, {weight.shape[axis]})")
+    return rows.contiguous()

@@ -1,0 +1,73 @@
+"""Device functions that every kernel shares: the scale of a block, the values of the codes, a tile of the weight.
+
+These run inside a program, never from the host. A stored weight is ``levels[code] * absmax[block]``; with double quantization
+``absmax[block]`` is itself stored in 8 bits and rebuilt here in two roundings, so that every kernel sees the same fp32 scale.
+
+The idea to leave with: the 16 levels are 64 bytes, half a cache line, so that a load from the table is one access to the
+L1 cache whatever the codes are, and needs neither shared memory nor a tree of comparisons.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NESTED_BLOCK_SIZE = tl.constexpr(256)  # scales that share one second-level scale: part of the stored format
+
+
+@triton.jit
+def load_absmax(block, mask, absmax_ptr, map_ptr, absmax2_ptr, offset_ptr):
+    """fp32 scales of the flat blocks ``block``; 0 where ``mask`` is false.
+
+    ``absmax_ptr`` holds fp32 scales, or, when ``map_ptr`` is given, 8-bit codes into the 256-entry map. The product
+    ``map[code] * absmax2[block // 256]`` is rounded and then the sum with ``offset``: launch with ``enable_fp_fusion=False``,
+    because one fused multiply-add would round only once. Twin: ``minisft.nf4.decode_absmax``.
+    """
+    stored = tl.load(absmax_ptr + block, mask=mask, other=0)
+    if map_ptr is None:
+        absmax = stored
+    else:
+        step = tl.load(absmax2_ptr + block // NESTED_BLOCK_SIZE, mask=mask, other=0.0)
+        absmax = tl.where(mask, tl.load(map_ptr + stored.to(tl.int32)) * step + tl.load(offset_ptr), 0.0)
+    return absmax
+
+
+@triton.jit
+def word_shifts():
+    """Where element k = 0..7 sits in a little-endian int32 word, the first of two in the high nibble of their byte.
+
+    4, 0, 12, 8, 20, 16, 28, 24.
+    """
+    k = tl.arange(0, 8)
+    return (k // 2) * 8 + (1 - k % 2) * 4
+
+
+@triton.jit
+def load_groups(
+    packed_ptr, absmax_ptr, map_ptr, absmax2_ptr, offset_ptr, row, group, inside,
+    num_groups, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Bytes and scales of the groups of 32 weights at (``row``, ``group``) of a matrix with ``num_groups`` groups a row.
+
+    A group is 16 bytes and lies in one row and in one block, so that it needs one load of each. Returns int32 bytes
+    (..., R, C, 16) and fp32 scales (..., R, C) for ``row`` (..., R, 1) and ``group`` (C,); outside ``inside`` the scale is 0.
+    """
+    flat = row.to(tl.int64) * num_groups + group
+    place = tl.expand_dims(flat, -1) * 16 + tl.arange(0, 16)
+    pair = tl.load(packed_ptr + place, mask=tl.expand_dims(inside, -1), other=0, eviction_policy="evict_first")
+    absmax = load_absmax(flat * 32 // BLOCK_SIZE, inside, absmax_ptr, map_ptr, absmax2_ptr, offset_ptr)
+    return pair.to(tl.int32), absmax
+
+
+@triton.jit
+def gather_levels(levels, code):
+    """levels[code] for (16,) ``levels`` and ``code`` of any shape. ``tl.gather`` wants equal ranks, hence the flattening."""
+    return tl.reshape(tl.gather(levels, tl.ravel(code), 0), code.shape)
+
+
+@triton.jit
+def decode_tile(pair, absmax, levels, ROWS: tl.constexpr, PAIRS: tl.constexpr, dtype: tl.constexpr):
+    """The weights at even and at odd columns, (ROWS, PAIRS) each, rounded to ``dtype`` exactly as ``dequantize`` rounds."""
+    first = gather_levels(levels, pair >> 4) * absmax[:, :, None]
+    second = gather_levels(levels, pair & 15) * absmax[:, :, None]
+    return tl.reshape(first.to(dtype), (ROWS, PAIRS)), tl.reshape(second.to(dtype), (ROWS, PAIRS))

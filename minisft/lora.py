@@ -1,0 +1,178 @@
+"""LoRA: a frozen layer plus a trained product of two thin matrices.
+
+W' = W + scaling * B A. B starts at zero, so a fresh adapter changes nothing, bit for bit. The factors are fp32 masters
+whatever the dtype of the base, and the base never gets a gradient. What this room refuses: several adapters at once,
+merging inside ``forward``, ``train`` or ``eval``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from minisft.errors import UserError
+from minisft.matmul import linear, product_dtype
+
+
+def scaling_of(rank: int, alpha: float, use_rslora: bool) -> float:
+    """alpha / rank, or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732)."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """y = x W^T + b + s (x A^T) B^T through a frozen W.
+
+    The adapter's product comes first and the big one is added onto it (``addmm_``), so the update costs no pass of its own over y.
+    Kept for backward: x (which its neighbours share) and x A^T (rank columns); never y, W^T or a cast copy of x.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, lora_A: Tensor, lora_B: Tensor, base: nn.Linear, scaling: float) -> Tensor:
+        wide = product_dtype(x)
+        rows = x.reshape(-1, x.shape[-1]).to(wide)  # (M, in)
+        xa = rows @ lora_A.to(wide).T  # (M, rank)
+        # Bias first, as nn.Linear does it: a zero update then leaves every bit in place, whatever the order of the sums below.
+        up = lora_B.to(wide).T
+        y = (xa * scaling) @ up if base.bias is None else torch.addmm(base.bias.to(wide), xa * scaling, up)  # (M, out)
+        y.addmm_(rows, base.weight.to(wide).T)
+        ctx.save_for_backward(x, lora_A, lora_B, xa)
+        ctx.base, ctx.scaling = base, scaling
+        return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, lora_A, lora_B, xa = ctx.saved_tensors
+        wide = product_dtype(grad)
+        g = grad.reshape(-1, grad.shape[-1]).to(wide)  # (M, out)
+        gb = (g @ lora_B.to(wide)) * ctx.scaling  # (M, rank)
+        grad_A = gb.T @ x.reshape(-1, x.shape[-1]).to(wide) if ctx.needs_input_grad[1] else None
+        grad_B = (g.T @ xa) * ctx.scaling if ctx.needs_input_grad[2] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = gb @ lora_A.to(wide)  # (M, in)
+            grad_x.addmm_(g, ctx.base.weight.to(wide))
+            grad_x = grad_x.to(x.dtype).view(x.shape)
+        # The factors are fp32 masters: their gradients are too, also where the products ran in bf16.
+        return (
+            grad_x,
+            None if grad_A is None else grad_A.to(lora_A.dtype),
+            None if grad_B is None else grad_B.to(lora_B.dtype),
+            None,
+            None,
+        )
+
+
+class _Adapter(nn.Module):
+    """What a linear and an embedding adapter share: the frozen base, the factors and their scaling.
+
+    Raises:
+        UserError: rank below 1 or above the smaller side of the base.
+    """
+
+    def __init__(
+        self, base: nn.Module, shape: tuple[int, int], rank: int, alpha: float, dropout: float, use_rslora: bool, weight: Tensor
+    ) -> None:
+        super().__init__()
+        rows, columns = shape
+        if not 1 <= rank <= min(shape):
+            raise UserError(
+                "config/bad-rank", "the rank does not fit the layer", found=f"rank {rank}",
+                expected=f"1 to {min(shape)} for a weight of shape {rows} x {columns}", fix="choose a smaller --rank or fewer --targets",
+            )  # fmt: skip
+        self.base = base.requires_grad_(False)
+        self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
+        self.scaling = scaling_of(rank, alpha, use_rslora)
+        self.dropout = nn.Dropout(dropout)
+        master = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+        self.lora_A = nn.Parameter(torch.zeros(rank, columns, dtype=master, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(rows, rank, dtype=master, device=weight.device))
+        self.enabled = True  # surgery.adapters_off turns it off for a while
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module, untyped upstream
+        """Move with the model, but stay fp32: ``model.to(bfloat16)`` must not round the masters."""
+        masters = {name: p.data for name, p in self._parameters.items() if p is not None}
+        super()._apply(fn, recurse)
+        for name, before in masters.items():
+            parameter = self._parameters[name]
+            assert parameter is not None
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = before.to(parameter.device)
+                parameter.grad = None  # it was rounded along
+        return self
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling:g}"
+
+
+class LoRALinear(_Adapter):
+    """y = x W^T + b + scaling * dropout(x) A^T B^T.
+
+    Args:
+        base: an ``nn.Linear`` with weight (out, in); it is frozen here.
+        rank, alpha, dropout, use_rslora: see ``LoRAConfig``.
+
+    ``lora_A`` is (rank, in), uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5, as the reference code); ``lora_B`` is (out, rank), zero.
+
+    Ref: Hu et al. 2021, arXiv:2106.09685, section 4.1.
+    """
+
+    base: nn.Linear
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False) -> None:
+        super().__init__(base, (base.out_features, base.in_features), rank, alpha, dropout, use_rslora, base.weight)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """A fresh adapter: A random, B zero."""
+        bound = 1 / math.sqrt(self.lora_A.shape[1])
+        with torch.no_grad():
+            self.lora_A.uniform_(-bound, bound, generator=generator)
+            self.lora_B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return self.base(x)
+        if self.base.weight.requires_grad or (self.training and self.dropout.p > 0):
+            return self.base(x) + self.scaling * self._update(self.dropout(x))
+        return _AdaptedLinear.apply(x, self.lora_A, self.lora_B, self.base, self.scaling)
+
+    def _update(self, x: Tensor) -> Tensor:
+        return linear(linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+
+    def delta_weight(self) -> Tensor:
+        """scaling * B A, (out, in), in the masters' dtype."""
+        return self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
+
+
+class LoRAEmbedding(_Adapter):
+    """y = W[ids] + scaling * A^T[ids] B^T.
+
+    ``lora_A`` is (rank, num_embeddings), zero; ``lora_B`` is (dim, rank), standard normal: the layout and start of PEFT.
+    """
+
+    base: nn.Embedding
+
+    def __init__(self, base: nn.Embedding, rank: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False) -> None:
+        super().__init__(base, (base.embedding_dim, base.num_embeddings), rank, alpha, dropout, use_rslora, base.weight)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """A fresh adapter: A zero, B random."""
+        with torch.no_grad():
+            self.lora_A.zero_()
+            self.lora_B.normal_(generator=generator)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = self.base(ids)
+        if not self.enabled:
+            return y
+        rows = nn.functional.embedding(ids, self.lora_A.T)  # (..., rank)
+        return y + (self.scaling * (rows @ self.lora_B.T)).to(y.dtype)
+
+    def delta_weight(self) -> Tensor:
+        """scaling * (B A)^T, (num_embeddings, dim), in the masters' dtype."""
+        return self.scaling * (self.lora_B.detach() @ self.lora_A.detach()).T

@@ -1,0 +1,96 @@
+"""Cross-entropy as a sum, over supervised positions only.
+
+The loss leaves this room as a sum, never a mean: whoever steps the optimizer divides once, by the supervised tokens of the
+whole step. Logits of positions without a target are never computed; those of the others never exist all at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from minisft.matmul import product_dtype
+
+IGNORE_INDEX = -100
+CHUNK_ELEMENTS = 2**23  # logits alive at once: 32 MiB in fp32
+
+
+def cross_entropy_sum(logits: Tensor, target_ids: Tensor) -> Tensor:
+    """sum_i -log softmax(logits_i)[target_i] over targets that are not ``IGNORE_INDEX``, in fp32 at least.
+
+    Args:
+        logits: (N, V).
+        target_ids: (N,) int64.
+
+    Returns:
+        A scalar; the gradient at ignored rows is exactly zero.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(wide, target_ids, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Loss and gradient of a linear head in one pass, chunk by chunk: dL/dh = (softmax(h W^T) - onehot) W."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
+        wide = product_dtype(hidden)
+        precise = torch.promote_types(wide, torch.float32)
+        weight_wide = weight.to(wide)
+        total = torch.zeros((), dtype=precise, device=hidden.device)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if need_weight else None
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            h, targets = hidden[part].to(wide), target_ids[part, None]
+            logits = (h @ weight_wide.T).to(precise)
+            logsum = torch.logsumexp(logits, -1, keepdim=True)
+            total += (logsum - logits.gather(1, targets)).sum()
+            if not (need_hidden or need_weight):
+                continue
+            grad_logits = logits.sub_(logsum).exp_()
+            grad_logits.scatter_add_(1, targets, torch.full_like(logsum, -1))
+            if grad_hidden is not None:
+                grad_hidden[part] = (grad_logits.to(wide) @ weight_wide).to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight += (grad_logits.to(wide).T @ h).to(precise)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
+            None,
+        )
+
+
+def head_loss_sum(hidden: Tensor, head: nn.Module, target_ids: Tensor) -> Tensor:
+    """``cross_entropy_sum(head(hidden), target_ids)`` without the logits of ignored positions.
+
+    Args:
+        hidden: (..., D) hidden states after the final norm.
+        head: (N, D) -> (N, V); a linear without bias takes the fused path, anything else runs chunk by chunk with recomputation.
+        target_ids: (...) int64, already shifted, ``IGNORE_INDEX`` where nothing is to be learned.
+
+    Returns:
+        A scalar in fp32 at least: the sum over supervised positions (zero, with zero gradient, if there are none).
+
+    Cost: 3 N' D V multiply-adds for N' supervised positions, and 32 MiB of logits.
+    """
+    supervised = (target_ids.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, supervised)
+    targets = target_ids.reshape(-1).index_select(0, supervised)
+    if isinstance(head, nn.Linear) and head.bias is None:
+        return _HeadLoss.apply(rows, head.weight, targets)
+    chunk = max(1, CHUNK_ELEMENTS // 2**16)
+    parts = zip(rows.split(chunk), targets.split(chunk), strict=True)
+    losses = [checkpoint(lambda h, t: cross_entropy_sum(head(h), t), h, t, use_reentrant=False) for h, t in parts]
+    return torch.stack(losses).sum() if losses else rows.sum() * 0

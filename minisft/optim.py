@@ -1,0 +1,97 @@
+"""AdamW on fp32 masters.
+
+A parameter stored in bf16 is the rounded copy of a master that the optimizer owns: updates far smaller than the copy's
+last bit still add up. Gradients are collected in the masters' dtype as they arrive, so many micro-batches sum like one. Adapters are fp32 already
+and are their own masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterAdamW:
+    """Decoupled-weight-decay Adam (``torch.optim.AdamW``) over named parameters.
+
+    Args:
+        parameters: name -> parameter to train.
+        betas, eps: moment decay and the floor of the denominator.
+        weight_decay: applied to matrices only, not to norms and biases.
+
+    Ref: Loshchilov & Hutter 2017, arXiv:1711.05101, algorithm 2.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], *, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.masters = {name: _master(p) for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            if self.masters[name] is not p:
+                p.register_post_accumulate_grad_hook(_collect_into(self.masters[name]))
+        groups = [
+            {"params": [m for m in self.masters.values() if m.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [m for m in self.masters.values() if m.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+
+    def zero_grad(self) -> None:
+        for tensor in (*self.parameters.values(), *self.masters.values()):
+            tensor.grad = None
+
+    def grad_norm(self) -> float:
+        """Euclidean norm over all gradients together; NaN or infinite if any is."""
+        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+    def step(self, lr: float, shrink: float = 1.0) -> None:
+        """One update at rate ``lr`` with all gradients multiplied by ``shrink`` (clipping)."""
+        with torch.no_grad():
+            if shrink != 1.0:
+                torch._foreach_mul_([m.grad for m in self.masters.values() if m.grad is not None], shrink)
+            for group in self.adamw.param_groups:
+                group["lr"] = lr
+            self.adamw.step()
+            for name, p in self.parameters.items():
+                if self.masters[name] is not p:
+                    p.copy_(self.masters[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters, moments and step counts by name: everything that the next step depends on."""
+        tensors: dict[str, Tensor] = {}
+        for name, master in self.masters.items():
+            tensors[f"{name}/master"] = master.detach()
+            tensors.update({f"{name}/{key}": value for key, value in self.adamw.state[master].items()})
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what ``state`` returned, parameters included."""
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(tensors[f"{name}/master"])
+                self.parameters[name].copy_(master)
+                moments = {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in tensors}
+                if moments:
+                    self.adamw.state[master] = {
+                        key: value.to(master.device if key != "step" or value.device.type != "cpu" else "cpu", copy=True)
+                        for key, value in moments.items()
+                    }
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    if parameter.dtype not in (torch.bfloat16, torch.float16):
+        return parameter
+    return nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+
+
+def _collect_into(master: nn.Parameter):  # type: ignore[no-untyped-def]  # the hook type is private upstream
+    def collect(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        wide = parameter.grad.to(master.dtype)
+        master.grad = wide if master.grad is None else master.grad.add_(wide)
+        parameter.grad = None
+
+    return collect

@@ -1,0 +1,58 @@
+"""The learning rate as a pure function of the step.
+
+There is no scheduler object and nothing to save in a checkpoint: step 17 has the same rate whether the run came straight to
+it or was resumed at step 16. The one idea: the curve is zero at step 0 and at step ``total + 1``, the two steps that never
+happen, so every step that does happen learns something.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+Kind = Literal["cosine", "linear", "constant"]
+
+
+def learning_rate(step: int, total: int, peak: float, warmup_steps: int, kind: Kind) -> float:
+    """The learning rate of one optimizer step.
+
+    With W = ``warmup_steps`` and T = ``total``::
+
+        step <= W:   peak * step / (W + 1)                           (below the peak, never 0)
+        after it:    p = (step - 1 - W) / (T - W), from 0 to 1 - 1/(T - W)
+            cosine   peak * (1 + cos(pi * p)) / 2
+            linear   peak * (1 - p)
+            constant peak
+
+    The peak itself is reached at step W + 1. The last step still has a positive rate: ``linear`` ends at peak / (T - W),
+    ``cosine`` at peak * sin(pi / (2 (T - W)))**2. After the warm-up this is the curve of transformers' schedules; during it
+    transformers uses (step - 1) / W, which wastes the first step on a rate of 0.
+
+    Args:
+        step: counted from 1; at most ``total``.
+        total: number of optimizer steps of the whole run.
+        peak: the highest rate.
+        warmup_steps: how many steps lie below the peak at the start; less than ``total``.
+        kind: what happens after the warm-up.
+
+    Raises:
+        ValueError: a step outside 1..total, or a warm-up outside 0..total-1.
+
+    Ref: cosine decay, Loshchilov and Hutter 2016, arXiv:1608.03983, section 3 (without restarts).
+    """
+    if not 1 <= step <= total:
+        raise ValueError(f"step {step} is outside 1..{total}")
+    if not 0 <= warmup_steps < total:
+        raise ValueError(f"warm-up of {warmup_steps} steps does not fit a run of {total}")
+    if step <= warmup_steps:
+        return peak * step / (warmup_steps + 1)
+    progress = (step - 1 - warmup_steps) / (total - warmup_steps)
+    match kind:
+        case "cosine":
+            return peak * (1 + math.cos(math.pi * progress)) / 2
+        case "linear":
+            return peak * (1 - progress)
+        case "constant":
+            return peak
+        case _:
+            raise ValueError(f"unknown schedule {kind!r}; expected cosine, linear or constant")

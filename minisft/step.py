@@ -1,0 +1,166 @@
+"""One optimizer step: the whole of the training arithmetic.
+
+Every micro-batch's loss is a sum, divided by the supervised tokens of the whole step, so cutting a step differently
+changes nothing; and a step whose loss or gradient is not finite changes nothing at all. Nothing here knows of files or runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minisft.batching import Batch
+from minisft.config import RunConfig
+from minisft.errors import UserError, listing
+from minisft.loss import head_loss_sum
+from minisft.model import CausalLM
+from minisft.optim import MasterAdamW
+from minisft.surgery import apply_lora_, lora_modules
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; ``skipped`` when loss or gradient was not finite and nothing was changed."""
+
+    loss: float
+    num_targets: int
+    num_tokens: int
+    grad_norm: float
+    skipped: bool
+
+
+def batch_loss_sum(model: CausalLM, batch: Batch) -> Tensor:
+    """Summed cross-entropy over the batch's supervised tokens."""
+    hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids)
+    return head_loss_sum(hidden, model.lm_head, batch.target_ids)
+
+
+def accumulate_gradients(model: CausalLM, batches: Sequence[Batch], dropout_seed: Callable[[int], int] | None = None) -> float:
+    """Backward through every micro-batch of a step; returns the step's mean loss per supervised token.
+
+    L = sum over micro-batches of the summed loss / supervised tokens of the step.
+
+    Args:
+        batches: the step's micro-batches, on the model's device.
+        dropout_seed: micro-batch index -> seed of its dropout masks; None without dropout.
+
+    Raises:
+        ValueError: not one supervised token in the step.
+    """
+    num_targets = sum(batch.num_targets for batch in batches)
+    if num_targets == 0:
+        raise ValueError("a step without supervised tokens has no loss")
+    total = torch.zeros((), dtype=torch.float64)
+    for index, batch in enumerate(batches):
+        with _dropout_draws(None if dropout_seed is None else dropout_seed(index), batch.input_ids.device):
+            loss = batch_loss_sum(model, batch) / num_targets
+            loss.backward()
+        total += loss.detach().to("cpu", torch.float64)
+    return float(total)
+
+
+@contextlib.contextmanager
+def _dropout_draws(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Dropout is the one draw from the global generator: seed it for this block and put it back afterwards."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def train_step(
+    model: CausalLM,
+    optimizer: MasterAdamW,
+    batches: Sequence[Batch],
+    lr: float,
+    clip: float = 0.0,
+    dropout_seed: Callable[[int], int] | None = None,
+    check: Callable[[], None] | None = None,
+) -> StepResult:
+    """One optimizer step over micro-batches.
+
+    Args:
+        lr: learning rate of this step.
+        clip: gradients are scaled down to this norm if theirs is larger; 0 for never.
+        check: called between backward and update (the self-check of the first step).
+
+    Returns:
+        A ``StepResult``; a non-finite loss or gradient leaves parameters and moments as they were.
+    """
+    optimizer.zero_grad()
+    loss = accumulate_gradients(model, batches, dropout_seed)
+    grad_norm = optimizer.grad_norm()
+    skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+    if not skipped:
+        if check is not None:
+            check()
+        shrink = clip / (grad_norm + 1e-6) if 0 < clip < grad_norm else 1.0
+        optimizer.step(lr, shrink)
+    optimizer.zero_grad()
+    num_targets, num_tokens = (sum(getattr(b, name) for b in batches) for name in ("num_targets", "num_tokens"))
+    return StepResult(loss, num_targets, num_tokens, grad_norm, skipped)
+
+
+def check_gradients(model: nn.Module) -> None:
+    """The first step's self-check: every adapter's zero factor receives gradient, nothing frozen does.
+
+    Raises:
+        UserError: ``numeric/no-gradient`` or ``numeric/frozen-gradient``, naming the layers.
+    """
+    silent = [
+        path
+        for path, adapter in lora_modules(model).items()
+        # At B = 0 the other factor's gradient is zero by the chain rule; this one's is not.
+        if all(p.grad is None or not p.grad.any() for p in (adapter.lora_A, adapter.lora_B))
+    ]
+    if silent:
+        raise UserError("numeric/no-gradient", "adapters receive no gradient", found=listing(silent), expected="a gradient in each")
+    leaking = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
+    if leaking:
+        raise UserError("numeric/frozen-gradient", "frozen weights receive a gradient", found=listing(leaking))
+
+
+@torch.no_grad()
+def validation_loss(model: CausalLM, batches: Sequence[Batch]) -> float:
+    """Mean loss per supervised token over ``batches``, dropout off."""
+    was_training = model.training
+    model.eval()
+    try:
+        total = sum(float(batch_loss_sum(model, batch.to(model.model.norm.weight.device))) for batch in batches)
+    finally:
+        model.train(was_training)
+    return total / sum(batch.num_targets for batch in batches)
+
+
+def set_checkpointing(model: CausalLM, kind: str) -> None:
+    """What backward computes again instead of keeping: nothing, each MLP (``selective``: the three widest activations), or
+    whole layers (``full``)."""
+
+    def recomputed(block: nn.Module, *args: object) -> Tensor:
+        if not torch.is_grad_enabled():
+            return block(*args)
+        return checkpoint(block, *args, use_reentrant=False)
+
+    if kind == "full":
+        model.wrap_layer = recomputed
+    elif kind == "selective":
+        model.wrap_mlp = recomputed
+
+
+def prepare_method(model: CausalLM, run: RunConfig) -> dict[str, nn.Parameter]:
+    """Make the model ready for the run's method; returns what is trained, by name."""
+    if run.method == "lora":
+        apply_lora_(model, run.lora, run.seed)
+    else:
+        model.requires_grad_(True)
+    set_checkpointing(model, run.checkpointing)
+    model.train()
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,188 @@
+"""Attention over segments equals a softmax written out in fp64, one segment at a time, wherever the segments lie."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import assert_close, randn
+from torch import Tensor
+
+from minisft import attention, matmul
+from minisft.attention import Segments, attend, attend_cached
+
+windows = st.none() | st.integers(1, 8)
+heads_and_kv_heads = st.sampled_from([(1, 1), (2, 2), (2, 1), (6, 2), (3, 3)])
+seeds = st.integers(0, 2**31)
+
+# A row of a batch: segments with gaps of padding before, between and after them.
+row_layouts = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 7)), max_size=4)
+layouts = st.tuples(st.lists(row_layouts, min_size=1, max_size=4), st.integers(0, 2))
+
+
+def segment_ids_of(layout: tuple[list[list[tuple[int, int]]], int]) -> Tensor:
+    """(B, T) segment ids; every number is new, so equal neighbours are always one segment."""
+    rows, tail = layout
+    flat = [[0] * gap + [1 + b * 10 + n] * length for b, row in enumerate(rows) for n, (gap, length) in enumerate(row)]
+    counts = [len(row) for row in rows]
+    lines = [sum(flat[sum(counts[:b]) : sum(counts[: b + 1])], []) for b in range(len(rows))]
+    T = max(map(len, lines)) + tail + (max(map(len, lines)) == 0)
+    return torch.tensor([line + [0] * (T - len(line)) for line in lines])
+
+
+def places_of(segment_ids: Tensor) -> list[Tensor]:
+    """The flat places of each segment, found by walking over the batch token by token."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for place, name in enumerate(segment_ids.flatten().tolist()):
+        if name:
+            found.setdefault((place // segment_ids.shape[1], name), []).append(place)
+    return [torch.tensor(places) for places in found.values()]
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, window: int | None) -> Tensor:
+    """One query at a time: softmax over the keys it may see. Zero at padding."""
+    group = q.shape[1] // k.shape[1]
+    out = torch.zeros_like(q)
+    for places in places_of(segment_ids):
+        for t, place in enumerate(places):
+            seen = places[max(0, t + 1 - (window or len(places))) : t + 1]
+            keys, values = (x[seen].repeat_interleave(group, 1) for x in (k, v))  # (n, H, E)
+            weights = torch.softmax(torch.einsum("he,nhe->nh", q[place], keys) / q.shape[-1] ** 0.5, 0)
+            out = out.index_put((place,), torch.einsum("nh,nhe->he", weights, values))
+    return out
+
+
+@contextmanager
+def path(name: str) -> Iterator[None]:
+    """Take the short path, or the one through PyTorch's fused attention."""
+    with mock.patch.object(attention, "SHORT_ROW", 10**9 if name == "short" else 0):
+        yield
+
+
+@pytest.mark.parametrize("which", ["short", "long"])
+@given(layout=layouts, heads=heads_and_kv_heads, half=st.integers(1, 3), window=windows, seed=seeds)
+def test_values_and_gradients(which, layout, heads, half, window, seed):
+    """Padding holds garbage, in the inputs and in the gradient that comes back: none of it reaches a real token."""
+    segment_ids = segment_ids_of(layout)
+    real = (segment_ids > 0).flatten()
+    H, K = heads
+    inputs = [randn(real.numel(), n, 2 * half, seed=seed + i) for i, n in enumerate((H, K, K))]
+    upstream = randn(real.numel(), H, 2 * half, seed=seed + 3)
+    ours, theirs = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
+    with path(which):
+        out = attend(*ours, Segments.of(segment_ids), window)
+        gradients = torch.autograd.grad(out, ours, upstream)
+    expected = naive(*theirs, segment_ids, window)
+    assert_close(out[real], expected[real])
+    upstream = upstream * real[:, None, None]
+    wanted = torch.autograd.grad(expected, theirs, upstream) if bool(real.any()) else [torch.zeros_like(x) for x in inputs]
+    for a, b in zip(gradients, wanted, strict=True):
+        assert_close(a, b)
+        assert not a[~real].any()  # exactly zero at padding
+
+
+@given(layouts)
+def test_segments_say_where_tokens_lie(layout):
+    segment_ids = segment_ids_of(layout)
+    segments = Segments.of(segment_ids)
+    expected = torch.zeros(segment_ids.numel(), dtype=torch.int64)
+    for places in places_of(segment_ids):
+        expected[places] = torch.arange(len(places))
+    assert torch.equal(segments.positions.flatten(), expected)
+    number = torch.arange(1, segment_ids.numel() + 1).view(-1, 1, 1)
+    grid = segments.only_real(segments.to_grid(number))
+    assert sorted(grid[grid > 0].tolist()) == number.flatten()[segment_ids.flatten() > 0].tolist()  # every token, once
+    back = segments.from_grid(grid)
+    assert torch.equal(back[segment_ids.flatten() > 0], number[segment_ids.flatten() > 0])
+    assert grid.shape[0] == max(1, len(places_of(segment_ids)))  # one grid row a segment: never quadratic in the packed length
+    assert grid.shape[1] == max([len(places) for places in places_of(segment_ids)], default=1)
+
+
+def test_nothing_moves_without_need():
+    right_padded = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    assert Segments.of(right_padded).trivial
+    assert not Segments.of(right_padded.flip(1)).trivial
+    assert not Segments.of(torch.tensor([[1, 2, 2]])).trivial
+
+
+@pytest.mark.parametrize("which", ["short", "long"])
+@pytest.mark.parametrize("window", [None, 2])
+def test_gradcheck(which, window):
+    segments = Segments.of(torch.tensor([[1, 1, 1, 0], [0, 1, 2, 2]]))
+    inputs = [randn(8, heads, 2, seed=heads).requires_grad_() for heads in (4, 2, 2)]
+    real = (torch.tensor([1, 1, 1, 0, 0, 1, 1, 1]) > 0)[:, None, None]
+    with path(which):
+        assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, segments, window) * real, inputs)
+
+
+@pytest.mark.parametrize("which", ["short", "long"])
+def test_large_scores_do_not_overflow(which):
+    """Scores of 1e4 would be infinite after exp; the softmax is then one-hot."""
+    segment_ids = torch.ones(1, 5, dtype=torch.int64)
+    q, k, v = (randn(5, 1, 4, seed=i).requires_grad_() for i in range(3))
+    with path(which):
+        out = attend(q * 100, k * 100, v, Segments.of(segment_ids))
+        gradients = torch.autograd.grad(out.sum(), [q, k, v])
+    assert_close(out, naive(q * 100, k * 100, v, segment_ids, None))
+    assert all(torch.isfinite(g).all() for g in gradients)
+
+
+def test_scores_are_not_kept():
+    """What stays for backward grows with the tokens, never with their square."""
+    kept: list[Tensor] = []
+    tokens, segments = 40, Segments.of(torch.ones(1, 40, dtype=torch.int64))
+    q, k, v = (randn(tokens, heads, 2, seed=heads).requires_grad_() for heads in (4, 2, 2))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        attend(q, k, v, segments)
+    assert kept
+    assert max(t.numel() for t in kept) <= q.numel()
+
+
+@pytest.mark.parametrize("fast_bf16", [False, True])
+@pytest.mark.parametrize("which", ["short", "long"])
+def test_bf16_stays_close_to_fp64(which, fast_bf16):
+    """On a CPU with and without bf16 products: within a few roundings of the exact result, gradients too."""
+    segment_ids = torch.tensor([[1] * 9 + [2] * 4, [0] * 3 + [1] * 10])
+    inputs = [randn(26, heads, 6, seed=heads).bfloat16() for heads in (4, 2, 2)]
+    upstream = randn(26, 4, 6, seed=9).bfloat16() * (segment_ids > 0).view(-1, 1, 1)
+    ours, exact = [x.clone().requires_grad_() for x in inputs], [x.double().requires_grad_() for x in inputs]
+    with path(which), mock.patch.object(matmul, "_cpu_multiplies_bf16", lambda: fast_bf16):
+        out = attend(*ours, Segments.of(segment_ids), 5)
+        gradients = torch.autograd.grad(out, ours, upstream)
+    expected = naive(*exact, segment_ids, 5)
+    real = (segment_ids > 0).flatten()
+    assert out.dtype == torch.bfloat16
+    assert_close(out[real], expected[real], 0.02)
+    for a, b in zip(gradients, torch.autograd.grad(expected, exact, upstream.double()), strict=True):
+        assert a.dtype == torch.bfloat16
+        assert_close(a, b, 0.03)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("fast_bf16", [False, True])
+@given(
+    heads=heads_and_kv_heads,
+    filled=st.lists(st.integers(0, 6), min_size=1, max_size=3),
+    new=st.integers(1, 4),
+    window=windows,
+    seed=seeds,
+)
+def test_cached_attention(dtype, tolerance, fast_bf16, heads, filled, new, window, seed):
+    """Rows of different length in one cache; what lies beyond a row's end is garbage that nobody sees."""
+    H, K = heads
+    B, C = len(filled), max(filled) + new + 2
+    k, v = (randn(B, K, C, 4, seed=seed + i).to(dtype) for i in range(2))
+    q = randn(B, new, H, 4, seed=seed + 2).to(dtype)
+    positions = torch.tensor(filled)[:, None] + torch.arange(new)
+    with mock.patch.object(matmul, "_cpu_multiplies_bf16", lambda: fast_bf16):
+        out = attend_cached(q, k, v, positions, window)
+    assert out.dtype == dtype
+    for b, length in enumerate(filled):
+        total = length + new
+        whole_q = torch.cat([torch.zeros(length, H, 4, dtype=torch.float64), q[b].double()])
+        keys, values = (x[b, :, :total].transpose(0, 1).double() for x in (k, v))
+        expected = naive(whole_q, keys, values, torch.ones(1, total, dtype=torch.int64), window)
+        assert_close(out[b], expected[length:], tolerance)

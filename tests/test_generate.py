@@ -1,0 +1,220 @@
+"""Generation: the KV cache changes nothing, neighbours change nothing, every eos stops, sampling follows its formula."""
+
+import contextlib
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from minisft.config import ModelConfig
+from minisft.errors import UserError
+from minisft.generate import Sampling, TextStream, generate, no_dropout, read_prompts, safe_text, stream_chat
+from minisft.model import CausalLM
+
+VOCAB = 23
+CONTEXT = 48
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=VOCAB,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    max_position_embeddings=CONTEXT,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    """Random weights large enough that the next token depends on everything before it."""
+    draw = torch.Generator().manual_seed(5)
+    tiny = CausalLM(CONFIG).double()
+    with torch.no_grad():
+        for parameter in tiny.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64) * 0.6)
+    return tiny.requires_grad_(False)
+
+
+prompt_lists = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9), min_size=1, max_size=6)
+
+
+def by_recomputation(model: CausalLM, prompt: list[int], steps: int) -> list[int]:
+    """Greedy decoding without a cache or a batch: the whole text runs through the model for each token."""
+    ids = list(prompt)
+    for _ in range(steps):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@given(prompt_lists, st.integers(1, 8), st.integers(1, 4))
+def test_cache_equals_recomputation(model, prompts, steps, batch_size):
+    found = generate(model, prompts, max_new_tokens=steps, eos_ids=(), batch_size=batch_size)
+    assert found == [by_recomputation(model, prompt, steps) for prompt in prompts]
+
+
+@given(prompt_lists, st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5))
+def test_cached_states_equal_uncached(model, prompts, continuation):
+    cache, hidden = read_prompts(model, prompts, len(continuation))
+    for n in range(len(continuation) + 1):
+        for row, prompt in enumerate(prompts):
+            whole = model.hidden(torch.tensor([[*prompt, *continuation[:n]]]))[0, -1]
+            torch.testing.assert_close(hidden[row], whole, rtol=1e-11, atol=1e-11)
+        if n < len(continuation):
+            hidden = model.hidden(torch.tensor([[continuation[n]]] * len(prompts)), cache=cache)[:, 0]
+
+
+@given(prompt_lists, st.integers(2, 6), st.floats(0.2, 3), st.floats(0.1, 1), st.integers(0, 5), st.integers(0, 99))
+def test_a_row_does_not_depend_on_its_batch(model, prompts, batch_size, temperature, top_p, top_k, seed):
+    settings = {
+        "max_new_tokens": 6,
+        "eos_ids": (1, 2),
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+    }
+    alone = generate(model, prompts, batch_size=1, **settings)
+    assert generate(model, prompts, batch_size=batch_size, **settings) == alone
+
+
+@given(prompt_lists, st.sets(st.integers(0, VOCAB - 1), min_size=1, max_size=6))
+def test_every_eos_stops_and_only_eos_does(model, prompts, eos_ids):
+    for free, stopped in zip(
+        generate(model, prompts, max_new_tokens=12, eos_ids=()),
+        generate(model, prompts, max_new_tokens=12, eos_ids=eos_ids),
+        strict=True,
+    ):
+        ends = [place for place, token in enumerate(free) if token in eos_ids]
+        assert stopped == (free[: ends[0] + 1] if ends else free)
+
+
+def test_the_context_is_the_limit(model):
+    prompts = [[3] * (CONTEXT - 2), [4] * 5, [5] * (CONTEXT - 1)]
+    lengths = [len(ids) for ids in generate(model, prompts, max_new_tokens=9, eos_ids=())]
+    assert lengths == [2, 9, 1]
+
+
+def test_on_token_tells_everything(model):
+    told: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    answers = generate(
+        model, [[1], [2, 3], [4]], max_new_tokens=5, eos_ids=(7,), batch_size=2, on_token=lambda i, t: told[i].append(t)
+    )
+    assert list(told.values()) == answers
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+        {"batch_size": 0},
+    ],
+)
+def test_bad_settings_are_refused(model, settings):
+    with pytest.raises(UserError, match="config/bad-value"):
+        generate(model, [[1]], **({"max_new_tokens": 3, "eos_ids": ()} | settings))
+
+
+@pytest.mark.parametrize("prompt", [[], [1] * CONTEXT])
+def test_bad_prompts_are_refused(model, prompt):
+    with pytest.raises(UserError, match="prompt 2"):
+        generate(model, [[1], prompt], max_new_tokens=3, eos_ids=())
+
+
+def by_hand(logits: list[float], temperature: float, top_p: float, top_k: int) -> dict[int, float]:
+    """The distribution in plain Python floats: sort, cut to k, softmax, cut to p, renormalise."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or None]
+    weights = [math.exp((logits[i] - max(logits)) / temperature) for i in order]
+    kept: dict[int, float] = {}
+    for i, weight in zip(order, weights, strict=True):
+        if sum(kept.values()) >= top_p * sum(weights):
+            break
+        kept[i] = weight
+    return {i: weight / sum(kept.values()) for i, weight in kept.items()}
+
+
+@given(
+    st.lists(st.floats(-8, 8), min_size=2, max_size=12, unique=True),
+    st.floats(0.1, 4),
+    st.floats(0.05, 1),
+    st.integers(0, 14),
+)
+def test_the_distribution_is_the_formula(logits, temperature, top_p, top_k):
+    expected = by_hand(logits, temperature, top_p, top_k)
+    assume(abs(sum(sorted(by_hand(logits, temperature, 1.0, top_k).values())[-len(expected) :]) - top_p) > 1e-9)
+    p, ids = Sampling(temperature, top_p, top_k).distribution(torch.tensor([logits], dtype=torch.float64))
+    found = {int(i): float(x) for i, x in zip(ids[0], p[0], strict=True) if x > 0}
+    assert found == pytest.approx({i: x for i, x in expected.items() if x > 0}, rel=1e-9, abs=1e-15)
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    sampling = Sampling(temperature=1.0, top_k=3, seed=11)
+    n = 4000
+    counts = Counter(int(sampling.choose(logits, [0], step)) for step in range(n))
+    for token, share in by_hand(logits[0].tolist(), 1.0, 1.0, 3).items():
+        assert abs(counts[token] / n - share) < 4 * math.sqrt(share * (1 - share) / n)
+    assert 3 not in counts
+
+
+def test_one_candidate_is_greedy(model):
+    prompts = [[1, 2], [3]]
+    greedy = generate(model, prompts, max_new_tokens=6, eos_ids=())
+    assert generate(model, prompts, max_new_tokens=6, eos_ids=(), temperature=2.0, top_k=1) == greedy
+    assert generate(model, prompts, max_new_tokens=6, eos_ids=(), temperature=1.0, top_p=1e-9) == greedy
+
+
+def test_no_dropout_gives_every_module_its_mode_back(model):
+    model.train()
+    model.model.layers[0].eval()
+    before = [m.training for m in model.modules()]
+    with contextlib.suppress(KeyboardInterrupt), no_dropout(model):
+        assert not any(m.training for m in model.modules())
+        raise KeyboardInterrupt
+    assert [m.training for m in model.modules()] == before
+
+
+class ByteTokenizer:
+    """Every byte is a token: the hardest case for a stream."""
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+@given(st.text(alphabet=st.characters(exclude_characters="\ufffd", exclude_categories=["Cs"]), max_size=30))
+def test_the_stream_says_everything_and_never_half_a_character(text):
+    stream = TextStream(ByteTokenizer())
+    pieces = [stream.push(byte) for byte in text.encode()]
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert "".join(pieces) + stream.finish() == text
+    assert pieces[: len(text)] == list(text) or not text.isascii()  # ASCII comes at once
+
+
+def test_a_cut_character_comes_out_at_the_end():
+    stream = TextStream(ByteTokenizer())
+    pieces = [stream.push(byte) for byte in "aé".encode()[:2]]
+    assert (pieces, stream.finish(), stream.finish()) == (["a", ""], "\ufffd", "")
+
+
+def test_the_terminal_is_safe():
+    assert safe_text("a\tb\n\x1b[31mred\x07\x9b\u202e!") == "a\tb\n\\x1b[31mred\\x07\\x9b\\u202e!"
+
+
+def test_chat_streams_what_generate_says():
+    config = ModelConfig(**{**CONFIG.__dict__, "vocab_size": 256})
+    torch.manual_seed(1)
+    wide = CausalLM(config).double()
+    [expected] = generate(wide, [[5, 6, 7]], max_new_tokens=20, eos_ids=(0,))
+    shown: list[str] = []
+    answer = stream_chat(wide, ByteTokenizer(), [5, 6, 7], shown.append, max_new_tokens=20, eos_ids=(0,), sampling=Sampling())
+    assert answer == bytes(t for t in expected if t).decode(errors="replace")
+    assert "".join(shown) == safe_text(answer)

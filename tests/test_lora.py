@@ -1,0 +1,336 @@
+"""Adapters: a fresh one changes no bit, and gradients equal plain autograd of the dense W + scaling * B A."""
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import assert_close, build, randn
+from tiny import LLAMA, QWEN2
+from torch import Tensor, nn
+
+from minisft import matmul
+from minisft.config import LoRAConfig
+from minisft.errors import UserError
+from minisft.lora import LoRAEmbedding, LoRALinear
+from minisft.matmul import Linear
+from minisft.surgery import apply_lora_
+
+sizes = st.sampled_from([1, 2, 3, 7, 8, 15, 16, 17, 31, 33])
+batches = st.sampled_from([(), (0,), (1,), (5,), (2, 3), (0, 3), (2, 1, 3)])
+seeds = st.integers(0, 2**31)
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, kind: type[nn.Linear] = Linear, seed: int = 0) -> nn.Linear:
+    base = kind(inputs, outputs, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        for i, parameter in enumerate(base.parameters()):
+            parameter.copy_(randn(*parameter.shape, seed=seed + i))
+    return base
+
+
+def trained(layer: LoRALinear | LoRAEmbedding, seed: int = 5) -> LoRALinear | LoRAEmbedding:
+    """Both factors random, as after some training."""
+    with torch.no_grad():
+        layer.lora_A.copy_(randn(*layer.lora_A.shape, seed=seed))
+        layer.lora_B.copy_(randn(*layer.lora_B.shape, seed=seed + 1))
+    return layer
+
+
+def as_laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in memory that is not contiguous."""
+    if layout == "transposed" and x.ndim >= 2:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "strided":
+        return torch.stack([x, x + 1], -1)[..., 0]
+    return x
+
+
+# A fresh adapter
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Linear])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@given(inputs=sizes | st.sampled_from([576, 1536]), outputs=sizes | st.just(257), batch=batches, bias=st.booleans(), seed=seeds)
+def test_zero_b_changes_no_bit(kind, dtype, inputs, outputs, batch, bias, seed):
+    base = make_linear(inputs, outputs, bias, dtype, kind, seed)
+    x = randn(*batch, inputs, seed=seed + 9, dtype=dtype)
+    expected = base(x) if kind is Linear else matmul.linear(x, base.weight, base.bias)
+    layer = LoRALinear(base, 1, 3.0)
+    assert layer.lora_A.any()
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("config", [LLAMA, QWEN2], ids=["llama", "qwen2"])
+def test_fresh_adapters_leave_a_model_as_it_was(config, dtype):
+    model = build(config, dtype)
+    ids = torch.arange(21).view(3, 7)
+    expected = model(ids)
+    apply_lora_(model, LoRAConfig(rank=3, alpha=7.0))
+    assert torch.equal(model(ids), expected)
+    assert torch.equal(model.train()(ids), expected)
+
+
+@given(inputs=st.integers(1, 300), outputs=sizes, rank=st.integers(1, 4))
+def test_start_is_kaiming_uniform(inputs, outputs, rank):
+    rank = min(rank, inputs, outputs)
+    layer = LoRALinear(Linear(inputs, outputs), rank, 3.0)
+    assert layer.lora_A.shape == (rank, inputs)
+    assert layer.lora_B.shape == (outputs, rank)
+    assert not layer.lora_B.any()
+    largest = float(layer.lora_A.detach().abs().max()) * math.sqrt(inputs)
+    assert largest <= 1.0
+    if inputs * rank >= 100:
+        assert largest > 0.9
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+@given(inputs=sizes, outputs=sizes, batch=batches, bias=st.booleans(), rslora=st.booleans(), data=st.data(), seed=seeds)
+def test_equals_dense_autograd(layout, inputs, outputs, batch, bias, rslora, data, seed):
+    """Value and gradients of A, B and x in fp64 against y = x (W + s B A)^T + b by plain autograd."""
+    rank = data.draw(st.integers(1, min(inputs, outputs)))
+    alpha = data.draw(st.sampled_from([-2.0, 0.0, 0.5, 3.0, 17.0]).filter(lambda a: a != rank))
+    base = make_linear(inputs, outputs, bias, torch.float64, seed=seed)
+    layer = trained(LoRALinear(base, rank, alpha, use_rslora=rslora), seed)
+    x = randn(*batch, inputs, seed=seed + 9)
+    ours = as_laid_out(x, layout).requires_grad_()
+    theirs = x.clone().requires_grad_()
+    A, B = (f.detach().clone().requires_grad_() for f in (layer.lora_A, layer.lora_B))
+    scaling = alpha / (rank**0.5 if rslora else rank)
+    expected = theirs @ (base.weight + scaling * (B @ A)).T + (base.bias if bias else 0.0)
+    actual = layer(ours)
+    assert_close(actual, expected)
+    upstream = as_laid_out(randn(*expected.shape, seed=seed + 10), layout)
+    found = torch.autograd.grad(actual, [ours, layer.lora_A, layer.lora_B], upstream)
+    wanted = torch.autograd.grad(expected, [theirs, A, B], upstream)
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradcheck(dropout, bias):
+    layer = LoRALinear(make_linear(3, 4, bias, torch.float64), 2, 3.0, dropout)
+
+    def run(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        torch.manual_seed(3)  # the same mask at every evaluation
+        return torch.func.functional_call(layer, {"lora_A": A, "lora_B": B}, x)
+
+    inputs = [randn(2, 3, 3), randn(2, 3, seed=1), randn(4, 2, seed=2)]
+    assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_base_gets_no_gradient(dropout):
+    base = make_linear(5, 4, True, torch.float32)
+    layer = trained(LoRALinear(base, 2, 3.0, dropout))
+    x = randn(6, 5, dtype=torch.float32).requires_grad_()
+    layer(x).square().sum().backward()
+    assert base.weight.grad is None
+    assert base.bias.grad is None
+    assert not base.weight.requires_grad
+    assert all(t.grad is not None and t.grad.any() for t in (x, layer.lora_A, layer.lora_B))
+
+
+def test_only_what_is_asked_for_is_computed():
+    """The first layer's input needs no gradient, nor does a factor that somebody froze."""
+    layer = trained(LoRALinear(make_linear(5, 4, False, torch.float64), 2, 3.0))
+    layer.lora_A.requires_grad_(False)
+    layer(randn(3, 5)).sum().backward()
+    assert layer.lora_A.grad is None
+    assert layer.lora_B.grad is not None
+
+
+def test_an_unfrozen_base_is_trained_too():
+    layer = trained(LoRALinear(make_linear(5, 4, True, torch.float64), 2, 3.0))
+    layer.base.requires_grad_(True)
+    x, upstream = randn(6, 5), randn(6, 4, seed=3)
+    layer(x).backward(upstream)
+    assert_close(layer.base.weight.grad, upstream.T @ x)
+    assert_close(layer.base.bias.grad, upstream.sum(0))
+    assert_close(layer.lora_B.grad, layer.scaling * upstream.T @ (x @ layer.lora_A.T))
+
+
+# Dropout
+
+
+@given(seed=seeds, probability=st.sampled_from([0.1, 0.5, 0.9]))
+def test_dropout_is_off_in_eval(seed, probability):
+    base = make_linear(7, 5, True, torch.float64)
+    with_dropout, without = (trained(LoRALinear(base, 2, 3.0, p)) for p in (probability, 0.0))
+    x = randn(4, 7, seed=seed)
+    assert_close(with_dropout.eval()(x), without(x))
+    assert_close(with_dropout.train()(x) - base(x), with_dropout(x) - base(x), 1e9)  # runs; the law is below
+
+
+@pytest.mark.parametrize("probability", [0.2, 0.5])
+def test_dropout_hides_inputs_from_the_update_alone(probability):
+    """With x = e_i the output is base + s (B A)_i / (1 - p) or base alone, in the right proportion."""
+    layer = trained(LoRALinear(make_linear(4, 3, False, torch.float64), 2, 3.0, probability)).train()
+    draws = 4000
+    x = torch.eye(4, dtype=torch.float64).repeat(draws, 1)
+    torch.manual_seed(0)
+    update = (layer(x) - layer.base(x)).detach().view(draws, 4, 3)
+    full = 1.5 * (layer.lora_B @ layer.lora_A).T.detach() / (1 - probability)  # (4, 3)
+    kept = (update - full).abs().amax(-1) < 1e-9
+    dropped = update.abs().amax(-1) < 1e-9
+    assert bool((kept ^ dropped).all())
+    share = float(kept.double().mean())
+    assert abs(share - (1 - probability)) < 5 * math.sqrt(probability * (1 - probability) / (4 * draws))
+
+
+# Masters and memory
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_masters_stay_fp32(narrow):
+    """Adapters keep all their bits whether they are added before or after the model is narrowed, and train in fp32."""
+    for model in (nn.Sequential(LoRALinear(Linear(6, 5), 2, 3.0)), nn.Sequential(LoRALinear(Linear(6, 5, dtype=narrow), 2, 3.0))):
+        layer = trained(model[0])
+        before = layer.lora_A.detach().clone()
+        identity = layer.lora_A
+        model.to(narrow)
+        assert layer.base.weight.dtype == narrow
+        assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+        assert layer.lora_A is identity
+        assert torch.equal(layer.lora_A, before)
+        y = model(randn(3, 6, dtype=narrow))
+        assert y.dtype == narrow
+        y.sum().backward()
+        assert layer.lora_A.grad.dtype == torch.float32
+    model.double()
+    assert layer.lora_A.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_masters_are_fp32_at_least(kind):
+    for dtype, master in ((torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+        layer = LoRALinear(Linear(4, 3, dtype=dtype), 2, 3.0) if kind == "linear" else LoRAEmbedding(nn.Embedding(4, 3, dtype=dtype), 2, 3.0)
+        assert layer.lora_A.dtype == layer.lora_B.dtype == master
+
+
+@pytest.mark.parametrize("fast_bf16", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_bf16_base_stays_close_to_fp64(fast_bf16, dropout):
+    base = make_linear(33, 17, True, torch.bfloat16)
+    layer = trained(LoRALinear(base, 4, 3.0, dropout))
+    exact = trained(LoRALinear(make_linear(33, 17, True, torch.float64), 4, 3.0, dropout))
+    exact.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
+    x = randn(6, 33, dtype=torch.bfloat16)
+    results = []
+    for module, inputs in ((layer, x), (exact, x.double())):
+        inputs = inputs.clone().requires_grad_()
+        with mock.patch.object(matmul, "_cpu_multiplies_bf16", lambda: fast_bf16):
+            torch.manual_seed(1)
+            y = module(inputs)
+            y.backward(randn(6, 17, seed=4, dtype=torch.bfloat16).to(y.dtype))
+        results.append([y, inputs.grad, module.lora_A.grad, module.lora_B.grad])
+    if dropout:  # masks of different dtypes come from different draws: only dtypes can be compared
+        assert [t.dtype for t in results[0]] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+        return
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_keeps_its_input_and_nothing_large(bias, dtype):
+    """Saved: x itself (not a copy), x A^T, the factors. Never y, the dense weight or a widened x."""
+    kept: list[Tensor] = []
+    layer = trained(LoRALinear(make_linear(64, 48, bias, dtype), 2, 3.0))
+    x = randn(32, 64, dtype=dtype).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    shared = {x.data_ptr(), layer.lora_A.data_ptr(), layer.lora_B.data_ptr()}
+    assert x.data_ptr() in {t.data_ptr() for t in kept}
+    assert [t.shape for t in kept if t.data_ptr() not in shared] == [(32, 2)]
+
+
+def test_nothing_is_written_in_forward():
+    layer = trained(LoRALinear(make_linear(5, 4, True, torch.float64), 2, 3.0))
+    x = randn(3, 5)
+    before = [t.clone() for t in (x, *layer.state_dict().values())]
+    layer.train()(x)
+    layer.eval()(x)
+    for a, b in zip((x, *layer.state_dict().values()), before, strict=True):
+        assert torch.equal(a, b)
+
+
+# Scaling, rank, delta weight
+
+
+@given(rank=st.integers(1, 8), alpha=st.floats(-50, 50), rslora=st.booleans())
+def test_delta_weight(rank, alpha, rslora):
+    layer = trained(LoRALinear(make_linear(9, 8, False, torch.float64), rank, alpha, use_rslora=rslora))
+    A, B = layer.lora_A.detach(), layer.lora_B.detach()
+    divisor = math.sqrt(rank) if rslora else rank
+    expected = sum(torch.outer(B[:, r], A[r]) for r in range(rank)) * alpha / divisor
+    assert_close(layer.delta_weight(), expected)
+    assert not layer.delta_weight().requires_grad
+    x = randn(3, 9)
+    assert_close(layer(x), x @ (layer.base.weight + layer.delta_weight()).T)
+    assert f"rank={rank}" in repr(layer)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 5])
+@pytest.mark.parametrize("base", [Linear(4, 9), Linear(9, 4), nn.Embedding(4, 9), nn.Embedding(9, 4)], ids=repr)
+def test_rank_that_does_not_fit(base, rank):
+    with pytest.raises(UserError, match=f"found rank {rank}; expected 1 to 4 for a weight of shape . x .") as error:
+        (LoRALinear if isinstance(base, nn.Linear) else LoRAEmbedding)(base, rank, 3.0)
+    assert error.value.code == "config/bad-rank"
+
+
+# Embeddings
+
+
+@given(ids=st.lists(st.integers(0, 8), max_size=7), rank=st.integers(1, 5), rslora=st.booleans(), seed=seeds)
+def test_embedding_equals_dense_autograd(ids, rank, rslora, seed):
+    base = nn.Embedding(9, 5, dtype=torch.float64)
+    layer = trained(LoRAEmbedding(base, rank, 7.0, use_rslora=rslora), seed)
+    A, B = (f.detach().clone().requires_grad_() for f in (layer.lora_A, layer.lora_B))
+    scaling = 7.0 / (rank**0.5 if rslora else rank)
+    index = torch.tensor(ids, dtype=torch.int64)
+    expected = (base.weight + scaling * (B @ A).T)[index]
+    actual = layer(index)
+    assert_close(actual, expected)
+    assert_close((base.weight + layer.delta_weight())[index], expected)
+    upstream = randn(*expected.shape, seed=seed + 1)
+    found = torch.autograd.grad(actual, [layer.lora_A, layer.lora_B], upstream)
+    for a, b in zip(found, torch.autograd.grad(expected, [A, B], upstream), strict=True):
+        assert_close(a, b)
+    assert base.weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_fresh_embedding_changes_no_bit(dtype):
+    base = nn.Embedding(9, 5, dtype=dtype)
+    layer = LoRAEmbedding(base, 2, 3.0)
+    ids = torch.tensor([[0, 8], [3, 3]])
+    assert layer.lora_B.any()
+    assert torch.equal(layer(ids), base(ids))
+    layer.enabled = False
+    assert torch.equal(trained(layer)(ids), base(ids))
+
+
+@pytest.mark.parametrize("base", [Linear(6, 5), Linear(6, 5, bias=False), nn.Embedding(6, 5)], ids=repr)
+def test_layer_equals_peft(base):
+    """Same factors, same output: PEFT's layer is the oracle, embeddings and rsLoRA included."""
+    peft = pytest.importorskip("peft")
+    for rslora in (False, True):
+        layer = trained((LoRALinear if isinstance(base, nn.Linear) else LoRAEmbedding)(base, 3, 7.0, use_rslora=rslora))
+        config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["0"], use_rslora=rslora)
+        theirs = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
+        prefix = "lora_embedding_" if isinstance(base, nn.Embedding) else "lora_"
+        with torch.no_grad():
+            for name, factor in (("A", layer.lora_A), ("B", layer.lora_B)):
+                slot = getattr(theirs, prefix + name)["default"]
+                (slot if isinstance(slot, nn.Parameter) else slot.weight).copy_(factor)
+        x = torch.tensor([[0, 5], [2, 2]]) if isinstance(base, nn.Embedding) else randn(4, 6, dtype=torch.float32)
+        assert_close(layer(x), theirs(x), 1e-5)
