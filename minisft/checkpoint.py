@@ -281,7 +281,9 @@ def load_step(run_dir: str | Path, step: int) -> Checkpoint:
     except NewerFormatError:
         raise _newer_format_error(path) from None
     except UnusableError as reason:
-        raise UserError("checkpoint/unusable", "this checkpoint cannot be used", where=visible(path), found=visible(reason)) from None
+        raise UserError(
+            "checkpoint/unusable", "this checkpoint cannot be used", where=visible(path), found=visible(reason)
+        ) from None
 
 
 def _load(folder: Path, step: int, skipped: tuple[str, ...]) -> Checkpoint:

@@ -218,6 +218,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         arguments.max_length,
         turns=arguments.turns,
         allow_control_tokens=arguments.allow_control_tokens,
+        path=arguments.data,
     )
     report = inspect_dataset(dataset, encoded, tokenizer, arguments.max_length, arguments.rows)
     print(render(report, color=sys.stdout.isatty()))

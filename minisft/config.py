@@ -8,6 +8,7 @@ generated from the fields, so they cannot drift apart.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import tomllib
 import types
@@ -145,7 +146,7 @@ class RunConfig:
     map: tuple[str, ...] = _flag("column of your file for a field of ours, e.g. prompt=question (repeatable)", (), "FIELD=COLUMN")
     template: str | None = _flag("chat template instead of the model's own: a .jinja file, chatml or plain", None, "T")
     turns: Literal["all", "last"] = _flag("which assistant turns are trained", "all")
-    max_length: int = _flag("longest row in tokens; longer rows lose the end of their prompt or are dropped", 1024, "N")
+    max_length: int = _flag("longest row in tokens; longer rows lose the beginning of their prompt, or are dropped", 1024, "N")
     strict: bool = _flag("stop at rows that are too long instead of counting and dropping them", False)
     allow_control_tokens: bool = _flag("let control tokens that stand in the data act as such (default: they are text)", False)
     packing: bool = _flag("lay several rows end to end (same result as padded, no padding)", False)
@@ -228,14 +229,18 @@ def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
+@functools.cache
+def _hints() -> dict[str, typing.Any]:
+    return typing.get_type_hints(RunConfig)
+
+
 def _choices() -> dict[str, tuple[str, ...]]:
-    hints = typing.get_type_hints(RunConfig)
-    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+    return {name: typing.get_args(hint) for name, hint in _hints().items() if typing.get_origin(hint) is Literal}
 
 
 def field_type(name: str) -> tuple[type, bool, tuple[str, ...]]:
     """What a field of ``RunConfig`` holds: (element type, is it a tuple, its choices)."""
-    hint = typing.get_type_hints(RunConfig)[name]
+    hint = _hints()[name]
     if typing.get_origin(hint) is Literal:
         return str, False, typing.get_args(hint)
     if isinstance(hint, types.UnionType):
@@ -266,11 +271,11 @@ def run_config(values: dict[str, object], where: str = "settings") -> RunConfig:
 
 def _typed(name: str, value: object, where: str) -> object:
     kind, is_tuple, _ = field_type(name)
-    if value is None:
+    if value is None and types.NoneType in typing.get_args(_hints()[name]):
         return None
     if is_tuple and isinstance(value, (list, tuple)) and all(isinstance(v, kind) for v in value):
         return tuple(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return float(value)
     if not is_tuple and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
@@ -284,5 +289,5 @@ def read_toml(path: Path) -> dict[str, object]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError("config/no-file", "cannot read the settings", where=visible(path), found=error.strerror or str(error)) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:  # the last: nested a thousand deep
         raise UserError("config/bad-toml", "the settings are not TOML", where=visible(path), found=visible(error)) from None

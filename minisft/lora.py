@@ -22,6 +22,19 @@ def scaling_of(rank: int, alpha: float, use_rslora: bool) -> float:
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
+def check_rank(rank: int, shape: tuple[int, ...], where: str = "") -> None:
+    """Refuse a rank below 1 or above the smaller side of the weight."""
+    if not 1 <= rank <= min(shape):
+        raise UserError(
+            "config/bad-rank",
+            "the rank does not fit the layer",
+            where=where,
+            found=f"rank {rank}",
+            expected=f"1 to {min(shape)} for a weight of shape {' x '.join(map(str, shape))}",
+            fix="choose a smaller --rank or fewer --targets",
+        )
+
+
 class _AdaptedLinear(torch.autograd.Function):
     """y = x W^T + b + s (x A^T) B^T through a frozen W.
 
@@ -77,12 +90,8 @@ class _Adapter(nn.Module):
         self, base: nn.Module, shape: tuple[int, int], rank: int, alpha: float, dropout: float, use_rslora: bool, weight: Tensor
     ) -> None:
         super().__init__()
+        check_rank(rank, shape)
         rows, columns = shape
-        if not 1 <= rank <= min(shape):
-            raise UserError(
-                "config/bad-rank", "the rank does not fit the layer", found=f"rank {rank}",
-                expected=f"1 to {min(shape)} for a weight of shape {rows} x {columns}", fix="choose a smaller --rank or fewer --targets",
-            )  # fmt: skip
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
         self.scaling = scaling_of(rank, alpha, use_rslora)

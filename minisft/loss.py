@@ -89,8 +89,9 @@ def head_loss_sum(hidden: Tensor, head: nn.Module, target_ids: Tensor) -> Tensor
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, supervised)
     targets = target_ids.reshape(-1).index_select(0, supervised)
     if isinstance(head, nn.Linear) and head.bias is None:
-        return _HeadLoss.apply(rows, head.weight, targets)
+        weight = head.weight if torch.is_grad_enabled() else head.weight.detach()  # a Function cannot see no_grad from within
+        return _HeadLoss.apply(rows, weight, targets)
     chunk = max(1, CHUNK_ELEMENTS // 2**16)
     parts = zip(rows.split(chunk), targets.split(chunk), strict=True)
     losses = [checkpoint(lambda h, t: cross_entropy_sum(head(h), t), h, t, use_reentrant=False) for h, t in parts]
-    return torch.stack(losses).sum() if losses else rows.sum() * 0
+    return torch.stack(losses).sum()  # without a supervised token there is one part, of no rows

@@ -26,7 +26,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from minisft.matmul import product_dtype
 from minisft.nf4 import QuantizedWeight, dequantize, quantize
 
-# ---- the two products, on tensors without gradients --------------------------------------------------------------------
+# ---- the two products, on tensors without gradients ------------------------------------------------------------------
 
 
 def nf4_matmul(x: Tensor, q: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -81,7 +81,7 @@ class _FrozenLinear(torch.autograd.Function):
         return grad_x, grad_bias, None
 
 
-# ---- the layer ---------------------------------------------------------------------------------------------------------
+# ---- the layer -------------------------------------------------------------------------------------------------------
 
 
 class NF4Linear(nn.Module):
@@ -158,7 +158,7 @@ class NF4Linear(nn.Module):
         return f"{shape}, block_size={self.block_size}, double_quant={self.absmax2 is not None}"
 
 
-# ---- the same two products as opaque operators, for torch.compile ------------------------------------------------------
+# ---- the same two products as opaque operators, for torch.compile ----------------------------------------------------
 
 _Fields = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, int, list[int]]
 

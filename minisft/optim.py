@@ -69,16 +69,15 @@ class MasterAdamW:
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what ``state`` returned, parameters included."""
+        self.adamw.state.clear()
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[f"{name}/master"])
                 self.parameters[name].copy_(master)
                 moments = {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in tensors}
                 if moments:
-                    self.adamw.state[master] = {
-                        key: value.to(master.device if key != "step" or value.device.type != "cpu" else "cpu", copy=True)
-                        for key, value in moments.items()
-                    }
+                    # The fused kernel wants everything beside the parameter, the step count too.
+                    self.adamw.state[master] = {key: value.to(master.device, copy=True) for key, value in moments.items()}
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

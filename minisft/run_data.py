@@ -59,7 +59,7 @@ def prepare_data(run: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None
 
     encoded, encoded_validation = encode(train, run.data), encode(validation, run.eval_data or run.data)
     check(encoded, tokenizer, run.max_length)
-    for note in (*dataset.notes, *tokenizer.notes, *_losses(encoded)):
+    for note in (*dataset.notes, *tokenizer.notes, *_losses(encoded, "training"), *_losses(encoded_validation, "validation")):
         say(note)
     say(f"{len(encoded.rows)} rows to train on, {len(encoded_validation.rows)} to validate on")
     identity: dict[str, JSON] = {"train": dataset.sha256, "eval": held_out.sha256 if held_out else None}
@@ -70,7 +70,7 @@ def prepare_data(run: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None
     return template, RunData(encoded.rows, encoded_validation.rows, identity, facts)
 
 
-def _losses(encoded: EncodedDataset) -> list[str]:
+def _losses(encoded: EncodedDataset, use: str) -> list[str]:
     """What became of rows that were not used as they are; one sentence each, nothing when there were none."""
     counted = {
         "prompts lost their beginning to --max-length": len(encoded.truncated),
@@ -78,7 +78,7 @@ def _losses(encoded: EncodedDataset) -> list[str]:
         "rows dropped: no turn in them is trained": len(encoded.untrained),
         "control tokens spelt out in the data, read as plain text": encoded.control_tokens,
     }
-    return [f"{number} {what}" for what, number in counted.items() if number]
+    return [f"{use}: {number} {what}" for what, number in counted.items() if number]
 
 
 def _facts(dataset: Dataset, encoded: EncodedDataset) -> dict[str, JSON]:

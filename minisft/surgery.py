@@ -15,7 +15,7 @@ from torch import nn
 
 from minisft.config import ALL_LINEAR, LoRAConfig
 from minisft.errors import UserError, listing, nearest, visible
-from minisft.lora import LoRAEmbedding, LoRALinear
+from minisft.lora import LoRAEmbedding, LoRALinear, check_rank
 from minisft.seeds import generator
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ def _no_match(name: str, candidates: Mapping[str, nn.Module]) -> list[str]:
 def pattern_value(path: str, patterns: Mapping[str, T], default: T) -> T:
     """The value of the first pattern that matches the end of ``path`` (PEFT's rule for rank_pattern and alpha_pattern)."""
     for key, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({key})", path):
+        if _compiled(rf"(.*\.)?({key})").fullmatch(path):
             return value
     return default
 
@@ -130,9 +130,10 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
 def _wrap(path: str, base: nn.Module, config: LoRAConfig) -> LoRALinear | LoRAEmbedding:
     rank = pattern_value(path, config.rank_pattern, config.rank)
     alpha = pattern_value(path, config.alpha_pattern, config.alpha)
+    assert isinstance(base, (nn.Linear, nn.Embedding))
+    check_rank(rank, tuple(base.weight.shape), visible(path))
     if isinstance(base, nn.Embedding):
         return LoRAEmbedding(base, rank, alpha, config.dropout, config.use_rslora)
-    assert isinstance(base, nn.Linear)
     return LoRALinear(base, rank, alpha, config.dropout, config.use_rslora)
 
 

@@ -46,7 +46,9 @@ class Build:
         assert set(names) == set(self.arguments), set(names) ^ set(self.arguments)
         types = {name: value if isinstance(value, str) else "constexpr" for name in names for value in [self.arguments[name]]}
         constants = {name: self.arguments[name] for name in names if types[name] == "constexpr"}
-        aligned = [name for name in names if types[name].startswith("*") or types[name] == "i32" and name not in self.unaligned]
+        aligned = [
+            name for name in names if types[name].startswith("*") or (types[name] == "i32" and name not in self.unaligned)
+        ]
         attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fp_fusion}
         return triton.compile(ASTSource(self.kernel, types, constants, attributes), target=target, options=options)

@@ -7,16 +7,14 @@ correct bf16 (it cuts bits off instead of rounding), so there the dtypes are fp3
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    import os
-
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs a GPU, or TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
 pytest.importorskip("triton")
 
@@ -75,8 +73,11 @@ def by_hand(weight: PackedWeight) -> Tensor:
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
     ("shape", "block_size"),
-    [((1,), 32), ((2,), 64), ((7,), 64), ((33,), 32), ((64,), 64), ((65,), 64), ((777,), 64), ((24, 40), 128), ((8192,), 64)]
-    + [((8193,), 4096), ((3, 4099), 2048), ((5, 3333), 256), ((17, 1031), 64), ((20000,), 512), ((16385,), 1024)],
+    [
+        *(((n,), 64) for n in (2, 7, 64, 65, 777, 8192)),
+        *(((1,), 32), ((33,), 32), ((24, 40), 128), ((17, 1031), 64), ((5, 3333), 256)),
+        *(((20000,), 512), ((16385,), 1024), ((3, 4099), 2048), ((8193,), 4096)),
+    ],
 )
 def test_dequantize_is_bit_equal_to_the_definition_and_to_its_twin(
     shape: tuple[int, ...], block_size: int, nested: bool
@@ -191,7 +192,7 @@ def check_product(got: Tensor, exact: Tensor, magnitude: Tensor, inner: int, twi
     assert error.square().mean().sqrt().item() <= 1.5 * yardstick + floor
 
 
-SHAPES = [(1, 32), (5, 96), (70, 160), (129, 1056), (8, 2080)]  # (out_features, in_features)
+SHAPES = [(1, 32), (21, 160), (9, 1056), (5, 2080)]  # (out_features, in_features)
 
 
 @pytest.mark.parametrize("config", MATVEC_CONFIGS)
@@ -209,8 +210,8 @@ def test_matvec(outputs: int, inputs: int, config: tuning.Config) -> None:
 @pytest.mark.parametrize("rank", [1, 5, 16])
 def test_the_epilogue_of_lora_is_added_exactly_once(rank: int, config: tuning.Config) -> None:
     for rows, dtype in ((1, DTYPES[-1]), (3, torch.float32)):
-        weight, x = quantized(37, 1120), gaussian(rows, 1120, seed=1, dtype=dtype)
-        xa, lora_B = gaussian(rows, rank, seed=2, dtype=dtype), gaussian(37, rank, seed=3, dtype=dtype)
+        weight, x = quantized(11, 1120), gaussian(rows, 1120, seed=1, dtype=dtype)
+        xa, lora_B = gaussian(rows, rank, seed=2, dtype=dtype), gaussian(11, rank, seed=3, dtype=dtype)
         dense, a, b = by_hand(weight), xa.double(), lora_B.double()
         exact = x.double() @ dense.double().T - 1.75 * a @ b.T
         magnitude = x.abs().double() @ dense.abs().double().T + 1.75 * a.abs() @ b.abs().T
@@ -220,7 +221,7 @@ def test_the_epilogue_of_lora_is_added_exactly_once(rank: int, config: tuning.Co
 
 
 @pytest.mark.parametrize("config", SMALL_CONFIGS)
-@pytest.mark.parametrize(("rows", "outputs", "inputs", "block_size"), [(1, 5, 96, 64), (16, 70, 160, 32), (33, 129, 1056, 4096)])
+@pytest.mark.parametrize(("rows", "outputs", "inputs", "block_size"), [(1, 5, 96, 64), (16, 70, 160, 32), (33, 70, 544, 4096)])
 def test_matmul_small(rows: int, outputs: int, inputs: int, block_size: int, config: tuning.Config) -> None:
     for dtype, nested in zip(DTYPES, (True, False, True), strict=False):
         weight, x = quantized(outputs, inputs, block_size=block_size, nested=nested), gaussian(rows, inputs, dtype=dtype)
@@ -231,7 +232,7 @@ def test_matmul_small(rows: int, outputs: int, inputs: int, block_size: int, con
 
 
 @pytest.mark.parametrize("config", BACKWARD_CONFIGS)
-@pytest.mark.parametrize(("rows", "outputs", "inputs", "block_size"), [(1, 5, 96, 64), (16, 160, 96, 32), (33, 301, 288, 4096)])
+@pytest.mark.parametrize(("rows", "outputs", "inputs", "block_size"), [(1, 5, 96, 64), (16, 160, 96, 32), (33, 301, 160, 4096)])
 def test_matmul_backward(rows: int, outputs: int, inputs: int, block_size: int, config: tuning.Config) -> None:
     for dtype, nested in zip(DTYPES, (True, False, True), strict=False):
         weight, grad = quantized(outputs, inputs, block_size=block_size, nested=nested), gaussian(rows, outputs, dtype=dtype)
@@ -242,12 +243,11 @@ def test_matmul_backward(rows: int, outputs: int, inputs: int, block_size: int, 
 
 
 def test_the_largest_row_counts() -> None:
-    weight = quantized(40, 64)
+    weight, x, grad = quantized(40, 64), gaussian(128, 64), gaussian(128, 40, seed=1)
     dense = by_hand(weight)
-    x, grad = gaussian(128, 64), gaussian(128, 40, seed=1)
-    check_product(matmul_small(x, weight), x.double() @ dense.double().T, x.abs().double() @ dense.abs().double().T, 64, x @ dense.T)
-    exact, magnitude = grad.double() @ dense.double(), grad.abs().double() @ dense.abs().double()
-    check_product(matmul_backward(grad, weight), exact, magnitude, 40, grad @ dense)
+    wide, sizes = dense.double(), dense.abs().double()
+    check_product(matmul_small(x, weight), x.double() @ wide.T, x.abs().double() @ sizes.T, 64, x @ dense.T)
+    check_product(matmul_backward(grad, weight), grad.double() @ wide, grad.abs().double() @ sizes, 40, grad @ dense)
 
 
 def test_partial_sums_are_added_in_order_and_rounded_once() -> None:
@@ -340,9 +340,8 @@ def test_a_non_contiguous_input_is_copied_and_a_non_contiguous_weight_refused() 
     ],
 )
 def test_a_malformed_weight_is_refused(change: dict[str, object], error: type[Exception], message: str) -> None:
-    moved = {name: value.to(DEVICE) if isinstance(value, Tensor) and "513" not in message else value for name, value in change.items()}
     with pytest.raises(error, match=message):
-        dequantize(quantized(16, 64)._replace(**moved), torch.float32)
+        dequantize(quantized(16, 64)._replace(**change), torch.float32)
 
 
 def test_a_product_of_the_wrong_shape_is_refused() -> None:

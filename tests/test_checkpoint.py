@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minisft import checkpoint, safe_json
-from minisft.checkpoint import Checkpoint, RunLock, check_identity, load_latest, save_checkpoint
+from minisft.checkpoint import Checkpoint, RunLock, check_identity, load_latest, load_step, save_checkpoint
 from minisft.errors import UserError
 from minisft.manifest import UnusableError
 from minisft.runlog import MetricsLog
@@ -551,7 +551,8 @@ def test_second_process_is_refused_with_the_pid(tmp_path: Path) -> None:
     assert text.startswith("error[checkpoint/locked]")
     assert f"process {os.getpid()}" in text
     assert in_child(second) == "ok"
-    with RunLock(tmp_path):  # and the holder's own text is replaced
+    (tmp_path / ".lock").write_text("123456789012345\n")  # of an earlier holder
+    with RunLock(tmp_path):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
 
 
@@ -730,3 +731,13 @@ def test_allowed_changes() -> None:
 def test_long_values_that_differ_late_are_told_apart() -> None:
     with pytest.raises(UserError, match="checkpoint/changed"):
         check_identity({"a": "x" * 300}, {"a": "x" * 299 + "y"})
+
+
+def test_one_step_by_number(tmp_path: Path) -> None:
+    newest = _two_checkpoints(tmp_path)
+    assert is_exactly(load_step(tmp_path, 1), 1)
+    (newest / "state.json").unlink()
+    for step, reason in ((2, "state.json is missing"), (7, "manifest.json is missing")):
+        with pytest.raises(UserError, match="checkpoint/unusable") as caught:
+            load_step(tmp_path, step)
+        assert reason in str(caught.value)

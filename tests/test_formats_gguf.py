@@ -359,13 +359,13 @@ def test_smollm2_loads_fast_and_lean(smollm2_path: Path) -> None:
 import resource, time, torch, gguf.quants
 from minisft.formats import load_model
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before, begin = peak(), time.monotonic()
+before, begin = peak(), time.process_time()
 model, _ = load_model({str(smollm2_path)!r}, dtype=torch.bfloat16)
 size = sum(p.numel() * p.element_size() for p in model.parameters())
 largest = max(p.numel() for p in model.parameters()) * 4
-print(peak() - before - size - largest, time.monotonic() - begin)
+print(peak() - before - size - largest, time.process_time() - begin)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     excess, seconds = map(float, done.stdout.split())
     assert excess < 64 * 2**20
-    assert seconds < 20  # 2 s on an idle machine; the bound only tells it from the 20 s of a reader that loops in Python
+    assert seconds < 8  # of CPU; about 2 on an idle machine, and over 16 for a reader that loops in Python

@@ -7,8 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import assert_close, build, randn
-from tiny import LLAMA, QWEN2
+from tiny import LLAMA, QWEN2, assert_close, build, randn
 from torch import Tensor, nn
 
 from minisft import matmul
@@ -167,7 +166,6 @@ def test_dropout_is_off_in_eval(seed, probability):
     with_dropout, without = (trained(LoRALinear(base, 2, 3.0, p)) for p in (probability, 0.0))
     x = randn(4, 7, seed=seed)
     assert_close(with_dropout.eval()(x), without(x))
-    assert_close(with_dropout.train()(x) - base(x), with_dropout(x) - base(x), 1e9)  # runs; the law is below
 
 
 @pytest.mark.parametrize("probability", [0.2, 0.5])
@@ -217,24 +215,19 @@ def test_masters_are_fp32_at_least(kind):
 
 
 @pytest.mark.parametrize("fast_bf16", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_bf16_base_stays_close_to_fp64(fast_bf16, dropout):
-    base = make_linear(33, 17, True, torch.bfloat16)
-    layer = trained(LoRALinear(base, 4, 3.0, dropout))
-    exact = trained(LoRALinear(make_linear(33, 17, True, torch.float64), 4, 3.0, dropout))
+def test_bf16_base_stays_close_to_fp64(fast_bf16):
+    layer = trained(LoRALinear(make_linear(33, 17, True, torch.bfloat16), 4, 3.0))
+    exact = trained(LoRALinear(make_linear(33, 17, True, torch.float64), 4, 3.0))
     exact.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
     x = randn(6, 33, dtype=torch.bfloat16)
     results = []
     for module, inputs in ((layer, x), (exact, x.double())):
         inputs = inputs.clone().requires_grad_()
         with mock.patch.object(matmul, "_cpu_multiplies_bf16", lambda: fast_bf16):
-            torch.manual_seed(1)
             y = module(inputs)
             y.backward(randn(6, 17, seed=4, dtype=torch.bfloat16).to(y.dtype))
         results.append([y, inputs.grad, module.lora_A.grad, module.lora_B.grad])
-    if dropout:  # masks of different dtypes come from different draws: only dtypes can be compared
-        assert [t.dtype for t in results[0]] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
-        return
+    assert [t.dtype for t in results[0]] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
     for a, b in zip(*results, strict=True):
         assert_close(a, b, 0.02)
 

@@ -1,4 +1,4 @@
-"""The 4-bit linear layer: dense autograd's gradients, nothing dense kept, dtypes left alone, one opaque operator when compiled."""
+"""The 4-bit linear layer: dense autograd's gradients, nothing dense kept, dtypes left alone, one operator when compiled."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def dense_gradients(module: NF4Linear, x: Tensor, grad: Tensor) -> tuple[Tensor,
     return y.detach(), x.grad, None if bias is None else bias.grad
 
 
-# ---- gradients -----------------------------------------------------------------------------------------------------------
+# ---- gradients -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (2, 5)])
@@ -122,7 +122,7 @@ def test_functional_products_equal_the_layers() -> None:
     assert torch.equal(nf4_matmul_t(grad, module.quantized), x.grad)
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------------
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 def test_no_dense_weight_is_saved_for_backward() -> None:
@@ -160,7 +160,7 @@ def test_the_dense_weight_dies_with_each_product(monkeypatch: pytest.MonkeyPatch
     assert [ref() for ref in made] == [None, None]
 
 
-# ---- a module like others, except for its dtype -------------------------------------------------------------------------------
+# ---- a module like others, except for its dtype ----------------------------------------------------------------------
 
 
 def _same_buffers(one: NF4Linear, other: NF4Linear) -> bool:
@@ -238,7 +238,7 @@ def test_a_bad_weight_is_named() -> None:
         NF4Linear.from_linear(linear, name="layers.0.q_proj.weight")
 
 
-# ---- torch.compile -------------------------------------------------------------------------------------------------------------
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

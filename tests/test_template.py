@@ -72,7 +72,7 @@ HOSTILE = [
     "{{ cycler.__init__.__globals__.os.system('true') }}",
     "{{ lipsum.__globals__['os'].system('true') }}",
     "{{ namespace.__init__.__globals__ }}",
-    "{{ raise_exception.__globals__ }}",
+    "{{ raise_exception.__globals__.keys() }}",
     "{{ self.__init__.__globals__ }}",
     "{{ (messages|attr('__class__')).mro() }}",
     "{{ '{0.__class__.__base__}'.format(messages) }}",
@@ -101,7 +101,7 @@ def test_a_template_cannot_leave_the_sandbox(source: str) -> None:
     ],
 )
 def test_a_template_cannot_fill_the_memory(source: str) -> None:
-    with pytest.raises(UserError, match="error.tokenizer/template"):
+    with pytest.raises(UserError, match="tokenizer/template"):
         ChatTemplate(source, SPECIAL)
 
 
@@ -139,4 +139,4 @@ def test_rendering_is_fast() -> None:
     started = time.process_time()
     for _ in range(500):
         template.render(chat)
-    assert time.process_time() - started < 0.25  # 2 000 rows a second; measured 25 000
+    assert time.process_time() - started < 0.25  # 2 000 rows a second of CPU time; 20 000 measured

@@ -18,9 +18,21 @@ from minisft.gguf_vocabulary import RULES, build_bpe
 from minisft.tokenizer import Tokenizer
 
 TEXTS = [
-    "Hello, world!", "price 12345.67 €", "it's  we'll\tTabs\n\n\nlines  \n end ", "naïve café Ünïcödé ß", "日本語のテキスト", "Привет",
-    "def f(x):\n    return x**2  # ²³ ½ Ⅷ", "👩‍👩‍👧 emoji 🎉", "\u200bzero\ufeffwidth", "a" * 300, " leading", "trailing ", "٣٤٥", "\x00\x1b",
-]  # fmt: skip
+    "Hello, world!",
+    "price 12345.67 €",
+    "it's  we'll\tTabs\n\n\nlines  \n end ",
+    "naïve café Ünïcödé ß",
+    "日本語のテキスト",
+    "Привет",
+    "def f(x):\n    return x**2  # ²³ ½ Ⅷ",
+    "👩‍👩‍👧 emoji 🎉",
+    "\u200bzero\ufeffwidth",
+    "a" * 300,
+    " leading",
+    "trailing ",
+    "٣٤٥",
+    "\x00\x1b",
+]
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 marked_text = st.lists(st.one_of(unicode_text, st.sampled_from(CONTROL), st.sampled_from(["<|im", "_end|>", "<", "|>"]))).map(
     "".join
@@ -85,7 +97,7 @@ def test_smollm2_equals_transformers_own_conversion(smollm2_path: Path) -> None:
 
 @pytest.mark.smollm2
 def test_numerals_are_cut_off_before_white_space_is_grouped(smollm2_path: Path) -> None:
-    """llama.cpp's rule for 'smollm': the expression \\p{N} first, then GPT-2's; so three spaces before a digit stay together."""
+    """llama.cpp's rule for 'smollm': \\p{N} first, then GPT-2's expression; so three spaces before a digit stay together."""
     tokenizer = smollm2_tokenizer(smollm2_path)
     pieces = [tokenizer.decode([i]) for i in tokenizer.encode("a   12")]
     assert pieces == ["a", "   ", "1", "2"]

@@ -297,8 +297,6 @@ def _read_factors(factors: Mapping[str, _Factors], header: Header) -> dict[str, 
             )
     idle = [path for path, factor in factors.items() if not all(tensors[name].any() for name in factor.names)]
     if idle:
-        warnings.warn(
-            f"{visible(header.path)}: no effect in {len(idle)} of {len(factors)} modules, a factor is all zero: {listing(idle, 3)}",
-            stacklevel=3,
-        )
+        share = f"no effect in {len(idle)} of {len(factors)} modules, a factor is all zero"
+        warnings.warn(f"{visible(header.path)}: {share}: {listing(idle, 3)}", stacklevel=3)
     return tensors

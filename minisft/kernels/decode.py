@@ -7,6 +7,9 @@ The idea to leave with: the 16 levels are 64 bytes, half a cache line, so that a
 L1 cache whatever the codes are, and needs neither shared memory nor a tree of comparisons.
 """
 
+# A @triton.jit function is a program of the GPU: its arguments have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import triton

@@ -5,6 +5,9 @@ one 16-byte store, and nothing has to be interleaved between threads. That is th
 nothing about sizes: any number of elements, odd ones too, in any block size of the format.
 """
 
+# A @triton.jit function is a program of the GPU: its arguments have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import torch

@@ -6,6 +6,9 @@ taken as two: x at even columns with the first codes, x at odd columns with the 
 only x, which is small, is taken apart. That is the idea to leave with.
 """
 
+# A @triton.jit function is a program of the GPU: its arguments have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import torch

@@ -6,6 +6,9 @@ scale enters once. Sums are fp32, nothing is rounded before the last step, so th
 than dequantizing first.
 """
 
+# A @triton.jit function is a program of the GPU: its arguments have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import torch
@@ -68,7 +71,7 @@ def _matvec_kernel(
         total = tl.fma(tl.sum(both, axis=3), absmax, total)
     y = tl.sum(total, axis=2)
     y_mask = (row[:, None] < num_rows) & (column[None, :] < num_columns)
-    if lora_B_ptr is not None:
+    if lora_B_ptr is not None:  # noqa: SIM102  (settled by the compiler; the inner condition by each program)
         if part == 0:
             y += scaling * _lora(xa_ptr, lora_B_ptr, row, column, num_rows, num_columns, rank, RANK)
     place = (part * num_rows + row[:, None]) * num_columns + column[None, :]
@@ -123,8 +126,7 @@ def _checked_lora(
     rank = xa.shape[-1]
     if tuple(xa.shape) != (len(x), rank) or tuple(lora_B.shape) != (weight.shape[0], rank):
         raise ValueError(
-            f"xa is {tuple(xa.shape)} and lora_B {tuple(lora_B.shape)}, "
-            f"expected ({len(x)}, rank) and ({weight.shape[0]}, rank)"
+            f"xa is {tuple(xa.shape)} and lora_B {tuple(lora_B.shape)}, expected ({len(x)}, rank) and ({weight.shape[0]}, rank)"
         )
     check_devices(x, xa, lora_B)
     return xa.contiguous(), lora_B.contiguous(), scaling

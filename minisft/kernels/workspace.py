@@ -48,7 +48,7 @@ def release() -> int:
 
 
 def matmul_dense(x_MI: Tensor, weight: PackedWeight) -> Tensor:
-    """``x W^T``: (M, in_features) to (M, out_features), W rounded to the dtype of x. Twin: ``nf4.dequantize`` and ``linear``."""
+    """``x W^T``: (M, in_features) to (M, out_features), W rounded to x's dtype. Twin: ``nf4.dequantize`` and ``linear``."""
     from minisft.kernels.dequantize import dequantize
 
     with borrowed(weight.shape, x_MI.dtype, x_MI.device) as dense_OI:

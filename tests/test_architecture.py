@@ -1,0 +1,225 @@
+"""The map of the house, read off the source with ``ast``: floors, what may be imported where, and a clean import.
+
+A new module must be entered in ``FLOORS``. It may import from its own floor or from those below, and nothing may import in
+a circle, not even inside a function.
+"""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "minisft"
+
+# A package (formats, kernels) is one room.
+FLOORS = {
+    0: "config durable errors json_rows machine manifest messages metrics parcel_task probe runlog safe_json schedule seeds",
+    1: "attention control_text elementwise gguf_vocabulary kernels loss matmul nf4 template tokenizer",
+    2: "chat lora model nf4_linear",
+    3: "batching formats surgery",
+    4: "checkpoint choice evaluate generate inspect_data lossplot optim run_data",
+    5: "step train",
+    6: "__init__ cli flags quickstart",
+}
+FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
+
+CORE = {"torch", "numpy", "safetensors", "tokenizers", "jinja2"}
+LATE = {"triton", "gguf", "matplotlib", "tqdm", "huggingface_hub"}  # only inside the function that needs them
+UNSAFE = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
+NETWORK = {"socket", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "xmlrpc"}
+
+
+def name_of(path: Path) -> str:
+    """``minisft.formats.hf`` for minisft/formats/hf.py, ``minisft`` for its __init__."""
+    return ".".join(("minisft", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def imported(nodes: Iterator[ast.AST]) -> Iterator[str]:
+    """Full names that import statements among ``nodes`` ask for; a name from minisft is resolved to its module."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write imports in full"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in MODULES else str(node.module)
+
+
+def at_import_time(tree: ast.Module) -> Iterator[ast.AST]:
+    """Nodes that run when the module is imported: not function bodies, not what only a type checker reads."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            waiting += node.orelse
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            waiting += ast.iter_child_nodes(node)
+
+
+def top(names: Iterator[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def kernel_files() -> set[str]:
+    """Modules of ``minisft.kernels`` that need Triton at import, because their functions are decorated by it."""
+    found = {m for m, tree in MODULES.items() if "triton" in top(imported(at_import_time(tree)))}
+    while more := {m for m, tree in MODULES.items() if set(imported(at_import_time(tree))) & found} - found:
+        found |= more
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_a_floor(module):
+    assert room_of(module) in FLOOR_OF, f"enter {room_of(module)} in FLOORS"
+
+
+def test_every_room_on_the_map_exists():
+    assert {room_of(module) for module in MODULES} == set(FLOOR_OF)
+    assert sum(len(rooms.split()) for rooms in FLOORS.values()) == len(FLOOR_OF)  # on one floor only
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    floor = FLOOR_OF[room_of(module)]
+    for name in imported(ast.walk(MODULES[module])):
+        if name.split(".")[0] == "minisft":
+            assert name in MODULES, f"{module} imports {name}, which does not exist"
+            assert FLOOR_OF[room_of(name)] <= floor, f"{module} (floor {floor}) imports {name} (floor {FLOOR_OF[room_of(name)]})"
+
+
+def test_nothing_imports_in_a_circle():
+    graph = {m: {name for name in imported(ast.walk(tree)) if name in MODULES} for m, tree in MODULES.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+def test_rooms_do_not_import_each_other_in_a_circle():
+    """Not even through different files of a package."""
+    graph: dict[str, set[str]] = {}
+    for module, tree in MODULES.items():
+        rooms = {room_of(name) for name in imported(ast.walk(tree)) if name in MODULES}
+        graph.setdefault(room_of(module), set()).update(rooms - {room_of(module)})
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_third_party_imports(module):
+    """The core dependencies anywhere, the others late, and nothing else at all: no transformers, no PEFT, no bitsandbytes."""
+    tree = MODULES[module]
+    known = set(sys.stdlib_module_names) | {"minisft"} | CORE
+    everywhere, at_once = top(imported(ast.walk(tree))), top(imported(at_import_time(tree)))
+    assert everywhere <= known | LATE, f"{module} imports {everywhere - known - LATE}"
+    late = at_once - known
+    if module in kernel_files():
+        late -= {"triton"}
+    assert not late, f"{module} imports {late} outside a function"
+    assert not everywhere & (UNSAFE | NETWORK), f"{module} imports {everywhere & (UNSAFE | NETWORK)}"
+
+
+def test_only_kernels_need_triton():
+    assert {room_of(module) for module in kernel_files()} <= {"kernels"}
+    assert "minisft.kernels" not in kernel_files()
+
+
+def forbidden_call(node: ast.Call) -> str | None:
+    """What is wrong with a call: it runs text as code, unpickles, or imports by a name made at run time."""
+    if isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec", "compile", "__import__"}:
+        return node.func.id
+    if any(keyword.arg == "allow_pickle" for keyword in node.keywords):
+        return "allow_pickle"
+    text = ast.unparse(node.func)
+    return text if text in {"torch.load", "torch.save", "torch.hub.load", "np.load", "numpy.load", "importlib.import_module", "os.system"} else None
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_text_becomes_code(module):
+    calls = [(node.lineno, forbidden_call(node)) for node in ast.walk(MODULES[module]) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if call[1]]
+    shell = [k.lineno for node in ast.walk(MODULES[module]) if isinstance(node, ast.Call) for k in node.keywords if k.arg == "shell"]
+    assert not shell, f"subprocess with a shell in line {shell}"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import a.b", {"a"}),
+        ("def f():\n  from c import d", set()),
+        ("class A:\n  import e", {"e"}),
+        ("try:\n  import g\nexcept ImportError:\n  pass", {"g"}),
+        ("if TYPE_CHECKING:\n  import h\nelse:\n  import i", {"i"}),
+    ],
+)
+def test_the_reader_of_imports_itself(source, found):
+    assert top(imported(at_import_time(ast.parse(source)))) == found
+
+
+def test_the_reader_of_calls_itself():
+    bad = ["eval('1')", "torch.load(f)", "np.load(f, allow_pickle=True)", "__import__(x)", "exec(s)"]
+    good = ["model.eval()", "re.compile(p)", "safe_json.loads(t)", "load(f)"]
+    assert all(forbidden_call(ast.parse(text, mode="eval").body) for text in bad)
+    assert not any(forbidden_call(ast.parse(text, mode="eval").body) for text in good)
+
+
+CLEAN_IMPORT = """
+import importlib, importlib.abc, logging, os, signal, socket, sys
+blocked, modules = set(sys.argv[1].split(",")), sys.argv[2].split(",")
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in blocked:
+            raise ModuleNotFoundError(f"{name} is not installed", name=name)
+
+sys.meta_path.insert(0, Absent())
+
+def refuse(*args, **kwargs):
+    raise SystemExit(f"an import reached for the network: {args}")
+
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+
+import torch
+
+def process():
+    return {
+        "environment": dict(os.environ),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "precision": (torch.get_float32_matmul_precision(), torch.get_default_dtype(), torch.is_grad_enabled()),
+        "random": torch.get_rng_state().tolist(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "logging": (logging.root.level, list(logging.root.handlers)),
+        "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+        "folder": os.getcwd(),
+        "cuda": torch.cuda.is_initialized(),
+    }
+
+before = process()
+for name in modules:
+    importlib.import_module(name)
+    after = process()
+    changed = [key for key in before if before[key] != after[key]]
+    assert not changed, f"importing {name} changed {changed}"
+print("clean")
+"""
+
+
+def test_every_module_imports_with_the_core_dependencies_alone():
+    """In a process without Triton, plotting, GGUF, the hub or any oracle, without network; and no import changes the process."""
+    absent = LATE | UNSAFE - {"pickle", "_pickle", "marshal"} | {"transformers", "peft", "bitsandbytes", "accelerate", "hypothesis", "pytest"}
+    modules = ["minisft", *sorted(set(MODULES) - kernel_files() - {"minisft"})]
+    command = [sys.executable, "-c", CLEAN_IMPORT, ",".join(absent), ",".join(modules)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "clean\n"
+    assert result.stderr == ""

@@ -1,0 +1,318 @@
+"""Adding adapters: what is asked for is wrapped, nothing else, and a request that matches nothing says what there is."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import FAMILIES, LLAMA, LLAMA3_ROPE, assert_close, build, shared_with_lora
+from torch import nn
+
+from minisft.config import LoRAConfig
+from minisft.errors import UserError
+from minisft.lora import LoRAEmbedding, LoRALinear
+from minisft.seeds import derive_seed, generator
+from minisft.surgery import (
+    adapters_off,
+    apply_lora_,
+    freeze,
+    lora_modules,
+    match_targets,
+    matches,
+    num_parameters,
+    output_head,
+    pattern_value,
+    replace_module,
+)
+
+LINEARS = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+]
+ALL_LINEARS = [f"model.layers.{layer}.{name}" for layer in range(2) for name in LINEARS]
+
+
+class Stranger(nn.Module):
+    """Somebody else's tree: no head, a linear at the top, an embedding, things that are no linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(7, 6)
+        self.body = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.LayerNorm(5))
+        self.out = nn.Linear(5, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.body(self.tokens(ids)))
+
+
+# Which layers
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", ALL_LINEARS),
+        (("q_proj",), ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
+        (("v_proj", "q_proj"), [p for p in ALL_LINEARS if p.endswith(("q_proj", "v_proj"))]),  # in the model's order
+        (("mlp.up_proj", "layers.1.mlp.up_proj"), [p for p in ALL_LINEARS if p.endswith("up_proj")]),
+        (("model.layers.1.mlp.down_proj",), ["model.layers.1.mlp.down_proj"]),
+        (("lm_head", "embed_tokens"), ["model.embed_tokens", "lm_head"]),
+        (r".*\.1\.self_attn\.[qk]_proj", ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"]),
+        (r"lm_head|.*gate_proj", [*(p for p in ALL_LINEARS if "gate" in p), "lm_head"]),
+    ],
+)
+def test_targets(targets, expected):
+    assert match_targets(build(LLAMA3_ROPE), targets) == expected
+    model = build(LLAMA3_ROPE)
+    assert apply_lora_(model, LoRAConfig(rank=2, alpha=3.0, targets=targets)) == expected
+    assert list(lora_modules(model)) == expected
+    for path, module in model.named_modules():
+        assert isinstance(module, (LoRALinear, LoRAEmbedding)) is (path in expected)
+
+
+@pytest.mark.parametrize("targets", [("proj",), ("_proj", "q_proj"), r"q_proj", r"model\.layers\.0", ("layers.0",), ("norm",), ("",), "all_linear"])
+def test_a_target_that_matches_nothing_lists_what_there_is(targets):
+    """Parts of names, paths of containers, norms, a pattern that covers only a part of the path: none of them is a layer."""
+    model = build(LLAMA)
+    before = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(UserError) as error:
+        apply_lora_(model, LoRAConfig(rank=2, alpha=3.0, targets=targets))
+    assert error.value.code == "config/no-such-target"
+    listed = "expected one of embed_tokens, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"
+    assert listed in str(error.value)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_partial_match_is_an_error_and_names_the_nearest():
+    model = build(LLAMA)
+    with pytest.raises(UserError, match=r"found 'v_porj'.*did you mean 'v_proj'\?"):
+        apply_lora_(model, LoRAConfig(rank=2, targets=("q_proj", "v_porj")))
+    assert not lora_modules(model)
+
+
+@pytest.mark.parametrize(("pattern", "message"), [("(", "no regular expression: \\(; found"), ("a" * 1001, "found 1001 characters; expected at most 1000")])
+def test_bad_patterns(pattern, message):
+    with pytest.raises(UserError, match=message) as error:
+        match_targets(build(LLAMA), pattern)
+    assert error.value.code == "config/bad-pattern"
+
+
+def test_bad_exception_pattern():
+    with pytest.raises(UserError, match=r"no regular expression.*found"):
+        apply_lora_(build(LLAMA), LoRAConfig(rank=2, rank_pattern={"q_proj(": 3}))
+
+
+@given(st.text(alphabet="ab.", max_size=8), st.text(alphabet="ab.", max_size=8))
+def test_matches_compares_whole_parts(path, name):
+    parts, wanted = path.split("."), name.split(".")
+    assert matches(path, name) is (parts[-len(wanted) :] == wanted)
+
+
+def test_any_tree_with_linears():
+    model = Stranger()
+    ids = torch.tensor([[1, 2, 6]])
+    expected = model(ids)
+    assert apply_lora_(model, LoRAConfig(rank=2, alpha=3.0)) == ["body.0", "body.2", "out"]
+    assert torch.equal(model(ids), expected)
+    model = Stranger()
+    assert apply_lora_(model, LoRAConfig(rank=2, targets=("tokens", "out"))) == ["tokens", "out"]
+    with pytest.raises(UserError, match="expected one of none"):
+        apply_lora_(nn.Sequential(nn.ReLU()), LoRAConfig())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_model(tied):
+    """The head is left out by identity, also when it is tied, and training it gives every adapter a gradient."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=17,
+        hidden_size=12,
+        intermediate_size=14,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    ids = torch.arange(12).view(2, 6)
+    before = model(ids).logits
+    assert apply_lora_(model, LoRAConfig(rank=2, alpha=3.0)) == ALL_LINEARS
+    assert torch.equal(model(ids).logits, before)
+    for layer in lora_modules(model).values():
+        nn.init.normal_(layer.lora_B)
+    model(ids, labels=ids).loss.backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        f"{path}.lora_{factor}" for path in ALL_LINEARS for factor in "AB"
+    }
+
+
+def test_the_head_is_known_by_identity():
+    """A linear that merely looks like a head is none, and a head under another name is one."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm_head_like = nn.Linear(4, 4)
+            self.classifier = nn.Linear(4, 4)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.classifier
+
+    model = Odd()
+    assert output_head(model) is model.classifier
+    assert match_targets(model, "all-linear") == ["lm_head_like"]
+    assert output_head(nn.Linear(2, 2)) is None
+
+
+# What is trained
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_adapters_are_trained(family):
+    model = build(FAMILIES[family], torch.float32)
+    whole = num_parameters(model)
+    assert num_parameters(model, trainable=True) == whole
+    paths = apply_lora_(model, LoRAConfig(rank=3, alpha=4.0))
+    assert paths == ALL_LINEARS
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{path}.lora_{factor}" for path in paths for factor in "AB"}
+    expected = sum(3 * sum(layer.base.weight.shape) for layer in lora_modules(model).values())
+    assert num_parameters(model, trainable=True) == expected
+    assert num_parameters(model) == whole + expected
+    freeze(model)
+    assert num_parameters(model, trainable=True) == 0
+
+
+def test_rank_and_alpha_patterns():
+    config = LoRAConfig(
+        rank=2,
+        alpha=3.0,
+        rank_pattern={"q_proj": 4, r"layers\.1\.mlp\..*": 1, "proj": 9},
+        alpha_pattern={"model.layers.0.self_attn.k_proj": 10.0, r".*\.v_proj": -1.0},
+    )
+    model = build(LLAMA)
+    apply_lora_(model, config)
+    for path, layer in lora_modules(model).items():
+        rank = 4 if path.endswith("q_proj") else 1 if ".1.mlp." in path else 2
+        alpha = 10.0 if path == "model.layers.0.self_attn.k_proj" else -1.0 if path.endswith("v_proj") else 3.0
+        assert (layer.rank, layer.alpha) == (rank, alpha)
+        assert layer.scaling == alpha / rank
+        assert layer.lora_A.shape[0] == rank
+    assert pattern_value("a.b", {"x": 1, "b": 2, "a.b": 3}, 0) == 2  # the first that matches
+    assert pattern_value("a.bb", {"b": 2}, 0) == 0
+
+
+def test_dropout_rslora_and_mode_carry_over():
+    for training in (True, False):
+        model = build(LLAMA).train(training)
+        apply_lora_(model, LoRAConfig(rank=4, alpha=6.0, dropout=0.25, use_rslora=True))
+        for layer in lora_modules(model).values():
+            assert layer.scaling == 3.0
+            assert layer.dropout.p == 0.25
+            assert layer.training is layer.dropout.training is training
+
+
+def test_nothing_is_placed_when_one_rank_does_not_fit():
+    model = build(LLAMA)
+    with pytest.raises(UserError) as error:
+        apply_lora_(model, LoRAConfig(rank=2, rank_pattern={"layers.1.mlp.down_proj": 13}))
+    assert error.value.code == "config/bad-rank"
+    assert not lora_modules(model)
+    assert all(p.requires_grad for p in model.parameters() if p.ndim == 1)
+
+
+def test_applying_twice_is_an_error_and_changes_nothing():
+    model = build(LLAMA)
+    apply_lora_(model, LoRAConfig(rank=2, targets=("q_proj",)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"error\[adapter/already-there\].*q_proj.*fix: load the base model again"):
+        apply_lora_(model, LoRAConfig(rank=2, targets=("v_proj",)))
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# Seeds
+
+
+def factors(seed: int, targets: str | tuple[str, ...] = "all-linear") -> dict[str, torch.Tensor]:
+    model = build(LLAMA)
+    apply_lora_(model, LoRAConfig(rank=2, targets=targets), seed)
+    return {path: layer.lora_A.detach() for path, layer in lora_modules(model).items()}
+
+
+def test_same_seed_same_start():
+    torch.manual_seed(1)
+    first = factors(5)
+    torch.manual_seed(2)
+    torch.randn(100)
+    again, other = factors(5), factors(6)
+    assert all(torch.equal(first[path], again[path]) for path in ALL_LINEARS)
+    assert not any(torch.equal(first[path], other[path]) for path in ALL_LINEARS)
+    assert len({tuple(a.flatten().tolist()) for a in first.values()}) == len(ALL_LINEARS)  # no two layers start alike
+
+
+@given(st.integers(), st.text(alphabet="abc-", min_size=1), st.lists(st.integers(0, 9), max_size=3))
+def test_seeds_depend_on_every_part(seed, purpose, indices):
+    value = derive_seed(seed, purpose, *indices)
+    assert 0 <= value < 2**63
+    assert value == derive_seed(seed, purpose, *indices)
+    others = [(seed + 1, purpose, *indices), (seed, purpose + "x", *indices), (seed, purpose, *indices, 0), (seed, purpose, 10, *indices)]
+    assert value not in {derive_seed(*other) for other in others}
+    one, two = (torch.rand(3, generator=generator(seed, purpose, *indices)) for _ in range(2))
+    assert torch.equal(one, two)
+
+
+# Switching off
+
+
+def test_adapters_off_is_the_base_and_comes_back():
+    model, base = shared_with_lora(LLAMA), build(LLAMA)
+    ids = torch.arange(10)[None]
+    adapted = model(ids)
+    with adapters_off(model):
+        assert torch.equal(model(ids), base(ids))
+        with adapters_off(model):
+            assert torch.equal(model(ids), base(ids))
+        assert torch.equal(model(ids), base(ids))  # the inner block restores what it found: off
+    assert torch.equal(model(ids), adapted)
+    assert not torch.allclose(adapted, base(ids))
+
+
+def test_adapters_come_back_after_an_exception():
+    model = shared_with_lora(LLAMA)
+    ids = torch.arange(10)[None]
+    adapted = model(ids)
+    with pytest.raises(KeyboardInterrupt), adapters_off(model):
+        raise KeyboardInterrupt
+    assert torch.equal(model(ids), adapted)
+    one = next(iter(lora_modules(model).values()))
+    one.enabled = False  # somebody's own choice survives too
+    with adapters_off(model):
+        pass
+    assert not one.enabled
+    one.enabled = True
+
+
+def test_replace_module():
+    model = Stranger()
+    replace_module(model, "body.2", nn.Identity())
+    replace_module(model, "out", nn.Identity())
+    assert isinstance(model.body[2], nn.Identity)
+    assert isinstance(model.out, nn.Identity)
+    assert isinstance(model.body[0], nn.Linear)
+
+
+def test_a_copy_has_adapters_of_its_own():
+    model = shared_with_lora(LLAMA)
+    twin = copy.deepcopy(model)
+    ids = torch.arange(6)[None]
+    assert_close(twin(ids), model(ids))
+    with adapters_off(twin):
+        assert not torch.allclose(twin(ids), model(ids))

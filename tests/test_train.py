@@ -1,0 +1,219 @@
+"""Whole runs on a tiny model: what they write, and that stopping and resuming changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_folder import write_model, write_rows
+
+from minisft.cli import main
+from minisft.config import RunConfig
+from minisft.formats import load_adapter_, load_model
+from minisft.runlog import read_metrics
+from minisft.train import train
+
+TIMES = ("tokens_per_s", "peak_memory_bytes")  # the only columns that may differ between two equal runs
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    write_model(folder / "model", folder / "scratch")
+    write_rows(folder / "rows.jsonl", 30)
+    return folder
+
+
+def config(shop: Path, out: Path, **changes: object) -> RunConfig:
+    values: dict[str, object] = {
+        "model": str(shop / "model"), "data": str(shop / "rows.jsonl"), "out": str(out), "steps": 6, "batch_size": 4,
+        "rank": 2, "alpha": 3.0, "lr": 1e-2, "dtype": "fp32", "validation_share": 0.2, "eval_every": 3, "save_every": 2,
+    }  # fmt: skip
+    return RunConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def quiet(text: str) -> None:
+    """The run's sentences are not what these tests look at."""
+
+
+def losses(out: Path) -> list[dict[str, object]]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(out / "metrics.jsonl")]
+
+
+def digest(out: Path) -> dict[str, str]:
+    """sha256 of everything that a finished run has computed."""
+    last = max(out.glob("checkpoints/step-*"), key=lambda p: int(p.name.split("-")[1]))
+    files = [*sorted(last.rglob("*.safetensors")), last / "state.json", *sorted((out / "adapter").iterdir())]
+    return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
+
+
+def test_a_run_writes_what_it_promises(shop: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    said: list[str] = []
+    result = train(config(shop, out), say=said.append)
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == [
+        "adapter", "checkpoints", "config.json", "data.json", "env.json", "loss.png", "metrics.jsonl",
+    ]  # fmt: skip
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    wanted = {"step", "tokens", "supervised_tokens", "loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_bytes"}
+    assert all(wanted <= row.keys() for row in rows)
+    assert [row["step"] for row in rows if "eval_loss" in row] == [3, 6]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "config.json").read_text())["rank"] == 2
+    facts = json.loads((out / "data.json").read_text())
+    assert facts["train"]["rows"] == 24
+    assert facts["validation"]["rows"] == 6
+    assert facts["train"]["sha256"] == hashlib.sha256((shop / "rows.jsonl").read_bytes()).hexdigest()
+    assert json.loads((out / "env.json").read_text())["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert result.steps == 6
+    assert result.weights == out / "adapter"
+    assert said[-1].startswith("done: 6 steps")
+
+
+def test_the_exported_adapter_is_the_trained_one(shop: Path, tmp_path: Path) -> None:
+    train(config(shop, tmp_path / "run", steps=3, eval_every=3), say=quiet)
+    model, _ = load_model(shop / "model")
+    base, _ = load_model(shop / "model")
+    load_adapter_(model, tmp_path / "run" / "adapter")
+    ids = torch.arange(20)[None]
+    assert not torch.allclose(model(ids), base(ids), atol=1e-4)
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-3" / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(parameter, saved[f"{name}/master"]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_resuming_after_any_step_of_forty_ends_in_the_same_bits(shop: Path, tmp_path: Path, dropout: float) -> None:
+    run = config(
+        shop, tmp_path / "whole", steps=40, save_every=1, keep_last=40, eval_every=10, dropout=dropout, micro_batch_size=2
+    )
+    train(run, say=quiet)
+    expected, log = digest(tmp_path / "whole"), losses(tmp_path / "whole")
+    for stop in range(1, 40) if dropout == 0 else (1, 13, 39):
+        out = tmp_path / f"from-{stop}"
+        shutil.copytree(tmp_path / "whole", out)
+        shutil.rmtree(out / "adapter")
+        for later in range(stop + 1, 41):
+            shutil.rmtree(out / "checkpoints" / f"step-{later}")
+        train(config(shop, out, **{**run.to_dict(), "out": str(out), "map": (), "targets": run.targets}), resume=True, say=quiet)
+        assert digest(out) == expected, f"resumed after step {stop}"
+        assert losses(out) == log, f"resumed after step {stop}"
+        shutil.rmtree(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_and_saves(shop: Path, tmp_path: Path, number: signal.Signals, status: int) -> None:
+    out = tmp_path / "run"
+    flags = ["--steps", "5000", "--batch-size", "4", "--dtype", "fp32", "--rank", "2", "--lr", "1e-2"]
+    argv = [sys.executable, "-m", "minisft.cli", "train", "--model", shop / "model", "--data", shop / "rows.jsonl", "--out", out]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*map(str, argv), *flags], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        deadline = time.monotonic() + 120
+        log = out / "metrics.jsonl"
+        while not (log.exists() and log.read_bytes().count(b"\n") >= 3):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "--resume" in output
+    done = read_metrics(log)[-1]["step"]
+    assert (out / "checkpoints" / f"step-{done}").is_dir()
+    assert not (out / "adapter").exists()
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(shop: Path, tmp_path: Path) -> None:
+    train(config(shop, tmp_path / "run"), say=quiet)
+    before = digest(tmp_path / "run"), losses(tmp_path / "run")
+    result = train(config(shop, tmp_path / "run"), resume=True, say=quiet)
+    assert (digest(tmp_path / "run"), losses(tmp_path / "run")) == before
+    assert result.steps == 6
+
+
+def test_packed_and_padded_runs_agree(shop: Path, tmp_path: Path) -> None:
+    for name, packing in (("padded", False), ("packed", True)):
+        train(config(shop, tmp_path / name, packing=packing, micro_batch_size=2), say=quiet)
+    for padded, packed in zip(losses(tmp_path / "padded"), losses(tmp_path / "packed"), strict=True):
+        assert packed["loss"] == pytest.approx(padded["loss"], rel=1e-4)
+        assert (packed["tokens"], packed["supervised_tokens"]) == (padded["tokens"], padded["supervised_tokens"])
+
+
+def test_the_best_weights_are_kept_and_exported(shop: Path, tmp_path: Path) -> None:
+    """A learning rate that climbs to the absurd: validation gets worse, the early best must survive rotation."""
+    out = tmp_path / "run"
+    run = config(shop, out, steps=12, eval_every=1, save_every=1, keep_last=1, lr=3.0, warmup=0.9, schedule="constant", clip=0)
+    result = train(run, say=quiet)
+    by_step = {row["step"]: row["eval_loss"] for row in read_metrics(out / "metrics.jsonl")}
+    best = min(by_step, key=lambda step: by_step[step])
+    assert result.best_step == best < 12
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {f"step-{best}", "step-12"}
+    exported = load_file(out / "adapter" / "adapter_model.safetensors")
+    kept = load_file(out / "checkpoints" / f"step-{best}" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(exported[k], kept[k]) for k in kept)
+
+
+def test_early_stop(shop: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = config(shop, out, steps=30, eval_every=1, lr=3.0, warmup=0.5, schedule="constant", clip=0, patience=2)
+    result = train(run, say=quiet)
+    assert result.best_step is not None
+    assert result.steps == result.best_step + 2 < 30
+
+
+def test_full_fine_tuning_writes_a_model_folder(shop: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = train(config(shop, out, method="full", lr=1e-3, dtype="bf16"), say=quiet)
+    assert result.weights == out / "model"
+    assert result.trainable == result.parameters
+    tuned, _ = load_model(out / "model")
+    base, _ = load_model(shop / "model")
+    changed = [n for (n, p), (_, q) in zip(tuned.named_parameters(), base.named_parameters(), strict=True) if not torch.equal(p, q)]
+    assert len(changed) == len(list(base.named_parameters()))
+    rows = read_metrics(out / "metrics.jsonl")
+    assert rows[-1]["eval_loss"] < rows[2]["eval_loss"]  # type: ignore[operator]
+
+
+def test_settings_file_and_flags(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = tmp_path / "run.toml"
+    settings.write_text(f'model = "{shop / "model"}"\ndata = "{shop / "rows.jsonl"}"\nsteps = 2\nrank = 4\nbatch-size = 2\nlr = 1e-3\n')
+    out = tmp_path / "run"
+    assert main(["train", "--config", str(settings), "--out", str(out), "--rank", "2", "--dtype", "fp32"]) == 0
+    saved = json.loads((out / "config.json").read_text())
+    assert (saved["rank"], saved["steps"], saved["batch_size"], saved["lr"]) == (2, 2, 2, 1e-3)
+
+
+def test_training_learns_the_rows(shop: Path, tmp_path: Path) -> None:
+    train(config(shop, tmp_path / "run", steps=40, eval_every=40, save_every=40), say=quiet)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    first, last = (sum(float(r["loss"]) for r in part) / 5 for part in (rows[:5], rows[-5:]))  # type: ignore[arg-type]
+    assert last < 0.75 * first
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_what_was_trained_can_be_used(shop: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config(shop, tmp_path / "run", steps=2), say=quiet)
+    model = ["--model", str(shop / "model"), "--adapter", str(tmp_path / "run" / "adapter"), "--max-new-tokens", "3"]
+    if command == "generate":
+        assert main(["generate", *model, "--prompt", "say aa"]) == 0
+        return
+    result = tmp_path / "score.json"
+    flags = ["--data", str(shop / "rows.jsonl"), "--limit", "5", "--out", str(result)]
+    for metric in ("exact_match", "f1", "loss", "choice"):
+        assert main(["eval", *model, *flags, "--metric", metric]) == 0
+        score = json.loads(result.read_text())
+        assert (score["n"], score["metric"]) == (5, metric)
