@@ -38,6 +38,7 @@ TRAIN_ROWS = 480
 TEST_ROWS = 72
 BATCH_SIZE = 8
 LEARNING_RATE = 1e-3  # five times the default: sixty steps are few
+EXAMPLE_QUESTION = ("What colour is fresh snow?", "white")  # shows that a bare word is asked for, not a sentence
 MAX_NEW_TOKENS = 64  # answers have up to 45
 
 
@@ -134,8 +135,8 @@ def _general_row(question: JSON) -> dict[str, JSON]:
     choices, answer = question["choices"], question["answer"]
     assert isinstance(choices, list)
     assert isinstance(answer, int)
-    prompt = f"{question['question']}\nAnswer with one of these: {', '.join(map(str, choices))}."
-    turns: list[JSON] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": choices[answer]}]
+    texts = (*EXAMPLE_QUESTION, question["question"], choices[answer])
+    turns: list[JSON] = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return {"messages": turns, "choices": choices}
 
 
@@ -148,7 +149,7 @@ def _sample(row: dict[str, JSON]) -> str:
 
 def _scores(model: CausalLM, tokenizer: Tokenizer, out: Path, name: str) -> Scores:
     def score(test: str, metric: Metric) -> EvalResult:
-        examples = read_dataset(out / "data" / f"{test}.jsonl").examples
+        examples = read_dataset(out / "data" / f"{test}.jsonl", keep_duplicates=True).examples
         with _bar(test) as progress:
             result = evaluate(
                 model, tokenizer, template, examples, metric, max_new_tokens=MAX_NEW_TOKENS, batch_size=24, progress=progress

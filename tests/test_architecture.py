@@ -98,7 +98,9 @@ def test_imports_point_down(module):
     for name in imported(ast.walk(MODULES[module])):
         if name.split(".")[0] == "minisft":
             assert name in MODULES, f"{module} imports {name}, which does not exist"
-            assert FLOOR_OF[room_of(name)] <= floor, f"{module} (floor {floor}) imports {name} (floor {FLOOR_OF[room_of(name)]})"
+            assert FLOOR_OF[room_of(name)] <= floor, (
+                f"{module} (floor {floor}) imports {name} (floor {FLOOR_OF[room_of(name)]})"
+            )
 
 
 def test_nothing_imports_in_a_circle():
@@ -141,14 +143,21 @@ def forbidden_call(node: ast.Call) -> str | None:
     if any(keyword.arg == "allow_pickle" for keyword in node.keywords):
         return "allow_pickle"
     text = ast.unparse(node.func)
-    return text if text in {"torch.load", "torch.save", "torch.hub.load", "np.load", "numpy.load", "importlib.import_module", "os.system"} else None
+    return (
+        text
+        if text
+        in {"torch.load", "torch.save", "torch.hub.load", "np.load", "numpy.load", "importlib.import_module", "os.system"}
+        else None
+    )
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_text_becomes_code(module):
     calls = [(node.lineno, forbidden_call(node)) for node in ast.walk(MODULES[module]) if isinstance(node, ast.Call)]
     assert not [call for call in calls if call[1]]
-    shell = [k.lineno for node in ast.walk(MODULES[module]) if isinstance(node, ast.Call) for k in node.keywords if k.arg == "shell"]
+    shell = [
+        k.lineno for node in ast.walk(MODULES[module]) if isinstance(node, ast.Call) for k in node.keywords if k.arg == "shell"
+    ]
     assert not shell, f"subprocess with a shell in line {shell}"
 
 
@@ -215,8 +224,12 @@ print("clean")
 
 
 def test_every_module_imports_with_the_core_dependencies_alone():
-    """In a process without Triton, plotting, GGUF, the hub or any oracle, without network; and no import changes the process."""
-    absent = LATE | UNSAFE - {"pickle", "_pickle", "marshal"} | {"transformers", "peft", "bitsandbytes", "accelerate", "hypothesis", "pytest"}
+    """In a process without Triton, plotting, GGUF, the hub, any oracle or a network; and no import changes the process."""
+    absent = (
+        LATE
+        | UNSAFE - {"pickle", "_pickle", "marshal"}
+        | {"transformers", "peft", "bitsandbytes", "accelerate", "hypothesis", "pytest"}
+    )
     modules = ["minisft", *sorted(set(MODULES) - kernel_files() - {"minisft"})]
     command = [sys.executable, "-c", CLEAN_IMPORT, ",".join(absent), ",".join(modules)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

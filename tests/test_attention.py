@@ -1,5 +1,6 @@
 """Attention over segments equals a softmax written out in fp64, one segment at a time, wherever the segments lie."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -26,10 +27,9 @@ layouts = st.tuples(st.lists(row_layouts, min_size=1, max_size=4), st.integers(0
 def segment_ids_of(layout: tuple[list[list[tuple[int, int]]], int]) -> Tensor:
     """(B, T) segment ids; every number is new, so equal neighbours are always one segment."""
     rows, tail = layout
-    flat = [[0] * gap + [1 + b * 10 + n] * length for b, row in enumerate(rows) for n, (gap, length) in enumerate(row)]
-    counts = [len(row) for row in rows]
-    lines = [sum(flat[sum(counts[:b]) : sum(counts[: b + 1])], []) for b in range(len(rows))]
-    T = max(map(len, lines)) + tail + (max(map(len, lines)) == 0)
+    name = itertools.count(1)
+    lines = [[x for gap, length in row for x in [0] * gap + [next(name)] * length] for row in rows]
+    T = max(1, max(map(len, lines)) + tail)
     return torch.tensor([line + [0] * (T - len(line)) for line in lines])
 
 
@@ -149,7 +149,7 @@ def test_bf16_stays_close_to_fp64(which, fast_bf16):
     inputs = [randn(26, heads, 6, seed=heads).bfloat16() for heads in (4, 2, 2)]
     upstream = randn(26, 4, 6, seed=9).bfloat16() * (segment_ids > 0).view(-1, 1, 1)
     ours, exact = [x.clone().requires_grad_() for x in inputs], [x.double().requires_grad_() for x in inputs]
-    with path(which), mock.patch.object(matmul, "_cpu_multiplies_bf16", lambda: fast_bf16):
+    with path(which), mock.patch.object(matmul, "_cpu_multiplies_bf16", return_value=fast_bf16):
         out = attend(*ours, Segments.of(segment_ids), 5)
         gradients = torch.autograd.grad(out, ours, upstream)
     expected = naive(*exact, segment_ids, 5)
@@ -177,7 +177,7 @@ def test_cached_attention(dtype, tolerance, fast_bf16, heads, filled, new, windo
     k, v = (randn(B, K, C, 4, seed=seed + i).to(dtype) for i in range(2))
     q = randn(B, new, H, 4, seed=seed + 2).to(dtype)
     positions = torch.tensor(filled)[:, None] + torch.arange(new)
-    with mock.patch.object(matmul, "_cpu_multiplies_bf16", lambda: fast_bf16):
+    with mock.patch.object(matmul, "_cpu_multiplies_bf16", return_value=fast_bf16):
         out = attend_cached(q, k, v, positions, window)
     assert out.dtype == dtype
     for b, length in enumerate(filled):

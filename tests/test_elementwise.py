@@ -44,7 +44,11 @@ def compare(ours: Callable[..., Tensor], naive: Callable[..., Tensor], inputs: l
 
 @given(shapes, st.integers(1, 9), st.sampled_from([1e-6, 1e-2]), seeds)
 def test_rms_norm(batch, size, eps, seed):
-    compare(lambda x, w: rms_norm(x, w, eps), lambda x, w: naive_rms_norm(x, w, eps), [randn(*batch, size, seed=seed), randn(size, seed=1)])
+    compare(
+        lambda x, w: rms_norm(x, w, eps),
+        lambda x, w: naive_rms_norm(x, w, eps),
+        [randn(*batch, size, seed=seed), randn(size, seed=1)],
+    )
 
 
 def test_rms_norm_of_zeros_is_zero():
@@ -114,7 +118,9 @@ def test_upstream_gradient_may_be_expanded():
         (lambda x, w: rms_norm(x, w, 1e-6), [randn(3, 4), randn(4)]),
     ]:
         inputs = [x.float().requires_grad_() for x in inputs]
-        summed, weighted = (torch.autograd.grad(loss, inputs) for loss in (function(*inputs).sum(), (function(*inputs) * 1.0).sum()))
+        summed, weighted = (
+            torch.autograd.grad(loss, inputs) for loss in (function(*inputs).sum(), (function(*inputs) * 1.0).sum())
+        )
         for a, b in zip(summed, weighted, strict=True):
             assert torch.equal(a, b)
 
@@ -137,7 +143,7 @@ def test_linear_in_bf16_multiplies_in_fp32_and_rounds_once(fast_bf16, bias, batc
     """On a CPU with and without bf16 products; the sum is exact in fp64, so one rounding is all the error there may be."""
     inputs = [randn(*batch, sizes[0], seed=seed), randn(sizes[1], sizes[0], seed=seed + 1)] + [randn(sizes[1], seed=2)] * bias
     inputs = [x.bfloat16() for x in inputs]
-    with mock.patch.object(matmul, "_cpu_multiplies_bf16", lambda: fast_bf16):
+    with mock.patch.object(matmul, "_cpu_multiplies_bf16", return_value=fast_bf16):
         ours = [x.clone().requires_grad_() for x in inputs]
         y = matmul.linear(*ours)
         found = [y, *torch.autograd.grad(y, ours, torch.ones_like(y))]
@@ -154,7 +160,7 @@ def test_linear_keeps_no_activation_for_a_frozen_weight(frozen):
     x = randn(4, 6, dtype=torch.bfloat16).requires_grad_()
     weight = randn(3, 6, seed=1, dtype=torch.bfloat16).requires_grad_(not frozen)
     with (
-        mock.patch.object(matmul, "_cpu_multiplies_bf16", lambda: False),
+        mock.patch.object(matmul, "_cpu_multiplies_bf16", return_value=False),
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
     ):
         matmul.linear(x, weight)
@@ -164,8 +170,8 @@ def test_linear_keeps_no_activation_for_a_frozen_weight(frozen):
 
 def test_product_dtype():
     half = {name: torch.zeros(1, dtype=getattr(torch, name)) for name in ("float64", "float32", "bfloat16", "float16")}
-    with mock.patch.object(matmul, "_cpu_multiplies_bf16", lambda: True):
+    with mock.patch.object(matmul, "_cpu_multiplies_bf16", return_value=True):
         assert [matmul.product_dtype(x) for x in half.values()] == [torch.float64, torch.float32, torch.bfloat16, torch.float32]
-    with mock.patch.object(matmul, "_cpu_multiplies_bf16", lambda: False):
+    with mock.patch.object(matmul, "_cpu_multiplies_bf16", return_value=False):
         assert [matmul.product_dtype(x) for x in half.values()] == [torch.float64, torch.float32, torch.float32, torch.float32]
     assert isinstance(matmul._cpu_multiplies_bf16(), bool)

@@ -23,7 +23,9 @@ seeds = st.integers(0, 2**31)
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, kind: type[nn.Linear] = Linear, seed: int = 0) -> nn.Linear:
+def make_linear(
+    inputs: int, outputs: int, bias: bool, dtype: torch.dtype, kind: type[nn.Linear] = Linear, seed: int = 0
+) -> nn.Linear:
     base = kind(inputs, outputs, bias=bias, dtype=dtype)
     with torch.no_grad():
         for i, parameter in enumerate(base.parameters()):
@@ -190,7 +192,10 @@ def test_dropout_hides_inputs_from_the_update_alone(probability):
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_masters_stay_fp32(narrow):
     """Adapters keep all their bits whether they are added before or after the model is narrowed, and train in fp32."""
-    for model in (nn.Sequential(LoRALinear(Linear(6, 5), 2, 3.0)), nn.Sequential(LoRALinear(Linear(6, 5, dtype=narrow), 2, 3.0))):
+    for model in (
+        nn.Sequential(LoRALinear(Linear(6, 5), 2, 3.0)),
+        nn.Sequential(LoRALinear(Linear(6, 5, dtype=narrow), 2, 3.0)),
+    ):
         layer = trained(model[0])
         before = layer.lora_A.detach().clone()
         identity = layer.lora_A
@@ -210,7 +215,11 @@ def test_masters_stay_fp32(narrow):
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
 def test_masters_are_fp32_at_least(kind):
     for dtype, master in ((torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
-        layer = LoRALinear(Linear(4, 3, dtype=dtype), 2, 3.0) if kind == "linear" else LoRAEmbedding(nn.Embedding(4, 3, dtype=dtype), 2, 3.0)
+        layer = (
+            LoRALinear(Linear(4, 3, dtype=dtype), 2, 3.0)
+            if kind == "linear"
+            else LoRAEmbedding(nn.Embedding(4, 3, dtype=dtype), 2, 3.0)
+        )
         assert layer.lora_A.dtype == layer.lora_B.dtype == master
 
 
@@ -223,7 +232,7 @@ def test_bf16_base_stays_close_to_fp64(fast_bf16):
     results = []
     for module, inputs in ((layer, x), (exact, x.double())):
         inputs = inputs.clone().requires_grad_()
-        with mock.patch.object(matmul, "_cpu_multiplies_bf16", lambda: fast_bf16):
+        with mock.patch.object(matmul, "_cpu_multiplies_bf16", return_value=fast_bf16):
             y = module(inputs)
             y.backward(randn(6, 17, seed=4, dtype=torch.bfloat16).to(y.dtype))
         results.append([y, inputs.grad, module.lora_A.grad, module.lora_B.grad])

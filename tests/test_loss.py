@@ -98,7 +98,10 @@ def test_gradcheck(kind):
             return head_loss_sum(hidden, self.head, target_ids)
 
     wrapped = Wrapped()
-    inputs = [randn(4, D).requires_grad_(), *(p.detach().clone().requires_grad_() for n, p in head.named_parameters() if n in names)]
+    inputs = [
+        randn(4, D).requires_grad_(),
+        *(p.detach().clone().requires_grad_() for n, p in head.named_parameters() if n in names),
+    ]
 
     def run(hidden: Tensor, *values: Tensor) -> Tensor:
         return torch.func.functional_call(wrapped, dict(zip((f"head.{n}" for n in names), values, strict=True)), hidden)
@@ -111,7 +114,9 @@ def test_gradient_of_a_model_equals_full_logits(family):
     """Down to the adapters: prompt, padding and packing as they come, and prompt logits get a gradient of exactly zero."""
     model = shared_with_lora(FAMILIES[family])
     ids, segment_ids = torch.arange(16).view(2, 8), torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0], [1] * 8])
-    target_ids = torch.tensor([[IGNORE_INDEX, 4, IGNORE_INDEX, 8, 9, 1, IGNORE_INDEX, IGNORE_INDEX], [IGNORE_INDEX] * 5 + [3, 2, 1]])
+    target_ids = torch.tensor(
+        [[IGNORE_INDEX, 4, IGNORE_INDEX, 8, 9, 1, IGNORE_INDEX, IGNORE_INDEX], [IGNORE_INDEX] * 5 + [3, 2, 1]]
+    )
     logits = model(ids, segment_ids=segment_ids)
     logits.retain_grad()
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), reduction="sum")
@@ -134,7 +139,7 @@ def test_bf16_is_summed_in_fp32(fast_bf16):
     expected = by_hand(exact @ head.weight.double().T, target_ids)
     expected.backward()
     weight_wanted, head.weight.grad = head.weight.grad, None
-    with mock.patch.object(matmul, "_cpu_multiplies_bf16", lambda: fast_bf16):
+    with mock.patch.object(matmul, "_cpu_multiplies_bf16", return_value=fast_bf16):
         actual = head_loss_sum(hidden, head, target_ids)
     actual.backward()
     assert actual.dtype == torch.float32

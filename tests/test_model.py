@@ -8,7 +8,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import FAMILIES, LLAMA, LLAMA3_ROPE, VOCAB, assert_close, assert_same, build, gradients, randn, shared, shared_with_lora
+from tiny import (
+    FAMILIES,
+    LLAMA,
+    LLAMA3_ROPE,
+    VOCAB,
+    assert_close,
+    assert_same,
+    build,
+    gradients,
+    randn,
+    shared,
+    shared_with_lora,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -300,7 +312,9 @@ def test_parameters_are_those_of_the_config(family):
     """Counted by hand from the shape, so neither a bias nor a norm can go missing."""
     c = FAMILIES[family]
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    attention = c.hidden_size * (2 * q + 2 * kv) + c.qkv_bias * (q + 2 * kv) + c.o_bias * c.hidden_size + c.qk_norm * 2 * c.head_dim
+    attention = (
+        c.hidden_size * (2 * q + 2 * kv) + c.qkv_bias * (q + 2 * kv) + c.o_bias * c.hidden_size + c.qk_norm * 2 * c.head_dim
+    )
     mlp = 3 * c.hidden_size * c.intermediate_size + c.mlp_bias * (2 * c.intermediate_size + c.hidden_size)
     heads = 1 if c.tie_word_embeddings else 2
     total = c.num_layers * (attention + mlp + 2 * c.hidden_size) + c.hidden_size + heads * c.vocab_size * c.hidden_size

@@ -41,7 +41,11 @@ def backward(parameters: dict[str, nn.Parameter], seed: int, scale: float = 1.0)
     return sent
 
 
-@given(lrs=st.lists(st.sampled_from([0.0, 1e-3, 0.1]), min_size=1, max_size=6), decay=st.sampled_from([0.0, 0.1]), seed=st.integers(0, 999))
+@given(
+    lrs=st.lists(st.sampled_from([0.0, 1e-3, 0.1]), min_size=1, max_size=6),
+    decay=st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 999),
+)
 def test_equals_the_textbook(lrs, decay, seed):
     """Several steps at changing rates in fp64; only matrices decay."""
     parameters, optimizer = make(decay=decay)

@@ -76,7 +76,9 @@ def test_targets(targets, expected):
         assert isinstance(module, (LoRALinear, LoRAEmbedding)) is (path in expected)
 
 
-@pytest.mark.parametrize("targets", [("proj",), ("_proj", "q_proj"), r"q_proj", r"model\.layers\.0", ("layers.0",), ("norm",), ("",), "all_linear"])
+@pytest.mark.parametrize(
+    "targets", [("proj",), ("_proj", "q_proj"), r"q_proj", r"model\.layers\.0", ("layers.0",), ("norm",), ("",), "all_linear"]
+)
 def test_a_target_that_matches_nothing_lists_what_there_is(targets):
     """Parts of names, paths of containers, norms, a pattern that covers only a part of the path: none of them is a layer."""
     model = build(LLAMA)
@@ -97,7 +99,10 @@ def test_a_partial_match_is_an_error_and_names_the_nearest():
     assert not lora_modules(model)
 
 
-@pytest.mark.parametrize(("pattern", "message"), [("(", "no regular expression: \\(; found"), ("a" * 1001, "found 1001 characters; expected at most 1000")])
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("(", "no regular expression: \\(; found"), ("a" * 1001, "found 1001 characters; expected at most 1000")],
+)
 def test_bad_patterns(pattern, message):
     with pytest.raises(UserError, match=message) as error:
         match_targets(build(LLAMA), pattern)
@@ -263,7 +268,12 @@ def test_seeds_depend_on_every_part(seed, purpose, indices):
     value = derive_seed(seed, purpose, *indices)
     assert 0 <= value < 2**63
     assert value == derive_seed(seed, purpose, *indices)
-    others = [(seed + 1, purpose, *indices), (seed, purpose + "x", *indices), (seed, purpose, *indices, 0), (seed, purpose, 10, *indices)]
+    others = [
+        (seed + 1, purpose, *indices),
+        (seed, purpose + "x", *indices),
+        (seed, purpose, *indices, 0),
+        (seed, purpose, 10, *indices),
+    ]
     assert value not in {derive_seed(*other) for other in others}
     one, two = (torch.rand(3, generator=generator(seed, purpose, *indices)) for _ in range(2))
     assert torch.equal(one, two)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,7 +77,7 @@ def test_a_run_writes_what_it_promises(shop: Path, tmp_path: Path) -> None:
     assert facts["train"]["rows"] == 24
     assert facts["validation"]["rows"] == 6
     assert facts["train"]["sha256"] == hashlib.sha256((shop / "rows.jsonl").read_bytes()).hexdigest()
-    assert json.loads((out / "env.json").read_text())["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert json.loads((out / "env.json").read_text())["packages"]["torch"] == importlib.metadata.version("torch")
     assert result.steps == 6
     assert result.weights == out / "adapter"
     assert said[-1].startswith("done: 6 steps")
@@ -108,7 +110,7 @@ def test_resuming_after_any_step_of_forty_ends_in_the_same_bits(shop: Path, tmp_
         shutil.rmtree(out / "adapter")
         for later in range(stop + 1, 41):
             shutil.rmtree(out / "checkpoints" / f"step-{later}")
-        train(config(shop, out, **{**run.to_dict(), "out": str(out), "map": (), "targets": run.targets}), resume=True, say=quiet)
+        train(replace(run, out=str(out)), resume=True, say=quiet)
         assert digest(out) == expected, f"resumed after step {stop}"
         assert losses(out) == log, f"resumed after step {stop}"
         shutil.rmtree(out)
@@ -153,10 +155,18 @@ def test_packed_and_padded_runs_agree(shop: Path, tmp_path: Path) -> None:
         assert (packed["tokens"], packed["supervised_tokens"]) == (padded["tokens"], padded["supervised_tokens"])
 
 
-def test_the_best_weights_are_kept_and_exported(shop: Path, tmp_path: Path) -> None:
-    """A learning rate that climbs to the absurd: validation gets worse, the early best must survive rotation."""
+@pytest.fixture(scope="module")
+def contrary(shop: Path) -> str:
+    """Validation rows whose answers the training rows never give: the more is learned, the worse they look."""
+    path = shop / "contrary.jsonl"
+    rows = [{"prompt": f"say {c}", "completion": "0123456789"} for c in "abcdefgh"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_the_best_weights_are_kept_and_exported(shop: Path, contrary: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    run = config(shop, out, steps=12, eval_every=1, save_every=1, keep_last=1, lr=3.0, warmup=0.9, schedule="constant", clip=0)
+    run = config(shop, out, steps=12, eval_every=1, save_every=1, keep_last=1, lr=0.05, schedule="constant", eval_data=contrary)
     result = train(run, say=quiet)
     by_step = {row["step"]: row["eval_loss"] for row in read_metrics(out / "metrics.jsonl")}
     best = min(by_step, key=lambda step: by_step[step])
@@ -164,15 +174,17 @@ def test_the_best_weights_are_kept_and_exported(shop: Path, tmp_path: Path) -> N
     assert {p.name for p in (out / "checkpoints").iterdir()} == {f"step-{best}", "step-12"}
     exported = load_file(out / "adapter" / "adapter_model.safetensors")
     kept = load_file(out / "checkpoints" / f"step-{best}" / "adapter" / "adapter_model.safetensors")
+    last = load_file(out / "checkpoints" / "step-12" / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(exported[k], kept[k]) for k in kept)
+    assert not all(torch.equal(exported[k], last[k]) for k in kept)
 
 
-def test_early_stop(shop: Path, tmp_path: Path) -> None:
+def test_early_stop(shop: Path, contrary: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    run = config(shop, out, steps=30, eval_every=1, lr=3.0, warmup=0.5, schedule="constant", clip=0, patience=2)
+    run = config(shop, out, steps=60, eval_every=1, lr=0.05, schedule="constant", eval_data=contrary, patience=2)
     result = train(run, say=quiet)
     assert result.best_step is not None
-    assert result.steps == result.best_step + 2 < 30
+    assert result.steps == result.best_step + 2 < 60
 
 
 def test_full_fine_tuning_writes_a_model_folder(shop: Path, tmp_path: Path) -> None:
@@ -198,10 +210,10 @@ def test_settings_file_and_flags(shop: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_training_learns_the_rows(shop: Path, tmp_path: Path) -> None:
-    train(config(shop, tmp_path / "run", steps=40, eval_every=40, save_every=40), say=quiet)
+    train(config(shop, tmp_path / "run", steps=60, eval_every=60, save_every=60, lr=0.05), say=quiet)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     first, last = (sum(float(r["loss"]) for r in part) / 5 for part in (rows[:5], rows[-5:]))  # type: ignore[arg-type]
-    assert last < 0.75 * first
+    assert last < first - 0.5
 
 
 @pytest.mark.parametrize("command", ["generate", "eval"])

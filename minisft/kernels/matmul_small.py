@@ -26,7 +26,7 @@ CONFIGS = (
     Config(columns=64, inner=128, parts=1),
     Config(columns=64, inner=128, parts=4),
     Config(columns=64, inner=128, parts=8),
-    Config(columns=128, inner=128, parts=4, num_warps=8),
+    Config(columns=128, inner=64, parts=4, num_stages=4),
 )
 FP32_CONFIGS = (Config(columns=32, inner=64, parts=4),)  # full fp32 has no tensor cores here: a tile that fits the registers
 
