@@ -2,8 +2,8 @@
 
     python benchmarks/bench_train.py [--dtypes fp32 bf16] [--mallocs default tuned] [--rounds 5] [--data banking77_train.jsonl]
 
-Rank 16 on every linear but the head, batches of 8 rows, AdamW, clipping; a tenth of the tokens is supervised. Tokens are counted without
-padding. Both start from the same weights and must report the same loss on the first batch before anything is timed.
+Rank 16 on every linear but the head, batches of 8 rows, AdamW, clipping; a tenth of the tokens is supervised. Tokens are
+counted without padding. Both start from the same weights and must report the same loss on the first batch before anything is timed.
 Results go to benchmarks/results/train.json and train.svg.
 """
 
@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-
 from harness import Worker, peak_rss_bytes, provenance, save, serve, spread
 
 BATCH_SIZE, RANK, ALPHA, LR = 8, 16, 32.0, 2e-4
@@ -85,7 +84,9 @@ class Peft:
         from transformers import AutoModelForCausalLM
 
         base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=DTYPES[dtype])
-        self.model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
+        self.model = get_peft_model(
+            base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
         self.model.train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LR, weight_decay=0.0, fused=True)
@@ -229,7 +230,8 @@ def main() -> None:
         speed = cell["speed_ratio"]
         print(
             f"{cell['dtype']} {cell['malloc']:8} {cell['contestant']:18} {cell['tokens_per_s']['median']:8.1f} tokens/s  "
-            f"x{speed['median']:.2f} ({speed['q1']:.2f} to {speed['q3']:.2f})  {cell['peak_bytes'] / 1e9:.2f} GB  x{cell['memory_ratio']:.2f}"
+            f"x{speed['median']:.2f} ({speed['q1']:.2f} to {speed['q3']:.2f})  "
+            f"{cell['peak_bytes'] / 1e9:.2f} GB  x{cell['memory_ratio']:.2f}"
         )
 
 

@@ -1,7 +1,7 @@
 """minisft: supervised fine-tuning with LoRA, from scratch.
 
-``load_model`` reads a pretrained model, ``apply_lora_`` adds adapters, ``save_adapter`` and ``load_adapter_`` exchange them with the
-field's tools. Importing this package touches no GPU, network, environment variable or thread setting.
+``load_model`` reads a pretrained model, ``apply_lora_`` adds adapters, ``save_adapter`` and ``load_adapter_`` exchange them
+with the field's tools. Importing this package touches no GPU, network, environment variable or thread setting.
 """
 
 from minisft.config import LoRAConfig, ModelConfig, RunConfig

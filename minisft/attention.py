@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
+from minisft.autograd import Context
 from minisft.matmul import product_dtype
 
 # Up to this many keys, two batched products and a softmax beat the fused CPU kernel (measured, benchmarks/LOG.md).
@@ -104,6 +106,11 @@ def _hidden_keys(L: int, window: int | None, device: torch.device) -> Tensor:
     return hidden | ones.tril(-window) if window is not None and window < L else hidden
 
 
+class _AttentionContext(Context, Protocol):
+    segments: Segments
+    window: int | None
+
+
 class _ShortAttention(torch.autograd.Function):
     """Attention as two batched products, query heads grouped over the kv head that they share.
 
@@ -111,7 +118,7 @@ class _ShortAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None) -> Tensor:
+    def forward(ctx: _AttentionContext, q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None) -> Tensor:
         hidden = _hidden_keys(segments.shape[1], window, q.device)
         q_grid, k_grid, v_grid = _grouped(q, k, v, segments)
         scores = _scores(q_grid, k_grid, hidden)
@@ -124,9 +131,9 @@ class _ShortAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: _AttentionContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, logsum = ctx.saved_tensors
-        segments: Segments = ctx.segments
+        segments = ctx.segments
         q_grid, k_grid, v_grid = _grouped(q, k, v, segments)
         weights = _scores(q_grid, k_grid, _hidden_keys(segments.shape[1], ctx.window, q.device)).sub_(logsum).exp_()
         g = _group_queries(segments.only_real(segments.to_grid(grad)), k.shape[1])
@@ -139,7 +146,7 @@ class _ShortAttention(torch.autograd.Function):
         grad_q = _ungrouped(grad_scores @ k_grid, segments, q.dtype)
         grad_k = segments.from_grid((grad_scores.transpose(-1, -2) @ q_grid).transpose(1, 2).to(k.dtype))
         grad_v_flat = segments.from_grid(grad_v.transpose(1, 2).to(v.dtype))
-        return (*map(segments.without_padding, (grad_q, grad_k, grad_v_flat)), None, None)
+        return *map(segments.without_padding, (grad_q, grad_k, grad_v_flat)), None, None
 
 
 def _group_queries(grid: Tensor, num_kv_heads: int) -> Tensor:

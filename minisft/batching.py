@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,8 +39,9 @@ class Batch:
     rows: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = (x.to(device, non_blocking=True) for x in (self.input_ids, self.target_ids, self.segment_ids))
-        return Batch(*moved, self.num_targets, self.num_tokens, self.rows)
+        """The same batch on another device."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("input_ids", "target_ids", "segment_ids")}
+        return replace(self, **moved)
 
 
 def step_rows(step: int, batch_size: int, num_rows: int, seed: int) -> list[int]:

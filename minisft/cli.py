@@ -90,7 +90,9 @@ def _saved_settings(out: Path) -> dict[str, object]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError("checkpoint/bad-config", "the run's settings cannot be read", where=visible(path), found=visible(error)) from None
+        raise UserError(
+            "checkpoint/bad-config", "the run's settings cannot be read", where=visible(path), found=visible(error)
+        ) from None
     return dict(values)
 
 
@@ -138,7 +140,13 @@ def _check_positive(arguments: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise UserError("config/bad-value", "a setting is out of range", where="--" + name.replace("_", "-"), found=str(value), expected="at least 1")
+            raise UserError(
+                "config/bad-value",
+                "a setting is out of range",
+                where="--" + name.replace("_", "-"),
+                found=str(value),
+                expected="at least 1",
+            )
 
 
 def _sampling(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]  # Sampling: imported late

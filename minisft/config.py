@@ -24,7 +24,9 @@ ALL_LINEAR = "all-linear"
 
 def _require(ok: bool, name: str, found: object, expected: str, fix: str = "") -> None:
     if not ok:
-        raise UserError("config/bad-value", "a setting is out of range", where=name, found=visible(found), expected=expected, fix=fix)
+        raise UserError(
+            "config/bad-value", "a setting is out of range", where=name, found=visible(found), expected=expected, fix=fix
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class ModelConfig:
             if not 1 <= value <= limit:
                 raise _model_error(f"{name} is absurd", str(value), f"1 to {limit}")
         if self.num_heads % self.num_kv_heads:
-            raise _model_error("the heads do not divide", f"{self.num_heads} heads over {self.num_kv_heads} kv heads", "a multiple")
+            raise _model_error(
+                "the heads do not divide", f"{self.num_heads} heads over {self.num_kv_heads} kv heads", "a multiple"
+            )
         if self.head_dim % 2:
             raise _model_error("head_dim is odd", str(self.head_dim), "an even number (RoPE turns pairs)")
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
@@ -143,7 +147,9 @@ class RunConfig:
     out: str = _flag("run folder: new, or with --resume the one to go on with", metavar="DIR")
     eval_data: str | None = _flag("validation rows; without it a share of --data is held out", None, "F")
     validation_share: float = _flag("share of --data held out when there is no --eval-data", 0.05)
-    map: tuple[str, ...] = _flag("column of your file for a field of ours, e.g. prompt=question (repeatable)", (), "FIELD=COLUMN")
+    map: tuple[str, ...] = _flag(
+        "column of your file for a field of ours, e.g. prompt=question (repeatable)", (), "FIELD=COLUMN"
+    )
     template: str | None = _flag("chat template instead of the model's own: a .jinja file, chatml or plain", None, "T")
     turns: Literal["all", "last"] = _flag("which assistant turns are trained", "all")
     max_length: int = _flag("longest row in tokens; longer rows lose the beginning of their prompt, or are dropped", 1024, "N")
@@ -155,11 +161,15 @@ class RunConfig:
     alpha: float = _flag("LoRA alpha; the update is scaled by alpha / rank", 32.0)
     dropout: float = _flag("LoRA dropout in [0, 1)", 0.0, "P")
     use_rslora: bool = _flag("scale by alpha / sqrt(rank)", False)
-    targets: tuple[str, ...] = _flag("module names or one regular expression; default every linear but the head", (ALL_LINEAR,), "NAME")
+    targets: tuple[str, ...] = _flag(
+        "module names or one regular expression; default every linear but the head", (ALL_LINEAR,), "NAME"
+    )
     steps: int | None = _flag("optimizer steps (or give --epochs)", None, "N")
     epochs: float | None = _flag("passes over the data (default 1)", None, "N")
     batch_size: int = _flag("rows in an optimizer step", 8, "N")
-    micro_batch_size: int | None = _flag("rows computed at once (default: the whole batch); never changes the result", None, "N")
+    micro_batch_size: int | None = _flag(
+        "rows computed at once (default: the whole batch); never changes the result", None, "N"
+    )
     lr: float | None = _flag("peak learning rate (default 2e-4 for lora, 2e-5 for full)", None)
     schedule: Literal["cosine", "linear", "constant"] = _flag("learning rate after the warm-up", "cosine")
     warmup: float = _flag("share of the steps that warm up", 0.03)
@@ -180,11 +190,25 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name, kind in _choices().items():
             _require(getattr(self, name) in kind, f"--{name.replace('_', '-')}", getattr(self, name), " or ".join(kind))
-        for name in ("batch_size", "micro_batch_size", "steps", "eval_every", "save_every", "keep_last", "patience", "log_every"):
+        for name in (
+            "batch_size",
+            "micro_batch_size",
+            "steps",
+            "eval_every",
+            "save_every",
+            "keep_last",
+            "patience",
+            "log_every",
+        ):
             value = getattr(self, name)
             _require(value is None or value >= 1, flag_name(name), value, "at least 1")
         _require(self.max_length >= 8, "--max-length", self.max_length, "at least 8 tokens")
-        _require(self.epochs is None or (math.isfinite(self.epochs) and self.epochs > 0), "--epochs", self.epochs, "a positive number")
+        _require(
+            self.epochs is None or (math.isfinite(self.epochs) and self.epochs > 0),
+            "--epochs",
+            self.epochs,
+            "a positive number",
+        )
         _require(self.steps is None or self.epochs is None, "--steps and --epochs", "both", "one of them")
         _require(
             self.micro_batch_size is None or self.batch_size % self.micro_batch_size == 0,
@@ -195,7 +219,9 @@ class RunConfig:
         _require(self.lr is None or (math.isfinite(self.lr) and self.lr > 0), "--lr", self.lr, "a positive number")
         _require(0.0 <= self.warmup < 1.0, "--warmup", self.warmup, "a share in [0, 1), less than all steps")
         _require(0.0 <= self.validation_share < 1.0, "--validation-share", self.validation_share, "a share in [0, 1)")
-        _require(math.isfinite(self.weight_decay) and self.weight_decay >= 0, "--weight-decay", self.weight_decay, "zero or more")
+        _require(
+            math.isfinite(self.weight_decay) and self.weight_decay >= 0, "--weight-decay", self.weight_decay, "zero or more"
+        )
         _require(math.isfinite(self.clip) and self.clip >= 0, "--clip", self.clip, "zero or more")
         for name in ("beta1", "beta2"):
             _require(0.0 <= getattr(self, name) < 1.0, f"--{name}", getattr(self, name), "a number in [0, 1)")
@@ -206,7 +232,9 @@ class RunConfig:
         """The adapter this run trains."""
         targets = self.targets
         # One target with regex characters, or the word all-linear, is PEFT's string form; anything else is names.
-        is_pattern = len(targets) == 1 and (targets[0] == ALL_LINEAR or not targets[0].replace(".", "").replace("_", "").isalnum())
+        is_pattern = len(targets) == 1 and (
+            targets[0] == ALL_LINEAR or not targets[0].replace(".", "").replace("_", "").isalnum()
+        )
         return LoRAConfig(
             rank=self.rank,
             alpha=self.alpha,
@@ -261,11 +289,18 @@ def run_config(values: dict[str, object], where: str = "settings") -> RunConfig:
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in known:
-            raise UserError("config/unknown-key", "unknown setting", where=f"{where}: {visible(key)}", fix=nearest(name, known) or f"known: {listing(known, 60)}")
+            raise UserError(
+                "config/unknown-key",
+                "unknown setting",
+                where=f"{where}: {visible(key)}",
+                fix=nearest(name, known) or f"known: {listing(known, 60)}",
+            )
         checked[name] = _typed(name, value, where)
     missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in checked]
     if missing:
-        raise UserError("config/missing", "a required setting is missing", where=where, expected=", ".join(map(flag_name, missing)))
+        raise UserError(
+            "config/missing", "a required setting is missing", where=where, expected=", ".join(map(flag_name, missing))
+        )
     return RunConfig(**checked)
 
 
@@ -280,7 +315,13 @@ def _typed(name: str, value: object, where: str) -> object:
     if not is_tuple and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     expected = f"a list of {kind.__name__}" if is_tuple else kind.__name__
-    raise UserError("config/bad-type", "a setting has the wrong type", where=f"{where}: {name}", found=visible(repr(value)), expected=expected)
+    raise UserError(
+        "config/bad-type",
+        "a setting has the wrong type",
+        where=f"{where}: {name}",
+        found=visible(repr(value)),
+        expected=expected,
+    )
 
 
 def read_toml(path: Path) -> dict[str, object]:
@@ -288,6 +329,8 @@ def read_toml(path: Path) -> dict[str, object]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError("config/no-file", "cannot read the settings", where=visible(path), found=error.strerror or str(error)) from None
+        raise UserError(
+            "config/no-file", "cannot read the settings", where=visible(path), found=error.strerror or str(error)
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:  # the last: nested a thousand deep
         raise UserError("config/bad-toml", "the settings are not TOML", where=visible(path), found=visible(error)) from None

@@ -36,9 +36,7 @@ class UserError(ValueError):
         fix: what to do, a command where there is one.
     """
 
-    def __init__(
-        self, code: str, what: str, *, where: str = "", found: str = "", expected: str = "", fix: str = ""
-    ) -> None:
+    def __init__(self, code: str, what: str, *, where: str = "", found: str = "", expected: str = "", fix: str = "") -> None:
         self.code = code
         self.exit_code = EXIT_CODES[code.split("/", 1)[0]]
         head = f"error[{code}] {what}" + (f": {where}" if where else "")

@@ -74,7 +74,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     made["generate"].add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")
     _inspect_flags(made["inspect"])
     quickstart = made["quickstart"]
-    quickstart.add_argument("--out", default="runs/quickstart", metavar="DIR", help="where everything goes (default %(default)s)")
+    quickstart.add_argument(
+        "--out", default="runs/quickstart", metavar="DIR", help="where everything goes (default %(default)s)"
+    )
     quickstart.add_argument("--seed", type=int, default=0, help="decides the generated rows and the training (default 0)")
     return parser, made
 
@@ -134,4 +136,6 @@ def _inspect_flags(parser: Parser) -> None:
     parser.add_argument("--template", default=None, metavar="T", help="chat template: a .jinja file, chatml or plain")
     parser.add_argument("--turns", choices=("all", "last"), default="all", help="which assistant turns are trained")
     parser.add_argument("--rows", type=int, default=2, metavar="N", help="how many rows to show token by token (default 2)")
-    parser.add_argument("--allow-control-tokens", action="store_true", default=False, help="let control tokens in the data act as such")
+    parser.add_argument(
+        "--allow-control-tokens", action="store_true", default=False, help="let control tokens in the data act as such"
+    )

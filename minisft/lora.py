@@ -8,11 +8,13 @@ merging inside ``forward``, ``train`` or ``eval``.
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
+from minisft.autograd import Context
 from minisft.errors import UserError
 from minisft.matmul import linear, product_dtype
 
@@ -35,15 +37,21 @@ def check_rank(rank: int, shape: tuple[int, ...], where: str = "") -> None:
         )
 
 
+class _AdaptedContext(Context, Protocol):
+    base: nn.Linear
+    scaling: float
+
+
 class _AdaptedLinear(torch.autograd.Function):
     """y = x W^T + b + s (x A^T) B^T through a frozen W.
 
-    The adapter's product comes first and the big one is added onto it (``addmm_``), so the update costs no pass of its own over y.
+    The adapter's product comes first and the big one is added onto it (``addmm_``), so the update costs no pass of its own
+    over y.
     Kept for backward: x (which its neighbours share) and x A^T (rank columns); never y, W^T or a cast copy of x.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, lora_A: Tensor, lora_B: Tensor, base: nn.Linear, scaling: float) -> Tensor:
+    def forward(ctx: _AdaptedContext, x: Tensor, lora_A: Tensor, lora_B: Tensor, base: nn.Linear, scaling: float) -> Tensor:
         wide = product_dtype(x)
         rows = x.reshape(-1, x.shape[-1]).to(wide)  # (M, in)
         xa = rows @ lora_A.to(wide).T  # (M, rank)
@@ -57,7 +65,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: _AdaptedContext, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, lora_A, lora_B, xa = ctx.saved_tensors
         wide = product_dtype(grad)
         g = grad.reshape(-1, grad.shape[-1]).to(wide)  # (M, out)
@@ -124,7 +132,8 @@ class LoRALinear(_Adapter):
         base: an ``nn.Linear`` with weight (out, in); it is frozen here.
         rank, alpha, dropout, use_rslora: see ``LoRAConfig``.
 
-    ``lora_A`` is (rank, in), uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5, as the reference code); ``lora_B`` is (out, rank), zero.
+    ``lora_A`` is (rank, in), uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5, as the reference code); ``lora_B`` is
+    (out, rank), zero.
 
     Ref: Hu et al. 2021, arXiv:2106.09685, section 4.1.
     """

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from minisft.autograd import Context
 from minisft.matmul import product_dtype
 
 IGNORE_INDEX = -100
@@ -35,7 +36,7 @@ class _HeadLoss(torch.autograd.Function):
     """Loss and gradient of a linear head in one pass, chunk by chunk: dL/dh = (softmax(h W^T) - onehot) W."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
+    def forward(ctx: Context, hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
         wide = product_dtype(hidden)
         precise = torch.promote_types(wide, torch.float32)
         weight_wide = weight.to(wide)
@@ -63,7 +64,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
@@ -77,7 +78,8 @@ def head_loss_sum(hidden: Tensor, head: nn.Module, target_ids: Tensor) -> Tensor
 
     Args:
         hidden: (..., D) hidden states after the final norm.
-        head: (N, D) -> (N, V); a linear without bias takes the fused path, anything else runs chunk by chunk with recomputation.
+        head: (N, D) -> (N, V); a linear without bias takes the fused path, anything else runs chunk by chunk with
+            recomputation.
         target_ids: (...) int64, already shifted, ``IGNORE_INDEX`` where nothing is to be learned.
 
     Returns:

@@ -17,8 +17,8 @@ _LARGEST = 2**31 - 1
 def tune_allocator() -> bool:
     """Make glibc keep freed blocks for reuse instead of returning them to the kernel.
 
-    By default each block above 32 MiB (and many below) is a fresh mapping, whose pages the kernel clears again at every step of a
-    training run. This concerns the whole process, so only the command line does it, never an import.
+    By default each block above 32 MiB (and many below) is a fresh mapping, whose pages the kernel clears again at every step
+    of a training run. This concerns the whole process, so only the command line does it, never an import.
 
     Returns:
         Whether anything was changed: only with glibc on Linux, and not if ``MALLOC_MMAP_THRESHOLD_`` is set in the environment.
@@ -29,7 +29,7 @@ def tune_allocator() -> bool:
     if mallopt is None:  # another C library
         return False
     settings = ((_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, _LARGEST), (_M_TOP_PAD, 64 * 2**20))
-    return all([mallopt(option, value) == 1 for option, value in settings])
+    return all(mallopt(option, value) == 1 for option, value in settings)
 
 
 def pick_device(name: str) -> torch.device:
@@ -43,7 +43,11 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError("config/bad-value", "unknown device", where="--device", found=visible(name), expected="cpu, cuda or auto") from None
+        raise UserError(
+            "config/bad-value", "unknown device", where="--device", found=visible(name), expected="cpu, cuda or auto"
+        ) from None
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise UserError("config/no-device", "this device is not here", where="--device", found=visible(name), fix="--device cpu")
+        raise UserError(
+            "config/no-device", "this device is not here", where="--device", found=visible(name), fix="--device cpu"
+        )
     return device

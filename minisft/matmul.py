@@ -11,7 +11,9 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
+
+from minisft.autograd import Context
 
 
 @functools.cache
@@ -34,7 +36,7 @@ class _Linear(torch.autograd.Function):
     """y = x W^T + b, multiplied in ``product_dtype``; a frozen weight keeps no activation alive."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wide = product_dtype(x)
         rows = x.reshape(-1, x.shape[-1]).to(wide)
         product = rows @ weight.to(wide).T if bias is None else torch.addmm(bias.to(wide), rows, weight.to(wide).T)
@@ -43,7 +45,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         wide = product_dtype(grad)
         rows = grad.reshape(-1, grad.shape[-1]).to(wide)

@@ -2,8 +2,8 @@
 
 Llama, SmolLM2, Mistral, Qwen2 and Qwen3 differ in a few switches (biases, a norm on q and k, tied head), all of them in
 ``ModelConfig``; there are no subclasses. The model knows nothing of adapters, quantization or training: those replace or
-wrap its linears from outside. The idea to take home: hidden states stay flat (tokens, D) all the way, and only attention needs to know
-which tokens belong together.
+wrap its linears from outside. The idea to take home: hidden states stay flat (tokens, D) all the way, and only attention
+needs to know which tokens belong together.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class KVCache:
 class _Context:
     """What every layer of one forward pass needs: angles, and where tokens attend."""
 
-    def __init__(self, cos: Tensor, sin: Tensor, segments: Segments | None, cache: KVCache | None, places: Tensor, end: int) -> None:
+    def __init__(
+        self, cos: Tensor, sin: Tensor, segments: Segments | None, cache: KVCache | None, places: Tensor, end: int
+    ) -> None:
         self.cos, self.sin = cos, sin
         self.segments, self.cache, self.places, self.end = segments, cache, places, end
 
@@ -203,7 +205,7 @@ class CausalLM(nn.Module):
         return self.model.norm(x_ND).view(B, T, -1)
 
     def _context(self, input_ids: Tensor, segment_ids: Tensor | None, cache: KVCache | None) -> _Context:
-        B, T = input_ids.shape
+        T = input_ids.shape[1]
         if cache is None:
             segments = Segments.of(torch.ones_like(input_ids) if segment_ids is None else segment_ids)
             places, end = segments.positions, T
@@ -239,6 +241,8 @@ def rope_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> t
         span = scaling.high_freq_factor - scaling.low_freq_factor
         keep = (scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor) / span
         blend = (1 - keep) * frequency / scaling.factor + keep * frequency
-        frequency = torch.where(wavelength > longest, frequency / scaling.factor, torch.where(wavelength < shortest, frequency, blend))
+        frequency = torch.where(
+            wavelength > longest, frequency / scaling.factor, torch.where(wavelength < shortest, frequency, blend)
+        )
     angles = positions[:, None, None].float() * frequency
     return angles.cos().to(dtype), angles.sin().to(dtype)

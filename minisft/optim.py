@@ -1,8 +1,8 @@
 """AdamW on fp32 masters.
 
 A parameter stored in bf16 is the rounded copy of a master that the optimizer owns: updates far smaller than the copy's
-last bit still add up. Gradients are collected in the masters' dtype as they arrive, so many micro-batches sum like one. Adapters are fp32 already
-and are their own masters.
+last bit still add up. Gradients are collected in the masters' dtype as they arrive, so many micro-batches sum like one.
+Adapters are fp32 already and are their own masters.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class MasterAdamW:
             for name, master in self.masters.items():
                 master.copy_(tensors[f"{name}/master"])
                 self.parameters[name].copy_(master)
-                moments = {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in tensors}
+                moments = {
+                    key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in tensors
+                }
                 if moments:
                     # The fused kernel wants everything beside the parameter, the step count too.
                     self.adamw.state[master] = {key: value.to(master.device, copy=True) for key, value in moments.items()}

@@ -122,7 +122,9 @@ def check_gradients(model: nn.Module) -> None:
         if all(p.grad is None or not p.grad.any() for p in (adapter.lora_A, adapter.lora_B))
     ]
     if silent:
-        raise UserError("numeric/no-gradient", "adapters receive no gradient", found=listing(silent), expected="a gradient in each")
+        raise UserError(
+            "numeric/no-gradient", "adapters receive no gradient", found=listing(silent), expected="a gradient in each"
+        )
     leaking = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
     if leaking:
         raise UserError("numeric/frozen-gradient", "frozen weights receive a gradient", found=listing(leaking))

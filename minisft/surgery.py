@@ -63,11 +63,15 @@ def match_targets(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]
 
 def _compiled(pattern: str) -> re.Pattern[str]:
     if len(pattern) > 1000:
-        raise UserError("config/bad-pattern", "the target pattern is too long", found=f"{len(pattern)} characters", expected="at most 1000")
+        raise UserError(
+            "config/bad-pattern", "the target pattern is too long", found=f"{len(pattern)} characters", expected="at most 1000"
+        )
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise UserError("config/bad-pattern", "the target pattern is no regular expression", where=visible(pattern), found=str(error)) from None
+        raise UserError(
+            "config/bad-pattern", "the target pattern is no regular expression", where=visible(pattern), found=str(error)
+        ) from None
 
 
 def _no_match(name: str, candidates: Mapping[str, nn.Module]) -> list[str]:
@@ -116,7 +120,12 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
         UserError: a target matches nothing, a rank does not fit, or the model already has adapters.
     """
     if existing := lora_modules(model):
-        raise UserError("adapter/already-there", "the model already has adapters", found=listing(existing, 3), fix="load the base model again")
+        raise UserError(
+            "adapter/already-there",
+            "the model already has adapters",
+            found=listing(existing, 3),
+            fix="load the base model again",
+        )
     paths = match_targets(model, config.targets)
     wrapped = {path: _wrap(path, model.get_submodule(path), config) for path in paths}  # all of them fit before any is placed
     freeze(model)

@@ -1,8 +1,8 @@
 """One run, from data to adapter: the only file that knows the whole day.
 
-Data, model and adapters are prepared, steps follow steps (``step.py``), now and then comes a validation and a checkpoint, and at the
-end the result is written. No random state is kept: what a step draws follows from (seed, step), which is why a stopped
-run that is resumed ends in the same bits.
+Data, model and adapters are prepared, steps follow steps (``step.py``), now and then comes a validation and a checkpoint,
+and at the end the result is written. No random state is kept: what a step draws follows from (seed, step), which is why a
+stopped run that is resumed ends in the same bits.
 """
 
 from __future__ import annotations
@@ -136,12 +136,16 @@ class _Run:
                 "numeric/non-finite",
                 f"loss or gradient was not finite {MAX_BAD_STEPS} steps in a row",
                 where=f"step {progress.step}, data rows {listing(map(str, rows))}",
-                found=f"loss {result.loss}, gradient norm {result.grad_norm}, last good gradient norm {progress.last_grad_norm}",
+                found=f"loss {result.loss}, gradient norm {result.grad_norm}, last good norm {progress.last_grad_norm}",
                 fix=f"lower --lr or look at these rows; the weights are as of the last finite step, {self._resume_hint()}",
             )
 
     def _resume_hint(self) -> str:
-        return f"checkpoint step-{self.progress.saved_step} can be resumed" if self.progress.saved_step else "no checkpoint was saved yet"
+        return (
+            f"checkpoint step-{self.progress.saved_step} can be resumed"
+            if self.progress.saved_step
+            else "no checkpoint was saved yet"
+        )
 
     def validate(self) -> float | None:
         """Validation loss, noted as the best if it is; None without validation rows."""
@@ -299,10 +303,19 @@ def _loop(going: _Run, trainable: int, parameters: int, say: Callable[[str], Non
     if stop.signal is None:
         weights = _exported(going, say)
     else:
-        say(f"stopped by signal {stop.signal} after step {progress.step}; go on with: minisft train --out {visible(out)} --resume")
+        say(f"stopped by signal {stop.signal} after step {progress.step}; to go on: minisft train --out {visible(out)} --resume")
     seconds = time.monotonic() - began
     result = TrainResult(
-        out, weights, progress.step, going.total, progress.best_loss, progress.best_step, trainable, parameters, seconds, stop.signal
+        out,
+        weights,
+        progress.step,
+        going.total,
+        progress.best_loss,
+        progress.best_step,
+        trainable,
+        parameters,
+        seconds,
+        stop.signal,
     )
     if weights is not None:
         say(_summary(result))
@@ -350,9 +363,21 @@ def _one_step(going: _Run, log: MetricsLog, bar: Progress) -> None:
 def _checked_out(run: RunConfig, resume: bool) -> Path:
     out, model = Path(run.out), Path(run.model)
     if model.is_dir() and (out.resolve() == model.resolve() or model.resolve() in out.resolve().parents):
-        raise UserError("config/out-in-model", "the run folder lies in the model folder", where="--out", found=visible(out), fix="choose a folder of its own")
+        raise UserError(
+            "config/out-in-model",
+            "the run folder lies in the model folder",
+            where="--out",
+            found=visible(out),
+            fix="choose a folder of its own",
+        )
     if resume and not out.is_dir():
-        raise UserError("config/no-run", "there is no run to resume", where="--out", found=visible(out), fix="leave --resume away to start it")
+        raise UserError(
+            "config/no-run",
+            "there is no run to resume",
+            where="--out",
+            found=visible(out),
+            fix="leave --resume away to start it",
+        )
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             "config/out-exists", "the run folder exists and is not empty", where="--out", found=visible(out),

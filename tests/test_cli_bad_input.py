@@ -175,7 +175,9 @@ def test_13_duplicate_key(shop: Shop) -> None:
 
 
 def test_14_longer_than_the_limit_is_counted_or_with_strict_refused(shop: Shop) -> None:
-    shop.lines(GOOD, json.dumps({"messages": [{"role": "user", "content": "a" * 90}, {"role": "assistant", "content": "b"}]}), GOOD)
+    shop.lines(
+        GOOD, json.dumps({"messages": [{"role": "user", "content": "a" * 90}, {"role": "assistant", "content": "b"}]}), GOOD
+    )
     shop.refused(3, "data/too-long", argv=shop.train("--max-length", 64, "--strict"))
     assert main([str(x) for x in shop.train("--max-length", 64)]) == 0
     assert "lost their beginning" in shop.capsys.readouterr().out
@@ -282,7 +284,7 @@ def test_29_unsupported_architecture(shop: Shop) -> None:
 def sharded(shop: Shop, **weight_map: str) -> None:
     names = load_file(weights(shop))
     weights(shop).rename(shop.model / "model-00001-of-00001.safetensors")
-    entries = {name: "model-00001-of-00001.safetensors" for name in names} | weight_map
+    entries = dict.fromkeys(names, "model-00001-of-00001.safetensors") | weight_map
     (shop.model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": entries}))
 
 
@@ -327,7 +329,9 @@ def test_37_absurd_config(shop: Shop, changes: dict[str, object]) -> None:
     shop.refused(4, "model/bad-config", argv=shop.generate())
 
 
-@pytest.mark.parametrize("data", [b"", b"GGUF", b"GGUF\x63\x00\x00\x00" + bytes(64), b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60)])
+@pytest.mark.parametrize(
+    "data", [b"", b"GGUF", b"GGUF\x63\x00\x00\x00" + bytes(64), b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60)]
+)
 def test_38_hostile_gguf(shop: Shop, data: bytes) -> None:
     file = shop.folder / "model.gguf"
     file.write_bytes(data)
@@ -456,7 +460,9 @@ def test_50_no_checkpoint_verifies(stopped: Shop) -> None:
     stopped.refused(5, "checkpoint/none-valid", "step-1", "step-2", argv=["train", "--out", stopped.out, "--resume"])
 
 
-@pytest.mark.parametrize(("flag", "key"), [(["--lr", 1e-3], "config.lr"), (["--seed", 9], "config.seed"), (["--rank", 3], "config.rank")])
+@pytest.mark.parametrize(
+    ("flag", "key"), [(["--lr", 1e-3], "config.lr"), (["--seed", 9], "config.seed"), (["--rank", 3], "config.rank")]
+)
 def test_51_changed_settings(stopped: Shop, flag: list[object], key: str) -> None:
     stopped.refused(5, "checkpoint/changed", key, argv=["train", "--out", stopped.out, "--resume", *flag])
 

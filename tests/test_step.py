@@ -48,7 +48,9 @@ def lora_model(dtype: torch.dtype = torch.float64, **changes: object) -> CausalL
     return tiny.build_with_lora(replace(tiny.LLAMA, **changes), LORA, dtype)
 
 
-def gradients_of(model: CausalLM, data: list[Encoded], size: int, packing: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients_of(
+    model: CausalLM, data: list[Encoded], size: int, packing: bool = False
+) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad(set_to_none=True)
     loss = accumulate_gradients(model, batches(data, size, packing))
     return loss, tiny.gradients(model)

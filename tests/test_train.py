@@ -121,7 +121,18 @@ def test_resuming_after_any_step_of_forty_ends_in_the_same_bits(shop: Path, tmp_
 def test_a_signal_ends_the_step_and_saves(shop: Path, tmp_path: Path, number: signal.Signals, status: int) -> None:
     out = tmp_path / "run"
     flags = ["--steps", "5000", "--batch-size", "4", "--dtype", "fp32", "--rank", "2", "--lr", "1e-2"]
-    argv = [sys.executable, "-m", "minisft.cli", "train", "--model", shop / "model", "--data", shop / "rows.jsonl", "--out", out]
+    argv = [
+        sys.executable,
+        "-m",
+        "minisft.cli",
+        "train",
+        "--model",
+        shop / "model",
+        "--data",
+        shop / "rows.jsonl",
+        "--out",
+        out,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([*map(str, argv), *flags], stdout=subprocess.PIPE, text=True, env=environment) as process:
         deadline = time.monotonic() + 120
@@ -194,7 +205,9 @@ def test_full_fine_tuning_writes_a_model_folder(shop: Path, tmp_path: Path) -> N
     assert result.trainable == result.parameters
     tuned, _ = load_model(out / "model")
     base, _ = load_model(shop / "model")
-    changed = [n for (n, p), (_, q) in zip(tuned.named_parameters(), base.named_parameters(), strict=True) if not torch.equal(p, q)]
+    changed = [
+        n for (n, p), (_, q) in zip(tuned.named_parameters(), base.named_parameters(), strict=True) if not torch.equal(p, q)
+    ]
     assert len(changed) == len(list(base.named_parameters()))
     rows = read_metrics(out / "metrics.jsonl")
     assert rows[-1]["eval_loss"] < rows[2]["eval_loss"]  # type: ignore[operator]
@@ -202,7 +215,9 @@ def test_full_fine_tuning_writes_a_model_folder(shop: Path, tmp_path: Path) -> N
 
 def test_settings_file_and_flags(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = tmp_path / "run.toml"
-    settings.write_text(f'model = "{shop / "model"}"\ndata = "{shop / "rows.jsonl"}"\nsteps = 2\nrank = 4\nbatch-size = 2\nlr = 1e-3\n')
+    settings.write_text(
+        f'model = "{shop / "model"}"\ndata = "{shop / "rows.jsonl"}"\nsteps = 2\nrank = 4\nbatch-size = 2\nlr = 1e-3\n'
+    )
     out = tmp_path / "run"
     assert main(["train", "--config", str(settings), "--out", str(out), "--rank", "2", "--dtype", "fp32"]) == 0
     saved = json.loads((out / "config.json").read_text())

@@ -3,8 +3,9 @@
 These run inside a program, never from the host. A stored weight is ``levels[code] * absmax[block]``; with double quantization
 ``absmax[block]`` is itself stored in 8 bits and rebuilt here in two roundings, so that every kernel sees the same fp32 scale.
 
-The idea to leave with: the 16 levels are 64 bytes, half a cache line, so that a load from the table is one access to the
-L1 cache whatever the codes are, and needs neither shared memory nor a tree of comparisons.
+There are two ways to look a level up. A load from the table is an access to half a line of the L1 cache: right where nothing
+else happens, in ``dequantize`` and ``matvec``. Inside a loop with matrix products the compiler takes such loads for tiles to
+fetch ahead, and stages every single one through shared memory; there ``gather_levels`` keeps the table on chip instead.
 """
 
 # A @triton.jit function is a program of the GPU: its arguments have no Python types.
@@ -64,7 +65,7 @@ def load_groups(
 
 @triton.jit
 def gather_levels(levels, code):
-    """levels[code] for (16,) ``levels`` and ``code`` of any shape. ``tl.gather`` wants equal ranks, hence the flattening."""
+    """levels[code] for (16,) ``levels`` and int32 ``code`` of any shape; ``tl.gather`` wants equal ranks, hence flattened."""
     return tl.reshape(tl.gather(levels, tl.ravel(code), 0), code.shape)
 
 
