@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-
 from harness import Worker, peak_rss_bytes, provenance, save, serve, spread
 
 NEW_TOKENS = 64

@@ -3,7 +3,8 @@
     python benchmarks/bench_train.py [--dtypes fp32 bf16] [--mallocs default tuned] [--rounds 5] [--data banking77_train.jsonl]
 
 Rank 16 on every linear but the head, batches of 8 rows, AdamW, clipping; a tenth of the tokens is supervised. Tokens are
-counted without padding. Both start from the same weights and must report the same loss on the first batch before anything is timed.
+counted without padding. Both start from the same weights and must report the same loss on the first batch before anything is
+timed.
 Results go to benchmarks/results/train.json and train.svg.
 """
 
@@ -37,7 +38,7 @@ def make_rows(data: Path | None, num_rows: int, folder: Path) -> Path:
     from minisft.chat import encode_dataset, resolve_template
     from minisft.formats import load_model, save_model
     from minisft.messages import Example, Message
-    from minisft.parcel_task import make_rows as parcel_rows
+    from minisft.parcel_task import parcel_rows
 
     model, tokenizer = load_model("smollm2-135m-instruct")
     save_model(model, tokenizer, folder / "model")
@@ -45,7 +46,8 @@ def make_rows(data: Path | None, num_rows: int, folder: Path) -> Path:
         pairs = [(INSTRUCTION + r["text"], r["label"]) for r in map(json.loads, data.read_text().splitlines()[:num_rows])]
         examples = [Example((Message("user", q), Message("assistant", a)), i) for i, (q, a) in enumerate(pairs, 1)]
     else:
-        examples = parcel_rows("train", num_rows, 0)
+        chats = [row["messages"] for row in parcel_rows("train", num_rows)]
+        examples = [Example(tuple(Message(**m) for m in chat), i) for i, chat in enumerate(chats, 1)]
     encoded = encode_dataset(examples, tokenizer, resolve_template(tokenizer), 1024)
     rows = [{"input_ids": r.input_ids, "supervised": r.supervised} for r in encoded.rows]
     path = folder / "rows.json"

@@ -71,7 +71,7 @@ class _AdaptedLinear(torch.autograd.Function):
         g = grad.reshape(-1, grad.shape[-1]).to(wide)  # (M, out)
         gb = (g @ lora_B.to(wide)) * ctx.scaling  # (M, rank)
         grad_A = gb.T @ x.reshape(-1, x.shape[-1]).to(wide) if ctx.needs_input_grad[1] else None
-        grad_B = (g.T @ xa) * ctx.scaling if ctx.needs_input_grad[2] else None
+        grad_B = (xa.T @ g).T * ctx.scaling if ctx.needs_input_grad[2] else None  # this order: g is read along its rows
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = gb @ lora_A.to(wide)  # (M, in)

@@ -39,7 +39,7 @@ TEST_ROWS = 72
 BATCH_SIZE = 8
 LEARNING_RATE = 1e-3  # five times the default: sixty steps are few
 EXAMPLE_QUESTION = ("What colour is fresh snow?", "white")  # shows that a bare word is asked for, not a sentence
-MAX_NEW_TOKENS = 64  # answers have up to 45
+MAX_NEW_TOKENS = 48  # answers have up to 40
 
 
 @dataclass(frozen=True)

@@ -303,7 +303,9 @@ def _loop(going: _Run, trainable: int, parameters: int, say: Callable[[str], Non
     if stop.signal is None:
         weights = _exported(going, say)
     else:
-        say(f"stopped by signal {stop.signal} after step {progress.step}; to go on: minisft train --out {visible(out)} --resume")
+        say(
+            f"stopped by signal {stop.signal} after step {progress.step}; to go on: minisft train --out {visible(out)} --resume"
+        )
     seconds = time.monotonic() - began
     result = TrainResult(
         out,

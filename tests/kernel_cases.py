@@ -101,6 +101,13 @@ def test_a_zero_block_dequantizes_to_positive_zero(nested: bool) -> None:
     assert torch.equal(got[64:128].view(torch.int32), torch.zeros(64, dtype=torch.int32, device=DEVICE))
 
 
+def test_a_zero_under_a_negative_scale_is_positive_too() -> None:
+    """The smallest nested scales can come back from 8 bits just below zero."""
+    codes = torch.full((16,), 0x77, dtype=torch.uint8, device=DEVICE)
+    weight = PackedWeight(codes, torch.tensor([-1e-3], device=DEVICE), NF4, 32, (32,))
+    assert not bool(dequantize(weight, torch.float32).signbit().any())
+
+
 def test_every_byte_and_any_levels() -> None:
     levels = torch.linspace(-0.7, 0.9, 16).to(DEVICE)
     weight = PackedWeight(
@@ -154,6 +161,19 @@ def test_a_tie_takes_the_lower_code() -> None:
     above, _ = quantize(torch.nextafter(dense, torch.full_like(dense, 2.0)).clamp(max=1.0), NF4, 32)
     assert nf4.unpack(packed, 32)[::2].tolist() == [*range(15), 15]
     assert nf4.unpack(above, 32)[::2].tolist() == [*range(1, 16), 15]
+
+
+def test_codes_come_from_the_reciprocal_not_from_a_division() -> None:
+    """Only next to a midpoint do the two differ, so they are looked for there: 16 blocks of a scale and such a number."""
+    scale = gaussian(200_000).abs() + 0.5
+    near = scale * ((NF4[:-1] + NF4[1:]) / 2)[torch.arange(200_000, device=DEVICE) % 15]
+    boundaries = (NF4[:-1] + NF4[1:]) / 2
+    by_reciprocal, by_division = (torch.bucketize(y, boundaries) for y in (near * (1 / scale), near / scale))
+    found = (by_reciprocal != by_division).nonzero().flatten()[:16]
+    assert len(found) == 16
+    dense = torch.stack([scale[found], near[found]], dim=1).repeat_interleave(16, dim=1)
+    packed, _ = quantize(dense, NF4, 32)
+    assert torch.equal(nf4.unpack(packed, 512).view(16, 32)[:, -1].long(), by_reciprocal[found])
 
 
 @pytest.mark.parametrize("name", ["fp4", "int4"])
@@ -254,6 +274,8 @@ def test_partial_sums_are_added_in_order_and_rounded_once() -> None:
     partials = torch.tensor([1.0, 2.0**-24, 2.0**-24, 0.5], device=DEVICE)[:, None, None].expand(4, 3, 700).contiguous()
     assert torch.equal(sum_partials(partials, torch.float32), torch.full((3, 700), 1.5, device=DEVICE))
     assert torch.equal(sum_partials(partials[:1], torch.float32), partials[0])
+    powers = torch.tensor([1.0, 2.0, 4.0, 8.0], device=DEVICE)[:, None, None].expand(4, 1, 1500).contiguous()
+    assert torch.equal(sum_partials(powers, torch.float16), torch.full((1, 1500), 15.0, dtype=torch.float16, device=DEVICE))
 
 
 # ---- any number of rows ----------------------------------------------------------------------------------------------

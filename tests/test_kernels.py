@@ -24,6 +24,7 @@ def _environment() -> dict[str, str]:
     return kept if torch.cuda.is_available() else {**kept, "TRITON_INTERPRET": "1"}
 
 
+@pytest.mark.slow
 def test_every_kernel_agrees_with_its_twin() -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", str(HERE / "kernel_cases.py"), "-p", "no:cacheprovider", "-p", "no:xdist"]

@@ -59,6 +59,7 @@ def test_refuses(text, message):
 
 def test_the_limits_themselves_are_fine():
     assert loads("[" * MAX_DEPTH + "]" * MAX_DEPTH) is not None
+    assert loads("[" + "[]," * 5 + "[" * (MAX_DEPTH - 1) + "]" * MAX_DEPTH) is not None  # many brackets, no deeper
     assert loads("9" * MAX_DIGITS) == 10**MAX_DIGITS - 1
     assert loads(json.dumps(["[{" * 500, '\\"[' * 500])) == ["[{" * 500, '\\"[' * 500]  # brackets in strings do not nest
     assert loads(json.dumps([[0]] * 500)) == [[0]] * 500  # nor do neighbours
