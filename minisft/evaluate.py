@@ -36,7 +36,7 @@ from minisft.tokenizer import Tokenizer
 
 Metric = Literal["exact_match", "json", "f1", "choice", "loss"]
 Progress = Callable[[int, int], None]  # rows done, rows in all
-OPTIONS_AT_ONCE = 128  # rows of the option batch: enough to fill the matrix units, little enough for the KV cache
+OPTIONS_AT_ONCE = 256  # rows of the option batch: enough to fill the matrix units, little enough for the KV cache
 
 
 @dataclass(frozen=True)

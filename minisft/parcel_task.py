@@ -18,9 +18,8 @@ from minisft.seeds import derive_seed
 
 Split = Literal["train", "test"]
 INTENTS = ("where_is", "damaged", "wrong_address", "return", "late", "missing_item")
-INSTRUCTION = f"Answer with one JSON object: intent ({', '.join(INTENTS)}), order, name (or null), city, urgent."
+INSTRUCTION = "Answer with one JSON object: intent, order, name, urgent."
 
-NAME_SHARE = 0.75  # messages that say who writes; the others have the answer null
 URGENT_SHARE = 0.4
 CALM_SHARE = 0.35  # of the others, which say that there is no hurry; the rest says nothing
 TYPO_SHARE = 0.3
@@ -43,11 +42,10 @@ def _row(split: Split, index: int, seed: int) -> dict[str, JSON]:
     answer: dict[str, JSON] = {
         "intent": INTENTS[index % len(INTENTS)],
         "order": _order_number(draw, split),
-        "name": draw.choice(book.names) if draw.random() < NAME_SHARE else None,
-        "city": draw.choice(book.cities),
+        "name": draw.choice(book.names),
         "urgent": draw.random() < URGENT_SHARE,
     }
-    text = _message(draw, book, answer)
+    text = _message(draw, book, answer, draw.choice(book.cities))
     turns = (("system", INSTRUCTION), ("user", text), ("assistant", json.dumps(answer, separators=(",", ":"))))
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
@@ -61,20 +59,19 @@ def _order_number(draw: random.Random, split: Split) -> str:
     return f"{letters}-{''.join(map(str, [*digits, last]))}"
 
 
-def _message(draw: random.Random, book: Phrasebook, answer: dict[str, JSON]) -> str:
+def _message(draw: random.Random, book: Phrasebook, answer: dict[str, JSON], city: str) -> str:
     body = draw.choice(book.bodies[str(answer["intent"])]).format(item=draw.choice(book.items))
-    middle = [_untidy(draw, body), _details(draw, book, answer)]
+    middle = [_untidy(draw, body), _details(draw, book, str(answer["order"]), city)]
     draw.shuffle(middle)
     middle += _urgency(draw, book, bool(answer["urgent"]))
-    opening, ending = _opening_and_ending(draw, book, answer["name"])
+    opening, ending = _opening_and_ending(draw, book, str(answer["name"]))
     return " ".join([*opening, *middle, *ending])
 
 
-def _details(draw: random.Random, book: Phrasebook, answer: dict[str, JSON]) -> str:
+def _details(draw: random.Random, book: Phrasebook, order: str, city: str) -> str:
     """Order and city; people leave out the dash, or put a # in front, and the answer has the tidy form."""
-    order = str(answer["order"])
     written = draw.choice([order, order, "#" + order, order.replace("-", " ")])
-    return draw.choice(book.details).format(order=written, city=answer["city"])
+    return draw.choice(book.details).format(order=written, city=city)
 
 
 def _urgency(draw: random.Random, book: Phrasebook, urgent: bool) -> list[str]:
@@ -83,12 +80,10 @@ def _urgency(draw: random.Random, book: Phrasebook, urgent: bool) -> list[str]:
     return [draw.choice(book.calm)] if draw.random() < CALM_SHARE else []
 
 
-def _opening_and_ending(draw: random.Random, book: Phrasebook, name: JSON) -> tuple[list[str], list[str]]:
-    """The name stands at the start, at the end, or nowhere; never twice."""
+def _opening_and_ending(draw: random.Random, book: Phrasebook, name: str) -> tuple[list[str], list[str]]:
+    """The name stands at the start or at the end, never twice."""
     greeting = [draw.choice(book.greetings)] if draw.random() < 0.7 else []
     closing = [draw.choice(book.closings)] if draw.random() < 0.5 else []
-    if name is None:
-        return greeting, closing
     if draw.random() < 0.5:
         return [*greeting, draw.choice(book.intros).format(name=name)], closing
     return greeting, [draw.choice(book.signatures).format(name=name)]

@@ -36,8 +36,8 @@ from minisft.train import TrainResult, train
 MODEL = "smollm2-135m-instruct"
 TRAIN_ROWS = 480
 TEST_ROWS = 72
-BATCH_SIZE = 8
-LEARNING_RATE = 1e-3  # five times the default: sixty steps are few
+BATCH_SIZE = 4  # more steps from the same rows
+LEARNING_RATE = 1e-3  # five times the default: a hundred steps are few
 EXAMPLE_QUESTION = ("What colour is fresh snow?", "white")  # shows that a bare word is asked for, not a sentence
 MAX_NEW_TOKENS = 48  # answers have up to 40
 
@@ -107,7 +107,8 @@ def training_settings(out: Path, seed: int) -> RunConfig:
         batch_size=BATCH_SIZE,
         lr=LEARNING_RATE,
         dtype="fp32",
-        eval_every=30,
+        packing=True,
+        eval_every=60,
         seed=seed,
     )
 

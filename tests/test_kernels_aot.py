@@ -45,7 +45,7 @@ def test_no_spills_and_no_local_memory(name: str, target: str, tmp_path: Path) -
     _check(name, target, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("target", kb.TARGETS)
 @pytest.mark.parametrize("name", sorted(set(BUILDS) - set(kb.TYPICAL)))
 def test_no_spills_in_any_other_configuration(name: str, target: str, tmp_path: Path) -> None:
