@@ -22,8 +22,8 @@ INSTRUCTION = "Answer with one JSON object: intent, order, name, urgent."
 
 URGENT_SHARE = 0.4
 CALM_SHARE = 0.35  # of the others, which say that there is no hurry; the rest says nothing
-TYPO_SHARE = 0.3
-CASING_SHARE = 0.3
+TYPO_SHARE = 0.2
+CASING_SHARE = 0.2
 PHRASEBOOKS: dict[Split, Phrasebook] = {"train": TRAIN, "test": TEST}
 
 

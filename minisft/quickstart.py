@@ -34,10 +34,10 @@ from minisft.tokenizer import Tokenizer
 from minisft.train import TrainResult, train
 
 MODEL = "smollm2-135m-instruct"
-TRAIN_ROWS = 480
-TEST_ROWS = 72
+TRAIN_ROWS = 400
+TEST_ROWS = 60
 BATCH_SIZE = 4  # more steps from the same rows
-LEARNING_RATE = 1e-3  # five times the default: a hundred steps are few
+LEARNING_RATE = 8e-4  # four times the default: a hundred steps are few
 EXAMPLE_QUESTION = ("What colour is fresh snow?", "white")  # shows that a bare word is asked for, not a sentence
 MAX_NEW_TOKENS = 48  # answers have up to 40
 
@@ -108,7 +108,7 @@ def training_settings(out: Path, seed: int) -> RunConfig:
         lr=LEARNING_RATE,
         dtype="fp32",
         packing=True,
-        eval_every=60,
+        eval_every=50,
         seed=seed,
     )
 

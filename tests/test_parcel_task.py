@@ -62,12 +62,11 @@ def test_the_answer_can_be_read_off_the_message(split):
     book = PHRASEBOOKS[split]
     for row in parcel_rows(split, 600, seed=3):
         text, answer = user_and_answer(row)
-        assert list(answer) == ["intent", "order", "name", "city", "urgent"]
+        assert list(answer) == ["intent", "order", "name", "urgent"]
         assert re.fullmatch(r"[A-Z]{2}-\d{4}", answer["order"])
         assert answer["order"] in text or answer["order"].replace("-", " ") in text
-        assert answer["city"] in text
         named = {n for n in book.names if re.search(rf"\b{n}\b", text)}
-        assert named == ({answer["name"]} if answer["name"] else set())
+        assert named == {answer["name"]}
         assert any(phrase in text for phrase in book.urgent) == answer["urgent"]
 
 
@@ -81,7 +80,6 @@ def test_rows_are_balanced_and_short():
     answers = [user_and_answer(r)[1] for r in parcel_rows("train", 600)]
     assert all(sum(a["intent"] == i for a in answers) == 100 for i in INTENTS)
     assert 0.3 < sum(a["urgent"] for a in answers) / 600 < 0.5
-    assert 0.15 < sum(a["name"] is None for a in answers) / 600 < 0.35
     texts = [user_and_answer(r)[0] for r in parcel_rows("train", 600)]
     assert len(set(texts)) == 600
     assert max(map(len, texts)) < 260
@@ -91,4 +89,4 @@ def test_words_and_letters_are_untidy_but_entities_are_not():
     texts = [user_and_answer(r)[0] for r in parcel_rows("train", 300)]
     bodies = {b.split("{item}")[0] for bs in TRAIN.bodies.values() for b in bs if not b.startswith("{item}")}
     untouched = sum(any(b in t for b in bodies) for t in texts)
-    assert 100 < untouched < 270, "about half of the messages should carry a typo or odd casing"
+    assert 100 < untouched < 280, "a third or more of the messages should carry a typo or odd casing"
