@@ -17,7 +17,7 @@ from minisft.safe_json import JSON
 from minisft.seeds import derive_seed
 
 Split = Literal["train", "test"]
-INTENTS = ("where_is", "damaged", "wrong_address", "return", "late", "missing_item")
+INTENTS = ("where_is", "damaged", "wrong_address", "return")
 INSTRUCTION = "Answer with one JSON object: intent, order, name, urgent."
 
 URGENT_SHARE = 0.4
@@ -30,7 +30,7 @@ PHRASEBOOKS: dict[Split, Phrasebook] = {"train": TRAIN, "test": TEST}
 def parcel_rows(split: Split, count: int, seed: int = 0) -> list[dict[str, JSON]]:
     """``count`` rows in the ``messages`` form; row i depends on nothing but (split, i, seed).
 
-    The six intents take turns, so any first n rows are balanced. The system turn states the keys (and takes the place of
+    The four intents take turns, so any first n rows are balanced. The system turn states the keys (and takes the place of
     the longer default one that some chat templates insert); the answer is one line of compact JSON.
     """
     return [_row(split, index, seed) for index in range(count)]

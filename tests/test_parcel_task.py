@@ -78,7 +78,7 @@ def test_orders_never_meet():
 
 def test_rows_are_balanced_and_short():
     answers = [user_and_answer(r)[1] for r in parcel_rows("train", 600)]
-    assert all(sum(a["intent"] == i for a in answers) == 100 for i in INTENTS)
+    assert all(sum(a["intent"] == i for a in answers) == 150 for i in INTENTS)
     assert 0.3 < sum(a["urgent"] for a in answers) / 600 < 0.5
     texts = [user_and_answer(r)[0] for r in parcel_rows("train", 600)]
     assert len(set(texts)) == 600
