@@ -25,8 +25,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONTESTANTS = ("transformers+peft", "minisft padded", "minisft packed")
 BANKING77 = Path(__file__).parents[2] / "shared" / "data" / "banking77_train.jsonl"
 INSTRUCTION = (
-    "You route messages for the customer service of a bank. Read the message and answer with the name of the customer's "
-    "intent, in lower case with underscores, and nothing else.\n\nMessage: "
+    "You route messages for the customer service of a bank. Read the message and answer with the customer's intent as JSON."
+    "\n\nMessage: "
 )
 
 
@@ -43,7 +43,10 @@ def make_rows(data: Path | None, num_rows: int, folder: Path) -> Path:
     model, tokenizer = load_model("smollm2-135m-instruct")
     save_model(model, tokenizer, folder / "model")
     if data is not None:
-        pairs = [(INSTRUCTION + r["text"], r["label"]) for r in map(json.loads, data.read_text().splitlines()[:num_rows])]
+        pairs = [
+            (INSTRUCTION + r["text"], json.dumps({"intent": r["label"]}))
+            for r in map(json.loads, data.read_text().splitlines()[:num_rows])
+        ]
         examples = [Example((Message("user", q), Message("assistant", a)), i) for i, (q, a) in enumerate(pairs, 1)]
     else:
         chats = [row["messages"] for row in parcel_rows("train", num_rows)]

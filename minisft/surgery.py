@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from minisft.config import ALL_LINEAR, LoRAConfig
 from minisft.errors import UserError, listing, nearest, visible
@@ -127,7 +127,11 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
             fix="load the base model again",
         )
     paths = match_targets(model, config.targets)
-    wrapped = {path: _wrap(path, model.get_submodule(path), config) for path in paths}  # all of them fit before any is placed
+    for path in paths:  # all of them fit before anything is changed
+        weight = model.get_submodule(path).weight
+        assert isinstance(weight, Tensor)
+        check_rank(pattern_value(path, config.rank_pattern, config.rank), tuple(weight.shape), visible(path))
+    wrapped = {path: _wrap(path, model.get_submodule(path), config) for path in paths}
     freeze(model)
     for index, (path, adapter) in enumerate(wrapped.items()):
         adapter.reset_parameters(generator(seed, "lora-init", index, device=adapter.lora_A.device))
@@ -139,10 +143,9 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
 def _wrap(path: str, base: nn.Module, config: LoRAConfig) -> LoRALinear | LoRAEmbedding:
     rank = pattern_value(path, config.rank_pattern, config.rank)
     alpha = pattern_value(path, config.alpha_pattern, config.alpha)
-    assert isinstance(base, (nn.Linear, nn.Embedding))
-    check_rank(rank, tuple(base.weight.shape), visible(path))
     if isinstance(base, nn.Embedding):
         return LoRAEmbedding(base, rank, alpha, config.dropout, config.use_rslora)
+    assert isinstance(base, nn.Linear)
     return LoRALinear(base, rank, alpha, config.dropout, config.use_rslora)
 
 

@@ -326,3 +326,11 @@ def test_a_copy_has_adapters_of_its_own():
     assert_close(twin(ids), model(ids))
     with adapters_off(twin):
         assert not torch.allclose(twin(ids), model(ids))
+
+
+def test_a_rank_that_does_not_fit_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    with pytest.raises(UserError, match=r"config/bad-rank.*: 1;"):
+        apply_lora_(model, LoRAConfig(rank=4, alpha=1.0))
+    assert all(p.requires_grad for p in model.parameters())
+    assert not lora_modules(model)
