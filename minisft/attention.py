@@ -114,34 +114,29 @@ class _AttentionContext(Context, Protocol):
 class _ShortAttention(torch.autograd.Function):
     """Attention as two batched products, query heads grouped over the kv head that they share.
 
-    Keeps q, k, v, the output and one log-sum per query; the (L, L) weights are computed again in backward.
+    Keeps q, k and v; the (L, L) weights are computed again in backward.
     """
 
     @staticmethod
     def forward(ctx: _AttentionContext, q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None) -> Tensor:
-        hidden = _hidden_keys(segments.shape[1], window, q.device)
         q_grid, k_grid, v_grid = _grouped(q, k, v, segments)
-        scores = _scores(q_grid, k_grid, hidden)
-        logsum = torch.logsumexp(scores, -1, keepdim=True)
-        weights = scores.sub_(logsum).exp_()
-        out = _ungrouped(weights.to(v_grid.dtype) @ v_grid, segments, q.dtype)
-        ctx.save_for_backward(q, k, v, out, logsum)
+        weights = _weights(q_grid, k_grid, segments.shape[1], window)
+        ctx.save_for_backward(q, k, v)
         ctx.segments, ctx.window = segments, window
-        return out
+        return _ungrouped(weights.to(v_grid.dtype) @ v_grid, segments, q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _AttentionContext, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, logsum = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         segments = ctx.segments
         q_grid, k_grid, v_grid = _grouped(q, k, v, segments)
-        weights = _scores(q_grid, k_grid, _hidden_keys(segments.shape[1], ctx.window, q.device)).sub_(logsum).exp_()
+        weights = _weights(q_grid, k_grid, segments.shape[1], ctx.window)
         g = _group_queries(segments.only_real(segments.to_grid(grad)), k.shape[1])
-        o = _group_queries(segments.to_grid(out), k.shape[1])
         grad_v = weights.to(g.dtype).transpose(-1, -2) @ g
-        # softmax backward: dS = P * (dP - rowsum(dP * P)), and rowsum(dP * P) = rowsum(dO * O)
         grad_weights = (g @ v_grid.transpose(-1, -2)).to(weights.dtype)
-        grad_scores = grad_weights.sub_((g * o).sum(-1, keepdim=True, dtype=weights.dtype)).mul_(weights)
+        # dS = P * (dP - rowsum(dP * P)), in one pass
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         grad_scores = grad_scores.mul_(1 / math.sqrt(q.shape[-1])).to(g.dtype)
         grad_q = _ungrouped(grad_scores @ k_grid, segments, q.dtype)
         grad_k = segments.from_grid((grad_scores.transpose(-1, -2) @ q_grid).transpose(1, 2).to(k.dtype))
@@ -161,12 +156,15 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tenso
     return _group_queries(segments.to_grid(q), k.shape[1]), k_grid, v_grid
 
 
-def _scores(q_grid: Tensor, k_grid: Tensor, hidden: Tensor) -> Tensor:
-    """(S, K, G * L, L) scaled scores in fp32 at least, -inf where a query must not look."""
-    scores = (q_grid * (1 / math.sqrt(q_grid.shape[-1]))) @ k_grid.transpose(-1, -2)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    S, K, GL, L = scores.shape
-    return scores.view(S, K, GL // L, L, L).masked_fill_(hidden, -torch.inf).view(S, K, GL, L)
+def _weights(q_grid: Tensor, k_grid: Tensor, L: int, window: int | None) -> Tensor:
+    """(S, K, G * L, L) softmax weights in fp32 at least, zero where a query must not look."""
+    S, K, GL, E = q_grid.shape
+    mask = torch.zeros(L, L, dtype=q_grid.dtype, device=q_grid.device)
+    mask = mask.masked_fill_(_hidden_keys(L, window, q_grid.device), -torch.inf).repeat(GL // L, 1)
+    # Scale and mask ride along in the product instead of taking passes of their own.
+    q_rows, k_columns = q_grid.reshape(S * K, GL, E), k_grid.reshape(S * K, L, E).transpose(1, 2)
+    scores = torch.baddbmm(mask, q_rows, k_columns, alpha=1 / math.sqrt(E)).view(S, K, GL, L)
+    return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def _ungrouped(grouped: Tensor, segments: Segments, dtype: torch.dtype) -> Tensor:
