@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import importlib.resources
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -219,9 +221,10 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def next_commands(out: Path) -> list[str]:
     """Talk to it; have a number again; train on one's own data."""
+    program = "minisft" if shutil.which("minisft") else os.path.relpath(Path(sys.executable).with_name("minisft"))
     tuned = f"--model {MODEL} --adapter {out / 'run' / 'adapter'}"
     return [
-        f"minisft chat {tuned}",
-        f"minisft eval {tuned} --data {out / 'data' / 'test.jsonl'} --metric json --out {out / 'eval' / 'again.json'}",
-        f"minisft train --model {MODEL} --data YOUR_ROWS.jsonl --out runs/first",
+        f"{program} chat {tuned}",
+        f"{program} eval {tuned} --data {out / 'data' / 'test.jsonl'} --metric json --out {out / 'eval' / 'again.json'}",
+        f"{program} train --model {MODEL} --data YOUR_ROWS.jsonl --out runs/first",
     ]
