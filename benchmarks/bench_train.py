@@ -197,7 +197,7 @@ def plot(cells: list[dict], path: Path) -> None:
         axes.margins(y=0.12)
     speed.set_ylabel("tokens per second,\nratio to transformers + PEFT")
     memory.set_ylabel("peak resident memory (GB)")
-    speed.legend(frameon=False, fontsize=8, loc="upper left")
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle("One LoRA training step, SmolLM2-135M, batches of 8 rows", fontsize=10)
     figure.savefig(path, metadata={"Date": None})
 
