@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from minisft.autograd import Context
 from minisft.matmul import product_dtype
 
-# Up to this many keys, two batched products and a softmax beat the fused CPU kernel (measured, benchmarks/LOG.md).
+# With bf16 instructions, up to this many keys, two batched products and a softmax beat the fused CPU kernel several times
+# over; without them the fused kernel in fp32 wins at every length (benchmarks/LOG.md).
 SHORT_ROW = 512
 
 
@@ -176,14 +177,15 @@ def _ungrouped(grouped: Tensor, segments: Segments, dtype: torch.dtype) -> Tenso
 
 
 def _long_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None) -> Tensor:
-    """The same through PyTorch's fused attention: for GPUs, and for rows whose (L, L) scores would not fit a cache."""
-    q_grid, k_grid, v_grid = (segments.only_real(segments.to_grid(x)).transpose(1, 2) for x in (q, k, v))
+    """The same through PyTorch's fused attention."""
+    wide = product_dtype(q)
+    q_grid, k_grid, v_grid = (segments.only_real(segments.to_grid(x)).transpose(1, 2).to(wide) for x in (q, k, v))
     L = segments.shape[1]
     allowed = ~_hidden_keys(L, window, q.device) if window is not None and window < L else None
     out = torch.nn.functional.scaled_dot_product_attention(
         q_grid, k_grid, v_grid, attn_mask=allowed, is_causal=allowed is None, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return segments.without_padding(segments.from_grid(segments.only_real(out.transpose(1, 2))))
+    return segments.without_padding(segments.from_grid(segments.only_real(out.transpose(1, 2).to(q.dtype))))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None = None) -> Tensor:
@@ -200,7 +202,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | No
 
     Ref: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
     """
-    if q.device.type == "cpu" and segments.shape[1] <= SHORT_ROW:
+    if q.device.type == "cpu" and product_dtype(q) == torch.bfloat16 and segments.shape[1] <= SHORT_ROW:
         return _ShortAttention.apply(q, k, v, segments, window)
     return _long_attention(q, k, v, segments, window)
 
