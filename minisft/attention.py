@@ -188,6 +188,10 @@ def _long_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window:
     return segments.without_padding(segments.from_grid(segments.only_real(out.transpose(1, 2).to(q.dtype))))
 
 
+def _prefers_short(q: Tensor, L: int) -> bool:
+    return q.device.type == "cpu" and product_dtype(q) == torch.bfloat16 and L <= SHORT_ROW
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None = None) -> Tensor:
     """softmax(q k^T / sqrt(E)) v within each segment, causal.
 
@@ -202,7 +206,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | No
 
     Ref: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
     """
-    if q.device.type == "cpu" and product_dtype(q) == torch.bfloat16 and segments.shape[1] <= SHORT_ROW:
+    if _prefers_short(q, segments.shape[1]):
         return _ShortAttention.apply(q, k, v, segments, window)
     return _long_attention(q, k, v, segments, window)
 
