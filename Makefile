@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .PHONY: help quickstart test test-fast test-thorough lint format bench clean
 
 help:
-	@echo "make quickstart     fine-tune a small pretrained model and see what it learned (about 10 minutes with installation)"
+	@echo "make quickstart     fine-tune a small pretrained model and see what it learned"
 	@echo "make test           the whole test suite, oracles included"
 	@echo "make test-fast      without the slow tests"
 	@echo "make test-thorough  everything: the laws with 2000 examples each, every kernel for every GPU"
