@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +23,12 @@ from minisft.errors import UserError, visible
 from minisft.flags import parse
 from minisft.machine import pick_device, tune_allocator
 from minisft.messages import Message
+
+if TYPE_CHECKING:
+    from minisft.generate import Sampling
+    from minisft.model import CausalLM
+    from minisft.template import ChatTemplate
+    from minisft.tokenizer import Tokenizer
 
 MEMORY_ADVICE = (
     "use a smaller --micro-batch-size (same result), then --checkpointing selective or full, a shorter --max-length, "
@@ -96,7 +103,7 @@ def _saved_settings(out: Path) -> dict[str, object]:
     return dict(values)
 
 
-def _load(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]  # (CausalLM, Tokenizer, ChatTemplate): imported late
+def _load(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, ChatTemplate]:
     from minisft.chat import resolve_template
     from minisft.formats import load_adapter_, load_model
 
@@ -149,7 +156,7 @@ def _check_positive(arguments: argparse.Namespace, *names: str) -> None:
             )
 
 
-def _sampling(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]  # Sampling: imported late
+def _sampling(arguments: argparse.Namespace) -> Sampling:
     from minisft.generate import Sampling
 
     return Sampling(arguments.temperature, arguments.top_p, arguments.top_k, arguments.seed)
