@@ -3,8 +3,8 @@
     python benchmarks/bench_train.py [--dtypes fp32 bf16] [--mallocs default tuned] [--rounds 5] [--data banking77_train.jsonl]
 
 Rank 16 on every linear but the head, batches of 8 rows, AdamW, clipping; a tenth of the tokens is supervised. Tokens are
-counted without padding. Both start from the same weights and must report the same loss on the first batch before anything is
-timed.
+counted without padding; a beginning that all rows share counts in every row, also where it is computed only once. All start
+from the same weights and must report the same loss on the first batch before anything is timed.
 Results go to benchmarks/results/train.json and train.svg.
 """
 
@@ -22,7 +22,7 @@ from harness import Worker, peak_rss_bytes, provenance, save, serve, spread
 
 BATCH_SIZE, RANK, ALPHA, LR = 8, 16, 32.0, 2e-4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CONTESTANTS = ("transformers+peft", "minisft padded", "minisft packed")
+CONTESTANTS = ("transformers+peft", "minisft padded", "minisft packed, each row whole", "minisft packed")
 BANKING77 = Path(__file__).parents[2] / "shared" / "data" / "banking77_train.jsonl"
 INSTRUCTION = (
     "You route messages for the customer service of a bank. Read the message and answer with the customer's intent as JSON."
@@ -62,7 +62,7 @@ def make_rows(data: Path | None, num_rows: int, folder: Path) -> Path:
 
 
 class Minisft:
-    def __init__(self, model_folder: str, dtype: str, packing: bool, rows: list[dict], pad_id: int) -> None:
+    def __init__(self, model_folder: str, dtype: str, layout: str, rows: list[dict], pad_id: int) -> None:
         from minisft.chat import Encoded
         from minisft.config import RunConfig
         from minisft.formats import load_model
@@ -73,13 +73,14 @@ class Minisft:
         run = RunConfig(model=model_folder, data="", out="", rank=RANK, alpha=ALPHA)
         self.optimizer = MasterAdamW(prepare_method(self.model, run), betas=(0.9, 0.999), weight_decay=0.0)
         self.rows = [Encoded(r["input_ids"], r["supervised"], i, 0, 0) for i, r in enumerate(rows)]
-        self.pad_id, self.packing = pad_id, packing
+        self.pad_id, self.packing, self.share_prefix = pad_id, "packed" in layout, "whole" not in layout
 
     def step(self, first: int) -> float:
         from minisft.batching import micro_batches
         from minisft.step import train_step
 
-        batches = micro_batches(self.rows[first : first + BATCH_SIZE], BATCH_SIZE, self.pad_id, self.packing, 1024)
+        rows = self.rows[first : first + BATCH_SIZE]
+        batches = micro_batches(rows, BATCH_SIZE, self.pad_id, self.packing, 1024, self.share_prefix)
         return train_step(self.model, self.optimizer, batches, LR, clip=1.0).loss
 
 
@@ -124,7 +125,7 @@ def worker(contestant: str, dtype: str, model_folder: str, rows_path: str, tuned
     if contestant == "transformers+peft":
         trainer: Minisft | Peft = Peft(model_folder, dtype, data["rows"], data["pad_id"])
     else:
-        trainer = Minisft(model_folder, dtype, contestant.endswith("packed"), data["rows"], data["pad_id"])
+        trainer = Minisft(model_folder, dtype, contestant, data["rows"], data["pad_id"])
 
     def work(command: dict) -> dict:
         began = time.perf_counter()
@@ -181,15 +182,15 @@ def plot(cells: list[dict], path: Path) -> None:
     settings = list(dict.fromkeys((c["dtype"], c["malloc"]) for c in cells))
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     speed, memory = figure.subplots(1, 2)
-    colors = dict(zip(CONTESTANTS, ("#8a8a8a", "#56b4e9", "#0072b2"), strict=True))
+    colors = dict(zip(CONTESTANTS, ("#8a8a8a", "#a6d4f2", "#56b4e9", "#0072b2"), strict=True))
     for k, name in enumerate(CONTESTANTS):
         mine = [next(c for c in cells if (c["dtype"], c["malloc"], c["contestant"]) == (*s, name)) for s in settings]
-        x = [i + (k - 1) * 0.27 for i in range(len(settings))]
+        x = [i + (k - 1.5) * 0.21 for i in range(len(settings))]
         ratios = [c["speed_ratio"] for c in mine]
         errors = [[r["median"] - r["q1"] for r in ratios], [r["q3"] - r["median"] for r in ratios]]
-        bars = speed.bar(x, [r["median"] for r in ratios], 0.25, yerr=errors, color=colors[name], label=name, capsize=2)
+        bars = speed.bar(x, [r["median"] for r in ratios], 0.2, yerr=errors, color=colors[name], label=name, capsize=2)
         speed.bar_label(bars, [f"{r['median']:.1f}" for r in ratios], fontsize=8, padding=2)
-        bars = memory.bar(x, [c["peak_bytes"] / 1e9 for c in mine], 0.25, color=colors[name])
+        bars = memory.bar(x, [c["peak_bytes"] / 1e9 for c in mine], 0.2, color=colors[name])
         memory.bar_label(bars, [f"{c['peak_bytes'] / 1e9:.1f}" for c in mine], fontsize=8, padding=2)
     for axes in (speed, memory):
         axes.set_xticks(range(len(settings)), [f"{d}\n{m} malloc" for d, m in settings])
@@ -197,7 +198,7 @@ def plot(cells: list[dict], path: Path) -> None:
         axes.margins(y=0.12)
     speed.set_ylabel("tokens per second,\nratio to transformers + PEFT")
     memory.set_ylabel("peak resident memory (GB)")
-    figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle("One LoRA training step, SmolLM2-135M, batches of 8 rows", fontsize=10)
     figure.savefig(path, metadata={"Date": None})
 
@@ -234,7 +235,7 @@ def main() -> None:
     for cell in cells:
         speed = cell["speed_ratio"]
         print(
-            f"{cell['dtype']} {cell['malloc']:8} {cell['contestant']:18} {cell['tokens_per_s']['median']:8.1f} tokens/s  "
+            f"{cell['dtype']} {cell['malloc']:8} {cell['contestant']:31} {cell['tokens_per_s']['median']:8.1f} tokens/s  "
             f"x{speed['median']:.2f} ({speed['q1']:.2f} to {speed['q3']:.2f})  "
             f"{cell['peak_bytes'] / 1e9:.2f} GB  x{cell['memory_ratio']:.2f}"
         )

@@ -3,7 +3,8 @@
 Padded left or right, or packed end to end: a batch is always a set of segments. ``Segments`` knows where their tokens
 lie, and attention gathers them into a grid (S, L) with every segment at the left edge. There plain causal attention is
 all that is needed: a real token never sees what stands to its right, so padding needs no mask, and segments cannot see each
-other because they are different rows. Nothing is ever quadratic in the packed length.
+other because they are different rows. Nothing is ever quadratic in the packed length. Where all segments continue a
+common beginning, its keys stand once more to the left of each of them.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ class Segments:
     """Where each token of a batch (B, T) stands in its segment, and where each place of the grid (S, L) comes from.
 
     Attributes:
-        positions: (B, T) int64, 0 at the start of each segment; 0 for padding.
+        positions: (B, T) int64, 0 at the start of each segment, or P after a common beginning; 0 for padding.
         take: (S * L,) int64: flat batch index of the token at each place of the grid; 0 where the grid is empty.
-        put: (B * T,) int64: flat grid place of each token; 0 for padding.
+        put: (N,) int64: flat grid place of each token; 0 for padding.
         empty: (S, L, 1, 1) bool: places of the grid without a token; None when there are none.
-        padding: (B * T, 1, 1) bool: tokens without a place; None when there are none, or when nothing moves.
+        padding: (N, 1, 1) bool: tokens without a place; None when there are none, or when nothing moves.
         shape: (S, L).
         trivial: the batch already is the grid, so nothing has to move.
+        prefix_length: P, the tokens at the front of the batch that every segment continues. They are in no grid: the fields
+            above, positions aside, speak of the N = B * T - P tokens after them.
     """
 
     positions: Tensor
@@ -45,15 +48,18 @@ class Segments:
     padding: Tensor | None
     shape: tuple[int, int]
     trivial: bool
+    prefix_length: int
 
     @classmethod
-    def of(cls, segment_ids: Tensor) -> Segments:
+    def of(cls, segment_ids: Tensor, prefix_length: int = 0) -> Segments:
         """Read the segments off ``segment_ids``.
 
         Args:
             segment_ids: (B, T) int64; 0 is padding, equal positive neighbours in a row are one segment.
+            prefix_length: P; if not 0, B is 1 and the first P tokens are what all other segments continue.
         """
-        ids = segment_ids.cpu()
+        assert prefix_length == 0 or segment_ids.shape[0] == 1, "a common beginning stands in the only row of its batch"
+        ids = segment_ids.cpu()[:, prefix_length:]
         B, T = ids.shape
         starts = torch.ones(B, T, dtype=torch.bool)
         starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -71,78 +77,75 @@ class Segments:
         empty[put[real]] = False
         device = segment_ids.device
         trivial = (S, L) == (B, T) and bool((put == index)[real].all())  # right padding leaves every token in its place
+        positions = torch.cat((torch.arange(prefix_length).expand(B, -1), prefix_length + place.view(B, T)), 1)
         return cls(
-            positions=place.view(B, T).to(device),
+            positions=positions.to(device),
             take=take.to(device),
             put=put.to(device),
             empty=empty.view(S, L, 1, 1).to(device) if bool(empty.any()) else None,
             padding=None if trivial or bool(real.all()) else (~real).view(-1, 1, 1).to(device),
             shape=(S, L),
             trivial=trivial,
+            prefix_length=prefix_length,
         )
 
     def to_grid(self, flat: Tensor) -> Tensor:
-        """(B * T, heads, E) -> (S, L, heads, E); empty places hold the first token, which no real token can see."""
+        """(N, heads, E) -> (S, L, heads, E), zero at empty places."""
         grid = flat if self.trivial else flat.index_select(0, self.take)
-        return grid.view(*self.shape, *flat.shape[1:])
+        return self._only_real(grid.view(*self.shape, *flat.shape[1:]))
 
     def from_grid(self, grid: Tensor) -> Tensor:
-        """(S, L, heads, E) -> (B * T, heads, E); padding holds the first token of the grid."""
-        flat = grid.reshape(-1, *grid.shape[2:])
-        return flat if self.trivial else flat.index_select(0, self.put)
-
-    def only_real(self, grid: Tensor) -> Tensor:
-        """The grid with zeros at its empty places."""
-        return grid if self.empty is None else grid.masked_fill(self.empty, 0)
-
-    def without_padding(self, flat: Tensor) -> Tensor:
-        """(B * T, heads, E) with zeros at padding, where ``from_grid`` left a copy of the first token."""
+        """(S, L, heads, E) -> (N, heads, E), zero at padding."""
+        flat = self._only_real(grid).reshape(-1, *grid.shape[2:])
+        flat = flat if self.trivial else flat.index_select(0, self.put)
         return flat if self.padding is None else flat.masked_fill(self.padding, 0)
 
+    def _only_real(self, grid: Tensor) -> Tensor:
+        """Zeros at empty places, also in the gradient that comes back through them."""
+        return grid if self.empty is None else grid.masked_fill(self.empty, 0)
 
-def _hidden_keys(L: int, window: int | None, device: torch.device) -> Tensor:
-    """(L, L) bool, True where a query must not look: the future, and what lies before a sliding window."""
-    ones = torch.ones(L, L, dtype=torch.bool, device=device)
-    hidden = ones.triu(1)
-    return hidden | ones.tril(-window) if window is not None and window < L else hidden
+
+def _hidden_keys(L: int, C: int, window: int | None, device: torch.device) -> Tensor:
+    """(L, C) bool, True where one of the last L of C tokens must not look: the future, and what lies before a window."""
+    ones = torch.ones(L, C, dtype=torch.bool, device=device)
+    hidden = ones.triu(C - L + 1)
+    return hidden | ones.tril(C - L - window) if window is not None else hidden
 
 
 class _AttentionContext(Context, Protocol):
-    segments: Segments
     window: int | None
 
 
 class _ShortAttention(torch.autograd.Function):
     """Attention as two batched products, query heads grouped over the kv head that they share.
 
-    Keeps q, k and v; the (L, L) weights are computed again in backward.
+    Keeps q, k and v; the (L, C) weights are computed again in backward.
     """
 
     @staticmethod
-    def forward(ctx: _AttentionContext, q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None) -> Tensor:
-        q_grid, k_grid, v_grid = _grouped(q, k, v, segments)
-        weights = _weights(q_grid, k_grid, segments.shape[1], window)
+    def forward(ctx: _AttentionContext, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        q_grid, k_grid, v_grid = _grouped(q, k, v)
+        weights = _weights(q_grid, k_grid, q.shape[1], window)
         ctx.save_for_backward(q, k, v)
-        ctx.segments, ctx.window = segments, window
-        return _ungrouped(weights.to(v_grid.dtype) @ v_grid, segments, q.dtype)
+        ctx.window = window
+        return _ungrouped(weights.to(v_grid.dtype) @ v_grid, q.shape[1], q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _AttentionContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        segments = ctx.segments
-        q_grid, k_grid, v_grid = _grouped(q, k, v, segments)
-        weights = _weights(q_grid, k_grid, segments.shape[1], ctx.window)
-        g = _group_queries(segments.only_real(segments.to_grid(grad)), k.shape[1])
+        L = q.shape[1]
+        q_grid, k_grid, v_grid = _grouped(q, k, v)
+        weights = _weights(q_grid, k_grid, L, ctx.window)
+        g = _group_queries(grad, k.shape[2])
         grad_v = weights.to(g.dtype).transpose(-1, -2) @ g
         grad_weights = (g @ v_grid.transpose(-1, -2)).to(weights.dtype)
         # dS = P * (dP - rowsum(dP * P)), in one pass
         grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         grad_scores = grad_scores.mul_(1 / math.sqrt(q.shape[-1])).to(g.dtype)
-        grad_q = _ungrouped(grad_scores @ k_grid, segments, q.dtype)
-        grad_k = segments.from_grid((grad_scores.transpose(-1, -2) @ q_grid).transpose(1, 2).to(k.dtype))
-        grad_v_flat = segments.from_grid(grad_v.transpose(1, 2).to(v.dtype))
-        return *map(segments.without_padding, (grad_q, grad_k, grad_v_flat)), None, None
+        grad_q = _ungrouped(grad_scores @ k_grid, L, q.dtype)
+        grad_k = (grad_scores.transpose(-1, -2) @ q_grid).transpose(1, 2).to(k.dtype)
+        return grad_q, grad_k, grad_v.transpose(1, 2).to(v.dtype), None
 
 
 def _group_queries(grid: Tensor, num_kv_heads: int) -> Tensor:
@@ -152,48 +155,53 @@ def _group_queries(grid: Tensor, num_kv_heads: int) -> Tensor:
     return grouped.to(product_dtype(grid)).reshape(S, num_kv_heads, -1, E)
 
 
-def _grouped(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
-    k_grid, v_grid = (segments.to_grid(x).transpose(1, 2).to(product_dtype(x)) for x in (k, v))
-    return _group_queries(segments.to_grid(q), k.shape[1]), k_grid, v_grid
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    k_grid, v_grid = (x.transpose(1, 2).to(product_dtype(x)) for x in (k, v))
+    return _group_queries(q, k.shape[2]), k_grid, v_grid
 
 
 def _weights(q_grid: Tensor, k_grid: Tensor, L: int, window: int | None) -> Tensor:
-    """(S, K, G * L, L) softmax weights in fp32 at least, zero where a query must not look."""
-    S, K, GL, E = q_grid.shape
-    mask = torch.zeros(L, L, dtype=q_grid.dtype, device=q_grid.device)
-    mask = mask.masked_fill_(_hidden_keys(L, window, q_grid.device), -torch.inf).repeat(GL // L, 1)
+    """(S, K, G * L, C) softmax weights in fp32 at least, zero where a query must not look."""
+    (S, K, GL, E), C = q_grid.shape, k_grid.shape[2]
+    mask = torch.zeros(L, C, dtype=q_grid.dtype, device=q_grid.device)
+    mask = mask.masked_fill_(_hidden_keys(L, C, window, q_grid.device), -torch.inf).repeat(GL // L, 1)
     # Scale and mask ride along in the product instead of taking passes of their own.
-    q_rows, k_columns = q_grid.reshape(S * K, GL, E), k_grid.reshape(S * K, L, E).transpose(1, 2)
-    scores = torch.baddbmm(mask, q_rows, k_columns, alpha=1 / math.sqrt(E)).view(S, K, GL, L)
+    q_rows, k_columns = q_grid.reshape(S * K, GL, E), k_grid.reshape(S * K, C, E).transpose(1, 2)
+    scores = torch.baddbmm(mask, q_rows, k_columns, alpha=1 / math.sqrt(E)).view(S, K, GL, C)
     return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
-def _ungrouped(grouped: Tensor, segments: Segments, dtype: torch.dtype) -> Tensor:
-    """(S, K, G * L, E) -> (B * T, H, E)."""
+def _ungrouped(grouped: Tensor, L: int, dtype: torch.dtype) -> Tensor:
+    """(S, K, G * L, E) -> (S, L, H, E)."""
     S, K, GL, E = grouped.shape
-    L = segments.shape[1]
-    grid = grouped.to(dtype).view(S, K, GL // L, L, E).permute(0, 3, 1, 2, 4).reshape(S, L, -1, E)
-    return segments.from_grid(grid)
+    return grouped.to(dtype).view(S, K, GL // L, L, E).permute(0, 3, 1, 2, 4).reshape(S, L, -1, E)
 
 
-def _long_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None) -> Tensor:
+def _long_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """The same through PyTorch's fused attention."""
-    wide = product_dtype(q)
-    q_grid, k_grid, v_grid = (segments.only_real(segments.to_grid(x)).transpose(1, 2).to(wide) for x in (q, k, v))
-    L = segments.shape[1]
-    allowed = ~_hidden_keys(L, window, q.device) if window is not None and window < L else None
+    L, C = q.shape[1], k.shape[1]
+    plain = L == C and (window is None or window >= L)
+    q_grid, k_grid, v_grid = (x.transpose(1, 2).to(product_dtype(q)) for x in (q, k, v))
+    allowed = None if plain else ~_hidden_keys(L, C, window, q.device)
     out = torch.nn.functional.scaled_dot_product_attention(
-        q_grid, k_grid, v_grid, attn_mask=allowed, is_causal=allowed is None, enable_gqa=q.shape[1] != k.shape[1]
+        q_grid, k_grid, v_grid, attn_mask=allowed, is_causal=plain, enable_gqa=q.shape[2] != k.shape[2]
     )
-    return segments.without_padding(segments.from_grid(segments.only_real(out.transpose(1, 2).to(q.dtype))))
+    return out.transpose(1, 2).to(q.dtype)
 
 
-def _prefers_short(q: Tensor, L: int) -> bool:
-    return q.device.type == "cpu" and product_dtype(q) == torch.bfloat16 and L <= SHORT_ROW
+def _prefers_short(q: Tensor, num_keys: int) -> bool:
+    return q.device.type == "cpu" and product_dtype(q) == torch.bfloat16 and num_keys <= SHORT_ROW
+
+
+def _attend_grid(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Causal attention of the last L of C tokens: q (S, L, H, E), k and v (S, C, K, E) -> (S, L, H, E)."""
+    if _prefers_short(q, k.shape[1]):
+        return _ShortAttention.apply(q, k, v, window)
+    return _long_attention(q, k, v, window)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v within each segment, causal.
+    """softmax(q k^T / sqrt(E)) v within each segment and the common beginning before it, causal.
 
     Args:
         q: (B * T, H, E), rotated already.
@@ -202,13 +210,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | No
         window: how many keys a query may see, itself included; None for all.
 
     Returns:
-        (B * T, H, E) in the dtype of ``q``; what stands at padding is unspecified and sends no gradient.
+        (B * T, H, E) in the dtype of ``q``; what stands at padding is zero and sends no gradient.
 
     Ref: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
     """
-    if _prefers_short(q, segments.shape[1]):
-        return _ShortAttention.apply(q, k, v, segments, window)
-    return _long_attention(q, k, v, segments, window)
+    P = segments.prefix_length
+    q_grid, k_grid, v_grid = (segments.to_grid(x[P:]) for x in (q, k, v))
+    if P == 0:
+        return segments.from_grid(_attend_grid(q_grid, k_grid, v_grid, window))
+    beginning = _attend_grid(q[None, :P], k[None, :P], v[None, :P], window)[0]
+    k_grid, v_grid = (torch.cat((x[:P].expand(grid.shape[0], -1, -1, -1), grid), 1) for x, grid in ((k, k_grid), (v, v_grid)))
+    return torch.cat((beginning, segments.from_grid(_attend_grid(q_grid, k_grid, v_grid, window))))
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 """Rows of tokens to batches: which rows make a step, padded or packed, shifted once and masked once.
 
 Which rows a step sees is a pure function of (seed, step), so a resumed run sees the same ones. ``batch_size`` counts
-rows whether they are packed or not: packing changes how they lie in memory, never what is computed.
+rows whether they are packed or not: packing changes how they lie in memory, never what is computed. Rows that begin alike, as
+chats with one system message do, need their beginning only once: what no row may look back past is the same for all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from minisft.chat import Encoded
 from minisft.loss import IGNORE_INDEX
 from minisft.seeds import generator
 
+# A shared beginning costs attention an explicit mask; below this share of the tokens saved it is not worth one.
+WORTH_SHARING = 0.1
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -27,8 +31,9 @@ class Batch:
         target_ids: (B, T) int64, already shifted: the token to predict *after* each place, or ``IGNORE_INDEX``.
         segment_ids: (B, T) int64: 0 is padding, 1, 2, ... the row of data within the batch row.
         num_targets: how many targets are not ignored.
-        num_tokens: how many tokens are not padding.
+        num_tokens: how many tokens the rows have, a shared beginning counted in each of them.
         rows: the data rows (line numbers) inside, for messages.
+        prefix_length: the first so many tokens of the only batch row are a segment that all others continue; 0 for none.
     """
 
     input_ids: Tensor
@@ -37,6 +42,7 @@ class Batch:
     num_targets: int
     num_tokens: int
     rows: tuple[int, ...]
+    prefix_length: int = 0
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -112,10 +118,50 @@ def collate(rows: Sequence[Encoded], pad_id: int, bins: Sequence[Sequence[int]] 
     return Batch(input_ids, target_ids, segment_ids, num_targets, int((segment_ids > 0).sum()), tuple(r.row for r in rows))
 
 
-def micro_batches(rows: Sequence[Encoded], micro_batch_size: int, pad_id: int, packing: bool, capacity: int) -> list[Batch]:
-    """Cut a step's rows into batches of at most ``micro_batch_size`` rows, neighbours in length together."""
+def shared_prefix(rows: Sequence[Encoded]) -> int:
+    """How many tokens all rows begin with, up to the last one before anything that one of them learns."""
+    # Whoever predicts the first supervised token must stay outside, because rows may differ in what follows it.
+    limit = min(next((i for i in range(1, len(row.input_ids)) if row.supervised[i]), len(row.input_ids)) - 1 for row in rows)
+    columns = zip(*(row.input_ids[:limit] for row in rows), strict=True)
+    return next((i for i, tokens in enumerate(columns) if len(set(tokens)) > 1), limit)
+
+
+def collate_shared(rows: Sequence[Encoded], pad_id: int, prefix_length: int) -> Batch:
+    """Lay rows that begin alike end to end in one batch row: their common beginning once, then what each has of its own.
+
+    Exact, because attention is causal: the hidden states of the beginning cannot depend on what follows, and its gradient is
+    the sum of what the rows send back.
+
+    Args:
+        prefix_length: at least 1, at most ``shared_prefix(rows)``.
+    """
+    beginning = replace(rows[0], input_ids=rows[0].input_ids[:prefix_length], supervised=[False] * prefix_length)
+    rests = [replace(row, input_ids=row.input_ids[prefix_length:], supervised=row.supervised[prefix_length:]) for row in rows]
+    batch = collate([beginning, *rests], pad_id, [range(len(rows) + 1)])
+    num_tokens = sum(len(row.input_ids) for row in rows)
+    return replace(batch, num_tokens=num_tokens, rows=tuple(row.row for row in rows), prefix_length=prefix_length)
+
+
+def collate_packed(rows: Sequence[Encoded], pad_id: int, capacity: int, share_prefix: bool = True) -> Batch:
+    """Lay rows out with as little waste as there can be: a common beginning stored once if that saves enough, else packed."""
+    lengths = [len(row.input_ids) for row in rows]
+    prefix_length = shared_prefix(rows) if share_prefix else 0
+    if prefix_length * (len(rows) - 1) > WORTH_SHARING * sum(lengths):
+        return collate_shared(rows, pad_id, prefix_length)
+    return collate(rows, pad_id, pack(lengths, capacity))
+
+
+def micro_batches(
+    rows: Sequence[Encoded], micro_batch_size: int, pad_id: int, packing: bool, capacity: int, share_prefix: bool = True
+) -> list[Batch]:
+    """Cut a step's rows into batches of at most ``micro_batch_size`` rows, neighbours in length together.
+
+    Args:
+        packing: several rows to a batch row, at most ``capacity`` tokens each; else one, padded.
+        share_prefix: with packing, compute a common beginning once. Not with dropout, where each row has masks of its own.
+    """
     ordered = sorted(rows, key=lambda row: -len(row.input_ids))
     groups = [ordered[i : i + micro_batch_size] for i in range(0, len(ordered), micro_batch_size)]
-    return [
-        collate(group, pad_id, pack([len(row.input_ids) for row in group], capacity) if packing else None) for group in groups
-    ]
+    if not packing:
+        return [collate(group, pad_id) for group in groups]
+    return [collate_packed(group, pad_id, capacity, share_prefix) for group in groups]

@@ -195,19 +195,25 @@ class CausalLM(nn.Module):
         """(..., D) -> (..., V)."""
         return self.lm_head(hidden)
 
-    def hidden(self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Hidden states after the final norm, (B, T, D); arguments as in ``forward``."""
+    def hidden(
+        self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: KVCache | None = None, prefix_length: int = 0
+    ) -> Tensor:
+        """Hidden states after the final norm, (B, T, D); arguments as in ``forward``.
+
+        Args:
+            prefix_length: the first so many tokens of the only row are a segment that all its others continue.
+        """
         B, T = input_ids.shape
-        context = self._context(input_ids, segment_ids, cache)
+        context = self._context(input_ids, segment_ids, cache, prefix_length)
         x_ND = self.model.embed_tokens(input_ids.reshape(-1))
         for layer in self.model.layers:
             x_ND = self.wrap_layer(layer, x_ND, context, self.wrap_mlp)
         return self.model.norm(x_ND).view(B, T, -1)
 
-    def _context(self, input_ids: Tensor, segment_ids: Tensor | None, cache: KVCache | None) -> _Context:
+    def _context(self, input_ids: Tensor, segment_ids: Tensor | None, cache: KVCache | None, prefix_length: int) -> _Context:
         T = input_ids.shape[1]
         if cache is None:
-            segments = Segments.of(torch.ones_like(input_ids) if segment_ids is None else segment_ids)
+            segments = Segments.of(torch.ones_like(input_ids) if segment_ids is None else segment_ids, prefix_length)
             places, end = segments.positions, T
         else:
             real = torch.ones_like(input_ids) if segment_ids is None else (segment_ids > 0).long()

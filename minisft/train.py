@@ -104,7 +104,10 @@ class _Run:
         }
 
     def _batches(self, rows: Sequence[Encoded]) -> list[Batch]:
-        return micro_batches(rows, self.micro, self.tokenizer.pad_id, self.run.packing, self.run.max_length)
+        run = self.run
+        return micro_batches(
+            rows, self.micro, self.tokenizer.pad_id, run.packing, run.max_length, share_prefix=run.dropout == 0
+        )
 
     def step(self) -> StepResult:
         """The next optimizer step."""

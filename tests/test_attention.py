@@ -84,6 +84,39 @@ def test_values_and_gradients(which, layout, heads, half, window, seed):
         assert not a[~real].any()  # exactly zero at padding
 
 
+@pytest.mark.parametrize("which", ["short", "long"])
+@given(
+    length=st.integers(1, 6),
+    rests=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    heads=heads_and_kv_heads,
+    window=windows,
+    seed=seeds,
+)
+def test_a_common_beginning_is_as_good_as_one_in_each_segment(which, length, rests, heads, window, seed):
+    """Values: each segment with a beginning of its own. Gradients: what the copies get, summed."""
+    H, K = heads
+    stored = torch.tensor([[1] * length + [2 + i for i, n in enumerate(rests) for _ in range(n)]])
+    tokens = torch.arange(stored.numel())
+    # Every segment written out: the common tokens, then its own.
+    copies = [torch.cat((tokens[:length], tokens[stored[0] == 2 + i])) for i in range(len(rests))]
+    apart = torch.tensor([[1 + i for i, places in enumerate(copies) for _ in places]])
+    take = torch.cat(copies)
+    inputs = [randn(stored.numel(), n, 4, seed=seed + i).requires_grad_() for i, n in enumerate((H, K, K))]
+    segments = Segments.of(stored, length)
+    assert segments.positions.flatten()[take].tolist() == [i for places in copies for i in range(len(places))]
+    with path(which):
+        out = attend(*inputs, segments, window)
+    expected = naive(*(x[take] for x in inputs), apart, window)
+    assert_close(out[take], expected)
+    upstream = randn(*out.shape, seed=seed + 3)
+    first = {int(place): at for at, place in reversed(list(enumerate(take)))}
+    once = torch.zeros_like(expected)  # the beginning's own output is used once, not once a copy
+    for place, at in first.items():
+        once[at] = upstream[place]
+    for a, b in zip(torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, inputs, once), strict=True):
+        assert_close(a, b)
+
+
 @given(layouts)
 def test_segments_say_where_tokens_lie(layout):
     segment_ids = segment_ids_of(layout)
@@ -93,7 +126,7 @@ def test_segments_say_where_tokens_lie(layout):
         expected[places] = torch.arange(len(places))
     assert torch.equal(segments.positions.flatten(), expected)
     number = torch.arange(1, segment_ids.numel() + 1).view(-1, 1, 1)
-    grid = segments.only_real(segments.to_grid(number))
+    grid = segments.to_grid(number)
     assert sorted(grid[grid > 0].tolist()) == number.flatten()[segment_ids.flatten() > 0].tolist()  # every token, once
     back = segments.from_grid(grid)
     assert torch.equal(back[segment_ids.flatten() > 0], number[segment_ids.flatten() > 0])

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, VOCAB, assert_close, assert_same, gradients, shared_with_lora
 from torch import Tensor, nn
 
-from minisft.batching import Batch, collate, epoch_order, micro_batches, pack, step_rows
+from minisft.batching import (
+    WORTH_SHARING,
+    Batch,
+    collate,
+    collate_shared,
+    epoch_order,
+    micro_batches,
+    pack,
+    shared_prefix,
+    step_rows,
+)
 from minisft.chat import Encoded
 from minisft.loss import IGNORE_INDEX, head_loss_sum
 
@@ -25,10 +35,12 @@ def encoded(ids: list[int], supervised: list[bool], row: int) -> Encoded:
 
 @st.composite
 def data_rows(draw: st.DrawFn, max_size: int = 8) -> list[Encoded]:
-    """Rows of ragged length, any flags at all (the first token's too), padding ids among the tokens."""
+    """Rows of ragged length, any flags at all (the first token's too), padding ids among the tokens; some begin alike."""
     lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=max_size))
     tokens = st.tuples(st.integers(0, VOCAB - 1), st.booleans())
-    rows = [draw(st.lists(tokens, min_size=n, max_size=n)) for n in lengths]
+    unsupervised = st.tuples(st.integers(0, VOCAB - 1), st.just(False))
+    beginning = draw(st.just([]) | st.lists(unsupervised, max_size=6) | st.lists(tokens, max_size=6))
+    rows = [beginning + draw(st.lists(tokens, min_size=n, max_size=n)) for n in lengths]
     return [encoded([t for t, _ in row], [s for _, s in row], 10 + i) for i, row in enumerate(rows)]
 
 
@@ -131,7 +143,13 @@ def naive_targets(row: Encoded) -> list[int]:
 
 
 def read_back(batch: Batch) -> list[tuple[list[int], list[int]]]:
-    """(ids, targets) of each segment of each batch row, in order."""
+    """(ids, targets) of each segment of each batch row, in order; a common beginning put back before each."""
+    P = batch.prefix_length
+    if P > 0:
+        ids, targets, segment_ids = (x[0].tolist() for x in (batch.input_ids, batch.target_ids, batch.segment_ids))
+        assert targets[:P] == [IGNORE_INDEX] * P
+        rests = [[i for i, s in enumerate(segment_ids) if s == segment] for segment in range(2, max(segment_ids) + 1)]
+        return [([ids[i] for i in (*range(P), *rest)], [targets[i] for i in (*range(P), *rest)]) for rest in rests]
     found = []
     for ids, target_ids, segment_ids in zip(batch.input_ids, batch.target_ids, batch.segment_ids, strict=True):
         for segment in range(1, int(segment_ids.max()) + 1):
@@ -170,13 +188,45 @@ def test_micro_batches_cut_a_step(rows, size, packing, capacity):
         (r.input_ids, naive_targets(r)) for r in rows
     )
     assert sorted(itertools.chain.from_iterable(b.rows for b in batches)) == [row.row for row in rows]
+    assert sum(b.num_tokens for b in batches) == sum(len(row.input_ids) for row in rows)
     longest = max(len(row.input_ids) for row in rows)
     if packing:
-        assert all(b.input_ids.shape[1] <= max(capacity, longest) for b in batches)
+        assert all(b.prefix_length or b.input_ids.shape[1] <= max(capacity, longest) for b in batches)
+        unshared = micro_batches(rows, size, PAD, True, capacity, share_prefix=False)
+        assert all(b.prefix_length == 0 for b in unshared)
     else:
         assert all(b.input_ids.shape[0] <= size for b in batches)
         ends = [(int((b.segment_ids > 0).sum(1).min()), int((b.segment_ids > 0).sum(1).max())) for b in batches]
         assert all(shortest >= longest for (shortest, _), (_, longest) in itertools.pairwise(ends))
+
+
+@given(rows=data_rows())
+def test_the_shared_prefix_is_the_longest_that_may_be(rows):
+    """By its definition: tokens that all rows have, a token after them in each, and no target on the way."""
+
+    def may_share(length: int) -> bool:
+        alike = len({tuple(row.input_ids[:length]) for row in rows}) == 1
+        return alike and all(len(row.input_ids) > length and not any(row.supervised[1 : length + 1]) for row in rows)
+
+    length = shared_prefix(rows)
+    assert length >= 0
+    assert length == max(n for n in range(20) if may_share(n) or n == 0)
+
+
+def test_a_beginning_is_shared_where_it_saves_enough():
+    def batch_of(common: int, own: int) -> Batch:
+        rows = [encoded([1] * common + [2 + i] * own, [False] * (common + own - 1) + [True], i) for i in range(4)]
+        (batch,) = micro_batches(rows, 4, PAD, True, 1000)
+        return batch
+
+    long = batch_of(20, 10)
+    assert (long.prefix_length, long.input_ids.shape, long.num_tokens, long.num_targets) == (20, (1, 60), 120, 4)
+    assert long.rows == (0, 1, 2, 3)
+    few = batch_of(1, 10)
+    assert WORTH_SHARING * 44 > 3  # three tokens of 44 would be saved
+    assert (few.prefix_length, few.input_ids.shape) == (0, (1, 44))
+    alone = micro_batches([encoded([1] * 9, [False] * 8 + [True], 0)], 1, PAD, True, 1000)[0]
+    assert alone.prefix_length == 0
 
 
 def test_moving_a_batch_keeps_everything():
@@ -195,7 +245,7 @@ def step_gradient(model: nn.Module, rows: list[Encoded], size: int, packing: boo
     num_targets = sum(b.num_targets for b in batches)
     total = 0.0
     for b in batches:
-        hidden = model.hidden(b.input_ids, segment_ids=b.segment_ids)
+        hidden = model.hidden(b.input_ids, segment_ids=b.segment_ids, prefix_length=b.prefix_length)
         loss = head_loss_sum(hidden, model.lm_head, b.target_ids) / num_targets
         loss.backward()
         total += loss.item()
@@ -211,6 +261,30 @@ def test_no_cut_of_a_step_changes_its_gradient(rows, family, size, packing):
     other_loss, found = step_gradient(model, rows, size, packing)
     assert abs(other_loss - loss) <= 1e-12 * max(1.0, loss)
     assert_same(found, expected)
+
+
+@given(
+    beginning=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=7),
+    lengths=st.lists(st.integers(2, 7), min_size=1, max_size=5),
+    family=st.sampled_from(list(FAMILIES)),
+    seed=seeds,
+)
+def test_a_beginning_computed_once_changes_no_gradient(beginning, lengths, family, seed):
+    """Stored once or once a row: the same loss and gradient, sliding windows and every family included, fp64, 1e-12."""
+    draw = random.Random(seed)
+    rests = [[draw.randrange(VOCAB) for _ in range(n)] for n in lengths]
+    rows = [encoded(beginning + rest, [False] * (len(beginning) + 1) + [True] * (len(rest) - 1), 0) for rest in rests]
+    model, P = shared_with_lora(FAMILIES[family]), shared_prefix(rows)
+    assert len(beginning) <= P
+    found = []
+    for b in (collate(rows, PAD), collate_shared(rows, PAD, P), collate_shared(rows, PAD, 1)):
+        hidden = model.hidden(b.input_ids, segment_ids=b.segment_ids, prefix_length=b.prefix_length)
+        loss = head_loss_sum(hidden, model.lm_head, b.target_ids) / b.num_targets
+        loss.backward()
+        found.append((loss.item(), gradients(model)))
+    for loss, gradient in found[1:]:
+        assert abs(loss - found[0][0]) <= 1e-12 * max(1.0, loss)
+        assert_same(gradient, found[0][1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
