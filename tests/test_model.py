@@ -1,6 +1,10 @@
 """The decoder: equal to transformers, indifferent to how tokens lie in the batch, and the same with a KV cache."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -355,3 +359,13 @@ def test_forward_changes_nothing(family):
     model.train()(torch.arange(6)[None])
     model.eval()(torch.arange(6)[None])
     assert_same(model.state_dict(), before, 0.0)
+
+
+def test_an_empty_model_costs_no_import_of_the_compiler():
+    """On the meta device PyTorch draws random numbers through its compiler, whose import takes longer than loading the model."""
+    code = (
+        "import sys; from minisft.formats.stream import empty_model; from tiny import LLAMA; empty_model(LLAMA);"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path})
