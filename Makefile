@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test test-fast test-thorough lint format bench clean
+.PHONY: help quickstart test test-fast test-thorough mutants lint format bench clean
 
 help:
 	@echo "make quickstart     fine-tune a small pretrained model and see what it learned"
 	@echo "make test           the whole test suite, oracles included"
 	@echo "make test-fast      without the slow tests"
 	@echo "make test-thorough  everything: the laws with 2000 examples each, every kernel for every GPU"
+	@echo "make mutants        plant known bugs one at a time and see that a named test fails for each"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          measure the training step and generation against transformers + PEFT"
 
@@ -38,6 +39,9 @@ test-fast: .venv/dev
 
 test-thorough: .venv/dev
 	MINISFT_HYPOTHESIS=thorough $(BIN)/python -m pytest -n 2 --dist worksteal -m ""
+
+mutants: .venv/dev
+	$(BIN)/python tests/mutants.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,0 +1,208 @@
+"""Plants known bugs one at a time and sees that a named test fails for each: ``python tests/mutants.py [NAME ...]``.
+
+The bugs stand in ``mutants.toml``. Each is planted in a copy of the package and its tests in a temporary folder, never in the
+working tree, and a child process runs the one test that must notice it there. First all these tests have to pass on an
+untouched copy. A test that passes on a mutant too, or breaks before it has judged anything, makes this program fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("minisft", "tests", "pyproject.toml")
+AT_ONCE = 2
+MUTANT_LIMIT_S, CLEAN_LIMIT_S = 240.0, 900.0
+PASSED, FAILED, OTHER_PACKAGE = 0, 1, 70  # exit statuses: pytest's, and ours for a child that would test another minisft
+
+# The copy is first on the path, but an editable install has a say too: ask before anything runs.
+CHILD = f"""
+import importlib.util, pytest, sys
+origin = importlib.util.find_spec("minisft").origin
+sys.exit(pytest.main(sys.argv[2:]) if origin.startswith(sys.argv[1]) else {OTHER_PACKAGE})
+"""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug: ``old``, which stands once in ``file``, becomes ``new``, and ``test`` has to fail; ``why`` it matters."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+    why: str
+
+    def plant(self, root: Path) -> None:
+        """Write the bug into the copy of the project at ``root``.
+
+        Raises:
+            ValueError: ``old`` does not stand in the file exactly once.
+        """
+        path = root / self.file
+        text = path.read_text(encoding="utf-8")
+        if (found := text.count(self.old)) != 1:
+            raise ValueError(f"{self.file} holds the text to replace {found} times")
+        path.write_text(text.replace(self.old, self.new), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant: ``killed``, ``hung`` (killed too), ``SURVIVED`` or ``BROKEN``; and why, in a line."""
+
+    verdict: str
+    reason: str
+    seconds: float = 0.0
+
+    @property
+    def is_killed(self) -> bool:
+        return self.verdict in ("killed", "hung")
+
+
+def read_mutants() -> list[Mutant]:
+    text = (ROOT / "tests" / "mutants.toml").read_text(encoding="utf-8")
+    return [Mutant(name, **fields) for name, fields in tomllib.loads(text).items()]
+
+
+@contextlib.contextmanager
+def copy_of(source: Path) -> Iterator[Path]:
+    """What tests need of the project, without compiled files: a stale one would hide a mutant of the same size."""
+    with tempfile.TemporaryDirectory(prefix="minisft-mutants-") as folder:
+        target = Path(folder).resolve()
+        for part in PARTS:
+            if (source / part).is_dir():
+                shutil.copytree(source / part, target / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source / part, target)
+        yield target
+
+
+def run_tests(root: Path, tests: Sequence[str], limit_s: float) -> tuple[int | None, str]:
+    """The exit status of pytest on the copy at ``root``, None if it took longer than ``limit_s``, and what it printed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
+    environment |= {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    # The same on every machine: kernels run in Triton's interpreter and everything else on the CPU.
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "COLUMNS": "250"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they only cost time here
+    options = ("-x", "-rfEs", "--tb=short", "-m", "", "-p", "no:cacheprovider")
+    command = (sys.executable, "-c", CHILD, str(root), *options, *tests)
+    with subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True,
+    ) as child:  # fmt: skip
+        try:
+            output, _ = child.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            return None, ""
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # the child that hangs, and whatever any child left behind
+    return child.returncode, output
+
+
+def judge(status: int | None, output: str) -> tuple[str, str]:
+    """Verdict and reason: only a test that ran and failed kills, a file that cannot be imported proves nothing."""
+    failure = re.search(r"^FAILED .*", output, re.MULTILINE)
+    if status is None:
+        return "hung", f"over {MUTANT_LIMIT_S:.0f} s"
+    if status == FAILED and failure:
+        return "killed", failure[0].split(" - ", 1)[-1]
+    if status == PASSED:
+        return "SURVIVED", output.strip().rsplit("\n", 1)[-1]
+    if status == OTHER_PACKAGE:
+        return "BROKEN", "the child would import another minisft than the copy"
+    return "BROKEN", f"pytest ended with {status}: {output[-300:]}"
+
+
+def try_mutant(mutant: Mutant, clean: Path) -> Outcome:
+    """Plant it in a copy of the project at ``clean`` and run its test there."""
+    began = time.monotonic()
+    with copy_of(clean) as root:
+        try:
+            mutant.plant(root)
+        except (ValueError, FileNotFoundError) as error:
+            return Outcome("BROKEN", str(error))
+        verdict, reason = judge(*run_tests(root, [mutant.test], MUTANT_LIMIT_S))
+    return Outcome(verdict, reason, time.monotonic() - began)
+
+
+def check_clean(mutants: Sequence[Mutant], clean: Path) -> str | None:
+    """What is wrong with the tests where there is no bug; None when all of them pass."""
+    tests = list(dict.fromkeys(mutant.test for mutant in mutants))
+    status, output = run_tests(clean, tests, CLEAN_LIMIT_S)
+    if status == PASSED and " skipped" not in output:
+        return None
+    return f"without any bug, pytest ended with {status}: {output[-4000:]}"
+
+
+def try_all(mutants: Sequence[Mutant], clean: Path) -> dict[str, Outcome]:
+    """Every mutant's outcome, two at a time, told as they come."""
+    from tqdm import tqdm
+
+    outcomes: dict[str, Outcome] = {}
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        futures = {pool.submit(try_mutant, mutant, clean): mutant for mutant in mutants}
+        for future in tqdm(as_completed(futures), total=len(futures), unit="mutant", disable=None, leave=False):
+            name, outcome = futures[future].name, future.result()
+            outcomes[name] = outcome
+            tqdm.write(f"{outcome.verdict:<8} {outcome.seconds:5.1f} s  {name:<38} {outcome.reason[:100]}")
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C too
+    return outcomes
+
+
+def chosen_mutants(names: Sequence[str]) -> list[Mutant]:
+    """The mutants called ``names``, all of them for none. Raises: ValueError: an unknown name."""
+    mutants = {mutant.name: mutant for mutant in read_mutants()}
+    if unknown := [name for name in names if name not in mutants]:
+        raise ValueError(f"no mutant is called {', '.join(unknown)}; --list names them all")
+    return [mutants[name] for name in names or mutants]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="plant known bugs one at a time and see that a named test fails for each")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which mutants; all by default")
+    parser.add_argument("--list", action="store_true", help="only say what they are and why they matter")
+    options = parser.parse_args(arguments)
+    try:
+        mutants = chosen_mutants(options.names)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.list:
+        for mutant in mutants:
+            print(f"{mutant.name}: {mutant.why}\n    {mutant.file}, killed by {mutant.test}")
+        return 0
+    with copy_of(ROOT) as clean:  # whoever goes on editing meanwhile changes nothing here
+        if problem := check_clean(mutants, clean):
+            print(problem)
+            return 1
+        return report(try_all(mutants, clean))
+
+
+def report(outcomes: Mapping[str, Outcome]) -> int:
+    """The last lines, and the exit status: 1 if any mutant lives."""
+    alive = [name for name, outcome in outcomes.items() if not outcome.is_killed]
+    print(f"{len(outcomes) - len(alive)} of {len(outcomes)} mutants killed")
+    if alive:
+        print(f"not killed: {', '.join(alive)}")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
