@@ -1,15 +1,17 @@
 """minisft: supervised fine-tuning with LoRA, from scratch.
 
-``load_model`` reads a pretrained model, ``apply_lora_`` adds adapters, ``save_adapter`` and ``load_adapter_`` exchange them
-with the field's tools. Importing this package touches no GPU, network, environment variable or thread setting.
+``load_model`` reads a pretrained model, ``quantize_`` holds its linears in 4 bits, ``apply_lora_`` adds adapters,
+``save_adapter`` and ``load_adapter_`` exchange them with the field's tools. Importing this package touches no GPU, network,
+environment variable or thread setting.
 """
 
-from minisft.config import LoRAConfig, ModelConfig, RunConfig
+from minisft.config import LoRAConfig, ModelConfig, QuantConfig, RunConfig
 from minisft.errors import UserError
 from minisft.formats import load_adapter_, load_model, save_adapter, save_model
 from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.model import CausalLM
-from minisft.surgery import adapters_off, apply_lora_, lora_modules
+from minisft.nf4_linear import NF4Linear
+from minisft.surgery import adapters_off, apply_lora_, lora_modules, quantize_
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "ModelConfig",
+    "NF4Linear",
+    "QuantConfig",
     "RunConfig",
     "UserError",
     "adapters_off",
@@ -25,6 +29,7 @@ __all__ = [
     "load_adapter_",
     "load_model",
     "lora_modules",
+    "quantize_",
     "save_adapter",
     "save_model",
 ]

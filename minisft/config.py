@@ -1,8 +1,8 @@
 """Typed, frozen settings, checked at birth.
 
-``ModelConfig`` says what a decoder is, ``LoRAConfig`` what an adapter is, ``RunConfig`` what one training run does. A
-command-line flag, a key in a TOML file and a field of ``RunConfig`` are one and the same thing: the command line is
-generated from the fields, so they cannot drift apart.
+``ModelConfig`` says what a decoder is, ``LoRAConfig`` what an adapter is, ``QuantConfig`` how a frozen base is stored in 4
+bits, ``RunConfig`` what one training run does. A command-line flag, a key in a TOML file and a field of ``RunConfig`` are
+one and the same thing: the command line is generated from the fields, so they cannot drift apart.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Literal
 from minisft.errors import UserError, listing, nearest, visible
 
 ALL_LINEAR = "all-linear"
+QUANT_LEVELS = ("nf4", "fp4", "int4")
+QUANT_BLOCK_SIZES = tuple(2**k for k in range(5, 13))  # 32 to 4096
 
 
 def _require(ok: bool, name: str, found: object, expected: str, fix: str = "") -> None:
@@ -134,8 +136,36 @@ class LoRAConfig:
         _require(bool(self.targets), "targets", self.targets, "at least one module name")
 
 
+@dataclass(frozen=True)
+class QuantConfig:
+    """Which frozen layers are stored in 4 bits, and how. ``nf4.quantize`` explains the numbers.
+
+    Args:
+        levels: the codebook: ``nf4``, ``fp4`` or ``int4``.
+        block_size: weights that share a scale, one of ``QUANT_BLOCK_SIZES``.
+        double_quant: store the scales in 8 bits too.
+        targets: as in ``LoRAConfig``; by default every linear but the output head. Embeddings stay dense.
+
+    Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3.
+    """
+
+    levels: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    targets: str | tuple[str, ...] = ALL_LINEAR
+
+    def __post_init__(self) -> None:
+        _require(self.levels in QUANT_LEVELS, "levels", self.levels, " or ".join(QUANT_LEVELS))
+        sizes = ", ".join(map(str, QUANT_BLOCK_SIZES))
+        _require(self.block_size in QUANT_BLOCK_SIZES, "block_size", self.block_size, f"one of {sizes}")
+        _require(bool(self.targets), "targets", self.targets, "at least one module name")
+
+
 def _flag(help_text: str, default: object = dataclasses.MISSING, metavar: str | None = None) -> typing.Any:
     return field(default=default, metadata={"help": help_text, "metavar": metavar})
+
+
+_COUNTS = ("batch_size", "micro_batch_size", "steps", "eval_every", "save_every", "keep_last", "patience", "log_every")
 
 
 @dataclass(frozen=True)
@@ -164,6 +194,8 @@ class RunConfig:
     targets: tuple[str, ...] = _flag(
         "module names or one regular expression; default every linear but the head", (ALL_LINEAR,), "NAME"
     )
+    quant: Literal["none", "nf4"] = _flag("hold the frozen base in 4 bits while its adapters are trained (QLoRA)", "none")
+    double_quant: bool = _flag("with --quant: store the scales of the 4-bit blocks in 8 bits too", True)
     steps: int | None = _flag("optimizer steps (or give --epochs)", None, "N")
     epochs: float | None = _flag("passes over the data (default 1)", None, "N")
     batch_size: int = _flag("rows in an optimizer step", 8, "N")
@@ -190,16 +222,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name, kind in _choices().items():
             _require(getattr(self, name) in kind, f"--{name.replace('_', '-')}", getattr(self, name), " or ".join(kind))
-        for name in (
-            "batch_size",
-            "micro_batch_size",
-            "steps",
-            "eval_every",
-            "save_every",
-            "keep_last",
-            "patience",
-            "log_every",
-        ):
+        for name in _COUNTS:
             value = getattr(self, name)
             _require(value is None or value >= 1, flag_name(name), value, "at least 1")
         _require(self.max_length >= 8, "--max-length", self.max_length, "at least 8 tokens")
@@ -225,6 +248,10 @@ class RunConfig:
         _require(math.isfinite(self.clip) and self.clip >= 0, "--clip", self.clip, "zero or more")
         for name in ("beta1", "beta2"):
             _require(0.0 <= getattr(self, name) < 1.0, f"--{name}", getattr(self, name), "a number in [0, 1)")
+        _require(
+            self.quant == "none" or self.method == "lora", "--quant with --method full", self.quant, "none",
+            "a frozen 4-bit base has nothing to train in full; leave --method away and adapters are trained on it",
+        )  # fmt: skip
         self.lora  # noqa: B018  (checks rank, alpha, dropout and targets)
 
     @property
@@ -242,6 +269,11 @@ class RunConfig:
             use_rslora=self.use_rslora,
             targets=targets[0] if is_pattern else targets,
         )
+
+    @property
+    def quantization(self) -> QuantConfig | None:
+        """How the frozen base is held in 4 bits; None when it stays dense."""
+        return None if self.quant == "none" else QuantConfig(levels=self.quant, double_quant=self.double_quant)
 
     @property
     def peak_lr(self) -> float:

@@ -1,8 +1,8 @@
 """LoRA: a frozen layer plus a trained product of two thin matrices.
 
 W' = W + scaling * B A. B starts at zero, so a fresh adapter changes nothing, bit for bit. The factors are fp32 masters
-whatever the dtype of the base, and the base never gets a gradient. What this room refuses: several adapters at once,
-merging inside ``forward``, ``train`` or ``eval``.
+whatever the dtype of the base, and the base never gets a gradient; it may be dense or held in 4 bits (QLoRA). What this room
+refuses: several adapters at once, merging inside ``forward``, ``train`` or ``eval``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 from minisft.autograd import Context
 from minisft.errors import UserError
 from minisft.matmul import linear, product_dtype
+from minisft.nf4_linear import NF4Linear, nf4_matmul, nf4_matmul_t
+
+FrozenLinear = nn.Linear | NF4Linear
 
 
 def scaling_of(rank: int, alpha: float, use_rslora: bool) -> float:
@@ -37,28 +40,41 @@ def check_rank(rank: int, shape: tuple[int, ...], where: str = "") -> None:
         )
 
 
+def _product(base: FrozenLinear, rows: Tensor, xa: Tensor, up: Tensor) -> Tensor:
+    """rows W^T + b + xa up, in the dtype of ``rows``: (M, in), (M, rank), (rank, out) -> (M, out)."""
+    if isinstance(base, NF4Linear):
+        return nf4_matmul(rows, base.quantized, base.bias).addmm_(xa, up)
+    # Bias first, as nn.Linear does it: a zero update then leaves every bit in place, whatever the order of the sums below.
+    y = xa @ up if base.bias is None else torch.addmm(base.bias.to(rows.dtype), xa, up)
+    return y.addmm_(rows, base.weight.to(rows.dtype).T)
+
+
+def _product_t(base: FrozenLinear, g: Tensor, gb: Tensor, down: Tensor) -> Tensor:
+    """g W + gb down, in the dtype of ``g``: (M, out), (M, rank), (rank, in) -> (M, in)."""
+    if isinstance(base, NF4Linear):
+        return nf4_matmul_t(g, base.quantized).addmm_(gb, down)
+    return (gb @ down).addmm_(g, base.weight.to(g.dtype))
+
+
 class _AdaptedContext(Context, Protocol):
-    base: nn.Linear
+    base: FrozenLinear
     scaling: float
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """y = x W^T + b + s (x A^T) B^T through a frozen W.
+    """y = x W^T + b + s (x A^T) B^T through a frozen W, dense or in 4 bits.
 
-    The adapter's product comes first and the big one is added onto it (``addmm_``), so the update costs no pass of its own
-    over y.
-    Kept for backward: x (which its neighbours share) and x A^T (rank columns); never y, W^T or a cast copy of x.
+    One product is added onto the other (``addmm_``), so the update costs no pass of its own over y. A W in 4 bits is rebuilt
+    for each of the two products and dropped after it.
+    Kept for backward: x (which its neighbours share) and x A^T (rank columns); never y, W, W^T or a cast copy of x.
     """
 
     @staticmethod
-    def forward(ctx: _AdaptedContext, x: Tensor, lora_A: Tensor, lora_B: Tensor, base: nn.Linear, scaling: float) -> Tensor:
+    def forward(ctx: _AdaptedContext, x: Tensor, lora_A: Tensor, lora_B: Tensor, base: FrozenLinear, scaling: float) -> Tensor:
         wide = product_dtype(x)
         rows = x.reshape(-1, x.shape[-1]).to(wide)  # (M, in)
         xa = rows @ lora_A.to(wide).T  # (M, rank)
-        # Bias first, as nn.Linear does it: a zero update then leaves every bit in place, whatever the order of the sums below.
-        up = lora_B.to(wide).T
-        y = (xa * scaling) @ up if base.bias is None else torch.addmm(base.bias.to(wide), xa * scaling, up)  # (M, out)
-        y.addmm_(rows, base.weight.to(wide).T)
+        y = _product(base, rows, xa * scaling, lora_B.to(wide).T)
         ctx.save_for_backward(x, lora_A, lora_B, xa)
         ctx.base, ctx.scaling = base, scaling
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
@@ -74,9 +90,7 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_B = (xa.T @ g).T * ctx.scaling if ctx.needs_input_grad[2] else None  # this order: g is read along its rows
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = gb @ lora_A.to(wide)  # (M, in)
-            grad_x.addmm_(g, ctx.base.weight.to(wide))
-            grad_x = grad_x.to(x.dtype).view(x.shape)
+            grad_x = _product_t(ctx.base, g, gb, lora_A.to(wide)).to(x.dtype).view(x.shape)
         # The factors are fp32 masters: their gradients are too, also where the products ran in bf16.
         return (
             grad_x,
@@ -95,18 +109,25 @@ class _Adapter(nn.Module):
     """
 
     def __init__(
-        self, base: nn.Module, shape: tuple[int, int], rank: int, alpha: float, dropout: float, use_rslora: bool, weight: Tensor
+        self,
+        base: FrozenLinear | nn.Embedding,
+        shape: tuple[int, int],
+        rank: int,
+        alpha: float,
+        dropout: float,
+        use_rslora: bool,
     ) -> None:
         super().__init__()
         check_rank(rank, shape)
         rows, columns = shape
-        self.base = base.requires_grad_(False)
+        self.base: FrozenLinear | nn.Embedding = base.requires_grad_(False)
         self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
         self.scaling = scaling_of(rank, alpha, use_rslora)
         self.dropout = nn.Dropout(dropout)
-        master = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
-        self.lora_A = nn.Parameter(torch.zeros(rank, columns, dtype=master, device=weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(rows, rank, dtype=master, device=weight.device))
+        dtype, device = _dtype_and_device(base)
+        master = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+        self.lora_A = nn.Parameter(torch.zeros(rank, columns, dtype=master, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(rows, rank, dtype=master, device=device))
         self.enabled = True  # surgery.adapters_off turns it off for a while
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module, untyped upstream
@@ -125,23 +146,30 @@ class _Adapter(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling:g}"
 
 
+def _dtype_and_device(base: FrozenLinear | nn.Embedding) -> tuple[torch.dtype, torch.device]:
+    """Those of the base's weight; for one in 4 bits the dtype it was made from."""
+    if isinstance(base, NF4Linear):
+        return base.weight_dtype, base.packed.device
+    return base.weight.dtype, base.weight.device
+
+
 class LoRALinear(_Adapter):
     """y = x W^T + b + scaling * dropout(x) A^T B^T.
 
     Args:
-        base: an ``nn.Linear`` with weight (out, in); it is frozen here.
+        base: an ``nn.Linear`` or ``NF4Linear`` with weight (out, in); it is frozen here.
         rank, alpha, dropout, use_rslora: see ``LoRAConfig``.
 
     ``lora_A`` is (rank, in), uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5, as the reference code); ``lora_B`` is
     (out, rank), zero.
 
-    Ref: Hu et al. 2021, arXiv:2106.09685, section 4.1.
+    Ref: Hu et al. 2021, arXiv:2106.09685, section 4.1; Dettmers et al. 2023, arXiv:2305.14314, equation 5.
     """
 
-    base: nn.Linear
+    base: FrozenLinear
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False) -> None:
-        super().__init__(base, (base.out_features, base.in_features), rank, alpha, dropout, use_rslora, base.weight)
+    def __init__(self, base: FrozenLinear, rank: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False) -> None:
+        super().__init__(base, (base.out_features, base.in_features), rank, alpha, dropout, use_rslora)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -154,7 +182,7 @@ class LoRALinear(_Adapter):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base(x)
-        if self.base.weight.requires_grad or (self.training and self.dropout.p > 0):
+        if any(p.requires_grad for p in self.base.parameters()) or (self.training and self.dropout.p > 0):
             return self.base(x) + self.scaling * self._update(self.dropout(x))
         return _AdaptedLinear.apply(x, self.lora_A, self.lora_B, self.base, self.scaling)
 
@@ -175,7 +203,7 @@ class LoRAEmbedding(_Adapter):
     base: nn.Embedding
 
     def __init__(self, base: nn.Embedding, rank: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False) -> None:
-        super().__init__(base, (base.embedding_dim, base.num_embeddings), rank, alpha, dropout, use_rslora, base.weight)
+        super().__init__(base, (base.embedding_dim, base.num_embeddings), rank, alpha, dropout, use_rslora)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

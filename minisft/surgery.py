@@ -1,7 +1,8 @@
-"""Changing a model's modules: add adapters, find them, switch them off for a while.
+"""Changing a model's modules: hold linears in 4 bits, add adapters, find them, switch them off for a while.
 
 Everything works on any ``nn.Module`` tree with ``nn.Linear`` in it, ours or somebody else's. Modules are found by type and
-path, never by a piece of their name; a request that matches nothing is an error that lists what would have matched.
+path, never by a piece of their name; a request that matches nothing is an error that lists what would have matched. The base
+is quantized first and adapted afterwards, and whatever is refused is refused before the first module is replaced.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from minisft.config import ALL_LINEAR, LoRAConfig
+from minisft.config import ALL_LINEAR, QUANT_LEVELS, LoRAConfig, QuantConfig
 from minisft.errors import UserError, listing, nearest, visible
-from minisft.lora import LoRAEmbedding, LoRALinear, check_rank
+from minisft.lora import FrozenLinear, LoRAEmbedding, LoRALinear, check_rank
+from minisft.nf4 import codebook
+from minisft.nf4_linear import NF4Linear
+from minisft.safe_json import JSON
 from minisft.seeds import generator
 
 T = TypeVar("T")
@@ -32,8 +37,13 @@ def lora_modules(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
     return {path: m for path, m in model.named_modules() if isinstance(m, (LoRALinear, LoRAEmbedding))}
 
 
-def _candidates(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
-    return {path: m for path, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding)) and path}
+def nf4_modules(model: nn.Module) -> dict[str, NF4Linear]:
+    """All layers in 4 bits by path, in the model's order."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, NF4Linear)}
+
+
+def _candidates(model: nn.Module) -> dict[str, FrozenLinear | nn.Embedding]:
+    return {path: m for path, m in model.named_modules() if isinstance(m, (nn.Linear, NF4Linear, nn.Embedding)) and path}
 
 
 def matches(path: str, name: str) -> bool:
@@ -50,7 +60,7 @@ def match_targets(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]
     candidates = _candidates(model)
     if targets == ALL_LINEAR:
         head = output_head(model)
-        found = [path for path, m in candidates.items() if isinstance(m, nn.Linear) and m is not head]
+        found = [path for path, m in candidates.items() if not isinstance(m, nn.Embedding) and m is not head]
         return found or _no_match(ALL_LINEAR, candidates)
     if isinstance(targets, str):
         pattern = _compiled(targets)
@@ -78,7 +88,7 @@ def _no_match(name: str, candidates: Mapping[str, nn.Module]) -> list[str]:
     last_parts = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in candidates))
     raise UserError(
         "config/no-such-target",
-        "a LoRA target matches no layer",
+        "a target matches no layer",
         where="--targets",
         found=visible(repr(name)),
         expected=f"one of {listing(last_parts, 30)}",
@@ -105,11 +115,123 @@ def freeze(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
+# ---- 4 bits ----------------------------------------------------------------------------------------------------------
+
+
+def quantize_(model: nn.Module, config: QuantConfig) -> list[str]:
+    """Replace linear layers by ``NF4Linear``, one at a time; a dense weight is let go before the next layer's turn.
+
+    Biases stay as they are. All weights are looked at before the first is replaced, so an error leaves the model as it was.
+
+    Args:
+        model: any tree with ``nn.Linear``; changed in place.
+        config: which layers, and how they are stored.
+
+    Returns:
+        The paths that were replaced, in the model's order.
+
+    Raises:
+        UserError: what ``quantization_targets`` refuses; ``model/non-finite-weight``, naming tensor and index.
+
+    Cost: beyond the result, the scratch of ``nf4.quantize``; one more reading of each weight.
+    """
+    paths = quantization_targets(model, config)
+    for path in paths:
+        _check_numbers(path, _dense_linear(model, path), config)
+    for path in paths:
+        replace_module(model, path, in_4_bits(path, _dense_linear(model, path), config))
+    return paths
+
+
+def quantization_targets(model: nn.Module, config: QuantConfig) -> list[str]:
+    """The paths of the linears that ``config`` asks for, in the model's order; the model may be on the meta device.
+
+    Raises:
+        UserError: a target that matches nothing; an embedding; a weight that another module shares; a layer that is in
+            4 bits already; a model that has adapters.
+    """
+    if adapters := lora_modules(model):
+        raise UserError(
+            "adapter/already-there", "the model has adapters", found=listing(adapters, 3), fix="quantize first, then add them"
+        )
+    paths, names = match_targets(model, config.targets), _names_by_parameter(model)
+    for path in paths:
+        layer = model.get_submodule(path)
+        if isinstance(layer, nn.Embedding):
+            raise _unquantizable(path, "an embedding is looked up, not multiplied, and stays dense", "an embedding")
+        if isinstance(layer, NF4Linear) or not layer.get_parameter("weight").is_floating_point():
+            raise _unquantizable(path, "the layer is quantized already", repr(layer), "load the dense model")
+        if shared := [name for name in names[id(layer.get_parameter("weight"))] if name != f"{path}.weight"]:
+            raise _unquantizable(path, "the layer's weight is tied to another module's", f"tied to {listing(shared)}")
+    return paths
+
+
+def _names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter; a tied one has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def _unquantizable(path: str, what: str, found: str, fix: str = "leave it out of the targets") -> UserError:
+    return UserError(
+        "model/not-quantizable",
+        what,
+        where=visible(path),
+        found=found,
+        expected="a linear of its own, in a float dtype",
+        fix=fix,
+    )
+
+
+def _dense_linear(model: nn.Module, path: str) -> nn.Linear:
+    layer = model.get_submodule(path)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _check_numbers(path: str, linear: nn.Linear, config: QuantConfig) -> None:
+    """Raise what ``nf4.quantize`` would, for the price of one reading: only a suspicious weight is quantized to see."""
+    low, high = linear.weight.detach().aminmax()  # NaN if there is one
+    largest_sum = max(abs(float(low)), abs(float(high))) * linear.weight.numel()  # of the scales, whose mean must be finite
+    if not largest_sum < torch.finfo(torch.float32).max:
+        in_4_bits(path, linear, config)
+
+
+def in_4_bits(path: str, linear: nn.Linear, config: QuantConfig) -> NF4Linear:
+    """The layer that stands at ``path`` in 4 bits; it shares the bias. Errors as in ``nf4.quantize``."""
+    layer = NF4Linear.from_linear(linear, config.block_size, config.double_quant, config.levels, name=f"{path}.weight")
+    return layer.train(linear.training)
+
+
+def quantization_of(model: nn.Module) -> dict[str, JSON] | None:
+    """How the model's 4-bit layers are stored: ``levels``, ``block_size``, ``double_quant``; None if all are dense.
+
+    A codebook without a name is listed as its 16 values; where layers differ the value is ``"mixed"``.
+    """
+    layers = nf4_modules(model).values()
+    if not layers:
+        return None
+    facts: list[dict[str, JSON]] = [
+        {"levels": _levels_name(m.levels), "block_size": m.block_size, "double_quant": m.absmax2 is not None} for m in layers
+    ]
+    return {key: value if all(other[key] == value for other in facts) else "mixed" for key, value in facts[0].items()}
+
+
+def _levels_name(levels: Tensor) -> JSON:
+    named = (name for name in QUANT_LEVELS if torch.equal(codebook(name), levels.cpu()))
+    return next(named, None) or [float(value) for value in levels]
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
 def apply_lora_(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str]:
     """Freeze ``model`` and wrap each target layer in an adapter.
 
     Args:
-        model: any tree with ``nn.Linear`` or ``nn.Embedding``; changed in place.
+        model: any tree with ``nn.Linear``, ``NF4Linear`` or ``nn.Embedding``; changed in place.
         config: which layers, which rank and scaling.
         seed: decides the random factor, layer by layer, whatever else was drawn before.
 
@@ -128,9 +250,8 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
         )
     paths = match_targets(model, config.targets)
     for path in paths:  # all of them fit before anything is changed
-        weight = model.get_submodule(path).weight
-        assert isinstance(weight, Tensor)
-        check_rank(pattern_value(path, config.rank_pattern, config.rank), tuple(weight.shape), visible(path))
+        shape = _weight_shape(model.get_submodule(path))
+        check_rank(pattern_value(path, config.rank_pattern, config.rank), shape, visible(path))
     wrapped = {path: _wrap(path, model.get_submodule(path), config) for path in paths}
     freeze(model)
     for index, (path, adapter) in enumerate(wrapped.items()):
@@ -140,12 +261,19 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
     return paths
 
 
+def _weight_shape(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    assert isinstance(layer, (nn.Linear, NF4Linear))
+    return layer.out_features, layer.in_features
+
+
 def _wrap(path: str, base: nn.Module, config: LoRAConfig) -> LoRALinear | LoRAEmbedding:
     rank = pattern_value(path, config.rank_pattern, config.rank)
     alpha = pattern_value(path, config.alpha_pattern, config.alpha)
     if isinstance(base, nn.Embedding):
         return LoRAEmbedding(base, rank, alpha, config.dropout, config.use_rslora)
-    assert isinstance(base, nn.Linear)
+    assert isinstance(base, (nn.Linear, NF4Linear))
     return LoRALinear(base, rank, alpha, config.dropout, config.use_rslora)
 
 
@@ -163,6 +291,20 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             adapter.enabled = enabled
 
 
+# ---- counting --------------------------------------------------------------------------------------------------------
+
+
 def num_parameters(model: nn.Module, trainable: bool = False) -> int:
-    """Parameters of the model, tied ones once; only those that are trained with ``trainable``."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+    """Parameters of the model, tied ones once; only those that are trained with ``trainable``.
+
+    A weight in 4 bits counts as the numbers it stands for, so that a model has as many parameters dense as quantized.
+    """
+    packed = 0 if trainable else sum(m.out_features * m.in_features for m in nf4_modules(model).values())
+    return packed + sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def weight_bytes(model: nn.Module, dense: torch.dtype | None = None) -> int:
+    """Bytes of all parameters and of the layers in 4 bits; these as if they were stored in ``dense``, if that is given."""
+    quantized = [m.quantized for m in nf4_modules(model).values()]
+    packed = sum(q.nbytes if dense is None else q.shape.numel() * dense.itemsize for q in quantized)
+    return packed + sum(p.numel() * p.element_size() for p in model.parameters())

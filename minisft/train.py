@@ -36,7 +36,7 @@ from minisft.safe_json import JSON
 from minisft.schedule import learning_rate
 from minisft.seeds import derive_seed
 from minisft.step import StepResult, check_gradients, prepare_method, train_step, validation_loss
-from minisft.surgery import num_parameters
+from minisft.surgery import nf4_modules, num_parameters, weight_bytes
 from minisft.template import ChatTemplate
 from minisft.tokenizer import Tokenizer
 
@@ -272,7 +272,11 @@ def train(run: RunConfig, resume: bool = False, say: Callable[[str], None] = pri
     """
     out = _checked_out(run, resume)
     device = pick_device(run.device)
-    model, tokenizer = load_model(run.model, dtype=DTYPES[run.dtype], device=device)
+    model, tokenizer = load_model(run.model, DTYPES[run.dtype], device, run.quantization)
+    if in_4_bits := nf4_modules(model):
+        _check_trainable(run, len(in_4_bits))
+        dense, held = weight_bytes(model, DTYPES[run.dtype]), weight_bytes(model)
+        say(f"base: {len(in_4_bits)} linears in 4 bits, {held:,} bytes instead of {dense:,} in {run.dtype}")
     template, data = prepare_data(run, tokenizer, say)
     going = _Run(run, model, tokenizer, template, data)
     with RunLock(out):  # from here on something is written
@@ -389,6 +393,14 @@ def _checked_out(run: RunConfig, resume: bool) -> Path:
             fix="choose another folder, or go on with this run with --resume",
         )  # fmt: skip
     return out
+
+
+def _check_trainable(run: RunConfig, num_quantized: int) -> None:
+    if run.method == "full":
+        raise UserError(
+            "config/quantized-base", "weights in 4 bits cannot be trained in full", where="--method full",
+            found=f"{num_quantized} linears in 4 bits in {visible(run.model)}", fix="train adapters on them: --method lora",
+        )  # fmt: skip
 
 
 def _resumable(out: Path, say: Callable[[str], None]) -> Checkpoint | None:

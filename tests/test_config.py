@@ -10,8 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import LLAMA
 
-from minisft.config import ALL_LINEAR, LoRAConfig, ModelConfig, RunConfig, field_type, flag_name, read_toml, run_config
+from minisft.config import (
+    ALL_LINEAR,
+    QUANT_BLOCK_SIZES,
+    LoRAConfig,
+    ModelConfig,
+    QuantConfig,
+    RunConfig,
+    field_type,
+    flag_name,
+    read_toml,
+    run_config,
+)
 from minisft.errors import UserError
+from minisft.nf4 import BLOCK_SIZES, codebook
 
 REQUIRED = {"model": "m", "data": "d.jsonl", "out": "o"}
 FIELDS = {f.name: f for f in dataclasses.fields(RunConfig)}
@@ -88,6 +100,31 @@ def test_lora_config_takes_any_finite_alpha():
     assert [LoRAConfig(alpha=alpha).alpha for alpha in (-2.0, 0.0, 1e9)] == [-2.0, 0.0, 1e9]
 
 
+# QuantConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"levels": "nf5"}, "levels; found nf5; expected nf4 or fp4 or int4"),
+        ({"levels": "\x1b[2J"}, r"levels; found \x1b[2J; expected nf4"),
+        ({"block_size": 16}, "block_size; found 16; expected one of 32, 64, 128, 256, 512, 1024, 2048, 4096"),
+        ({"block_size": 96}, "block_size; found 96; expected one of 32, 64"),
+        ({"targets": ()}, "targets; found (); expected at least one module name"),
+    ],
+)
+def test_quant_config_refuses(values, expected):
+    with pytest.raises(UserError) as error:
+        QuantConfig(**values)
+    assert f"error[config/bad-value] a setting is out of range: {expected}" in message(error, "config/bad-value")
+
+
+def test_quant_config_promises_what_the_arithmetic_takes():
+    assert QUANT_BLOCK_SIZES == BLOCK_SIZES
+    assert all(len(codebook(QuantConfig(levels=name).levels)) == 16 for name in ("nf4", "fp4", "int4"))
+    assert QuantConfig() == QuantConfig(levels="nf4", block_size=64, double_quant=True, targets=ALL_LINEAR)
+
+
 # RunConfig
 
 COUNTS = ["batch_size", "micro_batch_size", "steps", "eval_every", "save_every", "keep_last", "patience", "log_every"]
@@ -115,6 +152,7 @@ BAD_VALUES = [
     ("schedule", "step", "cosine or linear or constant"),
     ("dtype", "fp16", "bf16 or fp32"),
     ("checkpointing", "yes", "none or selective or full"),
+    ("quant", "fp4", "none or nf4"),
 ]
 
 
@@ -135,6 +173,10 @@ def test_run_config_refuses(name, value, expected):
         ({"alpha": NAN}, "alpha; found nan"),
         ({"dropout": 1.5}, "dropout; found 1.5"),
         ({"targets": []}, "targets; found (); expected at least one module name"),
+        (
+            {"quant": "nf4", "method": "full"},
+            "--quant with --method full; found nf4; expected none; fix: a frozen 4-bit base has",
+        ),
     ],
 )
 def test_run_config_refuses_combinations_and_adapters(values, expected):
@@ -257,6 +299,19 @@ def test_defaults_are_the_published_interface():
 def test_run_config_says_which_adapter(targets, expected):
     config = run_config({**REQUIRED, "targets": targets, "rank": 3, "alpha": 5, "dropout": 0.1, "use_rslora": True})
     assert config.lora == LoRAConfig(rank=3, alpha=5.0, dropout=0.1, use_rslora=True, targets=expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, None),
+        ({"double_quant": False}, None),
+        ({"quant": "nf4"}, QuantConfig("nf4", 64, True)),
+        ({"quant": "nf4", "double-quant": False}, QuantConfig("nf4", 64, False)),
+    ],
+)
+def test_run_config_says_how_the_base_is_held(values, expected):
+    assert run_config({**REQUIRED, **values}).quantization == expected
 
 
 def test_every_field_has_a_type_and_help():

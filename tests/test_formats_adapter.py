@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minisft.config import LoRAConfig
+from minisft.config import LoRAConfig, QuantConfig
 from minisft.errors import UserError
 from minisft.formats import load_adapter_, save_adapter
 from minisft.formats.source import Origin, set_origin_
-from minisft.surgery import apply_lora_, lora_modules
+from minisft.surgery import apply_lora_, lora_modules, quantize_
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -313,3 +313,67 @@ def test_saving_nothing_or_over_something_is_refused(saved: Path, tmp_path: Path
         save_adapter(model, saved)
     assert (saved / "adapter_model.safetensors").read_bytes() == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["saved"]
+
+
+def quantized(config: QuantConfig | None) -> nn.Module:
+    model = tiny_llama()
+    if config is not None:
+        quantize_(model, config)
+    return model
+
+
+NF4, PLAIN = QuantConfig(), QuantConfig(double_quant=False)
+WORDS = {None: "dense weights", NF4: "block_size 64, double_quant True, levels nf4", PLAIN: "block_size 64, double_quant False"}
+
+
+@pytest.mark.parametrize("trained_on", WORDS)
+@pytest.mark.parametrize("loaded_on", WORDS)
+def test_another_quantization_of_the_base_is_told(
+    trained_on: QuantConfig | None, loaded_on: QuantConfig | None, tmp_path: Path
+) -> None:
+    model = quantized(trained_on)
+    apply_lora_(model, CONFIGS["some"])
+    randomise_(model)
+    save_adapter(model, tmp_path / "a")
+    again = quantized(loaded_on)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        paths = load_adapter_(again, tmp_path / "a")
+    assert paths == list(lora_modules(model))
+    told = [str(w.message) for w in caught]
+    if trained_on == loaded_on:
+        assert told == []
+        assert torch.equal(logits(again), logits(model))
+    else:
+        assert len(told) == 1
+        assert f"here {WORDS[loaded_on]}" in told[0]
+        assert f"in training {WORDS[trained_on]}" in told[0]
+
+
+def test_the_quantization_is_recorded_where_peft_does_not_look(tmp_path: Path) -> None:
+    """The weights and the settings are the same files whether the base was dense or not; only minisft.json tells."""
+    for name, config in (("dense", None), ("nf4", NF4)):
+        model = quantized(config)
+        apply_lora_(model, CONFIGS["ranks"])
+        save_adapter(model, tmp_path / name, fingerprint="f" * 64)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "dense" / file).read_bytes() == (tmp_path / "nf4" / file).read_bytes()
+    dense, nf4 = (json.loads((tmp_path / name / "minisft.json").read_text())["base"] for name in ("dense", "nf4"))
+    assert dense.pop("quantization") is None
+    assert nf4.pop("quantization") == {"levels": "nf4", "block_size": 64, "double_quant": True}
+    assert dense == nf4
+    assert nf4["fingerprint"] == "f" * 64
+
+
+def test_an_adapter_that_brings_a_base_layer_of_its_own_is_refused_over_4_bits(saved: Path) -> None:
+    weights = saved / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+    save_file({**load_file(weights), name: tiny_llama().model.layers[0].self_attn.q_proj.weight.detach().clone()}, weights)
+    assert name in refused(saved, "unsupported", quantized(NF4))
+
+
+def test_a_mangled_record_of_the_quantization_is_no_traceback(saved: Path) -> None:
+    (saved / "minisft.json").write_text(json.dumps({"base": {"quantization": ["\x1b[2J" * 9]}}))
+    with pytest.warns(UserWarning, match="trained on a base held otherwise") as told:
+        load_adapter_(tiny_llama(), saved)
+    assert "\x1b" not in str(told[0].message)

@@ -234,14 +234,14 @@ def test_loading_holds_one_tensor_beyond_the_model(tmp_path: Path) -> None:
     save_model(tiny(), Tokenizer.from_folder(tmp_path), tmp_path / "m")
     alive: list[int] = []
 
-    def watched(model: CausalLM, tensors: object, dtype: torch.dtype, device: torch.device) -> None:
+    def watched(model: CausalLM, tensors: object, *rest: object) -> None:
         def relay() -> object:
             for name, tensor in tensors:  # type: ignore[attr-defined]
                 on_meta = sum(parameter.is_meta for parameter in model.parameters())
                 alive.append(on_meta)
                 yield name, tensor
 
-        stream.fill_(model, relay(), dtype, device)  # type: ignore[arg-type]
+        stream.fill_(model, relay(), *rest)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf, "fill_", watched)
@@ -459,7 +459,7 @@ def test_a_failed_save_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch:
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minisft.formats.hf.write_safetensors", fail)
+    monkeypatch.setattr("minisft.formats.hf_write.write_safetensors", fail)
     with pytest.raises(UserError, match="disk/full"):
         save_model(model, tokenizer, tmp_path / "new")
     assert [entry.name for entry in tmp_path.iterdir()] == [folder.name]

@@ -15,6 +15,7 @@ from minisft.config import LoRAConfig
 from minisft.errors import UserError
 from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.matmul import Linear
+from minisft.nf4_linear import NF4Linear
 from minisft.surgery import apply_lora_
 
 sizes = st.sampled_from([1, 2, 3, 7, 8, 15, 16, 17, 31, 33])
@@ -31,6 +32,10 @@ def make_linear(
         for i, parameter in enumerate(base.parameters()):
             parameter.copy_(randn(*parameter.shape, seed=seed + i))
     return base
+
+
+def make_nf4(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, seed: int = 0, double_quant: bool = True) -> NF4Linear:
+    return NF4Linear.from_linear(make_linear(inputs, outputs, bias, dtype, seed=seed), double_quant=double_quant)
 
 
 def trained(layer: LoRALinear | LoRAEmbedding, seed: int = 5) -> LoRALinear | LoRAEmbedding:
@@ -336,3 +341,92 @@ def test_layer_equals_peft(base):
                 (slot if isinstance(slot, nn.Parameter) else slot.weight).copy_(factor)
         x = torch.tensor([[0, 5], [2, 2]]) if isinstance(base, nn.Embedding) else randn(4, 6, dtype=torch.float32)
         assert_close(layer(x), theirs(x), 1e-5)
+
+
+# Over a base in 4 bits
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@given(inputs=sizes | st.sampled_from([576]), outputs=sizes | st.just(257), batch=batches, bias=st.booleans(), seed=seeds)
+def test_zero_b_changes_no_bit_of_a_quantized_layer(dtype, inputs, outputs, batch, bias, seed):
+    base = make_nf4(inputs, outputs, bias, dtype, seed)
+    x = randn(*batch, inputs, seed=seed + 9, dtype=dtype)
+    expected = base(x)
+    layer = LoRALinear(base, 1, 3.0)
+    assert layer.lora_A.any()
+    assert torch.equal(layer(x), expected)
+    assert layer.lora_A.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["fused", "with-dropout"])
+@given(inputs=sizes, outputs=sizes, batch=batches, bias=st.booleans(), double_quant=st.booleans(), data=st.data(), seed=seeds)
+def test_over_4_bits_equals_dense_autograd(dropout, inputs, outputs, batch, bias, double_quant, data, seed):
+    """Value and gradients in fp64 against y = x (dequantized W + s B A)^T + b by plain autograd."""
+    rank = data.draw(st.integers(1, min(inputs, outputs)))
+    base = make_nf4(inputs, outputs, bias, torch.float64, seed, double_quant)
+    layer = trained(LoRALinear(base, rank, 3.5, 1e-300 if dropout else 0.0), seed)  # a chance that never comes
+    ours = randn(*batch, inputs, seed=seed + 9).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    A, B = (f.detach().clone().requires_grad_() for f in (layer.lora_A, layer.lora_B))
+    weight = base.dequantized_weight(torch.float64)
+    expected = theirs @ (weight + 3.5 / rank * (B @ A)).T + (base.bias.detach() if bias else 0.0)
+    actual = layer(ours)
+    assert_close(actual, expected)
+    upstream = randn(*expected.shape, seed=seed + 10)
+    found = torch.autograd.grad(actual, [ours, layer.lora_A, layer.lora_B], upstream)
+    for a, b in zip(found, torch.autograd.grad(expected, [theirs, A, B], upstream), strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradcheck_over_4_bits(bias):
+    layer = LoRALinear(make_nf4(5, 4, bias, torch.float64), 2, 3.0)
+
+    def run(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"lora_A": A, "lora_B": B}, x)
+
+    inputs = [randn(2, 3, 5), randn(2, 5, seed=1), randn(4, 2, seed=2)]
+    assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_nothing_dense_is_kept_over_4_bits(bias, dtype):
+    """Saved: x, x A^T, the factors. No dequantized weight, in whichever dtype."""
+    kept: list[Tensor] = []
+    layer = trained(LoRALinear(make_nf4(64, 48, bias, dtype), 2, 3.0))
+    x = randn(32, 64, dtype=dtype).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    shared = {x.data_ptr(), layer.lora_A.data_ptr(), layer.lora_B.data_ptr()}
+    assert [t.shape for t in kept if t.data_ptr() not in shared] == [(32, 2)]
+    y.sum().backward()
+    assert layer.base.bias is None or layer.base.bias.grad is None
+    assert all(t.grad is not None and t.grad.any() for t in (x, layer.lora_A, layer.lora_B))
+
+
+def test_an_unfrozen_bias_of_a_quantized_layer_is_trained_too():
+    layer = trained(LoRALinear(make_nf4(5, 4, True, torch.float64), 2, 3.0))
+    layer.base.requires_grad_(True)
+    x, upstream = randn(6, 5), randn(6, 4, seed=3)
+    layer(x).backward(upstream)
+    assert_close(layer.base.bias.grad, upstream.sum(0))
+    assert_close(layer.lora_B.grad, layer.scaling * upstream.T @ (x @ layer.lora_A.T))
+
+
+@pytest.mark.parametrize("fast_bf16", [False, True])
+def test_bf16_over_4_bits_stays_close_to_fp64(fast_bf16):
+    layer = trained(LoRALinear(make_nf4(33, 17, True, torch.bfloat16), 4, 3.0))
+    x, upstream = randn(6, 33, dtype=torch.bfloat16), randn(6, 17, seed=4, dtype=torch.bfloat16)
+    results = []
+    with mock.patch.object(matmul, "_cpu_multiplies_bf16", return_value=fast_bf16):
+        for dtype in (torch.bfloat16, torch.float64):
+            inputs = x.to(dtype).clone().requires_grad_()
+            layer.zero_grad()
+            y = layer(inputs)
+            y.backward(upstream.to(dtype))
+            results.append([y, inputs.grad, layer.lora_A.grad.clone(), layer.lora_B.grad.clone()])
+            layer.double()
+    assert [t.dtype for t in results[0]] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, 0.02)

@@ -1,6 +1,7 @@
-"""Adding adapters: what is asked for is wrapped, nothing else, and a request that matches nothing says what there is."""
+"""Adapters and 4 bits: what is asked for is replaced, nothing else, and a request that matches nothing says what there is."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, LLAMA, LLAMA3_ROPE, assert_close, build, shared_with_lora
 from torch import nn
 
-from minisft.config import LoRAConfig
+from minisft.config import LoRAConfig, QuantConfig
 from minisft.errors import UserError
 from minisft.lora import LoRAEmbedding, LoRALinear
+from minisft.nf4 import codebook, dequantize, quantize
+from minisft.nf4_linear import NF4Linear
 from minisft.seeds import derive_seed, generator
 from minisft.surgery import (
     adapters_off,
@@ -20,10 +23,14 @@ from minisft.surgery import (
     lora_modules,
     match_targets,
     matches,
+    nf4_modules,
     num_parameters,
     output_head,
     pattern_value,
+    quantization_of,
+    quantize_,
     replace_module,
+    weight_bytes,
 )
 
 LINEARS = [
@@ -334,3 +341,178 @@ def test_a_rank_that_does_not_fit_changes_nothing() -> None:
         apply_lora_(model, LoRAConfig(rank=4, alpha=1.0))
     assert all(p.requires_grad for p in model.parameters())
     assert not lora_modules(model)
+
+
+# In 4 bits
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_untouched(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    now = model.state_dict()
+    assert list(now) == list(before)
+    assert all(torch.equal(now[name].nan_to_num(7.0), before[name].nan_to_num(7.0)) for name in before)
+    assert not nf4_modules(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "config", [QuantConfig(), QuantConfig("fp4", 32, double_quant=False), QuantConfig("int4", 128)], ids=["nf4", "fp4", "int4"]
+)
+def test_quantized_weights_are_those_of_the_reference(family, config):
+    model, dense = build(FAMILIES[family], torch.float32), build(FAMILIES[family], torch.float32)
+    parameters = num_parameters(model)
+    assert quantize_(model, config) == ALL_LINEARS
+    assert list(nf4_modules(model)) == ALL_LINEARS
+    assert num_parameters(model) == parameters
+    for path, layer in nf4_modules(model).items():
+        linear = dense.get_submodule(path)
+        expected = dequantize(quantize(linear.weight, config.block_size, config.double_quant, config.levels))
+        assert torch.equal(layer.dequantized_weight(), expected)
+        assert (layer.bias is None) is (linear.bias is None)
+        assert linear.bias is None or torch.equal(layer.bias, linear.bias)
+        with torch.no_grad():
+            linear.weight.copy_(expected)
+    ids = torch.arange(12).view(2, 6)
+    assert_close(model(ids), dense(ids), 1e-5)
+    assert isinstance(model.lm_head, nn.Linear)
+    assert isinstance(model.model.embed_tokens, nn.Embedding)
+
+
+def test_only_the_named_linears_and_the_head_if_it_is_asked_for():
+    model = build(LLAMA3_ROPE)  # whose head is not tied
+    assert quantize_(model, QuantConfig(targets=("lm_head", "1.mlp.up_proj"))) == ["model.layers.1.mlp.up_proj", "lm_head"]
+    assert quantize_(model, QuantConfig(targets=r".*q_proj")) == [p for p in ALL_LINEARS if p.endswith("q_proj")]
+    assert len(nf4_modules(model)) == 4
+
+
+def test_mode_and_bias_carry_over():
+    for training in (True, False):
+        model = nn.Sequential(nn.Linear(8, 4)).train(training)
+        bias = model[0].bias
+        quantize_(model, QuantConfig())
+        assert model[0].training is training
+        assert model[0].bias is bias
+        assert [name for name, _ in model.named_parameters()] == ["0.bias"]
+
+
+def test_a_dense_weight_is_let_go_before_the_next_is_quantized(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(70, 70) for _ in range(5)))
+    weights = [weakref.ref(layer.weight) for layer in model]
+    alive: list[int] = []
+
+    def watched(*arguments, **options):
+        alive.append(sum(weight() is not None for weight in weights))
+        return quantize(*arguments, **options)
+
+    monkeypatch.setattr("minisft.native_nf4.quantize", watched)
+    quantize_(model, QuantConfig())
+    assert alive == [5, 4, 3, 2, 1]
+    assert not any(weight() is not None for weight in weights)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e39], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_number_that_cannot_be_quantized_is_named_and_nothing_is_replaced(bad, dtype):
+    model = build(LLAMA, dtype)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = torch.tensor(bad, dtype=torch.float64).to(dtype)
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 3e38 if dtype != torch.float64 else 1.0  # large, but a number
+    before = state(model)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.weight\[3, 5\]; found .*, the first of 1 such") as error:
+        quantize_(model, QuantConfig())
+    assert error.value.code == "model/non-finite-weight"
+    assert_untouched(model, before)
+
+
+def test_scales_too_large_for_their_mean_leave_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(64, 4, bias=False), nn.Linear(64, 4, bias=False))
+    nn.init.constant_(model[1].weight, 3e38)
+    before = state(model)
+    with pytest.raises(UserError) as error:
+        quantize_(model, QuantConfig())
+    assert error.value.code == "model/weights-too-large"
+    assert_untouched(model, before)
+    assert quantize_(model, QuantConfig(double_quant=False)) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "code", "said"),
+    [
+        (("embed_tokens",), "model/not-quantizable", "an embedding is looked up, not multiplied.*: model.embed_tokens;"),
+        (r".*", "model/not-quantizable", "embedding"),
+        (("lm_head",), "model/not-quantizable", "lm_head; found tied to model.embed_tokens.weight; .*fix: leave it out"),
+        (("no_proj",), "config/no-such-target", "'no_proj'.*expected one of embed_tokens, q_proj"),
+    ],
+)
+def test_what_cannot_be_quantized(targets, code, said):
+    model = build(LLAMA)
+    before = state(model)
+    with pytest.raises(UserError, match=said) as error:
+        quantize_(model, QuantConfig(targets=targets))
+    assert error.value.code == code
+    assert_untouched(model, before)
+
+
+def test_quantizing_twice_or_under_adapters_is_refused():
+    model = build(LLAMA)
+    quantize_(model, QuantConfig(targets=("q_proj",)))
+    before = state(model)
+    with pytest.raises(UserError, match=r"quantized already: model\.layers\.0\.self_attn\.q_proj; found NF4Linear") as error:
+        quantize_(model, QuantConfig())
+    assert error.value.code == "model/not-quantizable"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    apply_lora_(model, LoRAConfig(rank=2))
+    with pytest.raises(UserError, match=r"q_proj.*fix: quantize first, then add them") as error:
+        quantize_(model, QuantConfig(targets=("k_proj",)))
+    assert error.value.code == "adapter/already-there"
+
+
+def test_somebody_elses_packed_weight_is_refused():
+    model = nn.Sequential(nn.Linear(8, 4))
+    model[0].weight = nn.Parameter(torch.zeros(16, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(UserError, match="quantized already"):
+        quantize_(model, QuantConfig())
+
+
+def test_adapters_find_layers_in_4_bits():
+    model = build(FAMILIES["llama-biases"], torch.float32)
+    whole = num_parameters(model)
+    quantize_(model, QuantConfig())
+    ids = torch.arange(12).view(2, 6)
+    expected = model(ids)
+    assert apply_lora_(model, LoRAConfig(rank=2, alpha=3.0)) == ALL_LINEARS
+    assert torch.equal(model(ids), expected)
+    added = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    assert num_parameters(model, trainable=True) == added
+    assert num_parameters(model) == whole + added
+    assert all(isinstance(layer.base, NF4Linear) for layer in lora_modules(model).values())
+    model = build(LLAMA)
+    quantize_(model, QuantConfig())
+    with pytest.raises(UserError, match="found rank 13; expected 1 to 12 for a weight of shape 36 x 12") as error:
+        apply_lora_(model, LoRAConfig(rank=13))
+    assert error.value.code == "config/bad-rank"
+
+
+def test_quantization_of_says_how_the_layers_are_stored():
+    model = build(LLAMA)
+    assert quantization_of(model) is None
+    quantize_(model, QuantConfig("int4", 128, targets=("q_proj",)))
+    assert quantization_of(model) == {"levels": "int4", "block_size": 128, "double_quant": True}
+    quantize_(model, QuantConfig("int4", 32, double_quant=False, targets=("k_proj",)))
+    assert quantization_of(model) == {"levels": "int4", "block_size": "mixed", "double_quant": "mixed"}
+    own = [k / 15 for k in range(16)]
+    stranger = nn.Sequential(NF4Linear.from_linear(nn.Linear(8, 4), levels=own))
+    assert quantization_of(stranger) == {"levels": codebook(own).tolist(), "block_size": 64, "double_quant": True}
+
+
+def test_weight_bytes_are_those_of_the_tensors():
+    model = build(LLAMA, torch.bfloat16)
+    dense = weight_bytes(model)
+    assert dense == 2 * num_parameters(model)
+    quantize_(model, QuantConfig())
+    assert weight_bytes(model) == sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    assert weight_bytes(model) < dense
+    assert weight_bytes(model, torch.bfloat16) == dense

@@ -1,9 +1,9 @@
 """Adapter folders in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Equal adapters give equal files. What PEFT has no key for (the fingerprint of the base, how its weights were stored) goes
-into a file of our own, ``minisft.json``, which PEFT never opens. The one idea: an adapter that loads only in part acts like
-the base model and nobody notices, so every tensor must find its module and every module its tensors before the model is
-touched.
+Equal adapters give equal files. What PEFT has no key for (the fingerprint of the base, how its weights were stored and how
+they were quantized) goes into a file of our own, ``minisft.json``, which PEFT never opens. The one idea: an adapter that
+loads only in part acts like the base model and nobody notices, so every tensor must find its module and every module its
+tensors before the model is touched.
 
 Ref: PEFT 0.21, ``get_peft_model_state_dict``.
 """
@@ -26,14 +26,15 @@ from minisft.formats.fields import Fields, read_json_object, write_json
 from minisft.formats.safetensors_file import Header, read_header, read_tensors, write_safetensors
 from minisft.formats.source import base_fingerprint, origin_of, regular_file
 from minisft.lora import LoRAEmbedding
+from minisft.nf4_linear import NF4Linear
 from minisft.probe import failure
 from minisft.safe_json import JSON
-from minisft.surgery import apply_lora_, lora_modules, match_targets, pattern_value
+from minisft.surgery import apply_lora_, lora_modules, match_targets, pattern_value, quantization_of
 
 WEIGHTS_FILE, FACTS_FILE = "adapter_model.safetensors", "minisft.json"
 TEMPLATE_FILE = "chat_template.jinja"
 PREFIX = "base_model.model."  # PEFT's wrapper and its own ``model``
-_BASE_WEIGHT = ".base_layer.weight"  # PEFT stores an adapted embedding itself too, unless told not to
+BASE_WEIGHT = ".base_layer.weight"  # PEFT stores an adapted embedding itself too, unless told not to
 _FLOATS = ("F32", "BF16", "F16", "F64")
 
 
@@ -85,6 +86,7 @@ def write_adapter(
     base: dict[str, JSON] = {
         "fingerprint": fingerprint or base_fingerprint(model),
         "file_dtype": origin.file_dtype if origin else None,
+        "quantization": quantization_of(model),
     }
     tensors: dict[str, torch.Tensor] = {}
     for path, adapter in adapters.items():
@@ -108,6 +110,8 @@ class _Factors:
 def load_adapter_(model: nn.Module, folder: str | Path, allow_other_base: bool = False) -> list[str]:
     """Add the adapters of a folder to ``model``, a base without adapters. Nothing is changed unless all of it fits.
 
+    A base that is quantized otherwise than in training is a close relative of the right one: that is a warning, no error.
+
     Args:
         model: any tree with the modules that the adapter names.
         folder: PEFT's layout, ours or theirs.
@@ -126,14 +130,17 @@ def load_adapter_(model: nn.Module, folder: str | Path, allow_other_base: bool =
     targets = _resolve_safely(model, config, folder)
     factors = {path: _factors(model.get_submodule(path), path, rank) for path, (rank, _) in targets.items()}
     _check_tensors(model, factors, header)
-    if not allow_other_base:
-        _check_base(model, folder)
+    trained_on = recorded_base(folder)
+    if trained_on is not None and not allow_other_base:
+        _check_base(model, trained_on, folder)
     tensors = _read_factors(factors, header)
     paths = apply_lora_(model, config)
     with torch.no_grad():
         for path, adapter in lora_modules(model).items():
             for parameter, name in zip((adapter.lora_A, adapter.lora_B), factors[path].names, strict=True):
                 parameter.copy_(tensors[name])
+    if trained_on is not None:
+        _compare_quantization(trained_on.values.get("quantization"), quantization_of(model), folder)
     return paths
 
 
@@ -170,7 +177,7 @@ def _resolve(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[int, float
 def _factors(base: nn.Module, path: str, rank: int) -> _Factors:
     if isinstance(base, nn.Embedding):
         return _Factors(tensor_names(path, True), ((rank, base.num_embeddings), (base.embedding_dim, rank)))
-    assert isinstance(base, nn.Linear)
+    assert isinstance(base, (nn.Linear, NF4Linear))
     return _Factors(tensor_names(path, False), ((rank, base.in_features), (base.out_features, rank)))
 
 
@@ -178,7 +185,7 @@ def _check_tensors(model: nn.Module, factors: Mapping[str, _Factors], header: He
     """Every module has both factors, of the right shape, and there is no other tensor."""
     where, found = visible(header.path), header.entries
     expected = {name for factor in factors.values() for name in factor.names}
-    kept = {f"{PREFIX}{path}{_BASE_WEIGHT}": path for path in factors}
+    kept = {f"{PREFIX}{path}{BASE_WEIGHT}": path for path in factors}
     if missing := sorted(expected - set(found)):
         raise UserError(
             "adapter/missing-tensor",
@@ -250,8 +257,8 @@ def _check_shapes(path: str, factor: _Factors, header: Header) -> None:
 
 def _check_base_weight(base: nn.Module, name: str, header: Header) -> None:
     ((_, stored),) = read_tensors(header, [name], "adapter")
-    weight = base.get_parameter("weight").detach().cpu()
-    if weight.shape != stored.shape or not torch.equal(weight.to(stored.dtype), stored):
+    weight = None if isinstance(base, NF4Linear) else base.get_parameter("weight").detach().cpu()
+    if weight is None or weight.shape != stored.shape or not torch.equal(weight.to(stored.dtype), stored):
         raise UserError(
             "adapter/unsupported",
             "the adapter brings a changed base layer",
@@ -261,11 +268,44 @@ def _check_base_weight(base: nn.Module, name: str, header: Header) -> None:
         )
 
 
-def _check_base(model: nn.Module, folder: Path) -> None:
+def recorded_base(folder: Path) -> Fields | None:
+    """What our own file says of the base that the adapter was trained on; None without that file."""
     if not (folder / FACTS_FILE).exists():
-        return
+        return None
     path = regular_file(folder, FACTS_FILE, "adapter/bad-config")
-    base = Fields(read_json_object(path, "adapter/bad-config"), visible(path), "adapter").inner("base")
+    return Fields(read_json_object(path, "adapter/bad-config"), visible(path), "adapter").inner("base")
+
+
+def recorded_base_name(folder: Path) -> str:
+    """What the adapter's files call their base.
+
+    Raises:
+        UserError: no adapter there, or none named.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        raise UserError("adapter/no-config", "no adapter there", where=visible(folder), expected=CONFIG_FILE)
+    path = regular_file(folder, CONFIG_FILE, "adapter/bad-config")
+    name = read_json_object(path, "adapter/bad-config").get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError("adapter/no-base-name", "the adapter does not name its base", where=visible(path), fix="give --model")
+    return name
+
+
+def _compare_quantization(before: object, now: object, folder: Path) -> None:
+    """Say so when base weights are held otherwise than they were in training."""
+    if before != now:
+        what = "the adapter was trained on a base held otherwise"
+        found, expected = (visible(_quantization_words(value)) for value in (now, before))
+        warnings.warn(f"{what}: {visible(folder)}; here {found}, in training {expected}", stacklevel=3)
+
+
+def _quantization_words(value: object) -> str:
+    if not isinstance(value, Mapping):
+        return "dense weights"
+    return ", ".join(f"{key} {item}" for key, item in sorted(value.items()))
+
+
+def _check_base(model: nn.Module, base: Fields, folder: Path) -> None:
     trained_on, here = base.values.get("fingerprint"), base_fingerprint(model)
     if trained_on is None or here is None or trained_on == here:
         return

@@ -19,11 +19,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minisft.config import ModelConfig, RopeScaling
+from minisft.config import ModelConfig, QuantConfig, RopeScaling
 from minisft.errors import UserError, listing, visible
 from minisft.formats.fields import Fields
 from minisft.formats.gguf_header import GGUF, Scalar, TensorInfo
-from minisft.formats.stream import EMBEDDING, HEAD, check_memory, check_shapes, empty_model, expected_shapes, fill_
+from minisft.formats.stream import (
+    EMBEDDING,
+    HEAD,
+    check_memory,
+    check_shapes,
+    empty_model,
+    expected_shapes,
+    fill_,
+    quantized_bytes,
+)
 from minisft.model import CausalLM, rope_angles
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -46,20 +55,31 @@ _INNER = {
 ROPE_FREQS = "rope_freqs.weight"  # not a weight: how much each frequency of RoPE is stretched
 
 
-def load_gguf(gguf: GGUF, dtype: torch.dtype, device: torch.device) -> CausalLM:
-    """Build the model that a checked header describes and stream the weights into it.
+def load_gguf(gguf: GGUF, dtype: torch.dtype, device: torch.device, quant: QuantConfig | None = None) -> CausalLM:
+    """Build the model that a checked header describes and stream the weights into it, those that ``quant`` names in 4 bits.
 
     Raises:
         UserError: unsupported architecture, missing or unexpected tensors, a type that has no dequantizer, no memory.
     """
-    config = gguf_config(gguf)
+    config, names = check_gguf(gguf)
     model = empty_model(config)
-    names = {name: hugging_face_name(name) for name in gguf.tensors if name != ROPE_FREQS}
     expected = expected_shapes(model)
-    check_shapes(expected, {ours: gguf.tensors[theirs].shape for theirs, ours in names.items()}, gguf.path)
-    check_memory(expected, dtype, device)
-    fill_(model, _weights(gguf, names, config), dtype, device)
+    check_memory(expected, dtype, device, quantized_bytes(model, quant))
+    fill_(model, _weights(gguf, names, config), dtype, device, quant)
     return model
+
+
+def check_gguf(gguf: GGUF) -> tuple[ModelConfig, dict[str, str]]:
+    """The model's shape, and our name for each of the file's weights, once it is certain that these are the right ones.
+
+    Raises:
+        UserError: unsupported architecture, missing or unexpected tensors.
+    """
+    config = gguf_config(gguf)
+    names = {name: hugging_face_name(name) for name in gguf.tensors if name != ROPE_FREQS}
+    shapes = {ours: gguf.tensors[theirs].shape for theirs, ours in names.items()}
+    check_shapes(expected_shapes(empty_model(config)), shapes, gguf.path)
+    return config, names
 
 
 def file_dtype(gguf: GGUF) -> str:
@@ -81,27 +101,35 @@ def hugging_face_name(name: str) -> str:
 
 
 def _weights(gguf: GGUF, names: dict[str, str], config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    interleaved = (
-        {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if gguf.metadata["general.architecture"] == "llama" else {}
-    )
+    interleaved = interleaved_heads(gguf, config)
     with gguf.path.open("rb") as file, ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for theirs, ours in names.items():
-            info = gguf.tensors[theirs]
-            weight = torch.from_numpy(_read_tensor(file, info, theirs, pool))
-            heads = interleaved.get(theirs.split(".")[-2])
-            yield ours, weight if heads is None else _halves(weight, heads)
+            info, heads = gguf.tensors[theirs], interleaved.get(theirs)
+            # The tensor gets no name here: that would keep it alive while the next one is read.
+            yield ours, our_order(torch.from_numpy(read_tensor(file, info, theirs, pool)), heads)
 
 
-def _halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
+def interleaved_heads(gguf: GGUF, config: ModelConfig) -> dict[str, int]:
+    """The tensors of the file whose rows llama.cpp has reordered, each with its number of heads."""
+    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+    if gguf.metadata["general.architecture"] != "llama":
+        return {}
+    return {name: heads[part] for name in gguf.tensors if (part := name.split(".")[-2]) in heads}
+
+
+def our_order(weight: torch.Tensor, heads: int | None) -> torch.Tensor:
     """Undo llama.cpp's row order of q and k: (pair, half) back to Hugging Face's (half, pair) within each head.
 
     Args:
         weight: (heads * E, ...), rows in the order x_0, x_{E/2}, x_1, x_{E/2 + 1}, ...
+        heads: None for a weight whose rows lie as we want them.
     """
+    if heads is None:
+        return weight
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def _read_tensor(file: BinaryIO, info: TensorInfo, name: str, pool: ThreadPoolExecutor) -> NDArray[np.float32]:
+def read_tensor(file: BinaryIO, info: TensorInfo, name: str, pool: ThreadPoolExecutor) -> NDArray[np.float32]:
     """Read and dequantize one tensor, chunks side by side: stored blocks -> fp32 of ``info.shape``."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
@@ -187,7 +215,7 @@ def _llama3_scaling(gguf: GGUF, config: ModelConfig) -> RopeScaling:
     four settings and the largest number is the fourth; the guess counts only if it gives back every number of the file.
     """
     with gguf.path.open("rb") as file, ThreadPoolExecutor(1) as pool:
-        stretch = torch.from_numpy(_read_tensor(file, gguf.tensors[ROPE_FREQS], ROPE_FREQS, pool)).double()
+        stretch = torch.from_numpy(read_tensor(file, gguf.tensors[ROPE_FREQS], ROPE_FREQS, pool)).double()
     guess = RopeScaling(float(stretch.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
     expected = _frequencies(config) / _frequencies(dataclasses.replace(config, rope_scaling=guess))
     if stretch.shape != expected.shape or not torch.allclose(stretch, expected, rtol=1e-4):

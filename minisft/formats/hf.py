@@ -1,62 +1,130 @@
 """Model folders as Hugging Face lays them out: ``config.json``, safetensors in one file or in shards, an index.
 
-Reading checks everything that can be checked without touching a weight (which tensors, in which file, of which shape and
-dtype), then streams. Writing produces what transformers loads with equal logits. Pickled weights are refused by name. The
-idea to take home: the index is a claim by a stranger; each line of it is held against the files before it is used.
+This room reads them; ``hf_write`` writes. Everything that can be checked without touching a weight (which tensors, in which
+file, of which shape and dtype) is checked, then the weights are streamed. Linears may be stored in 4 bits (``bnb`` knows how);
+pickled weights are refused by name. The idea to take home: the index is a claim by a stranger; each line of it is held
+against the files before it is used.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from minisft.durable import disk_errors, require_space, staged_folder
+from minisft.config import ModelConfig, QuantConfig
 from minisft.errors import UserError, listing, visible
-from minisft.formats.fields import read_json_object, write_json
-from minisft.formats.hf_config import read_config, write_config
-from minisft.formats.safetensors_file import Header, read_header, read_tensors, write_safetensors
+from minisft.formats.bnb import StoredWeight, check_quantized, read_quantized, require_same
+from minisft.formats.fields import read_json_object
+from minisft.formats.hf_config import read_config
+from minisft.formats.safetensors_file import Header, read_header, read_tensors
 from minisft.formats.source import PICKLES, pickle_error, regular_file
-from minisft.formats.stream import EMBEDDING, HEAD, check_memory, check_shapes, empty_model, expected_shapes, fill_
+from minisft.formats.stream import (
+    EMBEDDING,
+    HEAD,
+    check_memory,
+    check_shapes,
+    empty_model,
+    expected_shapes,
+    fill_,
+    nf4_bytes,
+    quantized_bytes,
+)
 from minisft.model import CausalLM
-from minisft.safe_json import JSON
-from minisft.surgery import lora_modules
-from minisft.tokenizer import Tokenizer
+from minisft.nf4 import QuantizedWeight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 * 2**20
-MAX_SHARD_BYTES = 4 * 10**9
 # Old Llama files carry RoPE's frequencies; they follow from the configuration and transformers ignores them too.
 _DERIVED = ".rotary_emb.inv_freq"
 
 
-def load_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[CausalLM, str]:
+def load_folder(
+    folder: Path, dtype: torch.dtype, device: torch.device, quant: QuantConfig | None = None
+) -> tuple[CausalLM, str]:
     """Build the model that a folder describes and stream the weights into it.
 
+    Args:
+        quant: which linears are quantized when they are read. What the folder holds in 4 bits is taken as it is.
+
     Returns:
-        the model, and the dtype most of its weights were stored in (``BF16``).
+        the model, and what most of its weights were stored as (``BF16``; ``NF4`` or ``FP4`` for 4 bits).
 
     Raises:
         UserError: any of the refusals of this module, before memory for the weights is allocated.
     """
+    checked = check_folder(folder)
+    if quant is not None:
+        require_same(checked.in_4_bits, quant, folder)
+    model = empty_model(checked.config)
+    held = quantized_bytes(model, quant)
+    held |= {name: nf4_bytes(weight.shape.numel(), weight.form) for name, weight in checked.in_4_bits.items()}
+    check_memory(expected_shapes(model), dtype, device, held)
+    fill_(model, _weights(checked, dtype, folder), dtype, device, quant)
+    return model, checked.stored_as
+
+
+@dataclass(frozen=True)
+class CheckedFolder:
+    """What a model folder holds, certain as far as names, shapes and dtypes go.
+
+    Args:
+        headers: of all weight files.
+        dense: the tensors that are parameters as they are; a tied head is not among them.
+        in_4_bits: the linears that are held in 4 bits.
+        dense_dtype: of most dense weights, in the file's own word.
+    """
+
+    config: ModelConfig
+    headers: list[Header]
+    dense: set[str]
+    in_4_bits: dict[str, StoredWeight]
+    dense_dtype: str
+
+    @property
+    def stored_as(self) -> str:
+        """What most of the weights are stored as (``BF16``; ``NF4`` or ``FP4`` for 4 bits)."""
+        return next((weight.levels.upper() for weight in self.in_4_bits.values()), self.dense_dtype)
+
+
+def check_folder(folder: Path) -> CheckedFolder:
+    """Everything that can be known of a folder without touching a weight.
+
+    Raises:
+        UserError: any of the refusals of this module, but for what the memory cannot hold.
+    """
     config, stored = read_config(folder)
     headers = read_headers(folder)
     model = empty_model(config)
+    in_4_bits = _quantized_weights(model, headers, folder)
     expected = expected_shapes(model)
-    declared = {
-        name: entry.shape for header in headers for name, entry in header.entries.items() if not name.endswith(_DERIVED)
-    }
-    if config.tie_word_embeddings and HEAD in declared:
+    dense = _dense_names(headers, in_4_bits)
+    if config.tie_word_embeddings and HEAD in dense:
         expected[HEAD] = expected[EMBEDDING]
-    check_shapes(expected, declared, folder)
-    file_dtype = _check_dtypes(headers, stored)
-    if config.tie_word_embeddings and HEAD in declared:
+    declared = {name: header.entries[name].shape for header in headers for name in header.entries if name in dense}
+    check_shapes({name: shape for name, shape in expected.items() if name not in in_4_bits}, declared, folder)
+    dense_dtype = _check_dtypes(headers, dense, stored)
+    if config.tie_word_embeddings and HEAD in dense:
         _check_tied(headers)
-    check_memory(expected, dtype, device)
-    fill_(model, _weights(headers, dtype, config.tie_word_embeddings), dtype, device)
-    return model, file_dtype
+        dense.remove(HEAD)
+    return CheckedFolder(config, headers, dense, in_4_bits, dense_dtype)
+
+
+def _quantized_weights(model: CausalLM, headers: list[Header], folder: Path) -> dict[str, StoredWeight]:
+    """The linears that the folder holds in 4 bits, checked."""
+    linears = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    shapes = {name: shape for name, shape in expected_shapes(model).items() if name in linears}
+    return check_quantized(headers, shapes, folder)
+
+
+def _dense_names(headers: list[Header], in_4_bits: Mapping[str, StoredWeight]) -> set[str]:
+    """The tensors of the files that are parameters as they are."""
+    parts = {part for weight in in_4_bits.values() for part in weight.names}
+    return {name for header in headers for name in header.entries if name not in parts and not name.endswith(_DERIVED)}
 
 
 def read_headers(folder: Path) -> list[Header]:
@@ -125,14 +193,16 @@ def _check_index(claimed: dict[str, str], headers: list[Header], index_path: Pat
             )
 
 
-def _check_dtypes(headers: list[Header], stored: str | None) -> str:
-    """The most frequent dtype; every tensor must be a float, and of the dtype that the configuration states."""
+def _check_dtypes(headers: list[Header], dense: set[str], stored: str | None) -> str:
+    """The most frequent dtype; every dense tensor must be a float, and of the dtype that the configuration states."""
     counts: Counter[str] = Counter()
+    allowed = (stored,) if stored else ("F32", "F16", "BF16", "F64")
     for header in headers:
         for name, entry in header.entries.items():
+            if name not in dense:
+                continue
             counts[entry.dtype] += entry.end - entry.begin
-            allowed = (stored,) if stored else ("F32", "F16", "BF16", "F64")
-            if entry.dtype not in allowed and not name.endswith(_DERIVED):
+            if entry.dtype not in allowed:
                 raise UserError(
                     "model/dtype",
                     f"tensor {visible(name)} has another dtype than the configuration says"
@@ -159,84 +229,9 @@ def _check_tied(headers: list[Header]) -> None:
         )
 
 
-def _weights(headers: list[Header], dtype: torch.dtype, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    for header in headers:
-        names = [name for name in header.entries if not name.endswith(_DERIVED) and not (tied and name == HEAD)]
-        for name, tensor in read_tensors(header, names):
-            yield name, tensor.to(dtype, copy=True)  # a copy: the memory of the view is the file
-
-
-def save_model(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    folder: str | Path,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write a folder that transformers and this library load; it appears whole or not at all.
-
-    Args:
-        model: dense, without adapters.
-        tokenizer: saved beside the weights, with its chat template.
-        folder: new, or empty.
-        dtype: of the stored weights; the model's own by default. Rounded once, from the weights as they are.
-        max_shard_bytes: weights beyond this go into several files; one tensor is never split.
-
-    Raises:
-        UserError: adapters that are not merged, quantized layers, a target that is in use, a disk that is full.
-    """
-    _require_dense(model)
-    dtype = model.dtype if dtype is None else dtype
-    config = write_config(model.config, dtype, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id)
-    generation: dict[str, JSON] = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": list(tokenizer.eos_ids),
-        "pad_token_id": tokenizer.pad_id,
-    }
-    weights: dict[str, torch.Tensor] = dict(model.named_parameters())  # a tied head is not listed twice, nor stored
-    total_bytes = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
-    with disk_errors(Path(folder), total_bytes), staged_folder(folder) as staging:
-        require_space(staging, total_bytes)
-        tokenizer.save(staging)
-        write_json(staging / "config.json", config)
-        write_json(staging / "generation_config.json", generation)
-        _write_weights(staging, weights, dtype, max_shard_bytes)
-
-
-def _require_dense(model: CausalLM) -> None:
-    if adapters := lora_modules(model):
-        raise UserError(
-            "adapter/not-merged",
-            "the model has adapters",
-            found=listing(adapters, 3),
-            fix="merge them first, or save them alone with save_adapter",
-        )
-    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if found != expected_shapes(empty_model(model.config)):
-        raise UserError("model/not-dense", "the model is not what its configuration says", fix="dequantize or merge it first")
-
-
-def _write_weights(folder: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype, max_shard_bytes: int) -> None:
-    shards = _plan({name: weight.numel() * dtype.itemsize for name, weight in weights.items()}, max_shard_bytes)
-    files = (
-        [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    )
-    for file, names in zip(files, shards, strict=True):
-        write_safetensors({name: weights[name].detach().to(dtype) for name in names}, folder / file)
-    if len(shards) > 1:
-        total: JSON = {"total_size": sum(weight.numel() for weight in weights.values()) * dtype.itemsize}
-        weight_map: JSON = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
-
-
-def _plan(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Tensors in the model's order, in as many groups of at most ``limit`` bytes as that takes."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+def _weights(checked: CheckedFolder, dtype: torch.dtype, folder: Path) -> Iterator[tuple[str, torch.Tensor | QuantizedWeight]]:
+    """All weights, each in memory of its own or about to be converted: the memory of a tensor that is read is the file."""
+    for header in checked.headers:
+        for name, tensor in read_tensors(header, [name for name in header.entries if name in checked.dense]):
+            yield name, tensor.clone() if tensor.dtype == dtype else tensor
+    yield from read_quantized(checked.headers, checked.in_4_bits, folder)

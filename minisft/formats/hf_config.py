@@ -95,9 +95,18 @@ def _refuse_unknown_arithmetic(fields: Fields, model_type: str) -> None:
     if activation not in ("silu", "swish"):
         raise fields.error("hidden_act", "silu", "unsupported")
     if fields.values.get("quantization_config") is not None:
-        raise fields.error("quantization_config", "unquantized weights", "unsupported")
+        _refuse_unknown_quantization(fields.inner("quantization_config"))
     if fields.values.get("auto_map") is not None:
         warnings.warn(f"{fields.where}: auto_map names code to run; it is ignored", stacklevel=4)
+
+
+def _refuse_unknown_quantization(quantization: Fields) -> None:
+    """Only bitsandbytes in 4 bits is read. Its other settings are not looked at: each weight in the file says what it is."""
+    expected = "unquantized weights, or bitsandbytes with load_in_4bit"
+    if quantization.values.get("quant_method", "bitsandbytes") != "bitsandbytes":  # files of 2023 do not name it
+        raise quantization.error("quant_method", expected, "unsupported")
+    if not quantization.flag("load_in_4bit"):
+        raise quantization.error("load_in_4bit", expected, "unsupported")
 
 
 def _shape(fields: Fields, model_type: str) -> ModelConfig:

@@ -24,6 +24,7 @@ from minisft.safe_json import JSON
 
 MAX_HEADER_BYTES = 25_000_000
 MAX_DIMENSIONS = 8
+MAPPED_BYTES = 2**24
 
 # The format's words, the ones torch can hold. (The 4- and 6-bit floats of newer files are not read.)
 DTYPES: dict[str, torch.dtype] = {
@@ -165,15 +166,34 @@ def _check_layout(entries: Mapping[str, Entry], data_bytes: int) -> None:
 
 
 def read_tensors(header: Header, names: list[str] | None = None, family: str = "model") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) one at a time; each tensor is a view of the mapped file, so copy it before keeping it."""
+    """Yield (name, tensor) one at a time; each tensor is a view of the mapped file, so copy it before keeping it.
+
+    The file is mapped anew from time to time, because every page that was read counts as used memory while its map lives.
+    """
     try:
-        with safe_open(str(header.path), framework="pt") as file:
-            for name in header.entries if names is None else names:
-                yield name, file.get_tensor(name)
+        for group in _groups(header, list(header.entries) if names is None else names):
+            with safe_open(str(header.path), framework="pt") as file:
+                for name in group:
+                    yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{family}/safetensors", "cannot read the file", where=visible(header.path), found=visible(error)
         ) from None
+
+
+def _groups(header: Header, names: list[str]) -> Iterator[list[str]]:
+    """``names`` in order, cut where a group would pass ``MAPPED_BYTES``; one larger tensor is a group of its own."""
+    group: list[str] = []
+    mapped = 0
+    for name in names:
+        size = header.entries[name].end - header.entries[name].begin
+        if group and mapped + size > MAPPED_BYTES:
+            yield group
+            group, mapped = [], 0
+        group.append(name)
+        mapped += size
+    if group:
+        yield group
 
 
 def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

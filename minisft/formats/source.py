@@ -195,14 +195,17 @@ def fingerprint(path: str | Path) -> str:
     A GGUF file: its sha256. A folder: the sha256 of what ``sha256sum config.json model-1.safetensors ...`` prints, with
     config.json first and then the files whose names end in ``.safetensors``, sorted. Tokenizer files do not count.
 
+    What is done with the bytes after reading them (dtype, 4 bits) does not enter: it is a setting, and is recorded beside
+    the fingerprint where it matters (``surgery.quantization_of``).
+
     Cost: reads everything once; a file is read again only after its size or time of change differs.
     """
     source = resolve(path)
     if source.kind == "gguf":
-        return _file_sha256(source.path)
+        return file_sha256(source.path)
     names = ["config.json", *sorted(file.name for file in source.path.glob("*.safetensors"))]
     files = [regular_file(source.path, name) for name in names]
-    lines = [f"{_file_sha256(file)}  {file.name}\n" for file in files]
+    lines = [f"{file_sha256(file)}  {file.name}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -214,7 +217,8 @@ def base_fingerprint(model: nn.Module) -> str | None:
     return fingerprint(origin.path)
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Hexadecimal; computed once for each size and time of change."""
     status = path.stat()
     return _sha256_of(path.resolve(), status.st_size, status.st_mtime_ns)
 

@@ -2,7 +2,8 @@
 
 A reader yields (name, tensor) pairs with Hugging Face names; the model starts on the meta device, where it costs nothing,
 and each of its parameters is born when its tensor arrives. So the peak is the finished model plus what the reader holds:
-one tensor. Before the first byte is allocated, names and shapes are compared and the size is held against the free memory.
+one tensor. A layer that is wanted in 4 bits is quantized at that moment too, so its dense weight never meets another's.
+Before the first byte is allocated, names and shapes are compared and the size is held against the free memory.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minisft.config import ModelConfig
+from minisft.config import ModelConfig, QuantConfig
 from minisft.errors import UserError, listing, visible
 from minisft.model import CausalLM
+from minisft.nf4 import NESTED_BLOCK_SIZE, QuantizedWeight
+from minisft.nf4_linear import NF4Linear
+from minisft.surgery import in_4_bits, quantization_targets, replace_module
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -57,15 +61,38 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
             )
 
 
-def check_memory(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a model that cannot fit before anything is allocated.
+def quantized_bytes(model: CausalLM, quant: QuantConfig | None) -> dict[str, int]:
+    """What each weight that ``quant`` asks for will occupy (``QuantizedWeight.nbytes``), by name, before it is there.
 
     Raises:
-        UserError: ``model/too-large``, with the bytes needed (parameters in ``dtype`` and the largest tensor once more
-            in fp32) and the bytes free.
+        UserError: what ``surgery.quantization_targets`` refuses.
     """
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    needed, free = sum(sizes) * dtype.itemsize + max(sizes) * 4, available_bytes(device)
+    paths = [] if quant is None else quantization_targets(model, quant)
+    return {f"{path}.weight": nf4_bytes(model.get_parameter(f"{path}.weight").numel(), quant) for path in paths if quant}
+
+
+def nf4_bytes(numel: int, quant: QuantConfig) -> int:
+    """Bytes of ``numel`` weights in 4 bits: codes, 16 levels, and per block a scale of 4 bytes or a code of 1."""
+    blocks = -(-numel // quant.block_size)
+    scales = blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE) + 4 if quant.double_quant else 4 * blocks
+    return -(-numel // 2) + scales + 16 * 4
+
+
+def check_memory(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device, packed: Mapping[str, int] | None = None
+) -> None:
+    """Refuse a model that cannot fit before anything is allocated.
+
+    Args:
+        packed: bytes of the tensors that are not held in ``dtype``, by name (``quantized_bytes``).
+
+    Raises:
+        UserError: ``model/too-large``, with the bytes needed (all tensors, and the largest once more in fp32) and the
+            bytes free.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    held = {name: size * dtype.itemsize for name, size in sizes.items()} | dict(packed or {})
+    needed, free = sum(held.values()) + max(sizes.values()) * 4, available_bytes(device)
     if free is not None and needed > free:
         raise UserError(
             "model/too-large",
@@ -73,7 +100,7 @@ def check_memory(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, devi
             where=str(device),
             found=f"{free / 2**30:.1f} GiB free",
             expected=f"{needed / 2**30:.1f} GiB",
-            fix="use --dtype bf16, a smaller model or a larger machine",
+            fix="use --dtype bf16, --quant nf4, a smaller model or a larger machine",
         )
 
 
@@ -104,15 +131,54 @@ def _container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     return int(limit) - int(used) + int(statistics.get("inactive_file", 0))  # file pages are given back when needed
 
 
-def fill_(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: torch.device) -> None:
+def fill_(
+    model: CausalLM,
+    tensors: Iterable[tuple[str, torch.Tensor | QuantizedWeight]],
+    dtype: torch.dtype,
+    device: torch.device,
+    quant: QuantConfig | None = None,
+) -> None:
     """Replace the meta parameters by the tensors of the stream, converted to ``dtype`` on ``device``, then tie the head.
 
     Args:
         tensors: (name, tensor) pairs whose tensors nobody else holds: they become the parameters themselves where
-            dtype and device already agree.
+            dtype and device already agree. A ``QuantizedWeight`` named ``X.weight`` makes X an ``NF4Linear`` as it is.
+        quant: which layers are quantized as they arrive, from the numbers as the reader gives them: the codes do not
+            depend on ``dtype``.
+
+    Raises:
+        UserError: what ``surgery.quantization_targets`` refuses; a weight to be quantized that is not finite.
     """
+    chosen = quantized_bytes(model, quant)
     for name, tensor in tensors:
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device=device, dtype=dtype)))
+        if isinstance(tensor, QuantizedWeight):
+            _place_packed(model, name, tensor, device)
+        elif quant is not None and name in chosen:
+            _place_quantized(model, name, tensor.to(device), dtype, quant)
+        else:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device=device, dtype=dtype)))
+        del tensor  # or it would live on while the reader makes the next one
     if model.config.tie_word_embeddings:
         model.tie()
+
+
+def _place_quantized(model: CausalLM, name: str, weight: torch.Tensor, dtype: torch.dtype, quant: QuantConfig) -> None:
+    path = name.removesuffix(".weight")
+    linear = _linear(model, path)
+    linear.weight = nn.Parameter(weight)
+    layer = in_4_bits(path, linear, quant)
+    layer.weight_dtype = dtype  # the dense weight would be converted
+    replace_module(model, path, layer)
+
+
+def _place_packed(model: CausalLM, name: str, weight: QuantizedWeight, device: torch.device) -> None:
+    path, layer = name.removesuffix(".weight"), NF4Linear(weight).to(device)
+    layer.bias = _linear(model, path).bias  # if it has yet to arrive it is on the meta device, from which nothing can be moved
+    replace_module(model, path, layer)
+
+
+def _linear(model: CausalLM, path: str) -> nn.Linear:
+    layer = model.get_submodule(path)
+    assert isinstance(layer, nn.Linear)
+    return layer

@@ -1,0 +1,197 @@
+"""Writing model folders that transformers loads with equal logits: dense, or with linears in 4 bits as bitsandbytes has them.
+
+A folder appears whole or not at all. Nothing is trained, merged or quantized here: a model with adapters is refused, and
+layers in 4 bits are written as they are. The idea to take home: a file is the model's own tensors under agreed names, and
+``config.json`` says what they are; what it cannot say must not be written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from minisft.durable import disk_errors, require_space, staged_folder
+from minisft.errors import UserError, listing
+from minisft.formats.bnb import quantization_config, stored_tensors
+from minisft.formats.fields import write_json
+from minisft.formats.hf import INDEX, SINGLE
+from minisft.formats.hf_config import write_config
+from minisft.formats.safetensors_file import write_safetensors
+from minisft.formats.stream import empty_model, expected_shapes
+from minisft.model import CausalLM
+from minisft.nf4_linear import NF4Linear
+from minisft.safe_json import JSON
+from minisft.surgery import lora_modules
+from minisft.tokenizer import Tokenizer
+
+MAX_SHARD_BYTES = 4 * 10**9
+
+
+class _Stored(NamedTuple):
+    """A tensor, and the dtype to write it in."""
+
+    tensor: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tensor.numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class SavedSizes:
+    """What ``save_quantized`` wrote.
+
+    Args:
+        dense_bytes: of the weights if all of them were stored in the dtype of the dense ones.
+        stored_bytes: of the weights as they are stored.
+        num_quantized, num_dense: linears in 4 bits, and the others.
+    """
+
+    dense_bytes: int
+    stored_bytes: int
+    num_quantized: int
+    num_dense: int
+
+
+def save_model(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a folder that transformers and this library load; it appears whole or not at all.
+
+    Args:
+        model: dense, without adapters.
+        tokenizer: saved beside the weights, with its chat template.
+        folder: new, or empty.
+        dtype: of the stored weights; the model's own by default. Rounded once, from the weights as they are.
+        max_shard_bytes: weights beyond this go into several files; one tensor is never split.
+
+    Raises:
+        UserError: adapters that are not merged, quantized layers, a target that is in use, a disk that is full.
+    """
+    if quantized := _quantized_layers(model):
+        raise UserError(
+            "model/not-dense",
+            "the model has layers in 4 bits",
+            found=listing(quantized, 3),
+            fix="dequantize them first, or save it with save_quantized",
+        )
+    _require_whole(model)
+    dtype = model.dtype if dtype is None else dtype
+    config = write_config(model.config, dtype, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id)
+    _write_folder(Path(folder), tokenizer, config, _dense_weights(model, dtype), max_shard_bytes)
+
+
+def save_quantized(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> SavedSizes:
+    """Write a folder in bitsandbytes' 4-bit format, which transformers with bitsandbytes and this library load.
+
+    Nothing is quantized here: what is in 4 bits (``NF4Linear``) is written as it is, bit for bit, the rest in ``dtype``.
+    Arguments as for ``save_model``, but for a model with at least one layer in 4 bits.
+
+    Raises:
+        UserError: adapters, no layer in 4 bits, levels or a dtype that the format has no word for, a target that is in
+            use, a disk that is full.
+    """
+    layers = _quantized_layers(model)
+    if not layers:
+        raise UserError("model/not-quantized", "no layer of the model is in 4 bits", fix="quantize it, or use save_model")
+    _require_whole(model)
+    dtype = model.dtype if dtype is None else dtype
+    weights = _dense_weights(model, dtype)
+    for path, layer in layers.items():
+        for name, tensor in stored_tensors(f"{path}.weight", layer.quantized).items():
+            weights[name] = _Stored(tensor, tensor.dtype)
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    config = write_config(model.config, dtype, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id)
+    config["quantization_config"] = quantization_config(next(iter(layers.values())).quantized, dtype, linears)
+    _write_folder(Path(folder), tokenizer, config, weights, max_shard_bytes)
+    dense_bytes = sum(math.prod(shape) for shape in expected_shapes(empty_model(model.config)).values()) * dtype.itemsize
+    return SavedSizes(dense_bytes, sum(stored.num_bytes for stored in weights.values()), len(layers), len(linears))
+
+
+def _quantized_layers(model: CausalLM) -> dict[str, NF4Linear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, NF4Linear)}
+
+
+def _require_whole(model: CausalLM) -> None:
+    """No adapters, and every weight that the configuration promises, dense or in 4 bits."""
+    if adapters := lora_modules(model):
+        raise UserError(
+            "adapter/not-merged",
+            "the model has adapters",
+            found=listing(adapters, 3),
+            fix="merge them first, or save them alone with save_adapter",
+        )
+    found = expected_shapes(model)
+    found |= {f"{path}.weight": tuple(layer.quantized.shape) for path, layer in _quantized_layers(model).items()}
+    if found != expected_shapes(empty_model(model.config)):
+        raise UserError("model/not-dense", "the model is not what its configuration says", fix="dequantize or merge it first")
+
+
+def _dense_weights(model: CausalLM, dtype: torch.dtype) -> dict[str, _Stored]:
+    """All parameters by name; a tied head is not listed twice, nor stored."""
+    return {name: _Stored(parameter, dtype) for name, parameter in model.named_parameters()}
+
+
+def _write_folder(
+    folder: Path, tokenizer: Tokenizer, config: dict[str, JSON], weights: Mapping[str, _Stored], max_shard_bytes: int
+) -> None:
+    total_bytes = sum(stored.num_bytes for stored in weights.values())
+    with disk_errors(folder, total_bytes), staged_folder(folder) as staging:
+        require_space(staging, total_bytes)
+        write_settings(staging, tokenizer, config)
+        _write_weights(staging, weights, max_shard_bytes)
+
+
+def write_settings(folder: Path, tokenizer: Tokenizer, config: dict[str, JSON]) -> None:
+    """Everything in a model folder but the weights."""
+    generation: dict[str, JSON] = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": list(tokenizer.eos_ids),
+        "pad_token_id": tokenizer.pad_id,
+    }
+    tokenizer.save(folder)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation)
+
+
+def _write_weights(folder: Path, weights: Mapping[str, _Stored], max_shard_bytes: int) -> None:
+    shards = _plan({name: stored.num_bytes for name, stored in weights.items()}, max_shard_bytes)
+    files = (
+        [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    )
+    for file, names in zip(files, shards, strict=True):
+        write_safetensors({name: weights[name].tensor.detach().to(weights[name].dtype) for name in names}, folder / file)
+    if len(shards) > 1:
+        total: JSON = {"total_size": sum(stored.num_bytes for stored in weights.values())}
+        weight_map: JSON = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
+
+
+def _plan(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Tensors in the model's order, in as many groups of at most ``limit`` bytes as that takes."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
