@@ -35,6 +35,7 @@ SLAB = 2**18  # elements handled at a time: whole blocks, whole bytes; 8 MB of s
 TINY = 1e-38  # smallest scale that is inverted: 1 / 1e-38 is still finite in fp32
 NestedRounding = Literal["nearest", "bitsandbytes-cpu"]
 Rounding = Callable[[Tensor, Tensor], Tensor]  # (numbers in [-1, 1], table) -> codes
+Coder = Callable[[Tensor, int, Tensor, Tensor, Tensor], None]  # what ``code_blocks`` does, perhaps in another way
 
 
 # ---- the 16 levels ---------------------------------------------------------------------------------------------------
@@ -147,6 +148,7 @@ def quantize(
     *,
     name: str = "weight",
     nested_rounding: NestedRounding = "nearest",
+    coder: Coder | None = None,
 ) -> QuantizedWeight:
     """Round each weight to the nearest level of its block: ``code = nearest(levels, weight * (1 / absmax))``.
 
@@ -159,6 +161,7 @@ def quantize(
         levels: see ``codebook``.
         name: what to call the tensor in an error.
         nested_rounding: for tests only: ``bitsandbytes-cpu`` codes the scales through that library's coarse CPU table.
+        coder: a faster ``code_blocks`` with the same bits, for ``minisft.native_nf4``.
 
     Raises:
         UserError: ``model/non-finite-weight`` for a NaN or an infinity; ``config/bad-value`` for the block size or levels.
@@ -170,15 +173,20 @@ def quantize(
     flat, length = weight.reshape(-1), weight.numel()
     packed = torch.empty((length + 1) // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-length // block_size), dtype=torch.float32, device=weight.device)
-    for codes, packed_out in zip(_code(flat, block_size, table, _nearest, absmax), packed.split(SLAB // 2), strict=True):
-        packed_out.copy_(pack(codes)[: len(packed_out)])
+    (coder or code_blocks)(flat, block_size, table, packed, absmax)
     if not bool(absmax.isfinite().all()):  # the largest magnitude of a block with a NaN is NaN
         raise _non_finite(weight, name)
     absmax2 = offset = None
     if double_quant:
         nearest = _nearest if nested_rounding == "nearest" else _bitsandbytes_cpu_nearest
-        absmax, absmax2, offset = _quantize_absmax(absmax, nearest)
+        absmax, absmax2, offset = quantize_absmax(absmax, nearest)
     return QuantizedWeight(packed, absmax, absmax2, offset, table, block_size, weight.shape, weight.dtype)
+
+
+def code_blocks(flat: Tensor, block_size: int, table: Tensor, packed: Tensor, absmax: Tensor) -> None:
+    """Fills ``packed`` and ``absmax`` (see ``QuantizedWeight``) from the (N,) numbers in ``flat``."""
+    for codes, packed_out in zip(_code(flat, block_size, table, _nearest, absmax), packed.split(SLAB // 2), strict=True):
+        packed_out.copy_(pack(codes)[: len(packed_out)])
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -207,13 +215,18 @@ def _code(flat: Tensor, block_size: int, table: Tensor, nearest: Rounding, absma
 
 def _nearest(scaled: Tensor, table: Tensor) -> Tensor:
     """Codes (uint8) of the values of ``table`` nearest to ``scaled``; a tie goes to the lower value."""
-    ascending, order = table.sort(stable=True)
-    midpoints = (ascending[:-1] + ascending[1:]) / 2
+    midpoints, order = midpoints_of(table)
     rank = torch.bucketize(scaled, midpoints, out_int32=True)  # right=False: a midpoint belongs to the bin below it
     return order.to(torch.uint8).index_select(0, rank.flatten()).view(scaled.shape)
 
 
-def _quantize_absmax(absmax: Tensor, nearest: Rounding) -> tuple[Tensor, Tensor, Tensor]:
+def midpoints_of(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Where one code ends and the next begins, in rising order, and the code (int64) of each interval between them."""
+    ascending, order = table.sort(stable=True)
+    return (ascending[:-1] + ascending[1:]) / 2, order
+
+
+def quantize_absmax(absmax: Tensor, nearest: Rounding = _nearest) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantization: 8-bit codes of ``absmax - mean`` in blocks of 256, their scales, and the mean."""
     offset = absmax.mean()
     if not bool(offset.isfinite()):

@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from minisft import native_nf4
+from minisft.kernels.arguments import PackedWeight
 from minisft.matmul import product_dtype
-from minisft.nf4 import QuantizedWeight, dequantize, quantize
+from minisft.nf4 import QuantizedWeight, dynamic_map
 
 # ---- the two products, on tensors without gradients ------------------------------------------------------------------
 
@@ -42,8 +44,15 @@ def nf4_matmul(x: Tensor, q: QuantizedWeight, bias: Tensor | None = None) -> Ten
     """
     if torch.compiler.is_compiling():
         return torch.ops.minisft.nf4_matmul(x, bias, *_flat(q))
-    wide = product_dtype(x)
-    return F.linear(x.to(wide), dequantize(q, wide), None if bias is None else bias.to(wide)).to(x.dtype)
+    with torch.no_grad():  # autograd must not remember a weight that the next layer overwrites
+        if x.is_cuda and x.dtype != torch.float64:
+            y = fused_matmul(x, q)
+            return y if bias is None else y + bias.to(y.dtype)
+        if (few_rows := native_nf4.matmul(x, q, bias)) is not None:
+            return few_rows
+        wide = product_dtype(x)
+        dense = native_nf4.dense_weight(q, wide)
+        return F.linear(x.to(wide), dense, None if bias is None else bias.to(wide)).to(x.dtype)
 
 
 def nf4_matmul_t(grad: Tensor, q: QuantizedWeight) -> Tensor:
@@ -54,8 +63,30 @@ def nf4_matmul_t(grad: Tensor, q: QuantizedWeight) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return torch.ops.minisft.nf4_matmul_t(grad, *_flat(q))
-    wide = product_dtype(grad)
-    return (grad.to(wide) @ dequantize(q, wide)).to(grad.dtype)
+    with torch.no_grad():
+        if grad.is_cuda and grad.dtype != torch.float64:
+            return fused_matmul_t(grad, q)
+        wide = product_dtype(grad)
+        return (grad.to(wide) @ native_nf4.dense_weight(q, wide)).to(grad.dtype)
+
+
+def fused_matmul(x: Tensor, q: QuantizedWeight) -> Tensor:
+    """x W^T by the Triton kernels; (..., in) to (..., out) in the dtype of ``x``, fp32, bf16 or fp16."""
+    from minisft.kernels.dispatch import matmul
+
+    return matmul(x.reshape(-1, q.shape[1]), _kernel_weight(q)).view(*x.shape[:-1], q.shape[0])
+
+
+def fused_matmul_t(grad: Tensor, q: QuantizedWeight) -> Tensor:
+    """grad W by the Triton kernels; (..., out) to (..., in)."""
+    from minisft.kernels.dispatch import matmul_backward
+
+    return matmul_backward(grad.reshape(-1, q.shape[0]), _kernel_weight(q)).view(*grad.shape[:-1], q.shape[1])
+
+
+def _kernel_weight(q: QuantizedWeight) -> PackedWeight:
+    table = None if q.absmax2 is None else dynamic_map(q.absmax.device)
+    return PackedWeight(q.packed, q.absmax, q.levels, q.block_size, tuple(q.shape), table, q.absmax2, q.offset)
 
 
 class _Context(FunctionCtx):
@@ -126,7 +157,7 @@ class NF4Linear(nn.Module):
         name: str = "weight",
     ) -> NF4Linear:
         """The layer in 4 bits, on the same device; it shares the bias. See ``nf4.quantize`` for the arguments and errors."""
-        return cls(quantize(linear.weight, block_size, double_quant, levels, name=name), linear.bias)
+        return cls(native_nf4.quantize(linear.weight, block_size, double_quant, levels, name=name), linear.bias)
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -138,7 +169,7 @@ class NF4Linear(nn.Module):
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, (out_features, in_features), a new tensor; in the source's dtype if None."""
-        return dequantize(self.quantized, dtype)
+        return native_nf4.dequantize(self.quantized, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenLinear.apply(x, self.bias, self.quantized)

@@ -1,0 +1,269 @@
+// NF4 on the CPU: dequantize, quantize, and products of a few rows with 4-bit or bfloat16 weights.
+//
+// The format and its twin in PyTorch are in minisft/nf4.py: weight = levels[code] * absmax[block], the first element of a byte
+// in its high nibble. dequantize and quantize give the twin's bits, so nothing here may be reordered or fused behind our back:
+// compile with -ffp-contract=off and without -ffast-math. One idea does most of the work: the 16 levels fit in one or two
+// vector registers, so they are multiplied by the scale once a block, and a permutation then looks up 8 or 16 weights at a time.
+//
+// Vectors are GCC's and Clang's own (vector_size), so any CPU with either compiler will do; only the look-up and the fused
+// multiply-add name instructions. Little-endian machines. Python checks every size before it calls: nothing is checked here.
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__) && !defined(NF4_PORTABLE)
+#include <immintrin.h>
+#define INSTRUCTIONS "AVX-512"
+#define LANES 16
+#elif defined(__AVX2__) && defined(__FMA__) && !defined(NF4_PORTABLE)
+#include <immintrin.h>
+#define INSTRUCTIONS "AVX2"
+#define LANES 8
+#else
+#define INSTRUCTIONS "portable"
+#define NF4_PORTABLE
+#ifndef LANES
+#define LANES 8
+#endif
+#endif
+
+namespace {
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint64_t Pairs __attribute__((vector_size(4 * LANES)));  // two neighbouring lanes as one number, the first one low
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t PairBytes __attribute__((vector_size(LANES / 2)));
+
+constexpr int64_t NESTED_BLOCK_SIZE = 256;
+constexpr float TINY = 1e-38f;  // as in nf4.py
+constexpr int MOST_ROWS = 8;    // rows of x in one pass: their sums stay in registers
+
+// One 4-bit weight; native_nf4.py declares the same struct. map is null where absmax holds fp32 scales, not 8-bit codes.
+struct Weight {
+    const uint8_t* packed;
+    const void* absmax;
+    const float *map, *absmax2, *offset, *levels;
+    int64_t length, block_shift;
+
+    float scale(int64_t block) const {
+        if (!map) return static_cast<const float*>(absmax)[block];
+        return map[static_cast<const uint8_t*>(absmax)[block]] * absmax2[block / NESTED_BLOCK_SIZE] + *offset;
+    }
+};
+
+struct Table {
+    Floats part[16 / LANES];
+};
+
+template <class V>
+inline V load(const void* from) {
+    V v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class V>
+inline V load_some(const void* from, int64_t bytes) {  // the rest is zero
+    V v = {};
+    memcpy(&v, from, bytes);
+    return v;
+}
+
+inline Table operator*(Table table, float scale) {
+    for (Floats& part : table.part) part = part * scale + 0.0f;  // + 0: no weight is -0, see nf4.dequantize
+    return table;
+}
+
+// table[code & 15] in each lane.
+inline Floats look_up(const Table& table, Ints codes) {
+#if defined(NF4_PORTABLE)
+    float values[16];
+    memcpy(values, &table, sizeof values);
+    Floats found;
+    for (int lane = 0; lane < LANES; ++lane) found[lane] = values[codes[lane] & 15];
+    return found;
+#elif LANES == 16
+    return _mm512_permutexvar_ps((__m512i)codes, table.part[0]);
+#else
+    const Floats low = _mm256_permutevar8x32_ps(table.part[0], (__m256i)codes);
+    const Floats high = _mm256_permutevar8x32_ps(table.part[1], (__m256i)codes);
+    return _mm256_blendv_ps(low, high, (__m256)(codes << 28));  // by bit 3
+#endif
+}
+
+// LANES codes in order, each in the low four bits of its lane; above them there may be others.
+inline Ints codes_at(const uint8_t* packed) {
+#if LANES == 16
+    const Pairs bytes = __builtin_convertvector(load<PairBytes>(packed), Pairs);
+    return (Ints)(bytes >> 4 | bytes << 32);
+#else
+    return (Ints)((Words{} + load<uint32_t>(packed)) >> Words{4, 0, 12, 8, 20, 16, 28, 24});
+#endif
+}
+
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(NF4_PORTABLE)
+    return a * b + c;
+#elif LANES == 16
+    return _mm512_fmadd_ps(a, b, c);
+#else
+    return _mm256_fmadd_ps(a, b, c);
+#endif
+}
+
+inline float sum(Floats v) {
+    float total = 0;
+    for (int lane = 0; lane < LANES; ++lane) total += v[lane];
+    return total;
+}
+
+// ---- dequantize ----------------------------------------------------------------------------------------------------------
+
+inline void put(float* out, Floats v) { memcpy(out, &v, sizeof v); }
+
+inline void put(uint16_t* out, Floats v) {  // bfloat16: to nearest, ties to even; a NaN becomes PyTorch's
+    const Words bits = (Words)v, is_nan = (Words)(v != v);
+    const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Halves halves = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Halves);
+    memcpy(out, &halves, sizeof halves);
+}
+
+template <class Out>
+void dequantize(const Weight& w, Out* out, int threads) {
+    const int64_t size = int64_t(1) << w.block_shift, blocks = (w.length + size - 1) >> w.block_shift;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+        const Table table = load<Table>(w.levels) * w.scale(block);
+        int64_t i = block * size;
+        const int64_t end = i + size < w.length ? i + size : w.length;
+        for (; i + LANES <= end; i += LANES) put(out + i, look_up(table, codes_at(w.packed + (i >> 1))));
+        if (i < end) {
+            uint8_t bytes[LANES / 2] = {};
+            memcpy(bytes, w.packed + (i >> 1), (end - i + 1) >> 1);
+            Out rest[LANES];
+            put(rest, look_up(table, codes_at(bytes)));
+            memcpy(out + i, rest, (end - i) * sizeof(Out));
+        }
+    }
+}
+
+// ---- quantize ------------------------------------------------------------------------------------------------------------
+
+// The largest magnitude; as integers, so that infinity is larger than any number, and NaN than infinity.
+inline float largest_magnitude(const float* x, int64_t length) {
+    Ints most = {};
+    for (int64_t i = 0; i < length; i += LANES) {
+        const Ints bits = i + LANES <= length ? load<Ints>(x + i) : load_some<Ints>(x + i, (length - i) * 4);
+        const Ints magnitude = bits & 0x7fffffff;
+        most = magnitude > most ? magnitude : most;
+    }
+    int32_t best = 0;
+    for (int lane = 0; lane < LANES; ++lane) best = most[lane] > best ? most[lane] : best;
+    return load<float>(&best);
+}
+
+// Two codes a byte for LANES numbers in [-1, 1]: a code's rank is how many midpoints lie below the number.
+inline PairBytes encode(Floats x, const float* midpoints, const Table& codes_by_rank) {
+    Ints rank = {};
+    for (int j = 0; j < 15; ++j) rank -= (Ints)(x > midpoints[j]);
+    const Pairs pairs = (Pairs)look_up(codes_by_rank, rank);
+    return __builtin_convertvector(pairs << 4 | pairs >> 32, PairBytes);
+}
+
+void quantize_block(const float* x, int64_t length, float absmax, const float* midpoints, const Table& codes, uint8_t* out) {
+    const float reciprocal = 1.0f / (absmax < TINY ? TINY : absmax);
+    int64_t i = 0;
+    for (; i + LANES <= length; i += LANES) {
+        const PairBytes bytes = encode(load<Floats>(x + i) * reciprocal, midpoints, codes);
+        memcpy(out + (i >> 1), &bytes, sizeof bytes);
+    }
+    if (i < length) {
+        const PairBytes bytes = encode(load_some<Floats>(x + i, (length - i) * 4) * reciprocal, midpoints, codes);
+        memcpy(out + (i >> 1), &bytes, (length - i + 1) >> 1);
+    }
+}
+
+// ---- products of a few rows ----------------------------------------------------------------------------------------------
+
+// Both kinds of weight are read the same way: visit(k, weights k to k + LANES - 1) along one row.
+
+template <class Visit>
+inline void visit_row(const Weight& w, int64_t row, int64_t in, Visit visit) {
+    const Table levels = load<Table>(w.levels);
+    const int64_t size = int64_t(1) << w.block_shift, start = row * in;
+    for (int64_t k = 0; k < in;) {
+        const int64_t block = (start + k) >> w.block_shift, block_end = (block + 1) * size - start;
+        const Table table = levels * w.scale(block);
+        for (const int64_t end = block_end < in ? block_end : in; k < end; k += LANES)
+            visit(k, look_up(table, codes_at(w.packed + ((start + k) >> 1))));
+    }
+}
+
+template <class Visit>
+inline void visit_row(const uint16_t* bf16, int64_t row, int64_t in, Visit visit) {
+    for (int64_t k = 0; k < in; k += LANES)
+        visit(k, (Floats)(__builtin_convertvector(load<Halves>(bf16 + row * in + k), Words) << 16));
+}
+
+struct Product {
+    const float *x, *bias;  // x: (rows, in); bias: (out,) or null
+    float* y;               // (rows, out)
+    int64_t in, out;
+};
+
+template <int ROWS, class Matrix>
+inline void product_column(const Product& p, const Matrix& weight, int64_t column) {
+    Floats sums[ROWS] = {};
+    visit_row(weight, column, p.in, [&](int64_t k, Floats weights) {
+        for (int row = 0; row < ROWS; ++row)
+            sums[row] = multiply_add(weights, load<Floats>(p.x + row * p.in + k), sums[row]);
+    });
+    for (int row = 0; row < ROWS; ++row) p.y[row * p.out + column] = sum(sums[row]) + (p.bias ? p.bias[column] : 0.0f);
+}
+
+template <int ROWS, class Matrix>
+void product(const Product& p, const Matrix& weight, int64_t rows, int threads) {
+    if (rows < ROWS) {
+        if constexpr (ROWS > 1) product<ROWS - 1>(p, weight, rows, threads);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t column = 0; column < p.out; ++column) product_column<ROWS>(p, weight, column);
+}
+
+template <class Matrix>
+void all_rows(Product p, const Matrix& weight, int64_t rows, int threads) {
+    for (; rows > 0; rows -= MOST_ROWS) {
+        product<MOST_ROWS>(p, weight, rows, threads);
+        p.x += MOST_ROWS * p.in;
+        p.y += MOST_ROWS * p.out;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* nf4_instructions() { return INSTRUCTIONS; }
+
+void nf4_dequantize_float32(const Weight* w, float* out, int threads) { dequantize(*w, out, threads); }
+void nf4_dequantize_bfloat16(const Weight* w, uint16_t* out, int threads) { dequantize(*w, out, threads); }
+
+// codes: 16 numbers of 32 bits, the code of each rank.
+void nf4_quantize(const float* x, int64_t length, int64_t block_size, const float* midpoints, const int32_t* codes,
+                  uint8_t* packed, float* absmax, int threads) {
+    const int64_t blocks = (length + block_size - 1) / block_size;
+    const Table table = load<Table>(codes);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t begin = block * block_size, size = begin + block_size < length ? block_size : length - begin;
+        absmax[block] = largest_magnitude(x + begin, size);
+        quantize_block(x + begin, size, absmax[block], midpoints, table, packed + (begin >> 1));
+    }
+}
+
+void nf4_matmul(const Product* p, const Weight* w, int64_t rows, int threads) { all_rows(*p, *w, rows, threads); }
+void bf16_matmul(const Product* p, const uint16_t* w, int64_t rows, int threads) { all_rows(*p, w, rows, threads); }
+
+}

@@ -1,0 +1,242 @@
+"""The functions of ``minisft.nf4`` on a CPU at full speed, and products of a few rows that never build the dense weight.
+
+``dequantize`` and ``quantize`` give the bits of ``minisft.nf4``; ``matmul`` multiplies and sums in fp32. The work is done by
+``native/nf4.cpp``, which ``native_build`` compiles at the first call. Where that does not succeed, and for what the C++ does
+not do (fp64, another device, tensors that are not laid out plainly), the reference serves, so a caller need not ask.
+
+A newcomer leaves with one idea: few rows are limited by memory, and 4 bits are an eighth of fp32, so reading them directly is
+faster than any dense product; many rows are limited by arithmetic, so the weight is decoded once, into a buffer that is reused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from minisft import native_build, nf4
+from minisft.nf4 import NESTED_BLOCK_SIZE, SLAB, QuantizedWeight
+
+FEW_ROWS = 16  # measured on AVX2: at 32, decoding the weight once and the dense product are faster for small weights
+COLUMNS = 16  # a row of weights is read in groups of 16
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_Function = Callable[..., object]  # one of the library's
+
+
+class _Weight(ctypes.Structure):
+    """``Weight`` in nf4.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("packed", "absmax", "map", "absmax2", "offset", "levels")),
+        *((name, ctypes.c_int64) for name in ("length", "block_shift")),
+    )
+
+
+class _Product(ctypes.Structure):
+    """``Product`` in nf4.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "y")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
+    )
+
+
+# ---- the library -----------------------------------------------------------------------------------------------------
+
+
+def path() -> str:
+    """Which code runs, for people: "native code (AVX2)" or "PyTorch (no C++ compiler found)". Compiles if nobody has yet."""
+    library, reason = native_build.load()
+    if library is None or not _gives_our_bits():
+        return f"PyTorch ({reason or 'the compiled code gave wrong bits'})"
+    return f"native code ({library.nf4_instructions().decode()})"
+
+
+def _library() -> ctypes.CDLL | None:
+    return native_build.load().library if _gives_our_bits() else None
+
+
+@functools.cache
+def _gives_our_bits() -> bool:
+    """Whether a small weight comes out as it does in PyTorch; a compiler that was told to be fast and loose fails here."""
+    library = native_build.load().library
+    if library is None:
+        return False
+    library.nf4_instructions.restype = ctypes.c_char_p
+    weight = torch.linspace(-3.0, 3.0, 4111, dtype=torch.float32)  # odd, and a short last block
+    q, nested = nf4.quantize(weight, double_quant=False), nf4.quantize(weight)
+    packed, absmax, dense = torch.empty_like(q.packed), torch.empty_like(q.absmax), torch.empty_like(weight)
+    _code_with(library, weight, q.block_size, q.levels, packed, absmax)
+    _dequantize_with(library, nested, dense)
+    return torch.equal(packed, q.packed) and torch.equal(absmax, q.absmax) and torch.equal(dense, nf4.dequantize(nested))
+
+
+def _is_plain(q: QuantizedWeight) -> bool:
+    """Whether C++ may read these tensors: on the CPU, contiguous, of the sizes that the shape asks for."""
+    length = q.shape.numel()
+    blocks = -(-length // q.block_size)
+    scale_dtype = torch.float32 if q.absmax2 is None else torch.uint8
+    wanted = [(q.packed, torch.uint8, (length + 1) // 2), (q.absmax, scale_dtype, blocks), (q.levels, torch.float32, 16)]
+    if (q.absmax2 is None) != (q.offset is None) or q.block_size not in nf4.BLOCK_SIZES:
+        return False
+    if q.absmax2 is not None and q.offset is not None:
+        wanted += [(q.absmax2, torch.float32, -(-blocks // NESTED_BLOCK_SIZE)), (q.offset, torch.float32, 1)]
+    return all(t.dtype == dtype and t.numel() == size and t.is_cpu and t.is_contiguous() for t, dtype, size in wanted)
+
+
+def _weight(q: QuantizedWeight) -> _Weight:
+    """Pointers into ``q``, which the caller keeps alive; the map is kept by its cache."""
+    nested: tuple[int | None, ...] = (None, None, None)
+    if q.absmax2 is not None and q.offset is not None:
+        nested = (nf4.dynamic_map(q.absmax.device).data_ptr(), q.absmax2.data_ptr(), q.offset.data_ptr())
+    shift = q.block_size.bit_length() - 1
+    return _Weight(q.packed.data_ptr(), q.absmax.data_ptr(), *nested, q.levels.data_ptr(), q.shape.numel(), shift)
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+# ---- there and back --------------------------------------------------------------------------------------------------
+
+
+def quantize(
+    weight: Tensor,
+    block_size: int = 64,
+    double_quant: bool = True,
+    levels: str | Sequence[float] | Tensor = "nf4",
+    *,
+    name: str = "weight",
+) -> QuantizedWeight:
+    """``nf4.quantize``, with its arguments, bits and errors."""
+    library = _library() if weight.device.type == "cpu" else None
+    coder = None if library is None else functools.partial(_code_with, library)
+    return nf4.quantize(weight, block_size, double_quant, levels, name=name, coder=coder)
+
+
+def _code_with(library: ctypes.CDLL, flat: Tensor, block_size: int, table: Tensor, packed: Tensor, absmax: Tensor) -> None:
+    """``nf4.code_blocks`` in C++; what is not fp32 goes slab by slab, so that widening it costs little memory."""
+    midpoints, order = nf4.midpoints_of(table)
+    codes, threads = order.to(torch.int32), torch.get_num_threads()
+    step = -(-flat.numel() // SLAB) * SLAB if flat.dtype == torch.float32 else SLAB
+    pieces = zip(flat.split(step), packed.split(step // 2), absmax.split(step // block_size), strict=True)
+    for slab, packed_out, absmax_out in pieces:
+        wide = slab.to(torch.float32).contiguous()
+        sizes = (ctypes.c_int64(wide.numel()), ctypes.c_int64(block_size))
+        tables_and_results = map(_address, (midpoints, codes, packed_out, absmax_out))
+        library.nf4_quantize(_address(wide), *sizes, *tables_and_results, threads)
+
+
+@torch.no_grad()
+def dequantize(q: QuantizedWeight, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    """``nf4.dequantize``, with its bits.
+
+    Args:
+        q: the weight, on any device.
+        dtype: of the result; the source's own if None.
+        out: contiguous, of ``q.shape`` and ``dtype``, on the device of ``q``; a new tensor if None.
+
+    Raises:
+        ValueError: ``out`` is something else.
+    """
+    dtype = dtype or q.dtype
+    if out is not None and (out.shape != q.shape or out.dtype != dtype or not out.is_contiguous()):
+        raise ValueError(f"out must be a contiguous {dtype} {tuple(q.shape)}, not {out.dtype} {tuple(out.shape)}")
+    library = _library()
+    if library is None or dtype not in FLOATS or not _is_plain(q) or (out is not None and out.device.type != "cpu"):
+        dense = nf4.dequantize(q, dtype)
+        return dense if out is None else out.copy_(dense)
+    out = torch.empty(q.shape, dtype=dtype) if out is None else out
+    if dtype == torch.float16:  # a kind of its own on each CPU; rounding the fp32 values once gives the same bits
+        return out.copy_(dense_weight(q, torch.float32))
+    _dequantize_with(library, q, out)
+    return out
+
+
+def _dequantize_with(library: ctypes.CDLL, q: QuantizedWeight, out: Tensor) -> None:
+    function = library.nf4_dequantize_float32 if out.dtype == torch.float32 else library.nf4_dequantize_bfloat16
+    function(ctypes.byref(_weight(q)), _address(out), torch.get_num_threads())
+
+
+class _Scratch(threading.local):
+    """One buffer a dtype, for this thread alone: backward may run in another one."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+
+_scratch = _Scratch()
+
+
+def dense_weight(q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """``dequantize(q, dtype)``, only until this thread calls again: the next weight may overwrite it.
+
+    Cost: the largest weight so far, kept. A new tensor each time would be new pages each time, which cost more than decoding.
+    """
+    library = _library()
+    if library is None or dtype not in (torch.float32, torch.bfloat16) or not _is_plain(q):
+        return nf4.dequantize(q, dtype)
+    size, buffers = q.shape.numel(), _scratch.buffers
+    if dtype not in buffers or buffers[dtype].numel() < size:
+        buffers.pop(dtype, None)  # freed before the larger one is allocated
+        buffers[dtype] = torch.empty(size, dtype=dtype)
+    dense = buffers[dtype][:size].view(q.shape)
+    _dequantize_with(library, q, dense)
+    return dense
+
+
+# ---- products of a few rows ------------------------------------------------------------------------------------------
+
+
+def serves(x: Tensor, q: QuantizedWeight) -> bool:
+    """Whether ``matmul`` takes this product, and is the fastest way to do it."""
+    in_features = q.shape[1]
+    few = 0 < x.numel() <= FEW_ROWS * in_features and x.shape[-1:] == (in_features,) and in_features % COLUMNS == 0
+    return few and x.dtype in FLOATS and x.device.type == "cpu" and _library() is not None and _is_plain(q)
+
+
+@torch.no_grad()
+def matmul(x: Tensor, q: QuantizedWeight, bias: Tensor | None = None) -> Tensor | None:
+    """x W^T + b, read from the 4 bits; fp32 weights and sums, one rounding. None if ``serves`` says no.
+
+    Args:
+        x: (..., in), fp32, bf16 or fp16. bias: (out,) or None. Returns: (..., out) in the dtype of ``x``.
+    """
+    library = _library()
+    if library is None or not serves(x, q):
+        return None
+    return _product(library.nf4_matmul, ctypes.byref(_weight(q)), x, tuple(q.shape), bias)
+
+
+@torch.no_grad()
+def dense_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b for a bf16 weight, which is read as bf16 and multiplied and summed in fp32.
+
+    Args:
+        x: (..., in), fp32, bf16 or fp16, with few rows to be fast. weight: (out, in) bf16. bias: (out,) or None.
+
+    Returns:
+        (..., out) in the dtype of ``x``.
+    """
+    library, plain = _library(), weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.shape[1] % COLUMNS == 0
+    on_cpu = x.device.type == weight.device.type == "cpu"
+    if library is None or not plain or not on_cpu or x.dtype not in FLOATS or x.numel() == 0:
+        wide = torch.float32
+        offset = None if bias is None else bias.to(wide)
+        return torch.nn.functional.linear(x.to(wide), weight.to(wide), offset).to(x.dtype)
+    return _product(library.bf16_matmul, _address(weight), x, tuple(weight.shape), bias)
+
+
+def _product(function: _Function, weight: object, x: Tensor, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
+    out_features, in_features = shape
+    rows = x.reshape(-1, in_features).to(torch.float32).contiguous()
+    y = torch.empty(len(rows), out_features, dtype=torch.float32)
+    wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
+    pointers = (rows.data_ptr(), None if wide_bias is None else wide_bias.data_ptr(), y.data_ptr())
+    product = _Product(*pointers, in_features, out_features)
+    function(ctypes.byref(product), weight, ctypes.c_int64(len(rows)), torch.get_num_threads())
+    return y.to(x.dtype).view(*x.shape[:-1], out_features)
