@@ -1,11 +1,14 @@
 """Whole LoRA training steps of SmolLM2-135M: minisft against transformers + PEFT, on the same rows, taking turns.
 
     python benchmarks/bench_train.py [--dtypes fp32 bf16] [--mallocs default tuned] [--rounds 5] [--data banking77_train.jsonl]
+    python benchmarks/bench_train.py --quant nf4 --dtypes fp32        # QLoRA: results/train_nf4_fp32.json and .svg
+    python benchmarks/bench_train.py --quant nf4 --dtypes bf16        # the peer is then transformers + PEFT + bitsandbytes
+    python benchmarks/bench_train.py --quick [--quant nf4]            # one short step of 2 rows: does everything still run?
 
 Rank 16 on every linear but the head, batches of 8 rows, AdamW, clipping; a tenth of the tokens is supervised. Tokens are
 counted without padding; a beginning that all rows share counts in every row, also where it is computed only once. All start
 from the same weights and must report the same loss on the first batch before anything is timed.
-Results go to benchmarks/results/train.json and train.svg.
+Results go to benchmarks/results: train_fp32.json and .svg, train_nf4_bf16.json and .svg, or train.json for two dtypes at once.
 """
 
 from __future__ import annotations
@@ -18,11 +21,16 @@ import time
 from pathlib import Path
 
 import torch
-from harness import Worker, peak_rss_bytes, provenance, save, serve, spread
+from harness import Worker, out_folder, peak_rss_bytes, provenance, save, serve, spread
 
 BATCH_SIZE, RANK, ALPHA, LR = 8, 16, 32.0, 2e-4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CONTESTANTS = ("transformers+peft", "minisft padded", "minisft packed, each row whole", "minisft packed")
+OURS = ("minisft padded", "minisft packed, each row whole", "minisft packed")
+PEERS = {"none": "transformers+peft", "nf4": "transformers+peft+bitsandbytes"}
+# How far apart the first losses may be. In 4 bits the codes are equal, but bitsandbytes rounds its 8-bit scales through a table
+# that is not exactly nearest on a CPU: about 1 scale in 500 is the neighbouring number, a few thousandths away. And with PEFT's
+# usual preparation a bf16 base runs between fp32 norms, so that its activations are rounded elsewhere than ours.
+LOSS_TOLERANCE = {("none", "fp32"): 1e-4, ("none", "bf16"): 2e-2, ("nf4", "fp32"): 1e-3, ("nf4", "bf16"): 2e-2}
 BANKING77 = Path(__file__).parents[2] / "shared" / "data" / "banking77_train.jsonl"
 INSTRUCTION = (
     "You route messages for the customer service of a bank. Read the message and answer with the customer's intent as JSON."
@@ -33,15 +41,17 @@ INSTRUCTION = (
 # ---- rows ----
 
 
-def make_rows(data: Path | None, num_rows: int, folder: Path) -> Path:
-    """Encode chat rows once for all contestants."""
+def make_rows(data: Path | None, num_rows: int, dtypes: list[str], folder: Path) -> Path:
+    """Encode chat rows once for all contestants; save the model in each dtype, so that all of them read the same numbers."""
     from minisft.chat import encode_dataset, resolve_template
     from minisft.formats import load_model, save_model
     from minisft.messages import Example, Message
     from minisft.parcel_task import parcel_rows
 
-    model, tokenizer = load_model("smollm2-135m-instruct")
-    save_model(model, tokenizer, folder / "model")
+    for dtype in dtypes:
+        model, tokenizer = load_model("smollm2-135m-instruct", dtype=DTYPES[dtype])
+        save_model(model, tokenizer, folder / dtype)
+    del model
     if data is not None:
         pairs = [
             (INSTRUCTION + r["text"], json.dumps({"intent": r["label"]}))
@@ -62,34 +72,33 @@ def make_rows(data: Path | None, num_rows: int, folder: Path) -> Path:
 
 
 class Minisft:
-    def __init__(self, model_folder: str, dtype: str, layout: str, rows: list[dict], pad_id: int) -> None:
+    def __init__(self, model_folder: str, dtype: str, quant: str, layout: str, rows: list[dict], pad_id: int) -> None:
         from minisft.chat import Encoded
         from minisft.config import RunConfig
         from minisft.formats import load_model
         from minisft.optim import MasterAdamW
         from minisft.step import prepare_method
 
-        self.model, _ = load_model(model_folder, dtype=DTYPES[dtype])
-        run = RunConfig(model=model_folder, data="", out="", rank=RANK, alpha=ALPHA)
+        run = RunConfig(model=model_folder, data="", out="", rank=RANK, alpha=ALPHA, quant=quant)
+        self.model, _ = load_model(model_folder, dtype=DTYPES[dtype], quant=run.quantization)
         self.optimizer = MasterAdamW(prepare_method(self.model, run), betas=(0.9, 0.999), weight_decay=0.0)
         self.rows = [Encoded(r["input_ids"], r["supervised"], i, 0, 0) for i, r in enumerate(rows)]
         self.pad_id, self.packing, self.share_prefix = pad_id, "packed" in layout, "whole" not in layout
 
-    def step(self, first: int) -> float:
+    def step(self, first: int, count: int) -> float:
         from minisft.batching import micro_batches
         from minisft.step import train_step
 
-        rows = self.rows[first : first + BATCH_SIZE]
-        batches = micro_batches(rows, BATCH_SIZE, self.pad_id, self.packing, 1024, self.share_prefix)
+        rows = self.rows[first : first + count]
+        batches = micro_batches(rows, count, self.pad_id, self.packing, 1024, self.share_prefix)
         return train_step(self.model, self.optimizer, batches, LR, clip=1.0).loss
 
 
 class Peft:
-    def __init__(self, model_folder: str, dtype: str, rows: list[dict], pad_id: int) -> None:
+    def __init__(self, model_folder: str, dtype: str, quant: str, rows: list[dict], pad_id: int) -> None:
         from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=DTYPES[dtype])
+        base = _base(model_folder, DTYPES[dtype]) if quant == "none" else _base_in_4_bits(model_folder, DTYPES[dtype])
         self.model = get_peft_model(
             base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
         )
@@ -98,8 +107,8 @@ class Peft:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LR, weight_decay=0.0, fused=True)
         self.rows, self.pad_id = rows, pad_id
 
-    def step(self, first: int) -> float:
-        rows = self.rows[first : first + BATCH_SIZE]
+    def step(self, first: int, count: int) -> float:
+        rows = self.rows[first : first + count]
         T = max(len(r["input_ids"]) for r in rows)
         ids = torch.full((len(rows), T), self.pad_id)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -116,20 +125,38 @@ class Peft:
         return float(loss.detach())
 
 
-def worker(contestant: str, dtype: str, model_folder: str, rows_path: str, tuned: bool) -> None:
+def _base(folder: str, dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def _base_in_4_bits(folder: str, dtype: torch.dtype) -> torch.nn.Module:
+    """Prepared as PEFT's guide says, but for checkpointing, which minisft does without here too."""
+    from peft import prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=settings, device_map="cpu")
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def worker(contestant: str, dtype: str, quant: str, model_folder: str, rows_path: str, tuned: bool) -> None:
     if tuned:
         from minisft.machine import tune_allocator
 
         assert tune_allocator()
     data = json.loads(Path(rows_path).read_text())
-    if contestant == "transformers+peft":
-        trainer: Minisft | Peft = Peft(model_folder, dtype, data["rows"], data["pad_id"])
+    if contestant == PEERS[quant]:
+        trainer: Minisft | Peft = Peft(model_folder, dtype, quant, data["rows"], data["pad_id"])
     else:
-        trainer = Minisft(model_folder, dtype, contestant, data["rows"], data["pad_id"])
+        trainer = Minisft(model_folder, dtype, quant, contestant, data["rows"], data["pad_id"])
 
     def work(command: dict) -> dict:
         began = time.perf_counter()
-        loss = trainer.step(command["first"])
+        loss = trainer.step(command["first"], command["count"])
         return {"seconds": time.perf_counter() - began, "loss": loss, "peak_bytes": peak_rss_bytes()}
 
     serve({"ready": True}, work)
@@ -138,33 +165,32 @@ def worker(contestant: str, dtype: str, model_folder: str, rows_path: str, tuned
 # ---- the comparison ----
 
 
-def compare(dtype: str, malloc: str, folder: Path, rows_path: Path, rounds: int) -> list[dict]:
+def compare(dtype: str, quant: str, malloc: str, folder: Path, rows_path: Path, rounds: int, count: int) -> list[dict]:
     """All contestants in one setting, step by step in turns."""
     rows = json.loads(rows_path.read_text())["rows"]
-    arguments = [dtype, str(folder / "model"), str(rows_path), malloc]
-    workers = {name: Worker(Path(__file__), [name, *arguments], {}) for name in CONTESTANTS}
-    seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    peer, tolerance = PEERS[quant], LOSS_TOLERANCE[quant, dtype]
+    arguments = [dtype, quant, str(folder / dtype), str(rows_path), malloc]
+    workers = {name: Worker(Path(__file__), [name, *arguments], {}) for name in (peer, *OURS)}
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
     peaks: dict[str, int] = {}
     for step in range(rounds + 1):
-        first = step * BATCH_SIZE
-        tokens = sum(len(r["input_ids"]) for r in rows[first : first + BATCH_SIZE])
+        first = step * count
+        tokens = sum(len(r["input_ids"]) for r in rows[first : first + count])
         losses = {}
         for name, contestant in workers.items():
-            answer = contestant.ask(first=first)
+            answer = contestant.ask(first=first, count=count)
             losses[name], peaks[name] = answer["loss"], answer["peak_bytes"]
             if step > 0:  # the first step warms up
                 seconds[name].append(answer["seconds"] / tokens)
-        tolerance = 1e-4 if dtype == "fp32" else 2e-2
         if step == 0:
-            reference = losses["transformers+peft"]
-            assert all(abs(loss / reference - 1) < tolerance for loss in losses.values()), f"different losses: {losses}"
+            assert all(abs(loss / losses[peer] - 1) < tolerance for loss in losses.values()), f"different losses: {losses}"
         print(f"  {dtype} {malloc} step {step}: {losses}", file=sys.stderr, flush=True)
     for contestant in workers.values():
         contestant.close()
-    peer = "transformers+peft"
     return [
         {
             "dtype": dtype,
+            "quant": quant,
             "malloc": malloc,
             "contestant": name,
             "tokens_per_s": spread([1 / s for s in seconds[name]]),
@@ -172,18 +198,20 @@ def compare(dtype: str, malloc: str, folder: Path, rows_path: Path, rounds: int)
             "peak_bytes": peaks[name],
             "memory_ratio": peaks[name] / peaks[peer],
         }
-        for name in CONTESTANTS
+        for name in workers
     ]
 
 
-def plot(cells: list[dict], path: Path) -> None:
+def plot(cells: list[dict], count: int, path: Path) -> None:
     from matplotlib.figure import Figure
 
     settings = list(dict.fromkeys((c["dtype"], c["malloc"]) for c in cells))
+    contestants = list(dict.fromkeys(c["contestant"] for c in cells))
+    peer = contestants[0].replace("+", " + ").replace("peft", "PEFT")
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     speed, memory = figure.subplots(1, 2)
-    colors = dict(zip(CONTESTANTS, ("#8a8a8a", "#a6d4f2", "#56b4e9", "#0072b2"), strict=True))
-    for k, name in enumerate(CONTESTANTS):
+    colors = dict(zip(contestants, ("#8a8a8a", "#a6d4f2", "#56b4e9", "#0072b2"), strict=True))
+    for k, name in enumerate(contestants):
         mine = [next(c for c in cells if (c["dtype"], c["malloc"], c["contestant"]) == (*s, name)) for s in settings]
         x = [i + (k - 1.5) * 0.21 for i in range(len(settings))]
         ratios = [c["speed_ratio"] for c in mine]
@@ -196,42 +224,58 @@ def plot(cells: list[dict], path: Path) -> None:
         axes.set_xticks(range(len(settings)), [f"{d}\n{m} malloc" for d, m in settings])
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.12)
-    speed.set_ylabel("tokens per second,\nratio to transformers + PEFT")
+    speed.set_ylabel(f"tokens per second,\nratio to {peer}")
     memory.set_ylabel("peak resident memory (GB)")
     figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.suptitle("One LoRA training step, SmolLM2-135M, batches of 8 rows", fontsize=10)
+    method = "LoRA" if cells[0]["quant"] == "none" else "QLoRA (NF4)"
+    figure.suptitle(f"One {method} training step, SmolLM2-135M, batches of {count} rows", fontsize=10)
     figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quant", default="none", choices=list(PEERS), help="how the frozen base is stored")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
     parser.add_argument("--mallocs", nargs="+", default=["default", "tuned"], choices=["default", "tuned"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--data", type=Path, default=BANKING77 if BANKING77.exists() else None, help="Banking77 as JSONL")
-    parser.add_argument("--name", default="train", help="name of the results file")
+    parser.add_argument("--name", help="name of the results file")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
+    parser.add_argument(
+        "--quick", action="store_true", help="one dtype, malloc, round; steps of 2 rows; results in the temporary folder"
+    )
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.dtypes, arguments.mallocs, arguments.rounds = arguments.dtypes[:1], arguments.mallocs[-1:], 1
+    run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure every setting that was asked for, save, plot and print."""
+    dtypes, quant, count = arguments.dtypes, arguments.quant, 2 if arguments.quick else BATCH_SIZE
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows_path = make_rows(arguments.data, (arguments.rounds + 1) * BATCH_SIZE, folder)
+        rows_path = make_rows(arguments.data, (arguments.rounds + 1) * count, dtypes, folder)
         rows = json.loads(rows_path.read_text())["rows"]
         cells = [
             cell
-            for dtype in arguments.dtypes
+            for dtype in dtypes
             for malloc in arguments.mallocs
-            for cell in compare(dtype, malloc, folder, rows_path, arguments.rounds)
+            for cell in compare(dtype, quant, malloc, folder, rows_path, arguments.rounds, count)
         ]
     lengths = [len(r["input_ids"]) for r in rows]
     result = {
         **provenance(["python", "benchmarks/bench_train.py", *sys.argv[1:]]),
         "threads": torch.get_num_threads(),
+        "rows_per_step": count,
         "rows": "Banking77 as chat" if arguments.data else "generated parcel messages",
         "mean_row_tokens": sum(lengths) / len(lengths),
         "supervised_share": sum(sum(r["supervised"]) for r in rows) / sum(lengths),
         "cells": cells,
     }
-    path = save(arguments.name, result)
-    plot(cells, path.with_suffix(".svg"))
+    name = "_".join(["train", *([quant] if quant != "none" else []), *(dtypes if len(dtypes) == 1 else [])])
+    path = save(arguments.name or name, result, out_folder(arguments.out, arguments.quick))
+    plot(cells, count, path.with_suffix(".svg"))
     for cell in cells:
         speed = cell["speed_ratio"]
         print(
@@ -243,7 +287,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        contestant, dtype, model_folder, rows_path, malloc = sys.argv[2:]
-        worker(contestant, dtype, model_folder, rows_path, malloc == "tuned")
+        *strings, malloc = sys.argv[2:]
+        worker(*strings, malloc == "tuned")
     else:
         main()

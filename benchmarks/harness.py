@@ -13,12 +13,14 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "minisft")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "torchao", "triton", "tokenizers", "safetensors", "minisft")
+QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class Worker:
@@ -30,7 +32,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **environment},
+            env={**os.environ, **QUIET, **environment},
         )
         self.ready = self._answer()
 
@@ -88,12 +90,25 @@ def provenance(command: list[str]) -> dict:
         "cpu": cpu or platform.processor(),
         "cpu_features": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags],
         "cores": os.cpu_count(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "load_average": os.getloadavg()[0],  # of the last minute: who else was at work
+        "versions": {name: _version(name) for name in PACKAGES},
     }
 
 
-def save(name: str, result: dict) -> Path:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def out_folder(given: Path | None, quick: bool) -> Path:
+    """Where results go: not among the committed ones if the run only tried whether everything works."""
+    return given or (Path(tempfile.gettempdir()) / "minisft-benchmarks" if quick else RESULTS)
+
+
+def save(name: str, result: dict, folder: Path = RESULTS) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path

@@ -1,4 +1,4 @@
-"""The front door: ``minisft train | eval | generate | chat | inspect | quickstart``.
+"""The front door: ``minisft train | eval | generate | chat | inspect | quantize | merge | verify | plan | quickstart``.
 
 Each command is a few lines over the rooms below. An error that the user can mend is one line on standard error and an exit
 status from its family; ``--debug`` shows where it came from. Progress goes to standard error, results to standard output.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from minisft import __version__
-from minisft.config import read_toml, run_config
+from minisft.config import QuantConfig, read_toml, run_config
 from minisft.errors import UserError, visible
 from minisft.flags import parse
 from minisft.machine import pick_device, tune_allocator
@@ -34,6 +34,9 @@ MEMORY_ADVICE = (
     "use a smaller --micro-batch-size (same result), then --checkpointing selective or full, a shorter --max-length, "
     "fewer --targets"
 )
+
+
+MERGE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,7 +112,8 @@ def _load(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, ChatTempl
 
     device = pick_device(arguments.device)
     wide = arguments.dtype == "fp32" or (arguments.dtype == "auto" and device.type == "cpu")
-    model, tokenizer = load_model(arguments.model, dtype=torch.float32 if wide else torch.bfloat16, device=device)
+    quant = QuantConfig(arguments.quant, double_quant=arguments.double_quant) if arguments.quant != "none" else None
+    model, tokenizer = load_model(arguments.model, torch.float32 if wide else torch.bfloat16, device, quant)
     choice = arguments.template
     if arguments.adapter is not None:
         load_adapter_(model, arguments.adapter)
@@ -241,6 +245,81 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _quantize(arguments: argparse.Namespace) -> int:
+    from minisft.formats import load_model, save_quantized
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
+    quant = QuantConfig(block_size=arguments.block_size, double_quant=arguments.double_quant)
+    _check_new_folder(Path(arguments.out), Path(arguments.model))
+    model, tokenizer = load_model(arguments.model, dtype, quant=quant)
+    sizes = save_quantized(model, tokenizer, arguments.out)
+    print(
+        f"{visible(arguments.out)}: {sizes.num_quantized} linears in 4 bits, {sizes.num_dense} dense; "
+        f"{sizes.dense_bytes / 1e6:,.1f} MB in {arguments.dtype}, {sizes.stored_bytes / 1e6:,.1f} MB as stored"
+    )
+    return 0
+
+
+def _check_new_folder(out: Path, model: Path) -> None:
+    """Refuse a folder that cannot be written before minutes are spent on what would go into it."""
+    if model.is_dir() and model.resolve() in (out.resolve(), *out.resolve().parents):
+        code, what = "config/out-in-model", "the new folder lies in the model folder"
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        code, what = "config/out-exists", "the output exists already and is not an empty folder"
+    else:
+        return
+    raise UserError(code, what, where="--out", found=visible(out), fix="choose a folder of its own")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from minisft.plan import plan, render
+
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "version", "debug", "json")}
+    bill = plan(run_config({"data": "", "out": "", **given}, "command line"))
+    print(json.dumps(bill.to_dict(), indent=2) if arguments.json else render(bill))
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from minisft.certificate import REPORT, certify, check, onto_words
+    from minisft.merge_stream import merge_folder
+    from minisft.messages import read_dataset
+
+    out, data = Path(arguments.out), arguments.data
+    _check_new_folder(out, Path(arguments.model or arguments.adapter))
+    if data is not None:
+        read_dataset(data)  # what is wrong with it is said before minutes are spent
+    dtype = MERGE_DTYPES[arguments.dtype]
+    merged = merge_folder(
+        arguments.adapter, out, arguments.model, arguments.onto, dtype, scale=arguments.scale, force=arguments.force
+    )
+    verdict, report = certify(merged, None), merged.report
+    print(
+        f"{visible(out)}: {len(report.layers)} layers merged onto {onto_words(merged)}, {merged.dtype_name}; "
+        f"survival at least {report.survival:.4f}, swallowed at most {report.swallowed:.2%}"
+    )
+    models = check(merged, data) if arguments.check else None
+    verdict = certify(merged, models) if models is not None else verdict
+    print(f"{verdict}{'' if models is not None else ', the models were not compared'}; {visible(out / REPORT)}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from minisft.certificate import compare_models, judge
+    from minisft.verify_merge import verify
+
+    found = verify(arguments.merged, arguments.adapter, arguments.model, arguments.onto, arguments.scale)
+    print(found.summary)
+    found.require()
+    models = compare_models(found.files, Path(arguments.merged), arguments.data) if arguments.data is not None else None
+    verdict = judge(found.adapted, models)
+    print(verdict)
+    if not verdict.good:
+        where = visible(found.merged)
+        raise UserError("numeric/not-this-merge", "the folder is not this merge", where=where, found=str(verdict))
+    return 0
+
+
 def _quickstart(arguments: argparse.Namespace) -> int:
     from minisft.quickstart import run_quickstart
 
@@ -254,6 +333,10 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "generate": _generate,
     "chat": _chat,
     "inspect": _inspect,
+    "quantize": _quantize,
+    "plan": _plan,
+    "merge": _merge,
+    "verify": _verify,
     "quickstart": _quickstart,
 }
 

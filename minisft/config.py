@@ -115,6 +115,7 @@ class LoRAConfig:
         targets: ``"all-linear"`` (every linear but the output head), a tuple of module names (each matches exactly, or
             as the last parts of a path), or a string: a regular expression that the whole path must match.
         rank_pattern, alpha_pattern: exceptions, module name or regular expression -> value, as in PEFT.
+        use_dora: train the length of each row of W' apart from its direction (arXiv:2402.09353); linears only, no dropout.
 
     Ref: Hu et al. 2021, arXiv:2106.09685, section 4.1.
     """
@@ -126,6 +127,7 @@ class LoRAConfig:
     targets: str | tuple[str, ...] = ALL_LINEAR
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
@@ -133,6 +135,7 @@ class LoRAConfig:
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             _require(math.isfinite(alpha), name, alpha, "a finite alpha")
         _require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "a probability in [0, 1)")
+        _require(self.dropout == 0.0 or not self.use_dora, "dropout with use_dora", self.dropout, "0: DoRA has no dropout here")
         _require(bool(self.targets), "targets", self.targets, "at least one module name")
 
 
@@ -191,6 +194,7 @@ class RunConfig:
     alpha: float = _flag("LoRA alpha; the update is scaled by alpha / rank", 32.0)
     dropout: float = _flag("LoRA dropout in [0, 1)", 0.0, "P")
     use_rslora: bool = _flag("scale by alpha / sqrt(rank)", False)
+    use_dora: bool = _flag("DoRA: train the length of each weight row apart from its direction", False)
     targets: tuple[str, ...] = _flag(
         "module names or one regular expression; default every linear but the head", (ALL_LINEAR,), "NAME"
     )
@@ -268,6 +272,7 @@ class RunConfig:
             dropout=self.dropout,
             use_rslora=self.use_rslora,
             targets=targets[0] if is_pattern else targets,
+            use_dora=self.use_dora,
         )
 
     @property

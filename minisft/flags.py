@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from typing import NoReturn
 
 from minisft.config import RunConfig, field_type, flag_name
 from minisft.errors import UserError, nearest, visible
 
+# The settings of a run that decide its memory.
+PLANNED = (
+    "model", "max_length", "method", "rank", "dropout", "targets", "quant", "double_quant", "batch_size", "micro_batch_size",
+    "dtype", "checkpointing", "device",
+)  # fmt: skip
 METRICS = ("exact_match", "json", "f1", "choice", "loss")
 
 
@@ -60,6 +66,10 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("generate", "answer one prompt"),
             ("chat", "talk to a model"),
             ("inspect", "show what would be trained, token by token"),
+            ("quantize", "write a model in 4 bits, as transformers and bitsandbytes load it"),
+            ("plan", "print the memory a training run needs, before anything is loaded"),
+            ("merge", "fold an adapter into its base and certify the result"),
+            ("verify", "check that a folder is a base with an adapter merged in, whoever wrote it"),
             ("quickstart", "generate a task, fine-tune a small model on it, show what it learned and kept"),
         )
     }
@@ -73,6 +83,10 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         _sampling_flags(made[name])
     made["generate"].add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")
     _inspect_flags(made["inspect"])
+    _quantize_flags(made["quantize"])
+    _merge_flags(made["merge"])
+    _verify_flags(made["verify"])
+    _plan_flags(made["plan"])
     quickstart = made["quickstart"]
     quickstart.add_argument(
         "--out", default="runs/quickstart", metavar="DIR", help="where everything goes (default %(default)s)"
@@ -84,7 +98,12 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 def _train_flags(parser: Parser) -> None:
     parser.add_argument("--config", metavar="F.toml", help="settings as a flat TOML table; flags override them")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; its settings are read from there")
-    for field in dataclasses.fields(RunConfig):
+    _run_flags(parser, [field.name for field in dataclasses.fields(RunConfig)])
+
+
+def _run_flags(parser: Parser, names: Sequence[str]) -> None:
+    """Flags for these fields of ``RunConfig``."""
+    for field in (field for field in dataclasses.fields(RunConfig) if field.name in names):
         kind, is_tuple, choices = field_type(field.name)
         shown = "" if field.default in (dataclasses.MISSING, None, ()) else f" (default {_shown(field.default)})"
         text, metavar = field.metadata["help"] + shown, field.metadata["metavar"]
@@ -98,6 +117,11 @@ def _train_flags(parser: Parser) -> None:
             parser.add_argument(flag_name(field.name), type=kind, metavar=metavar, help=text)
 
 
+def _plan_flags(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", default=False, help="print the bill as JSON, in bytes")
+    _run_flags(parser, PLANNED)
+
+
 def _shown(default: object) -> str:
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default).replace("%", "%%")
 
@@ -108,6 +132,13 @@ def _model_flags(parser: Parser) -> None:
     parser.add_argument("--template", default=None, metavar="T", help="chat template: a .jinja file, chatml or plain")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--quant", choices=("none", "nf4"), default="none", help="hold the model's linears in 4 bits")
+    parser.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with --quant: scales in 8 bits (default yes)",
+    )
     parser.add_argument("--system", default=None, metavar="TEXT", help="system message")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default %(default)s)")
 
@@ -138,4 +169,58 @@ def _inspect_flags(parser: Parser) -> None:
     parser.add_argument("--rows", type=int, default=2, metavar="N", help="how many rows to show token by token (default 2)")
     parser.add_argument(
         "--allow-control-tokens", action="store_true", default=False, help="let control tokens in the data act as such"
+    )
+
+
+def _merge_flags(parser: Parser) -> None:
+    _merge_source_flags(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="the new folder")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="of the written weights; auto: as the base is stored, bf16 for a base in 4 bits",
+    )
+    parser.add_argument("--data", default=None, metavar="F", help="rows to compare the models on; else a few sentences of ours")
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load both models afterwards and compare what they say (default yes)",
+    )
+    parser.add_argument("--force", action="store_true", default=False, help="write a merge that lost its adapter")
+
+
+def _verify_flags(parser: Parser) -> None:
+    parser.add_argument("--merged", required=True, metavar="DIR", help="the folder to check")
+    _merge_source_flags(parser)
+    parser.add_argument("--data", default=None, metavar="F", help="rows to compare the models on, too")
+
+
+def _merge_source_flags(parser: Parser) -> None:
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="adapter folder (PEFT layout)")
+    parser.add_argument("--model", default=None, metavar="M", help="the base; by default the one that the adapter names")
+    parser.add_argument(
+        "--onto",
+        choices=("dequantized", "original", "requantized"),
+        default="dequantized",
+        help="for a base trained on in 4 bits: the weights as trained on (default), those before, or 4 bits again",
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="how much of the adapter to merge (default 1)")
+
+
+def _quantize_flags(parser: Parser) -> None:
+    parser.add_argument("--model", required=True, metavar="M", help="model folder, GGUF file, hub id or smollm2-135m-instruct")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the new folder")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of what stays dense (default %(default)s)"
+    )
+    parser.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="store the scales in 8 bits too (default yes)",
+    )
+    parser.add_argument(
+        "--block-size", type=int, default=64, metavar="N", help="weights that share a scale (default %(default)s)"
     )

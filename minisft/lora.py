@@ -1,8 +1,9 @@
-"""LoRA: a frozen layer plus a trained product of two thin matrices.
+"""LoRA: a frozen layer plus a trained product of two thin matrices. DoRA: the same, with trained row lengths.
 
 W' = W + scaling * B A. B starts at zero, so a fresh adapter changes nothing, bit for bit. The factors are fp32 masters
-whatever the dtype of the base, and the base never gets a gradient; it may be dense or held in 4 bits (QLoRA). What this room
-refuses: several adapters at once, merging inside ``forward``, ``train`` or ``eval``.
+whatever the dtype of the base, and the base never gets a gradient; it may be dense or held in 4 bits (QLoRA). Every adapter
+can say what W' is, also for a few rows at a time (``merged_rows``). What this room refuses: several adapters at once, merging
+inside ``forward``, ``train`` or ``eval``, DoRA over embeddings.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minisft import native_nf4
 from minisft.autograd import Context
 from minisft.errors import UserError
-from minisft.matmul import linear, product_dtype
+from minisft.matmul import Linear, linear, product_dtype
+from minisft.native_nf4 import dense_matmul, serves_dense
+from minisft.nf4 import SLAB
 from minisft.nf4_linear import NF4Linear, nf4_matmul, nf4_matmul_t
 
 FrozenLinear = nn.Linear | NF4Linear
@@ -40,10 +44,27 @@ def check_rank(rank: int, shape: tuple[int, ...], where: str = "") -> None:
         )
 
 
+def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
+    """W + D in fp32 or wider, not yet rounded.
+
+    Args:
+        weight: W, any float dtype.
+        delta: D, of the same shape, fp32 or wider.
+
+    Returns:
+        a new tensor; where D is zero W is kept bit for bit (-0.0 + 0.0 would be +0.0).
+    """
+    wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), delta.dtype)
+    base = weight.to(wide)
+    return torch.where(delta == 0, base, base + delta.to(wide))
+
+
 def _product(base: FrozenLinear, rows: Tensor, xa: Tensor, up: Tensor) -> Tensor:
     """rows W^T + b + xa up, in the dtype of ``rows``: (M, in), (M, rank), (rank, out) -> (M, out)."""
     if isinstance(base, NF4Linear):
         return nf4_matmul(rows, base.quantized, base.bias).addmm_(xa, up)
+    if isinstance(base, Linear) and serves_dense(rows, base.weight):  # as the base alone would do it
+        return dense_matmul(rows, base.weight, base.bias).addmm_(xa, up)
     # Bias first, as nn.Linear does it: a zero update then leaves every bit in place, whatever the order of the sums below.
     y = xa @ up if base.bias is None else torch.addmm(base.bias.to(rows.dtype), xa, up)
     return y.addmm_(rows, base.weight.to(rows.dtype).T)
@@ -142,6 +163,27 @@ class _Adapter(nn.Module):
                 parameter.grad = None  # it was rounded along
         return self
 
+    def update_rows(self, rows: slice = slice(None)) -> Tensor:
+        """Rows of scaling * B A, laid out as the base's weight, in the masters' dtype."""
+        raise NotImplementedError
+
+    def delta_rows(self, weight_rows: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Rows of D = W' - W, given these rows of W; those of a plain LoRA do not depend on W."""
+        return self.update_rows(rows)
+
+    def merged_rows(self, weight_rows: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Rows of W' = W + D in fp32 or wider, not rounded; where D is zero W is kept bit for bit.
+
+        Args:
+            weight_rows: these rows of W, any float dtype. It need not be the weight of ``base``.
+            rows: which they are; all by default.
+        """
+        return merged_weight(weight_rows, self.delta_rows(weight_rows, rows))
+
+    def delta_weight(self) -> Tensor:
+        """D = W' - W of the whole layer, shaped as the base's weight, in the masters' dtype."""
+        return self.update_rows()
+
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling:g}"
 
@@ -189,9 +231,72 @@ class LoRALinear(_Adapter):
     def _update(self, x: Tensor) -> Tensor:
         return linear(linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
 
+    def update_rows(self, rows: slice = slice(None)) -> Tensor:
+        """scaling * B A, (out, in) or some rows of it, in the masters' dtype."""
+        return self.scaling * (self.lora_B.detach()[rows] @ self.lora_A.detach())
+
+
+class DoRALinear(LoRALinear):
+    """y = g * (x W^T + scaling * x A^T B^T) + b, where g = m / |W + scaling * B A| stretches each output.
+
+    W' = g * (W + scaling * B A): the norms are those of the rows, over the inputs, so m (out,) holds the lengths of the rows
+    of W' and A and B only their directions. m is fp32 or wider and starts as the norms of W: then g is exactly 1, and a fresh
+    adapter changes no bit. In backward the norms are constants (section 4.3). The scaling acts inside the norm, so scaling 0
+    does not give W back once m has been trained. A row of W that is zero stays zero.
+
+    Precision: the norms are taken in the masters' dtype; what g multiplies has the dtype of x, the product is fp32 or wider
+    and rounded once more.
+
+    Cost: W + scaling * B A once in every forward, a slab of rows at a time; one more tensor like y is kept for backward.
+    Ref: Liu et al. 2024, arXiv:2402.09353, equation 5. Dropout and embeddings are not offered.
+    """
+
+    lora_magnitude_vector: nn.Parameter  # the name that PEFT's files use
+
+    def __init__(self, base: FrozenLinear, rank: int, alpha: float, use_rslora: bool = False) -> None:
+        super().__init__(base, rank, alpha, use_rslora=use_rslora)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """A fresh adapter: A random, B zero, m the norms of W's rows."""
+        super().reset_parameters(generator)
+        self.lora_magnitude_vector = nn.Parameter(self.row_norms())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if not self.enabled:
+            return y
+        stretch, bias = _stretch(self.lora_magnitude_vector, self.row_norms()), self.base.bias
+        # g (y - b) + b, written so that y comes through whole where g is 1.
+        stretched = y * stretch if bias is None else torch.addcmul((1 - stretch) * bias, y, stretch)
+        return stretched.to(y.dtype)
+
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """|W + scaling * B A| of each row, (out,), in the masters' dtype, without a gradient."""
+        base = self.base
+        weight = native_nf4.dense_weight(base.quantized, self.lora_A.dtype) if isinstance(base, NF4Linear) else base.weight
+        step = max(1, SLAB // weight.shape[1])
+        slabs = (slice(begin, begin + step) for begin in range(0, weight.shape[0], step))
+        return torch.cat([torch.linalg.vector_norm(self.update_rows(rows).add_(weight[rows]), dim=1) for rows in slabs])
+
+    def delta_rows(self, weight_rows: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Rows of (g - 1) W + g * scaling * B A, with g for these rows of W."""
+        update = self.update_rows(rows)
+        weight = weight_rows.to(torch.promote_types(weight_rows.dtype, update.dtype))
+        norms = torch.linalg.vector_norm(weight + update, dim=1)
+        stretch = _stretch(self.lora_magnitude_vector.detach()[rows], norms).unsqueeze(1)
+        return (stretch - 1) * weight + stretch * update
+
     def delta_weight(self) -> Tensor:
-        """scaling * B A, (out, in), in the masters' dtype."""
-        return self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
+        """W' - W, (out, in), in the masters' dtype, with the base's W."""
+        base = self.base
+        dense = base.dequantized_weight(self.lora_A.dtype) if isinstance(base, NF4Linear) else base.weight.detach()
+        return self.delta_rows(dense)
+
+
+def _stretch(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """m / |row|; a row without a direction is multiplied by m, and stays zero."""
+    return magnitude / norms.masked_fill(norms == 0, 1.0)
 
 
 class LoRAEmbedding(_Adapter):
@@ -219,6 +324,6 @@ class LoRAEmbedding(_Adapter):
         rows = nn.functional.embedding(ids, self.lora_A.T)  # (..., rank)
         return y + (self.scaling * (rows @ self.lora_B.T)).to(y.dtype)
 
-    def delta_weight(self) -> Tensor:
-        """scaling * (B A)^T, (num_embeddings, dim), in the masters' dtype."""
-        return self.scaling * (self.lora_B.detach() @ self.lora_A.detach()).T
+    def update_rows(self, rows: slice = slice(None)) -> Tensor:
+        """scaling * (B A)^T, (num_embeddings, dim) or some rows of it, in the masters' dtype."""
+        return self.scaling * (self.lora_B.detach() @ self.lora_A.detach()[:, rows]).T

@@ -3,6 +3,7 @@
 A CPU without bfloat16 instructions multiplies bf16 matrices about eight times slower than fp32 ones, although widening
 the operands costs next to nothing. So storage and arithmetic are told apart: tensors keep their dtype in memory, and
 ``product_dtype`` says in which dtype they are multiplied. Sums are then taken in fp32, so the result is never less exact.
+A product of a few rows is bound by reading the weight, so there the weight is read as it is stored, by our own code.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minisft.autograd import Context
+from minisft.native_nf4 import dense_matmul, serves_dense
 
 
 @functools.cache
@@ -32,16 +34,23 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if tensor.dtype == torch.bfloat16 and _cpu_multiplies_bf16() else torch.float32
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b without a gradient: (..., in) -> (..., out) in the dtype of ``x``. How it is done depends on no grad mode."""
+    if serves_dense(x, weight):
+        return dense_matmul(x, weight, bias)
+    wide = product_dtype(x)
+    rows = x.reshape(-1, x.shape[-1]).to(wide)
+    y = rows @ weight.to(wide).T if bias is None else torch.addmm(bias.to(wide), rows, weight.to(wide).T)
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b, multiplied in ``product_dtype``; a frozen weight keeps no activation alive."""
+    """y = x W^T + b through ``product``; a frozen weight keeps no activation alive."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        wide = product_dtype(x)
-        rows = x.reshape(-1, x.shape[-1]).to(wide)
-        product = rows @ weight.to(wide).T if bias is None else torch.addmm(bias.to(wide), rows, weight.to(wide).T)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return product.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -70,7 +79,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., out) in the dtype of ``x``.
     """
-    if product_dtype(x) == x.dtype:
+    if product_dtype(x) == x.dtype and not serves_dense(x, weight):
         return torch.nn.functional.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
 

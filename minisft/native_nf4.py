@@ -22,6 +22,9 @@ from minisft import native_build, nf4
 from minisft.nf4 import NESTED_BLOCK_SIZE, SLAB, QuantizedWeight
 
 FEW_ROWS = 16  # measured on AVX2: at 32, decoding the weight once and the dense product are faster for small weights
+# One row of an fp32 weight, and many rows of it, are as fast in the BLAS; half the bytes win for longer.
+FEW_DENSE_ROWS = {torch.float32: range(2, 9), torch.bfloat16: range(1, 17)}
+LEAST_DENSE = 2**18  # weights: a smaller layer pays more for the call than it wins
 COLUMNS = 16  # a row of weights is read in groups of 16
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _Function = Callable[..., object]  # one of the library's
@@ -212,23 +215,31 @@ def matmul(x: Tensor, q: QuantizedWeight, bias: Tensor | None = None) -> Tensor 
     return _product(library.nf4_matmul, ctypes.byref(_weight(q)), x, tuple(q.shape), bias)
 
 
+def serves_dense(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``dense_matmul`` takes this product, and is the fastest way to do it (measured on AVX2, ``benchmarks/LOG.md``)."""
+    few = FEW_DENSE_ROWS.get(weight.dtype)
+    if few is None or weight.numel() < LEAST_DENSE or weight.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    in_features = weight.shape[1]
+    fits = x.device.type == "cpu" and x.shape[-1:] == (in_features,) and x.numel() // in_features in few
+    readable = weight.is_contiguous() and in_features % COLUMNS == 0 and (x.dtype == torch.float32 or x.dtype == weight.dtype)
+    return fits and readable and _library() is not None
+
+
 @torch.no_grad()
 def dense_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b for a bf16 weight, which is read as bf16 and multiplied and summed in fp32.
+    """x W^T + b for a dense weight that ``serves_dense`` accepts, read as it is stored; multiplied and summed in fp32.
 
     Args:
-        x: (..., in), fp32, bf16 or fp16, with few rows to be fast. weight: (out, in) bf16. bias: (out,) or None.
+        x: (..., in), fp32 or the dtype of the weight. weight: (out, in), fp32 or bf16. bias: (out,) or None.
 
     Returns:
         (..., out) in the dtype of ``x``.
     """
-    library, plain = _library(), weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.shape[1] % COLUMNS == 0
-    on_cpu = x.device.type == weight.device.type == "cpu"
-    if library is None or not plain or not on_cpu or x.dtype not in FLOATS or x.numel() == 0:
-        wide = torch.float32
-        offset = None if bias is None else bias.to(wide)
-        return torch.nn.functional.linear(x.to(wide), weight.to(wide), offset).to(x.dtype)
-    return _product(library.bf16_matmul, _address(weight), x, tuple(weight.shape), bias)
+    library = _library()
+    assert library is not None, "ask serves_dense first"
+    function = library.fp32_matmul if weight.dtype == torch.float32 else library.bf16_matmul
+    return _product(function, _address(weight), x, tuple(weight.shape), bias)
 
 
 def _product(function: _Function, weight: object, x: Tensor, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:

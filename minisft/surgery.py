@@ -7,6 +7,7 @@ is quantized first and adapted afterwards, and whatever is refused is refused be
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from minisft.config import ALL_LINEAR, QUANT_LEVELS, LoRAConfig, QuantConfig
 from minisft.errors import UserError, listing, nearest, visible
-from minisft.lora import FrozenLinear, LoRAEmbedding, LoRALinear, check_rank
+from minisft.lora import DoRALinear, FrozenLinear, LoRAEmbedding, LoRALinear, check_rank
 from minisft.nf4 import codebook
 from minisft.nf4_linear import NF4Linear
 from minisft.safe_json import JSON
@@ -239,7 +240,7 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
         The paths that were wrapped, in the model's order.
 
     Raises:
-        UserError: a target matches nothing, a rank does not fit, or the model already has adapters.
+        UserError: a target matches nothing, a rank does not fit, an embedding with DoRA, or the model already has adapters.
     """
     if existing := lora_modules(model):
         raise UserError(
@@ -250,8 +251,7 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
         )
     paths = match_targets(model, config.targets)
     for path in paths:  # all of them fit before anything is changed
-        shape = _weight_shape(model.get_submodule(path))
-        check_rank(pattern_value(path, config.rank_pattern, config.rank), shape, visible(path))
+        _check_layer(path, model.get_submodule(path), config)
     wrapped = {path: _wrap(path, model.get_submodule(path), config) for path in paths}
     freeze(model)
     for index, (path, adapter) in enumerate(wrapped.items()):
@@ -259,6 +259,18 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
         adapter.train(model.training)
         replace_module(model, path, adapter)
     return paths
+
+
+def _check_layer(path: str, layer: nn.Module, config: LoRAConfig) -> None:
+    if config.use_dora and isinstance(layer, nn.Embedding):
+        raise UserError(
+            "config/dora-embedding",
+            "DoRA is for linear layers",
+            where=visible(path),
+            found="an embedding",
+            fix="leave it out of the targets, or use plain LoRA",
+        )
+    check_rank(pattern_value(path, config.rank_pattern, config.rank), _weight_shape(layer), visible(path))
 
 
 def _weight_shape(layer: nn.Module) -> tuple[int, int]:
@@ -274,7 +286,27 @@ def _wrap(path: str, base: nn.Module, config: LoRAConfig) -> LoRALinear | LoRAEm
     if isinstance(base, nn.Embedding):
         return LoRAEmbedding(base, rank, alpha, config.dropout, config.use_rslora)
     assert isinstance(base, (nn.Linear, NF4Linear))
+    if config.use_dora:
+        return DoRALinear(base, rank, alpha, config.use_rslora)
     return LoRALinear(base, rank, alpha, config.dropout, config.use_rslora)
+
+
+def scale_adapters_(model: nn.Module, scale: float) -> None:
+    """Multiply every adapter's scaling (and alpha) by ``scale``: how much of what was learned takes part.
+
+    For LoRA the model is then W + scale * D, and the base at 0. DoRA's norms take in the scaled update, as in PEFT.
+
+    Raises:
+        UserError: no adapters, or a ``scale`` that is not finite.
+    """
+    if not math.isfinite(scale):
+        raise UserError("config/bad-value", "a setting is out of range", where="scale", found=str(scale), expected="a number")
+    adapters = lora_modules(model)
+    if not adapters:
+        raise UserError("adapter/none", "the model has no adapters to scale", fix="load one, or leave the scale at 1")
+    for adapter in adapters.values():
+        adapter.scaling *= scale
+        adapter.alpha *= scale
 
 
 @contextmanager

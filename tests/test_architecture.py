@@ -20,11 +20,12 @@ PACKAGE = ROOT / "minisft"
 FLOORS = {
     0: "autograd config durable errors json_rows machine manifest messages metrics "
     "parcel_phrases parcel_task probe runlog safe_json schedule seeds",
-    1: "attention control_text elementwise gguf_vocabulary kernels loss matmul nf4 template tokenizer",
+    1: "attention control_text elementwise gguf_vocabulary kernels loss matmul native_build native_nf4 nf4 template tokenizer",
     2: "chat lora model nf4_linear",
     3: "batching formats surgery",
-    4: "checkpoint choice evaluate generate inspect_data lossplot optim run_data",
-    5: "step train",
+    4: "adapted_files certificate checkpoint choice evaluate generate inspect_data lossplot merge merge_page merge_stream optim run_data "
+    "verify_merge",
+    5: "plan rehearsal step train",
     6: "__init__ cli flags quickstart",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}

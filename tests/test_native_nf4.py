@@ -28,6 +28,8 @@ from torch import Tensor
 
 from minisft import native_build, native_nf4, nf4
 from minisft.errors import UserError
+from minisft.lora import LoRALinear
+from minisft.matmul import Linear
 
 SIZES = st.one_of(st.integers(1, 300), st.integers(4000, 4200), st.just(40_000))
 BLOCKS = st.sampled_from(nf4.BLOCK_SIZES)
@@ -244,12 +246,20 @@ def test_few_rows(
     assert within_bound(y, x, nf4.dequantize(q, torch.float64), bias)
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @given(**PRODUCTS)
-def test_few_rows_with_a_bf16_weight(
-    num_rows: int, groups: int, outputs: int, dtype: torch.dtype, with_bias: bool, count: int, seed: int
+def test_few_rows_with_a_dense_weight(
+    weight_dtype: torch.dtype,
+    num_rows: int,
+    groups: int,
+    outputs: int,
+    dtype: torch.dtype,
+    with_bias: bool,
+    count: int,
+    seed: int,
 ) -> None:
     needs_native()
-    weight = gaussian(outputs, 16 * groups, seed=seed, dtype=torch.bfloat16)
+    weight = gaussian(outputs, 16 * groups, seed=seed, dtype=weight_dtype)
     x = gaussian(num_rows, 16 * groups, seed=seed + 1, dtype=dtype)
     bias = gaussian(outputs, seed=seed + 2, dtype=dtype) if with_bias else None
     with threads(count):
@@ -289,10 +299,45 @@ def test_what_is_not_served() -> None:
         assert native_nf4.matmul(x, weight) is None
 
 
-@pytest.mark.parametrize("shape", [(3, 24), (0, 32)])
-def test_a_bf16_weight_that_is_not_served_is_multiplied_by_pytorch(shape: tuple[int, int]) -> None:
-    x, weight = gaussian(*shape), gaussian(4, shape[1], dtype=torch.bfloat16)
-    assert torch.equal(native_nf4.dense_matmul(x, weight), x @ weight.float().T)
+def test_which_dense_products_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_native()
+    monkeypatch.setattr(native_nf4, "LEAST_DENSE", 64)
+    for dtype, fewest, most in ((torch.float32, 2, 8), (torch.bfloat16, 1, 16)):
+        weight = torch.zeros(4, 32, dtype=dtype)
+        assert native_nf4.serves_dense(torch.zeros(fewest, 32), weight)
+        assert native_nf4.serves_dense(torch.zeros(1, most, 32, dtype=dtype), weight)
+        refused = [
+            (torch.zeros(fewest - 1, 32), weight),
+            (torch.zeros(most + 1, 32), weight),
+            (torch.zeros(2, 32, dtype=torch.float64), weight),
+            (torch.zeros(2, 32, dtype=torch.float16), weight),
+            (torch.zeros(2, 32), weight.double()),
+            (torch.zeros(2, 32), torch.zeros(32, 4, dtype=dtype).T),
+            (torch.zeros(2, 24), torch.zeros(4, 24, dtype=dtype)),
+            (torch.zeros(2, 32), torch.zeros(1, 32, dtype=dtype)),  # too small to be worth a call
+            (torch.zeros(2, 32, device="meta"), weight),
+        ]
+        assert not any(native_nf4.serves_dense(x, w) for x, w in refused)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_gives_one_answer_with_and_without_gradients(
+    weight_dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Served or not depends on shapes alone; a fresh adapter then changes no bit, and the gradient is the dense one."""
+    needs_native()
+    monkeypatch.setattr(native_nf4, "LEAST_DENSE", 64)
+    layer = Linear(32, 6, bias=bias).to(weight_dtype).requires_grad_(False)
+    x = gaussian(3, 32, dtype=weight_dtype)
+    with torch.no_grad():
+        y = layer(x)
+    assert torch.equal(layer(x.clone().requires_grad_()), y)
+    assert torch.equal(LoRALinear(layer, rank=2, alpha=3.0)(x), y)
+    assert within_bound(y, x, layer.weight, layer.bias)
+    asking = x.clone().requires_grad_()
+    layer(asking).sum().backward()
+    assert torch.allclose(asking.grad.double(), layer.weight.double().sum(0).expand(3, -1), rtol=2e-2)
 
 
 # ---- the buffer ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,10 +21,13 @@ from minisft.config import LoRAConfig
 from minisft.durable import disk_errors, staged_folder
 from minisft.errors import UserError, listing, visible
 from minisft.formats.adapter_config import CONFIG_FILE, adapter_config, needs_patterns, read_adapter_config
+from minisft.formats.adapter_tensors import (
+    PREFIX, Factors, check_names, check_shapes, factors_of, magnitude_name, read_factors, tensor_names,
+)  # fmt: skip
 from minisft.formats.fields import Fields, read_json_object, write_json
 from minisft.formats.safetensors_file import Header, read_header, read_tensors, write_safetensors
 from minisft.formats.source import base_fingerprint, origin_of, regular_file
-from minisft.lora import LoRAEmbedding
+from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from minisft.nf4_linear import NF4Linear
 from minisft.probe import failure
 from minisft.safe_json import JSON
@@ -33,15 +35,7 @@ from minisft.surgery import apply_lora_, lora_modules, match_targets, pattern_va
 
 WEIGHTS_FILE, FACTS_FILE = "adapter_model.safetensors", "minisft.json"
 TEMPLATE_FILE = "chat_template.jinja"
-PREFIX = "base_model.model."  # PEFT's wrapper and its own ``model``
 BASE_WEIGHT = ".base_layer.weight"  # PEFT stores an adapted embedding itself too, unless told not to
-_FLOATS = ("F32", "BF16", "F16", "F64")
-
-
-def tensor_names(path: str, is_embedding: bool) -> tuple[str, str]:
-    """The names of A and B of the module at ``path``; those of an embedding have no ``.weight``."""
-    first, last = ("lora_embedding_", "") if is_embedding else ("lora_", ".weight")
-    return f"{PREFIX}{path}.{first}A{last}", f"{PREFIX}{path}.{first}B{last}"
 
 
 def save_adapter(
@@ -65,7 +59,8 @@ def save_adapter(
     Raises:
         UserError: no adapters, a target that is in use, a disk that is full.
     """
-    num_bytes = sum(p.numel() * p.element_size() for m in lora_modules(model).values() for p in (m.lora_A, m.lora_B))
+    trained = [p for path, adapter in lora_modules(model).items() for p in _trained(path, adapter).values()]
+    num_bytes = sum(p.numel() * p.element_size() for p in trained)
     with disk_errors(Path(folder), num_bytes), staged_folder(folder) as staging:
         write_adapter(model, staging, base_name, fingerprint, facts, template)
 
@@ -90,8 +85,7 @@ def write_adapter(
     }
     tensors: dict[str, torch.Tensor] = {}
     for path, adapter in adapters.items():
-        name_A, name_B = tensor_names(path, isinstance(adapter, LoRAEmbedding))
-        tensors |= {name_A: adapter.lora_A, name_B: adapter.lora_B}
+        tensors |= _trained(path, adapter)
     write_json(folder / CONFIG_FILE, adapter_config(model, adapters, base_name or (origin.name if origin else None)))
     write_json(folder / FACTS_FILE, {**(facts or {}), "base": base})
     write_safetensors(tensors, folder / WEIGHTS_FILE)
@@ -99,12 +93,13 @@ def write_adapter(
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class _Factors:
-    """Where the two factors of one module are in the file, and the shapes they must have there."""
-
-    names: tuple[str, str]
-    shapes: tuple[tuple[int, int], tuple[int, int]]
+def _trained(path: str, adapter: LoRALinear | LoRAEmbedding) -> dict[str, nn.Parameter]:
+    """What the adapter at ``path`` has learned, by the names in the file."""
+    name_A, name_B = tensor_names(path, isinstance(adapter, LoRAEmbedding))
+    parameters = {name_A: adapter.lora_A, name_B: adapter.lora_B}
+    if isinstance(adapter, DoRALinear):
+        parameters[magnitude_name(path)] = adapter.lora_magnitude_vector
+    return parameters
 
 
 def load_adapter_(model: nn.Module, folder: str | Path, allow_other_base: bool = False) -> list[str]:
@@ -128,16 +123,16 @@ def load_adapter_(model: nn.Module, folder: str | Path, allow_other_base: bool =
     config = read_adapter_config(folder, model)
     header = read_header(regular_file(folder, WEIGHTS_FILE, "adapter/no-weights"), "adapter")
     targets = _resolve_safely(model, config, folder)
-    factors = {path: _factors(model.get_submodule(path), path, rank) for path, (rank, _) in targets.items()}
+    factors = {path: factors_of(model.get_submodule(path), path, rank, config.use_dora) for path, (rank, _) in targets.items()}
     _check_tensors(model, factors, header)
     trained_on = recorded_base(folder)
     if trained_on is not None and not allow_other_base:
         _check_base(model, trained_on, folder)
-    tensors = _read_factors(factors, header)
+    tensors = read_factors(factors, header)
     paths = apply_lora_(model, config)
     with torch.no_grad():
         for path, adapter in lora_modules(model).items():
-            for parameter, name in zip((adapter.lora_A, adapter.lora_B), factors[path].names, strict=True):
+            for name, parameter in _trained(path, adapter).items():
                 parameter.copy_(tensors[name])
     if trained_on is not None:
         _compare_quantization(trained_on.values.get("quantization"), quantization_of(model), folder)
@@ -174,85 +169,14 @@ def _resolve(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[int, float
     }
 
 
-def _factors(base: nn.Module, path: str, rank: int) -> _Factors:
-    if isinstance(base, nn.Embedding):
-        return _Factors(tensor_names(path, True), ((rank, base.num_embeddings), (base.embedding_dim, rank)))
-    assert isinstance(base, (nn.Linear, NF4Linear))
-    return _Factors(tensor_names(path, False), ((rank, base.in_features), (base.out_features, rank)))
-
-
-def _check_tensors(model: nn.Module, factors: Mapping[str, _Factors], header: Header) -> None:
-    """Every module has both factors, of the right shape, and there is no other tensor."""
-    where, found = visible(header.path), header.entries
-    expected = {name for factor in factors.values() for name in factor.names}
+def _check_tensors(model: nn.Module, factors: Mapping[str, Factors], header: Header) -> None:
+    """Every module has its tensors, of the right shapes, and there is no other tensor."""
     kept = {f"{PREFIX}{path}{BASE_WEIGHT}": path for path in factors}
-    if missing := sorted(expected - set(found)):
-        raise UserError(
-            "adapter/missing-tensor",
-            f"{len(missing)} of {len(expected)} tensors are missing",
-            where=where,
-            expected=listing(missing, 6),
-        )
-    if extra := sorted(set(found) - expected - set(kept)):
-        raise UserError(
-            "adapter/unexpected-tensor",
-            "tensors that belong to no target",
-            where=where,
-            found=listing(extra, 6),
-            fix="check that the base model is the right one",
-        )
+    check_names({name for factor in factors.values() for name in factor.names}, header, kept)
     for path, factor in factors.items():
-        _check_shapes(path, factor, header)
-    for name in set(found) & set(kept):
+        check_shapes(path, factor, header)
+    for name in set(header.entries) & set(kept):
         _check_base_weight(model.get_submodule(kept[name]), name, header)
-
-
-def _check_shapes(path: str, factor: _Factors, header: Header) -> None:
-    where = visible(header.path)
-    (rank, inputs), (outputs, _) = factor.shapes
-    shapes = [header.entries[name].shape for name in factor.names]
-    for name, shape, expected in zip(factor.names, shapes, factor.shapes, strict=True):
-        if header.entries[name].dtype not in _FLOATS:
-            raise UserError(
-                "adapter/dtype",
-                f"tensor {visible(name)} is not a float",
-                where=where,
-                found=header.entries[name].dtype,
-                expected=" or ".join(_FLOATS),
-            )
-        if len(shape) != 2:
-            raise UserError(
-                "adapter/shape",
-                f"tensor {visible(name)} is no matrix",
-                where=where,
-                found=str(list(shape)),
-                expected=str(list(expected)),
-            )
-    if (shapes[0][0], shapes[1][1]) != (rank, rank):
-        raise UserError(
-            "adapter/rank",
-            f"{visible(path)} has another rank than the config says",
-            where=where,
-            found=f"A {list(shapes[0])}, B {list(shapes[1])}",
-            expected=f"rank {rank}",
-        )
-    if (shapes[1][0], shapes[0][1]) != (outputs, inputs):
-        raise UserError(
-            "adapter/base-mismatch",
-            f"{visible(path)} was trained on a base of another shape",
-            where=where,
-            found=f"{shapes[1][0]} x {shapes[0][1]}",
-            expected=f"{outputs} x {inputs} as in this model",
-            fix="load the base model that adapter_config.json names",
-        )
-    if rank > min(outputs, inputs):
-        raise UserError(
-            "adapter/rank",
-            f"the rank of {visible(path)} exceeds its layer",
-            where=where,
-            found=str(rank),
-            expected=f"at most {min(outputs, inputs)}",
-        )
 
 
 def _check_base_weight(base: nn.Module, name: str, header: Header) -> None:
@@ -319,24 +243,3 @@ def _check_base(model: nn.Module, base: Fields, folder: Path) -> None:
         expected=f"{visible(name)} ({visible(trained_on)[:16]}, {visible(base.values.get('file_dtype'))})",
         fix=f"load {visible(name)}, or pass allow_other_base=True if the bases are as good as equal",
     )
-
-
-def _read_factors(factors: Mapping[str, _Factors], header: Header) -> dict[str, torch.Tensor]:
-    """All factors, finite; says so when some of them make no difference."""
-    names = [name for factor in factors.values() for name in factor.names]
-    tensors = {name: tensor.clone() for name, tensor in read_tensors(header, names, "adapter")}
-    for name, tensor in tensors.items():
-        bad = ~torch.isfinite(tensor)
-        if bad.any():
-            first = tuple(bad.nonzero()[0].tolist())
-            raise UserError(
-                "adapter/non-finite",
-                f"tensor {visible(name)} holds NaN or infinity",
-                where=visible(header.path),
-                found=f"{int(bad.sum())} of {bad.numel()}, the first at {first}",
-            )
-    idle = [path for path, factor in factors.items() if not all(tensors[name].any() for name in factor.names)]
-    if idle:
-        share = f"no effect in {len(idle)} of {len(factors)} modules, a factor is all zero"
-        warnings.warn(f"{visible(header.path)}: {share}: {listing(idle, 3)}", stacklevel=3)
-    return tensors

@@ -21,7 +21,7 @@ from minisft.config import ALL_LINEAR, LoRAConfig
 from minisft.errors import UserError, visible
 from minisft.formats.fields import Fields, read_json_object
 from minisft.formats.source import regular_file
-from minisft.lora import LoRAEmbedding, LoRALinear
+from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from minisft.safe_json import JSON
 from minisft.surgery import matches
 
@@ -39,6 +39,7 @@ _READ = {
     "lora_dropout",
     "target_modules",
     "use_rslora",
+    "use_dora",
     "rank_pattern",
     "alpha_pattern",
 }
@@ -71,14 +72,14 @@ _UNUSED: dict[str, JSON] = {
     "revision": None,
     "target_parameters": None,
     "trainable_token_indices": None,
-    "use_dora": False,
 }
 
 
-def read_adapter_config(folder: Path, model: nn.Module) -> LoRAConfig:
-    """Parse ``adapter_config.json`` for ``model``.
+def read_adapter_config(folder: Path, model: nn.Module | None = None) -> LoRAConfig:
+    """Parse ``adapter_config.json`` for ``model``, or without one if the base is not at hand.
 
     Names in its list of targets that match nothing in the model are dropped: the tensors decide what must be there.
+    The dropout of a DoRA is dropped, too: it matters in training alone, where this library offers none.
 
     Raises:
         UserError: ``adapter/no-config``, ``adapter/bad-config``, or ``adapter/unsupported`` naming the option.
@@ -93,11 +94,12 @@ def read_adapter_config(folder: Path, model: nn.Module) -> LoRAConfig:
         return LoRAConfig(
             rank=fields.integer("r", 8),
             alpha=fields.number("lora_alpha", 8.0),
-            dropout=fields.number("lora_dropout", 0.0),
+            dropout=0.0 if fields.flag("use_dora") else fields.number("lora_dropout", 0.0),
             use_rslora=fields.flag("use_rslora"),
             targets=_targets(fields, model),
             rank_pattern={key: fields.inner("rank_pattern").integer(key) for key in fields.inner("rank_pattern").values},
             alpha_pattern={key: fields.inner("alpha_pattern").number(key) for key in fields.inner("alpha_pattern").values},
+            use_dora=fields.flag("use_dora"),
         )
     except UserError as error:
         if error.code.startswith("adapter/"):
@@ -118,12 +120,14 @@ def _refuse_unsupported(fields: Fields, values: Mapping[str, JSON]) -> None:
         raise fields.error(name, "this option unused (null, false or empty)", "unsupported")
 
 
-def _targets(fields: Fields, model: nn.Module) -> str | tuple[str, ...]:
+def _targets(fields: Fields, model: nn.Module | None) -> str | tuple[str, ...]:
     value = fields.values.get("target_modules")
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
         raise fields.error("target_modules", "a list of module names, a regular expression or all-linear")
+    if model is None:
+        return tuple(str(name) for name in value)
     paths = [path for path, _ in model.named_modules()]
     present = tuple(name for name in value if any(matches(path, name) for path in paths))
     if not present:
@@ -135,23 +139,47 @@ def adapter_config(model: nn.Module, adapters: Adapters, base_name: str | None) 
     """The config of the adapters that ``model`` carries.
 
     Raises:
-        UserError: ``adapter/mixed`` when dropout or rsLoRA differ between modules, which PEFT cannot say.
+        UserError: ``adapter/mixed`` when dropout, rsLoRA or DoRA differ between modules, which PEFT cannot say.
     """
-    rank, rank_pattern = _exceptions({path: adapter.rank for path, adapter in adapters.items()})
-    alpha, alpha_pattern = _exceptions({path: _plain(adapter.alpha) for path, adapter in adapters.items()})
+    layers = adapters.values()
+    return config_of_modules(
+        {path: adapter.rank for path, adapter in adapters.items()},
+        {path: adapter.alpha for path, adapter in adapters.items()},
+        _target_names(model, adapters),
+        base_name,
+        dropout=_common("dropout", [adapter.dropout.p for adapter in layers]),
+        use_rslora=bool(_common("use_rslora", [adapter.use_rslora for adapter in layers])),
+        use_dora=bool(_common("use_dora", [isinstance(adapter, DoRALinear) for adapter in layers])),
+    )
+
+
+def config_of_modules(
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    targets: list[JSON] | str,
+    base_name: str | None,
+    *,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+) -> dict[str, JSON]:
+    """The config of modules with these ranks and alphas, by path; ``targets`` selects exactly them."""
+    rank, rank_pattern = _exceptions(ranks)
+    alpha, alpha_pattern = _exceptions({path: _plain(alpha) for path, alpha in alphas.items()})
     return {
         **_UNUSED,
         "alpha_pattern": {**alpha_pattern},
         "base_model_name_or_path": base_name,
         "lora_alpha": alpha,
-        "lora_dropout": _common("dropout", [adapter.dropout.p for adapter in adapters.values()]),
+        "lora_dropout": dropout,
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
         "r": rank,
         "rank_pattern": {**rank_pattern},
-        "target_modules": _target_names(model, adapters),
+        "target_modules": targets,
         "task_type": "CAUSAL_LM",
-        "use_rslora": bool(_common("use_rslora", [adapter.use_rslora for adapter in adapters.values()])),
+        "use_dora": use_dora,
+        "use_rslora": use_rslora,
     }
 
 

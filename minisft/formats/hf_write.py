@@ -20,17 +20,14 @@ from minisft.durable import disk_errors, require_space, staged_folder
 from minisft.errors import UserError, listing
 from minisft.formats.bnb import quantization_config, stored_tensors
 from minisft.formats.fields import write_json
-from minisft.formats.hf import INDEX, SINGLE
 from minisft.formats.hf_config import write_config
-from minisft.formats.safetensors_file import write_safetensors
+from minisft.formats.shard_writer import MAX_SHARD_BYTES, TensorSpec, write_shards
 from minisft.formats.stream import empty_model, expected_shapes
 from minisft.model import CausalLM
 from minisft.nf4_linear import NF4Linear
 from minisft.safe_json import JSON
 from minisft.surgery import lora_modules
 from minisft.tokenizer import Tokenizer
-
-MAX_SHARD_BYTES = 4 * 10**9
 
 
 class _Stored(NamedTuple):
@@ -172,26 +169,5 @@ def write_settings(folder: Path, tokenizer: Tokenizer, config: dict[str, JSON]) 
 
 
 def _write_weights(folder: Path, weights: Mapping[str, _Stored], max_shard_bytes: int) -> None:
-    shards = _plan({name: stored.num_bytes for name, stored in weights.items()}, max_shard_bytes)
-    files = (
-        [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    )
-    for file, names in zip(files, shards, strict=True):
-        write_safetensors({name: weights[name].tensor.detach().to(weights[name].dtype) for name in names}, folder / file)
-    if len(shards) > 1:
-        total: JSON = {"total_size": sum(stored.num_bytes for stored in weights.values())}
-        weight_map: JSON = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
-
-
-def _plan(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Tensors in the model's order, in as many groups of at most ``limit`` bytes as that takes."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+    specs = {name: TensorSpec(stored.dtype, tuple(stored.tensor.shape)) for name, stored in weights.items()}
+    write_shards(folder, specs, lambda name: [weights[name].tensor.detach().to(weights[name].dtype)], {}, max_shard_bytes)

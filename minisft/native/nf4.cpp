@@ -1,4 +1,4 @@
-// NF4 on the CPU: dequantize, quantize, and products of a few rows with 4-bit or bfloat16 weights.
+// NF4 on the CPU: dequantize, quantize, and products of a few rows with weights in 4 bits, bfloat16 or fp32.
 //
 // The format and its twin in PyTorch are in minisft/nf4.py: weight = levels[code] * absmax[block], the first element of a byte
 // in its high nibble. dequantize and quantize give the twin's bits, so nothing here may be reordered or fused behind our back:
@@ -186,7 +186,7 @@ void quantize_block(const float* x, int64_t length, float absmax, const float* m
 
 // ---- products of a few rows ----------------------------------------------------------------------------------------------
 
-// Both kinds of weight are read the same way: visit(k, weights k to k + LANES - 1) along one row.
+// All kinds of weight are read the same way: visit(k, weights k to k + LANES - 1) along one row.
 
 template <class Visit>
 inline void visit_row(const Weight& w, int64_t row, int64_t in, Visit visit) {
@@ -204,6 +204,11 @@ template <class Visit>
 inline void visit_row(const uint16_t* bf16, int64_t row, int64_t in, Visit visit) {
     for (int64_t k = 0; k < in; k += LANES)
         visit(k, (Floats)(__builtin_convertvector(load<Halves>(bf16 + row * in + k), Words) << 16));
+}
+
+template <class Visit>
+inline void visit_row(const float* fp32, int64_t row, int64_t in, Visit visit) {
+    for (int64_t k = 0; k < in; k += LANES) visit(k, load<Floats>(fp32 + row * in + k));
 }
 
 struct Product {
@@ -264,6 +269,7 @@ void nf4_quantize(const float* x, int64_t length, int64_t block_size, const floa
 }
 
 void nf4_matmul(const Product* p, const Weight* w, int64_t rows, int threads) { all_rows(*p, *w, rows, threads); }
+void fp32_matmul(const Product* p, const float* w, int64_t rows, int threads) { all_rows(*p, w, rows, threads); }
 void bf16_matmul(const Product* p, const uint16_t* w, int64_t rows, int threads) { all_rows(*p, w, rows, threads); }
 
 }

@@ -1,0 +1,388 @@
+"""Folding adapters into the weights: the same function, one product a layer instead of three.
+
+W' = W + D with D = scaling * B A, summed in fp32 or wider and rounded once. That is exact up to the rounding of the storage
+dtype, and this room measures what the rounding did: how much of D is still there. Every layer is computed and checked before
+anything is changed, the originals are kept, so unmerging is putting them back, never a subtraction. What it refuses: merging
+twice, and calling two different functions by one name: for a base in 4 bits ``onto`` says which weight D is added to.
+
+The idea to take home: judge a merge by its effect W' - W against D, not by how close W' is to W + D. An adapter that vanished
+in rounding is close, too.
+
+Ref: Hu et al. 2021, arXiv:2106.09685, section 4.1 ("no additional inference latency").
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from minisft import native_nf4
+from minisft.config import ModelConfig
+from minisft.errors import UserError, listing, visible
+from minisft.formats.stream import EMBEDDING, HEAD, empty_model, fill_
+from minisft.lora import LoRAEmbedding, LoRALinear
+from minisft.matmul import Linear
+from minisft.model import CausalLM
+from minisft.nf4 import SLAB, QuantizedWeight
+from minisft.nf4_linear import NF4Linear
+from minisft.surgery import lora_modules, quantization_of, replace_module
+
+Adapter = LoRALinear | LoRAEmbedding
+Onto = Literal["dequantized", "original", "requantized"]
+
+
+# ---- one layer -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a merge did to one layer, with E = W' - W as stored and D as trained.
+
+    Attributes:
+        path: the layer.
+        delta_ratio: |D| / |W|, Frobenius norms.
+        swallowed: share of the entries of D that are not zero but changed nothing.
+        effect_error: |E - D| / |D|; 0 when D is 0.
+        survival: <E, D> / |D|^2, the share of D that is still there; 1 when D is 0.
+        base_shift: |W - W_trained| / |D| when W is not the weight that D was trained on (``onto="original"``), else 0.
+    """
+
+    path: str
+    delta_ratio: float
+    swallowed: float
+    effect_error: float
+    survival: float
+    base_shift: float = 0.0
+
+
+class Effect:
+    """The sums behind a ``LayerReport``, so that a layer can be measured in pieces. All in fp64, a slab at a time."""
+
+    def __init__(self) -> None:
+        self.base = self.delta = self.error = self.dot = self.shift = 0.0
+        self.changed = self.asked = 0
+
+    def add(self, base: Tensor, delta: Tensor, stored: Tensor, trained: Tensor | None = None) -> None:
+        """Take in a piece of a layer.
+
+        Args:
+            base: W, as it is stored.
+            delta: D, as it was trained; what is left of it in a sum W + D may be nothing, even in fp32.
+            stored: W' as it will be read back.
+            trained: the weight that D was trained on, if that is not W.
+        """
+        for w, d, after in _slabs(base, delta, stored):
+            effect = after - w
+            self.base += _square(w)
+            self.delta += _square(d)
+            self.error += _square(effect - d)
+            self.dot += float(effect.dot(d))
+            asked = d != 0
+            self.asked += int(asked.sum())
+            self.changed += int((asked & (effect != 0)).sum())
+        if trained is not None:
+            self.shift += sum(_square(w - before) for w, before in _slabs(base, trained))
+
+    def report(self, path: str) -> LayerReport:
+        """The finished measure; a layer whose adapter is zero has nothing to lose."""
+        if self.delta == 0:
+            return LayerReport(path, 0.0, 0.0, 0.0, 1.0)
+        return LayerReport(
+            path,
+            delta_ratio=(self.delta / self.base) ** 0.5 if self.base else float("inf"),
+            swallowed=1 - self.changed / self.asked,
+            effect_error=(self.error / self.delta) ** 0.5,
+            survival=self.dot / self.delta,
+            base_shift=(self.shift / self.delta) ** 0.5,
+        )
+
+
+def _slabs(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Tensors of one shape, flat and in fp64, a few megabytes at a time."""
+    for slab in zip(*(t.reshape(-1).split(SLAB) for t in tensors), strict=True):
+        yield [piece.double() for piece in slab]
+
+
+def _square(x: Tensor) -> float:
+    return float(x.dot(x))
+
+
+def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
+    """W + D in fp32 or wider, not yet rounded.
+
+    Args:
+        weight: W, any float dtype.
+        delta: D, of the same shape, fp32 or wider.
+
+    Returns:
+        a new tensor; where D is zero W is kept bit for bit (-0.0 + 0.0 would be +0.0).
+    """
+    wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), delta.dtype)
+    base = weight.to(wide)
+    return torch.where(delta == 0, base, base + delta.to(wide))
+
+
+def base_weight(adapter: Adapter) -> Tensor:
+    """The weight that the adapter was trained on, dense; of a base in 4 bits, what its codes stand for, in fp32."""
+    if isinstance(adapter.base, NF4Linear):
+        return adapter.base.dequantized_weight(torch.float32)
+    return adapter.base.weight.detach()
+
+
+def _require_finite(weight: Tensor, path: str) -> None:
+    if not torch.isfinite(weight).all():
+        raise UserError(
+            "numeric/merge-not-finite",
+            "a merged weight is not finite",
+            where=visible(path),
+            found=str(weight.dtype),
+            fix="if the adapter itself is finite, a wider --dtype can hold the sum",
+        )
+
+
+@torch.no_grad()
+def merge_layer(
+    path: str, adapter: Adapter, onto: Onto, dtype: torch.dtype, original: Tensor | None = None
+) -> tuple[Tensor | QuantizedWeight, LayerReport]:
+    """W' of one layer, and what became of its adapter.
+
+    Args:
+        onto: which W; with ``requantized`` W' goes back to 4 bits, as its base was.
+        dtype: of a dense W'.
+        original: the weight before it was quantized; needed for ``onto="original"`` over a base in 4 bits.
+
+    Raises:
+        UserError: W' is not finite, or ``requantized`` over a base that is dense.
+    """
+    trained = base_weight(adapter)
+    base = trained if original is None else original
+    delta, effect = adapter.delta_weight(), Effect()
+    exact = merged_weight(base, delta)
+    if onto == "requantized":
+        _require_finite(exact, path)
+        q = _requantized(path, adapter, exact, keep=not bool(delta.any()))
+        effect.add(base, delta, native_nf4.dequantize(q, torch.float32))
+        return q, effect.report(path)
+    stored = exact.to(dtype)
+    _require_finite(stored, path)
+    effect.add(base, delta, stored, None if original is None else trained)
+    return stored, effect.report(path)
+
+
+def _requantized(path: str, adapter: Adapter, weight: Tensor, keep: bool) -> QuantizedWeight:
+    """``weight`` in 4 bits as the base is; with ``keep`` the base's own codes, as scales in 8 bits would not survive twice."""
+    if not isinstance(adapter.base, NF4Linear):
+        raise UserError(
+            "adapter/base-not-quantized",
+            "there is no 4-bit base to quantize the merge like",
+            where=visible(path),
+            fix="merge onto the base as it is, and quantize the merged model",
+        )
+    q, facts = adapter.base.quantized, quantization_of(adapter.base)
+    if keep:
+        return copy.deepcopy(q)
+    assert facts is not None
+    levels = facts["levels"] if isinstance(facts["levels"], str) else q.levels
+    again = native_nf4.quantize(weight, q.block_size, q.absmax2 is not None, levels, name=path)
+    return dataclasses.replace(again, dtype=q.dtype)
+
+
+# ---- a model ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did: onto which weights, and layer by layer how much of each adapter is still there."""
+
+    onto: Onto
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def swallowed(self) -> float:
+        """The largest share of an update's entries that rounding swallowed in a layer."""
+        return max(layer.swallowed for layer in self.layers)
+
+    @property
+    def survival(self) -> float:
+        """The smallest share of an adapter that is still there in a layer."""
+        return min(layer.survival for layer in self.layers)
+
+
+def merge(
+    model: CausalLM,
+    onto: Onto = "dequantized",
+    dtype: torch.dtype | None = None,
+    original: Callable[[str], Tensor] | None = None,
+) -> tuple[CausalLM, MergeReport]:
+    """A new model with the adapters folded in; ``model`` stays as it is and shares no memory with the new one.
+
+    Args:
+        model: with adapters, over a dense base or one in 4 bits.
+        onto: ``dequantized`` adds D to the weight that it was trained on, and every layer becomes dense: the same function.
+            ``original`` adds it to the weights before they were quantized: another function, which may be better or worse.
+            ``requantized`` goes back to 4 bits, where small updates vanish: see ``LayerReport.survival``.
+        dtype: of all dense weights; the model's own by default.
+        original: for ``onto="original"``: name of a weight in 4 bits (``model.layers.0.mlp.up_proj.weight``) -> the tensor
+            that was quantized.
+
+    Returns:
+        the merged model, frozen and in evaluation mode, and the report. If the head is tied to the embedding and one of them
+        is adapted, the merged model is untied.
+
+    Raises:
+        UserError: no adapters, merged already, a sum that is not finite, or an ``onto`` that this base cannot have.
+
+    Cost: the new model, and one layer three times in fp32.
+    """
+    if (onto == "original") != (original is not None):
+        raise ValueError('onto="original" and the original weights come together')
+    adapters, dtype = _adapters_to_merge(model), dtype or model.dtype
+    merged: dict[str, Tensor | QuantizedWeight] = {}
+    reports = []
+    for path, adapter in adapters.items():
+        before = original(path + ".weight") if original is not None and isinstance(adapter.base, NF4Linear) else None
+        merged[path], report = merge_layer(path, adapter, onto, dtype, before)
+        reports.append(report)
+    tied = model.config.tie_word_embeddings and not splits_tie(adapters)
+    dense = empty_model(dataclasses.replace(model.config, tie_word_embeddings=tied))
+    weights = _weights(model, merged, onto, dtype, original)
+    fill_(dense, ((n, w) for n, w in weights if not (tied and n == HEAD)), dtype, model.model.norm.weight.device)
+    return dense.requires_grad_(False).eval(), MergeReport(onto, tuple(reports))
+
+
+def _adapters_to_merge(model: nn.Module) -> dict[str, Adapter]:
+    if (kept := _kept(model)) is not None:
+        raise UserError(
+            "adapter/already-merged", "the adapters are merged already", found=listing(kept.adapters, 3), fix="unmerge_ first"
+        )
+    adapters = lora_modules(model)
+    if not adapters:
+        raise UserError("adapter/none", "the model has no adapters to merge", fix="load one with load_adapter_ first")
+    return adapters
+
+
+def splits_tie(adapters: dict[str, Adapter]) -> bool:
+    """Whether one of the two sides of a tied head is adapted, so that the merged model must store both."""
+    return not {EMBEDDING, HEAD}.isdisjoint(path + ".weight" for path in adapters)
+
+
+def _weights(
+    model: CausalLM,
+    merged: dict[str, Tensor | QuantizedWeight],
+    onto: Onto,
+    dtype: torch.dtype,
+    original: Callable[[str], Tensor] | None,
+) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    """Every weight of the merged model by its name, each a tensor of its own."""
+    inside = tuple(path + "." for path in merged)
+    for path, module in model.named_modules():
+        if path.startswith(inside):
+            continue
+        name, bias = path + ".weight", getattr(getattr(module, "base", module), "bias", None)
+        if path in merged:
+            yield name, merged[path]
+        elif isinstance(module, NF4Linear):  # without an adapter; it goes the way of its neighbours
+            if onto == "requantized":
+                yield name, copy.deepcopy(module.quantized)
+            else:
+                dense = module.dequantized_weight(torch.float32) if original is None else original(name)
+                yield name, _rounded(name, dense, dtype)
+        elif isinstance(weight := getattr(module, "weight", None), Tensor):
+            yield name, _rounded(name, weight, dtype)
+        if isinstance(bias, Tensor):
+            yield path + ".bias", _rounded(path + ".bias", bias, dtype)
+
+
+def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in ``dtype``, which may be too narrow for a large number."""
+    stored = tensor.detach().to(dtype, copy=True)
+    _require_finite(stored, name)
+    return stored
+
+
+# ---- in place, and back ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What ``unmerge_`` puts back."""
+
+    adapters: dict[str, Adapter]
+    config: ModelConfig | None
+
+
+def _kept(model: nn.Module) -> _Kept | None:
+    return getattr(model, "_kept_by_merge", None)
+
+
+def merge_(model: nn.Module, dtype: torch.dtype | None = None) -> MergeReport:
+    """Put a dense layer with W' = W + D in the place of every adapted one; the adapters and their bases are kept.
+
+    Args:
+        model: any tree with adapters, changed in place once every layer has been computed and found finite.
+        dtype: of the merged weights; by default each base's own. For a base in 4 bits it is the model's, or in a tree that
+            is no ``CausalLM`` what the 4 bits were made from.
+
+    Returns:
+        the report, ``onto="dequantized"``: what was trained is what is merged.
+
+    Raises:
+        UserError: no adapters, merged already, or a sum that is not finite; the model is then unchanged.
+
+    Cost: the merged weights beside the originals. A model that moves to another device while merged unmerges to the old one.
+    """
+    adapters = _adapters_to_merge(model)
+    layers: dict[str, nn.Module] = {}
+    reports = []
+    for path, adapter in adapters.items():
+        weight, report = merge_layer(path, adapter, "dequantized", dtype or _own_dtype(model, adapter))
+        assert isinstance(weight, Tensor)
+        layers[path] = _dense_layer(adapter, weight).train(adapter.training)
+        reports.append(report)
+    for path, layer in layers.items():
+        replace_module(model, path, layer)
+    config = None
+    if isinstance(model, CausalLM) and model.config.tie_word_embeddings and splits_tie(adapters):
+        config, model.config = model.config, dataclasses.replace(model.config, tie_word_embeddings=False)
+    # A frozen value, not a module: it stays out of parameters, buffers and the state dict.
+    model._kept_by_merge = _Kept(adapters, config)  # type: ignore[assignment]
+    return MergeReport("dequantized", tuple(reports))
+
+
+def _own_dtype(model: nn.Module, adapter: Adapter) -> torch.dtype:
+    if not isinstance(adapter.base, NF4Linear):
+        return adapter.base.weight.dtype
+    return model.dtype if isinstance(model, CausalLM) else adapter.base.weight_dtype
+
+
+def _dense_layer(adapter: Adapter, weight: Tensor) -> nn.Module:
+    if isinstance(adapter, LoRAEmbedding):
+        return nn.Embedding.from_pretrained(weight, freeze=True, padding_idx=adapter.base.padding_idx)
+    layer = Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.register_parameter("bias", adapter.base.bias)
+    return layer
+
+
+def unmerge_(model: nn.Module) -> None:
+    """Put the adapters and their bases back where ``merge_`` took them from: bit for bit, since they were never touched.
+
+    Raises:
+        UserError: nothing is merged.
+    """
+    kept = _kept(model)
+    if kept is None:
+        raise UserError("adapter/not-merged", "there is nothing to unmerge", fix="merge_ first")
+    for path, adapter in kept.adapters.items():
+        adapter.train(model.get_submodule(path).training)
+        replace_module(model, path, adapter)
+    if kept.config is not None:
+        assert isinstance(model, CausalLM)
+        model.config = kept.config
+    del model._kept_by_merge

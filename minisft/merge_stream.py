@@ -1,0 +1,206 @@
+"""Merging from files to files: a model of any size, in the memory of a few rows.
+
+For each weight: a few rows of W are read, the same rows of D = scaling * B A are computed in fp32, the sum is rounded once
+and written. W is the weight that the adapter was trained on; if that was held in 4 bits, the rows are quantized and
+dequantized on the way, exactly as training did. The numbers are those of ``merge.merge`` on the loaded model. What this room
+refuses: a base that is not the adapter's, merging the same adapter twice, and a merge back to 4 bits that lost the adapter.
+
+The idea to take home: a merge needs no model. Every row of W' depends on that row of W, that row of B, and A.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minisft.adapted_files import MARK, AdaptedFiles, check_onto, delta_rows, load_unmerged, open_adapted, row_ranges
+from minisft.durable import FileRecord, disk_errors, require_space, staged_folder
+from minisft.errors import UserError, visible
+from minisft.formats import load_tokenizer, save_quantized
+from minisft.formats.adapter import TEMPLATE_FILE
+from minisft.formats.hf_config import write_config
+from minisft.formats.hf_write import write_settings
+from minisft.formats.pieces import Pieces, StoredModel, read_flat, read_rows
+from minisft.formats.shard_writer import MAX_SHARD_BYTES, TensorSpec, write_shards
+from minisft.formats.source import regular_file
+from minisft.formats.stream import HEAD, empty_model, expected_shapes
+from minisft.merge import Adapter, Effect, LayerReport, MergeReport, Onto, merge, merged_weight, splits_tie
+
+# Less than half of D along D: the merged model is nearer to its base than to what was trained.
+SURVIVAL_FLOOR = 0.5
+SWALLOWED_LIMIT = 0.05  # share of an update's entries; beyond it a wider dtype is worth its bytes
+
+
+def merged_rows(
+    path: str, adapter: Adapter, base: Pieces, dtype: torch.dtype, effect: Effect, trained: Pieces | None = None
+) -> Iterator[Tensor]:
+    """W' of one layer in flat pieces, measured by ``effect`` on the way.
+
+    Args:
+        base: W.
+        trained: the weight that the adapter was trained on, if that is not W.
+    """
+    for begin, end in row_ranges(base.shape):
+        weight, delta = read_rows(base, begin, end), delta_rows(adapter, begin, end)
+        stored = _rounded(path, merged_weight(weight, delta), dtype)
+        effect.add(weight, delta, stored, None if trained is None else read_rows(trained, begin, end))
+        yield stored.reshape(-1)
+
+
+def _rounded(name: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = numbers.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise UserError(
+            "numeric/merge-not-finite",
+            "a merged weight is not finite",
+            where=visible(name),
+            found=f"numbers up to {float(numbers.abs().max()):.4g} as {str(dtype).removeprefix('torch.')}",
+            fix="if the weight and the adapter are finite, --dtype bf16 or fp32 can hold the sum",
+        )
+    return stored
+
+
+# ---- the whole model -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What ``merge_folder`` has written, for its certificate.
+
+    Args:
+        report: layer by layer.
+        records: size and sha256 of the weight files, as computed, not as read back; none for ``requantized``.
+    """
+
+    files: AdaptedFiles
+    out: Path
+    report: MergeReport
+    dtype: torch.dtype
+    records: Mapping[str, FileRecord]
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def merge_folder(
+    adapter: str | Path,
+    out: str | Path,
+    model: str | None = None,
+    onto: Onto = "dequantized",
+    dtype: torch.dtype | None = None,
+    scale: float = 1.0,
+    force: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Merged:
+    """Write the merged model as a folder that transformers and this library load; it appears whole or not at all.
+
+    Args:
+        out: new, or empty.
+        model: the base; by default the one that the adapter's files name.
+        onto: see ``merge.merge``. For an adapter that was trained on dense weights there is only ``dequantized``: the base.
+        dtype: of the written weights; by default what most dense weights of the base are stored in, bf16 for GGUF's own.
+        scale: a further factor on every update.
+        force: write what ``SURVIVAL_FLOOR`` refuses.
+
+    Raises:
+        UserError: what ``open_adapted`` refuses; an ``onto`` that this base cannot have; a sum that is not finite; an
+            adapter that a merge back to 4 bits would lose; a target that is in use, a disk that is full.
+
+    Cost: 64 MiB beside the adapter; ``requantized`` takes the model in 4 bits twice.
+    """
+    files, out = open_adapted(adapter, model, scale), Path(out)
+    check_onto(files, onto)
+    dtype = dtype or _default_dtype(files.stored)
+    specs = _specs(files, dtype)
+    num_bytes = 0 if onto == "requantized" else sum(spec.num_bytes for spec in specs.values())
+    records: dict[str, FileRecord] = {}
+    with disk_errors(out, num_bytes), staged_folder(out) as staging:
+        if onto == "requantized":
+            report = _write_requantized(files, staging, dtype, force)
+        else:
+            require_space(staging, num_bytes)
+            report, records = _write_dense(files, staging, onto, specs, max_shard_bytes)
+        _keep_template(files.folder, staging)
+    merged = Merged(files, out, report, dtype, records)
+    if report.swallowed > SWALLOWED_LIMIT and dtype != torch.float32 and onto != "requantized":
+        worst = max(report.layers, key=lambda layer: layer.swallowed)
+        what = f"rounding to {merged.dtype_name} swallowed {worst.swallowed:.1%} of the update's entries in"
+        warnings.warn(f"{what} {visible(worst.path)}; --dtype fp32 keeps them", stacklevel=2)
+    return merged
+
+
+def _default_dtype(stored: StoredModel) -> torch.dtype:
+    return torch.float32 if stored.dense_dtype == torch.float64 else stored.dense_dtype
+
+
+def _specs(files: AdaptedFiles, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """Every weight of the merged model. If one side of a tied head is adapted, both are written."""
+    config = files.stored.config
+    tied = config.tie_word_embeddings and not splits_tie(files.adapters)
+    shapes = expected_shapes(empty_model(dataclasses.replace(config, tie_word_embeddings=tied)))
+    return {name: TensorSpec(dtype, shape) for name, shape in shapes.items()}
+
+
+def _write_dense(
+    files: AdaptedFiles, folder: Path, onto: Onto, specs: Mapping[str, TensorSpec], max_shard_bytes: int
+) -> tuple[MergeReport, dict[str, FileRecord]]:
+    dtype = next(iter(specs.values())).dtype
+    config = dataclasses.replace(files.stored.config, tie_word_embeddings=HEAD not in specs)
+    tokenizer = load_tokenizer(files.stored.source.path)
+    tokenizer.check_embedding(config.vocab_size)
+    write_settings(folder, tokenizer, write_config(config, dtype, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id))
+    del tokenizer
+    reports: dict[str, LayerReport] = {}
+    records = write_shards(folder, specs, _merged_pieces(files, onto, dtype, reports), {MARK: files.digest}, max_shard_bytes)
+    return MergeReport(onto, tuple(reports[path] for path in files.adapters)), records
+
+
+def _merged_pieces(
+    files: AdaptedFiles, onto: Onto, dtype: torch.dtype, reports: dict[str, LayerReport]
+) -> Callable[[str], Iterator[Tensor]]:
+    """What ``write_shards`` asks for each name; a layer's report is entered when its last piece is out."""
+
+    def pieces(name: str) -> Iterator[Tensor]:
+        path = name.removesuffix(".weight")
+        base = files.stored_weight(name) if onto == "original" else files.trained_on(name)
+        if path not in files.adapters:
+            yield from (_rounded(name, piece, dtype) for piece in read_flat(base))
+            return
+        effect = Effect()
+        trained = files.trained_on(name) if onto == "original" and name in files.in_4_bits else None
+        yield from merged_rows(path, files.adapters[path], base, dtype, effect, trained)
+        reports[path] = effect.report(path)
+
+    return pieces
+
+
+def _write_requantized(files: AdaptedFiles, folder: Path, dtype: torch.dtype, force: bool) -> MergeReport:
+    """The one target that is merged in memory: codes of a block depend on the whole weight's scales."""
+    model, tokenizer = load_unmerged(files, dtype)
+    merged, report = merge(model, "requantized")
+    worst = min(report.layers, key=lambda layer: layer.survival)
+    if worst.survival < SURVIVAL_FLOOR and not force:
+        raise UserError(
+            "numeric/adapter-lost",
+            "merged back to 4 bits, too little of the adapter is left",
+            where=visible(worst.path),
+            found=f"{worst.survival:.1%} of the update",
+            expected=f"at least {SURVIVAL_FLOOR:.0%} in every layer",
+            fix="leave --onto away, which keeps all of it in 16 bits, or --force",
+        )
+    save_quantized(merged, tokenizer, folder)
+    return report
+
+
+def _keep_template(adapter: Path, folder: Path) -> None:
+    """A merged model is used with the template that its adapter was trained with, as the adapter was."""
+    if (adapter / TEMPLATE_FILE).is_file():
+        template = regular_file(adapter, TEMPLATE_FILE, "adapter/bad-file").read_bytes()
+        (folder / TEMPLATE_FILE).write_bytes(template)

@@ -1,0 +1,198 @@
+"""Is this folder that base with that adapter merged in? Asked of any folder, whoever wrote it.
+
+Tensor by tensor, a few rows at a time, the folder's W' is held against W + D. Two questions to each adapted layer: could one
+merge's rounding explain every entry, and is the adapter's effect there at its full size? The first finds a wrong base and
+changed weights, the second an adapter too small to show against the rounding. Of every other tensor only the first is asked.
+
+The idea to take home: an unmerged copy is within rounding of a merge with a small adapter. Only the effect tells them apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minisft.adapted_files import AdaptedFiles, check_onto, delta_rows, open_adapted, row_ranges
+from minisft.errors import UserError, listing, visible
+from minisft.formats.pieces import Packed, Pieces, StoredModel, open_model, read_rows
+from minisft.formats.source import resolve
+from minisft.formats.stream import EMBEDDING, HEAD, empty_model, expected_shapes
+from minisft.lora import LoRAEmbedding
+from minisft.merge import Adapter, Effect, LayerReport, Onto, merged_weight, splits_tie
+from minisft.merge_stream import SURVIVAL_FLOOR
+
+# From one rounding of W (a base loaded in the merged dtype) to three (D and the sum as well, as PEFT does it), in units u.
+SLACK = 1.05
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One tensor of the folder.
+
+    Attributes:
+        name: of the tensor.
+        report: the effect of an adapted layer, measured against D; None for other tensors.
+        outside: share of entries that rounding does not explain; None where numbers share scales (4 bits).
+    """
+
+    name: str
+    report: LayerReport | None
+    outside: float | None
+
+    @property
+    def fault(self) -> str:
+        """What is wrong, in words; empty if nothing is."""
+        if self.report is not None and not SURVIVAL_FLOOR <= self.report.survival <= 2 - SURVIVAL_FLOOR:
+            return f"holds {self.report.survival:.3g} times the adapter's update"
+        if self.outside:
+            return f"{self.outside:.1%} of the entries differ by more than rounding"
+        if self.outside is None and self.report is not None and self.report.effect_error > SURVIVAL_FLOOR:
+            return f"the update is off by {self.report.effect_error:.0%} of its size"
+        return ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` has found: every tensor in the model's order."""
+
+    merged: str
+    files: AdaptedFiles
+    layers: tuple[LayerCheck, ...]
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        adapted = self.adapted
+        survival = [report.survival for report in adapted]
+        return (
+            f"{visible(self.merged)}: {len(self.layers)} tensors compared, {len(adapted)} of them adapted; survival "
+            f"{min(survival):.4f} to {max(survival):.4f}, effect error at most {max(r.effect_error for r in adapted):.3g}"
+        )
+
+    @property
+    def faults(self) -> tuple[LayerCheck, ...]:
+        return tuple(layer for layer in self.layers if layer.fault)
+
+    @property
+    def adapted(self) -> tuple[LayerReport, ...]:
+        return tuple(layer.report for layer in self.layers if layer.report is not None)
+
+    def require(self) -> None:
+        """Raises:
+        UserError: ``numeric/not-this-merge``, naming the tensors that are not as they should be.
+        """
+        if not self.faults:
+            return
+        first, more = self.faults[0], [layer.name for layer in self.faults[1:]]
+        raise UserError(
+            "numeric/not-this-merge",
+            f"the folder is not this merge: {len(self.faults)} of {len(self.layers)} tensors are wrong",
+            where=f"{visible(self.merged)}: {visible(first.name)}",
+            found=first.fault + (f"; also wrong: {listing(more, 6)}" if more else ""),
+            expected="base + adapter, up to rounding",
+            fix="check --model, --adapter, --scale and --onto, or merge again",
+        )
+
+
+def verify(
+    merged: str | Path, adapter: str | Path, model: str | None = None, onto: Onto = "dequantized", scale: float = 1.0
+) -> Verification:
+    """Compare a merged folder with its base and adapter.
+
+    Args:
+        merged: the folder (or GGUF file) to check.
+        adapter, model, onto, scale: as for ``merge_stream.merge_folder``.
+
+    Raises:
+        UserError: files that cannot be read or do not belong together; another shape of model.
+
+    Cost: 64 MiB beside the adapter.
+    """
+    files, result = open_adapted(adapter, model, scale), open_model(resolve(merged))
+    check_onto(files, onto)
+    _check_config(files.stored, result)
+    checks = tuple(_check(name, files, result, onto) for name in _names(files, result))
+    return Verification(str(merged), files, checks)
+
+
+def _check_config(base: StoredModel, merged: StoredModel) -> None:
+    """The same model but for the tie of the head, which a merge may cut."""
+    same = dataclasses.replace(merged.config, tie_word_embeddings=base.config.tie_word_embeddings)
+    differing = [
+        field.name for field in dataclasses.fields(same) if getattr(same, field.name) != getattr(base.config, field.name)
+    ]
+    if differing:
+        name = differing[0]
+        raise UserError(
+            "model/other-shape",
+            "the merged model has another configuration than its base",
+            where=f"{visible(merged.source.name)}: {name}",
+            found=visible(getattr(same, name)),
+            expected=visible(getattr(base.config, name)),
+            fix="check --model",
+        )
+
+
+def _names(files: AdaptedFiles, merged: StoredModel) -> list[str]:
+    """All tensors, in the model's order; both sides of a head that is tied no longer, or should not be."""
+    tied = HEAD not in {*files.stored.open, *merged.open} and not splits_tie(files.adapters)
+    config = dataclasses.replace(files.stored.config, tie_word_embeddings=tied)
+    return list(expected_shapes(empty_model(config)))
+
+
+def _check(name: str, files: AdaptedFiles, merged: StoredModel, onto: Onto) -> LayerCheck:
+    path = name.removesuffix(".weight")
+    adapter = files.adapters.get(path)
+    base = files.stored_weight(name) if onto == "original" else files.trained_on(name)
+    found = merged.open[name if name in merged.open else EMBEDDING]()
+    effect, outside = Effect(), 0
+    for weight, delta, spread, stored in _compared_rows(adapter, base, found):
+        if adapter is not None:
+            effect.add(weight, delta, stored)
+        if found.dtype is not None:
+            outside += _num_outside(weight, delta, spread, stored, found.dtype)
+        elif adapter is None and isinstance(found, Packed):  # nothing was rounded here
+            outside += int((stored != weight).sum())
+    known = found.dtype is not None or (adapter is None and isinstance(found, Packed))
+    share = outside / math.prod(found.shape) if known else None
+    return LayerCheck(name, effect.report(path) if adapter is not None else None, share)
+
+
+def _compared_rows(
+    adapter: Adapter | None, base: Pieces, found: Pieces
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor]]:
+    """W, D, what D's own sums may be off by, and W', a few rows at a time. A vector is one row."""
+    if len(base.shape) == 1:
+        whole = base.read(0, base.shape[0])
+        yield whole, torch.zeros(whole.shape), None, found.read(0, base.shape[0])
+        return
+    for begin, end in row_ranges(base.shape):
+        weight, stored = read_rows(base, begin, end), read_rows(found, begin, end)
+        if adapter is None:
+            yield weight, torch.zeros(weight.shape), None, stored
+        else:
+            yield weight, delta_rows(adapter, begin, end), _spread(adapter, begin, end), stored
+
+
+def _spread(adapter: Adapter, begin: int, end: int) -> Tensor:
+    """(rank + 2) 2^-23 |scaling| |B| |A|: by how much two fp32 computations of these rows of D may differ."""
+    A, B = adapter.lora_A.detach().abs(), adapter.lora_B.detach().abs()
+    product = (B @ A[:, begin:end]).T if isinstance(adapter, LoRAEmbedding) else B[begin:end] @ A
+    return product * (abs(adapter.scaling) * (adapter.rank + 2) * torch.finfo(torch.float32).eps)
+
+
+def _num_outside(weight: Tensor, delta: Tensor, spread: Tensor | None, stored: Tensor, dtype: torch.dtype) -> int:
+    """Entries with |W' - (W + D)| > u (|W| + |D| + |W + D|) + spread, u the unit roundoff of ``dtype``."""
+    facts = torch.finfo(dtype)
+    exact = merged_weight(weight, delta).double()
+    bound = (weight.double().abs() + delta.double().abs() + exact.abs()) * (facts.eps / 2 * SLACK)
+    bound += 3 * facts.tiny * facts.eps  # below the smallest normal number, roundings are absolute
+    if spread is not None:
+        bound += spread
+    return int(((stored.double() - exact).abs() > bound).sum())
