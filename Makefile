@@ -12,7 +12,7 @@ help:
 	@echo "make test-thorough  everything: the laws with 2000 examples each, every kernel for every GPU"
 	@echo "make mutants        plant known bugs one at a time and see that a named test fails for each"
 	@echo "make lint           ruff and mypy"
-	@echo "make bench          measure the training step and generation against transformers + PEFT"
+	@echo "make bench          measure training, generation and 4-bit work against transformers, PEFT and bitsandbytes"
 
 # torch first and alone: pip then has nothing to decide about its many builds.
 .venv/core: pyproject.toml constraints.txt
@@ -54,7 +54,9 @@ format: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python benchmarks/bench_train.py
+	$(BIN)/python benchmarks/bench_train.py --quant nf4
 	$(BIN)/python benchmarks/bench_generate.py
+	$(BIN)/python benchmarks/bench_nf4.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -16,10 +16,14 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from harness import Worker, out_folder, provenance, save, serve
 from nf4_cases import line, rows, torchao_nf4
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLORS = {"default malloc": "#8a8a8a", "tuned malloc": "#0072b2", "eager": "#8a8a8a", "CUDA graph": "#0072b2"}
 
@@ -83,8 +87,6 @@ def plot(cells: list[dict], title: str, path: Path) -> None:
     figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, metadata={"Date": None})
-    if path.suffix == ".svg":
-        print(f"plot: {path}")
 
 
 def _panel(cell: dict) -> str:
@@ -94,21 +96,23 @@ def _panel(cell: dict) -> str:
 def _row_name(cell: dict) -> str:
     """The case, and what else tells two rows of one panel apart."""
     ours = cell["ours"].removeprefix("minisft").removeprefix(", ")
-    peer = "" if cell["peer"].startswith("dense") else cell["peer"].removeprefix("peft + ").replace("bitsandbytes", "")
+    peer = cell["peer"].removeprefix("peft + ").removeprefix("bitsandbytes").removeprefix(", ")
+    peer = " ".join(peer.split()[2:]) if peer.startswith("dense") else peer  # its dtype is the case's
     return ", ".join(part for part in (cell["case"], ours, peer) if part)
 
 
 def _columns(panels: dict[str, list[str]]) -> list[list[str]]:
     """Panels in order, a new column when the last one would grow longer than the longest panel."""
-    limit, columns = max(len(names) for names in panels.values()) + 2, [[]]
+    longest = max(len(names) for names in panels.values()) + 2
+    columns: list[list[str]] = [[]]
     for name in panels:
-        if columns[-1] and sum(len(panels[n]) + 2 for n in [*columns[-1], name]) > limit + 4:
+        if columns[-1] and sum(len(panels[n]) + 2 for n in [*columns[-1], name]) > longest:
             columns.append([])
         columns[-1].append(name)
     return columns
 
 
-def _draw(axes, name: str, order: list[str], cells: list[dict]) -> None:
+def _draw(axes: Axes, name: str, order: list[str], cells: list[dict]) -> None:
     settings = list(dict.fromkeys(c["setting"] for c in cells))
     for k, setting in enumerate(settings):
         mine = [c for c in cells if c["setting"] == setting]
@@ -155,7 +159,7 @@ def main() -> None:
     path = save(f"nf4_{arguments.device}", result, out_folder(arguments.out, arguments.quick))
     title = "How many times faster minisft is than the peer: median and quartiles; left of 1 it is slower"
     plot(result["cells"], title, path.with_suffix(".svg"))
-    print(f"results: {path}")
+    print(f"results: {path} and .svg")
 
 
 if __name__ == "__main__":

@@ -27,10 +27,11 @@ BATCH_SIZE, RANK, ALPHA, LR = 8, 16, 32.0, 2e-4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS = ("minisft padded", "minisft packed, each row whole", "minisft packed")
 PEERS = {"none": "transformers+peft", "nf4": "transformers+peft+bitsandbytes"}
-# How far apart the first losses may be. In 4 bits the codes are equal, but bitsandbytes rounds its 8-bit scales through a table
-# that is not exactly nearest on a CPU: about 1 scale in 500 is the neighbouring number, a few thousandths away. And with PEFT's
-# usual preparation a bf16 base runs between fp32 norms, so that its activations are rounded elsewhere than ours.
-LOSS_TOLERANCE = {("none", "fp32"): 1e-4, ("none", "bf16"): 2e-2, ("nf4", "fp32"): 1e-3, ("nf4", "bf16"): 2e-2}
+# How far apart the first losses may be. In 4 bits the codes are equal, but on a CPU bitsandbytes rounds its 8-bit scales through
+# a table that is not exactly nearest: in SmolLM2 1 scale in 400 is the neighbouring number, and the weights differ by 3.4e-4 of
+# their size (root mean square), where quantizing moved them by 9.4e-2; the loss then differed by 6e-4. And after PEFT's usual
+# preparation a bf16 base runs between fp32 norms, so that its activations are rounded elsewhere than ours.
+LOSS_TOLERANCE = {("none", "fp32"): 1e-4, ("none", "bf16"): 2e-2, ("nf4", "fp32"): 2e-3, ("nf4", "bf16"): 2e-2}
 BANKING77 = Path(__file__).parents[2] / "shared" / "data" / "banking77_train.jsonl"
 INSTRUCTION = (
     "You route messages for the customer service of a bank. Read the message and answer with the customer's intent as JSON."

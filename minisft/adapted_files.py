@@ -8,13 +8,12 @@ needs a few rows; nothing needs the model.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minisft.config import QUANT_LEVELS, QuantConfig
 from minisft.errors import UserError, visible
@@ -24,12 +23,11 @@ from minisft.formats.pieces import PIECE, In4Bits, Pieces, StoredModel, open_mod
 from minisft.formats.safetensors_file import read_header
 from minisft.formats.source import Origin, file_sha256, regular_file, resolve, set_origin_
 from minisft.formats.stream import EMBEDDING, empty_model, expected_shapes
-from minisft.lora import LoRAEmbedding
 from minisft.merge import Adapter, Onto
 from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight, codebook
 from minisft.nf4_linear import NF4Linear
-from minisft.surgery import lora_modules, quantization_targets, replace_module
+from minisft.surgery import lora_modules, quantization_targets, replace_module, scale_adapters_
 from minisft.tokenizer import Tokenizer
 
 MARK = "minisft_adapter"  # in the headers of merged weights: sha256 of the adapter's weights
@@ -102,24 +100,15 @@ def open_adapted(adapter: str | Path, model: str | None = None, scale: float = 1
         )
     stand_in = _stand_in(stored, quant, in_4_bits, _named_bases(folder))
     load_adapter_(stand_in, folder)
-    adapters = lora_modules(stand_in)
-    scale_(adapters, scale)
-    return AdaptedFiles(folder, scale, stored, adapters, quant, in_4_bits, digest)
-
-
-def scale_(adapters: Mapping[str, Adapter], scale: float) -> None:
-    """Multiply every update by ``scale``."""
-    if not math.isfinite(scale):
-        raise UserError("config/bad-value", "a setting is out of range", where="--scale", found=str(scale), expected="a number")
-    for layer in adapters.values():
-        layer.scaling *= scale
+    scale_adapters_(stand_in, scale)
+    return AdaptedFiles(folder, scale, stored, lora_modules(stand_in), quant, in_4_bits, digest)
 
 
 def load_unmerged(files: AdaptedFiles, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, Tokenizer]:
     """The model that was trained, in memory: the base as training held it, with the adapter."""
     model, tokenizer = load_model(files.stored.source.path, dtype, quant=files.quant)
     load_adapter_(model, files.folder)
-    scale_(lora_modules(model), files.scale)
+    scale_adapters_(model, files.scale)
     return model, tokenizer
 
 
@@ -214,11 +203,3 @@ def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     step = max(ROW_STEP, PIECE // columns // ROW_STEP * ROW_STEP)
     begins = list(range(0, max(1, rows - ROW_STEP + 1), step))
     yield from zip(begins, [*begins[1:], rows], strict=True)
-
-
-def delta_rows(adapter: Adapter, begin: int, end: int) -> Tensor:
-    """Rows [begin, end) of ``adapter.delta_weight()``."""
-    A, B = adapter.lora_A.detach(), adapter.lora_B.detach()
-    if isinstance(adapter, LoRAEmbedding):
-        return adapter.scaling * (B @ A[:, begin:end]).T
-    return adapter.scaling * (B[begin:end] @ A)

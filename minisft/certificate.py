@@ -104,6 +104,11 @@ class ModelReport:
     loss_unmerged: float | None = None
     loss_merged: float | None = None
 
+    @property
+    def moved(self) -> float:
+        """How far the merge moved the model, as a share of how far the adapter does."""
+        return self.kl_mean / self.adapter_kl_mean if self.adapter_kl_mean else float("inf")
+
 
 # ---- what the models say ---------------------------------------------------------------------------------------------
 
@@ -238,9 +243,9 @@ def judge(layers: Sequence[LayerReport], model: ModelReport | None) -> Verdict:
         return Verdict("different model", "base shift", shifted.base_shift, 0.0, shifted.path)
     if model is not None and model.files_intact is False:
         return Verdict("different model", "files that differ from what was computed", 1.0, 0.0)
-    if model is not None and model.kl_mean > SMALL_KL and model.kl_mean > MOVED_LIMIT * model.adapter_kl_mean:
-        share = model.kl_mean / model.adapter_kl_mean if model.adapter_kl_mean else float("inf")
-        return Verdict("different model", "KL of the merge / KL of the adapter", share, MOVED_LIMIT)
+    if model is not None and model.kl_mean > SMALL_KL:
+        words = "different model" if model.moved > MOVED_LIMIT else "equivalent up to rounding"
+        return Verdict(words, "KL of the merge / KL of the adapter", model.moved, MOVED_LIMIT)
     worst = max(layers, key=lambda layer: layer.effect_error)
     words = "equivalent" if worst.effect_error <= EXACT else "equivalent up to rounding"
     return Verdict(words, "effect error", worst.effect_error, EXACT, worst.path)

@@ -1,7 +1,7 @@
-"""The front door: ``minisft train | eval | generate | chat | inspect | quantize | merge | verify | plan | quickstart``.
+"""The front door: ``minisft`` and a command (``minisft --help`` lists them), each a few lines over the rooms below.
 
-Each command is a few lines over the rooms below. An error that the user can mend is one line on standard error and an exit
-status from its family; ``--debug`` shows where it came from. Progress goes to standard error, results to standard output.
+An error that the user can mend is one line on standard error and an exit status from its family; ``--debug`` shows where it
+came from. Progress goes to standard error, results to standard output.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from minisft.machine import pick_device, tune_allocator
 from minisft.messages import Message
 
 if TYPE_CHECKING:
+    from minisft.combine import Combined
     from minisft.generate import Sampling
     from minisft.model import CausalLM
     from minisft.template import ChatTemplate
@@ -109,6 +110,7 @@ def _saved_settings(out: Path) -> dict[str, object]:
 def _load(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, ChatTemplate]:
     from minisft.chat import resolve_template
     from minisft.formats import load_adapter_, load_model
+    from minisft.surgery import scale_adapters_
 
     device = pick_device(arguments.device)
     wide = arguments.dtype == "fp32" or (arguments.dtype == "auto" and device.type == "cpu")
@@ -119,6 +121,8 @@ def _load(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, ChatTempl
         load_adapter_(model, arguments.adapter)
         saved = Path(arguments.adapter) / "chat_template.jinja"  # an adapter is used with the template it was trained with
         choice = choice or (str(saved) if saved.is_file() else None)
+    if arguments.scale != 1.0:
+        scale_adapters_(model, arguments.scale)
     return model.eval(), tokenizer, resolve_template(tokenizer, choice)
 
 
@@ -304,6 +308,39 @@ def _merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _combine(arguments: argparse.Namespace) -> int:
+    from minisft.combine import combine_folders
+
+    out = Path(arguments.out)
+    combined = combine_folders([_weighted(word) for word in arguments.adapter], out, arguments.rank)
+    ranks = sorted({update.rank for update in combined.updates.values()})
+    shown = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+    print(f"{visible(out)}: {len(combined.updates)} modules of {shown}, {_loss_words(combined)}")
+    return 0
+
+
+def _weighted(word: str) -> tuple[str, float]:
+    """``DIR:WEIGHT`` or ``DIR``, whose name may hold a colon too."""
+    folder, colon, weight = word.rpartition(":")
+    if not colon or Path(word).is_dir():
+        return word, 1.0
+    try:
+        return folder, float(weight)
+    except ValueError:
+        raise UserError(
+            "config/bad-value", "an adapter's weight is no number", where="--adapter", found=visible(word),
+            expected="DIR or DIR:WEIGHT",
+        ) from None  # fmt: skip
+
+
+def _loss_words(combined: Combined) -> str:
+    if not combined.errors:
+        return "the exact sum"
+    worst = max(combined.errors, key=lambda path: combined.errors[path])
+    most = f"at most {combined.errors[worst]:.3g} in {visible(worst)}"
+    return f"the nearest of this rank: relative error {combined.error:.3g} in all, {most}"
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from minisft.certificate import compare_models, judge
     from minisft.verify_merge import verify
@@ -336,6 +373,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "quantize": _quantize,
     "plan": _plan,
     "merge": _merge,
+    "combine": _combine,
     "verify": _verify,
     "quickstart": _quickstart,
 }

@@ -16,8 +16,8 @@ from minisft.errors import UserError, nearest, visible
 
 # The settings of a run that decide its memory.
 PLANNED = (
-    "model", "max_length", "method", "rank", "dropout", "targets", "quant", "double_quant", "batch_size", "micro_batch_size",
-    "dtype", "checkpointing", "device",
+    "model", "max_length", "method", "rank", "dropout", "use_dora", "targets", "quant", "double_quant", "batch_size",
+    "micro_batch_size", "dtype", "checkpointing", "device",
 )  # fmt: skip
 METRICS = ("exact_match", "json", "f1", "choice", "loss")
 
@@ -69,6 +69,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("quantize", "write a model in 4 bits, as transformers and bitsandbytes load it"),
             ("plan", "print the memory a training run needs, before anything is loaded"),
             ("merge", "fold an adapter into its base and certify the result"),
+            ("combine", "add several adapters of one base up to one adapter"),
             ("verify", "check that a folder is a base with an adapter merged in, whoever wrote it"),
             ("quickstart", "generate a task, fine-tune a small model on it, show what it learned and kept"),
         )
@@ -85,6 +86,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     _inspect_flags(made["inspect"])
     _quantize_flags(made["quantize"])
     _merge_flags(made["merge"])
+    _combine_flags(made["combine"])
     _verify_flags(made["verify"])
     _plan_flags(made["plan"])
     quickstart = made["quickstart"]
@@ -129,6 +131,7 @@ def _shown(default: object) -> str:
 def _model_flags(parser: Parser) -> None:
     parser.add_argument("--model", required=True, metavar="M", help="model folder, GGUF file, hub id or smollm2-135m-instruct")
     parser.add_argument("--adapter", default=None, metavar="DIR", help="adapter folder (PEFT layout)")
+    parser.add_argument("--scale", type=float, default=1.0, help="how much of the adapter takes part (default 1)")
     parser.add_argument("--template", default=None, metavar="T", help="chat template: a .jinja file, chatml or plain")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
@@ -189,6 +192,14 @@ def _merge_flags(parser: Parser) -> None:
         help="load both models afterwards and compare what they say (default yes)",
     )
     parser.add_argument("--force", action="store_true", default=False, help="write a merge that lost its adapter")
+
+
+def _combine_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--adapter", required=True, nargs="+", metavar="DIR[:WEIGHT]", help="adapter folders, each with its weight (default 1)"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the new adapter folder")
+    parser.add_argument("--rank", type=int, default=None, metavar="R", help="bring the sum down to this rank")
 
 
 def _verify_flags(parser: Parser) -> None:

@@ -236,7 +236,7 @@ def merge(
         is adapted, the merged model is untied.
 
     Raises:
-        UserError: no adapters, merged already, a sum that is not finite, or an ``onto`` that this base cannot have.
+        UserError: no adapters, merged already, a number not finite in ``dtype``, or an ``onto`` that this base cannot have.
 
     Cost: the new model, and one layer three times in fp32.
     """

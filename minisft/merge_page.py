@@ -52,7 +52,7 @@ def draw_layers(layers: Sequence[LayerReport]) -> bytes:
             axes.set_ylabel(label)
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(color=_GREY, alpha=0.15, linewidth=0.6)
-            axes.set_ylim(bottom=min(0.0, *values))
+            axes.set_ylim(min(0.0, *values), 1.08 * max(values) or 1.0)
         rows[-1].set_xlabel("adapted layer, in the model's order")
         svg = io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})

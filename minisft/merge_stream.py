@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisft.adapted_files import MARK, AdaptedFiles, check_onto, delta_rows, load_unmerged, open_adapted, row_ranges
+from minisft.adapted_files import MARK, AdaptedFiles, check_onto, load_unmerged, open_adapted, row_ranges
 from minisft.durable import FileRecord, disk_errors, require_space, staged_folder
 from minisft.errors import UserError, visible
 from minisft.formats import load_tokenizer, save_quantized
@@ -30,11 +30,13 @@ from minisft.formats.pieces import Pieces, StoredModel, read_flat, read_rows
 from minisft.formats.shard_writer import MAX_SHARD_BYTES, TensorSpec, write_shards
 from minisft.formats.source import regular_file
 from minisft.formats.stream import HEAD, empty_model, expected_shapes
-from minisft.merge import Adapter, Effect, LayerReport, MergeReport, Onto, merge, merged_weight, splits_tie
+from minisft.lora import merged_weight
+from minisft.merge import Adapter, Effect, LayerReport, MergeReport, Onto, merge, splits_tie
 
 # Less than half of D along D: the merged model is nearer to its base than to what was trained.
 SURVIVAL_FLOOR = 0.5
 SWALLOWED_LIMIT = 0.05  # share of an update's entries; beyond it a wider dtype is worth its bytes
+NOISE_LIMIT = 0.5  # effect error; a W that is off the dtype's grid (from 4 bits) is moved, where one on it swallows
 
 
 def merged_rows(
@@ -47,9 +49,11 @@ def merged_rows(
         trained: the weight that the adapter was trained on, if that is not W.
     """
     for begin, end in row_ranges(base.shape):
-        weight, delta = read_rows(base, begin, end), delta_rows(adapter, begin, end)
+        weight = read_rows(base, begin, end)
+        before = None if trained is None else read_rows(trained, begin, end)
+        delta = adapter.delta_rows(weight if before is None else before, slice(begin, end))
         stored = _rounded(path, merged_weight(weight, delta), dtype)
-        effect.add(weight, delta, stored, None if trained is None else read_rows(trained, begin, end))
+        effect.add(weight, delta, stored, before)
         yield stored.reshape(-1)
 
 
@@ -129,11 +133,20 @@ def merge_folder(
             report, records = _write_dense(files, staging, onto, specs, max_shard_bytes)
         _keep_template(files.folder, staging)
     merged = Merged(files, out, report, dtype, records)
-    if report.swallowed > SWALLOWED_LIMIT and dtype != torch.float32 and onto != "requantized":
-        worst = max(report.layers, key=lambda layer: layer.swallowed)
-        what = f"rounding to {merged.dtype_name} swallowed {worst.swallowed:.1%} of the update's entries in"
-        warnings.warn(f"{what} {visible(worst.path)}; --dtype fp32 keeps them", stacklevel=2)
+    if dtype != torch.float32 and onto != "requantized" and (loss := _rounding_loss(report)):
+        warnings.warn(f"rounding to {merged.dtype_name} {loss}; --dtype fp32 keeps it", stacklevel=2)
     return merged
+
+
+def _rounding_loss(report: MergeReport) -> str:
+    """What rounding did to the worst layer, in words; empty if it is little."""
+    most = max(report.layers, key=lambda layer: layer.swallowed)
+    if most.swallowed > SWALLOWED_LIMIT:
+        return f"swallowed {most.swallowed:.1%} of the update in {visible(most.path)}"
+    worst = max(report.layers, key=lambda layer: layer.effect_error)
+    if worst.effect_error > NOISE_LIMIT:
+        return f"moved {visible(worst.path)} by {worst.effect_error:.0%} of its update"
+    return ""
 
 
 def _default_dtype(stored: StoredModel) -> torch.dtype:

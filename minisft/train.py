@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from minisft import native_nf4
 from minisft.batching import Batch, micro_batches, step_rows
 from minisft.chat import Encoded
 from minisft.checkpoint import Checkpoint, RunLock, check_identity, load_latest, load_step, save_checkpoint
@@ -277,6 +278,8 @@ def train(run: RunConfig, resume: bool = False, say: Callable[[str], None] = pri
         _check_trainable(run, len(in_4_bits))
         dense, held = weight_bytes(model, DTYPES[run.dtype]), weight_bytes(model)
         say(f"base: {len(in_4_bits)} linears in 4 bits, {held:,} bytes instead of {dense:,} in {run.dtype}")
+        if device.type == "cpu":
+            say(f"4-bit arithmetic on this CPU: {native_nf4.path()}")
     template, data = prepare_data(run, tokenizer, say)
     going = _Run(run, model, tokenizer, template, data)
     with RunLock(out):  # from here on something is written

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisft.adapted_files import AdaptedFiles, check_onto, delta_rows, open_adapted, row_ranges
+from minisft.adapted_files import AdaptedFiles, check_onto, open_adapted, row_ranges
 from minisft.errors import UserError, listing, visible
 from minisft.formats.pieces import Packed, Pieces, StoredModel, open_model, read_rows
 from minisft.formats.source import resolve
 from minisft.formats.stream import EMBEDDING, HEAD, empty_model, expected_shapes
-from minisft.lora import LoRAEmbedding
-from minisft.merge import Adapter, Effect, LayerReport, Onto, merged_weight, splits_tie
+from minisft.lora import DoRALinear, LoRAEmbedding, merged_weight
+from minisft.merge import Adapter, Effect, LayerReport, Onto, splits_tie
 from minisft.merge_stream import SURVIVAL_FLOOR
 
 # From one rounding of W (a base loaded in the merged dtype) to three (D and the sum as well, as PEFT does it), in units u.
@@ -149,10 +149,11 @@ def _names(files: AdaptedFiles, merged: StoredModel) -> list[str]:
 def _check(name: str, files: AdaptedFiles, merged: StoredModel, onto: Onto) -> LayerCheck:
     path = name.removesuffix(".weight")
     adapter = files.adapters.get(path)
-    base = files.stored_weight(name) if onto == "original" else files.trained_on(name)
+    trained = files.trained_on(name)
+    base = files.stored_weight(name) if onto == "original" else trained
     found = merged.open[name if name in merged.open else EMBEDDING]()
     effect, outside = Effect(), 0
-    for weight, delta, spread, stored in _compared_rows(adapter, base, found):
+    for weight, delta, spread, stored in _compared_rows(adapter, base, trained, found):
         if adapter is not None:
             effect.add(weight, delta, stored)
         if found.dtype is not None:
@@ -165,7 +166,7 @@ def _check(name: str, files: AdaptedFiles, merged: StoredModel, onto: Onto) -> L
 
 
 def _compared_rows(
-    adapter: Adapter | None, base: Pieces, found: Pieces
+    adapter: Adapter | None, base: Pieces, trained: Pieces, found: Pieces
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor]]:
     """W, D, what D's own sums may be off by, and W', a few rows at a time. A vector is one row."""
     if len(base.shape) == 1:
@@ -177,14 +178,20 @@ def _compared_rows(
         if adapter is None:
             yield weight, torch.zeros(weight.shape), None, stored
         else:
-            yield weight, delta_rows(adapter, begin, end), _spread(adapter, begin, end), stored
+            rows = slice(begin, end)
+            before = weight if trained is base else read_rows(trained, begin, end)
+            yield weight, adapter.delta_rows(before, rows), _spread(adapter, weight, rows), stored
 
 
-def _spread(adapter: Adapter, begin: int, end: int) -> Tensor:
-    """(rank + 2) 2^-23 |scaling| |B| |A|: by how much two fp32 computations of these rows of D may differ."""
-    A, B = adapter.lora_A.detach().abs(), adapter.lora_B.detach().abs()
-    product = (B @ A[:, begin:end]).T if isinstance(adapter, LoRAEmbedding) else B[begin:end] @ A
-    return product * (abs(adapter.scaling) * (adapter.rank + 2) * torch.finfo(torch.float32).eps)
+def _spread(adapter: Adapter, weight: Tensor, rows: slice) -> Tensor:
+    """By how much two fp32 computations of these rows of D may differ: (rank + 2) eps |scaling| |B| |A|.
+
+    DoRA's norms add as many roundings of W as one row's sum, pairwise, has levels.
+    """
+    A, B, eps = adapter.lora_A.detach().abs(), adapter.lora_B.detach().abs(), torch.finfo(torch.float32).eps
+    product = (B @ A[:, rows]).T if isinstance(adapter, LoRAEmbedding) else B[rows] @ A
+    spread = product * (abs(adapter.scaling) * (adapter.rank + 2) * eps)
+    return spread + 32 * eps * weight.abs() if isinstance(adapter, DoRALinear) else spread
 
 
 def _num_outside(weight: Tensor, delta: Tensor, spread: Tensor | None, stored: Tensor, dtype: torch.dtype) -> int:

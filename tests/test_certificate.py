@@ -27,7 +27,7 @@ from minisft.config import LoRAConfig, QuantConfig
 from minisft.evaluate import evaluate
 from minisft.formats import load_adapter_, load_model, save_adapter
 from minisft.formats.hf import SINGLE
-from minisft.merge import LayerReport
+from minisft.merge import LayerReport, merge
 from minisft.merge_page import page
 from minisft.messages import read_dataset
 from minisft.surgery import adapters_off, apply_lora_, lora_modules
@@ -190,7 +190,7 @@ def layer(**changes: float) -> LayerReport:
         ([layer(base_shift=3.0)], GOOD_MODEL, "different model", "base shift"),
         ([layer()], replace(GOOD_MODEL, files_intact=False), "different model", "files"),
         ([layer()], replace(GOOD_MODEL, kl_mean=0.006), "different model", "KL"),
-        ([layer()], replace(GOOD_MODEL, kl_mean=0.004), "equivalent", "effect error"),
+        ([layer()], replace(GOOD_MODEL, kl_mean=0.004), "equivalent up to rounding", "KL"),
         ([layer()], replace(GOOD_MODEL, kl_mean=9e-5, adapter_kl_mean=0.0), "equivalent", "effect error"),
         ([layer()], replace(GOOD_MODEL, kl_mean=2e-4, adapter_kl_mean=0.0), "different model", "KL"),
     ],
@@ -409,7 +409,7 @@ def test_adapters_that_do_not_fit(shop: Shop, capsys: pytest.CaptureFixture[str]
     refused(shop, capsys, 4, "model/not-found", *words, "--model", shop.folder / "nowhere")
     refused(shop, capsys, 4, "adapter/no-config", "merge", "--adapter", shop.base, "--out", shop.out)
     refused(shop, capsys, 4, "adapter/base-not-quantized", *words, "--onto", "original")
-    refused(shop, capsys, 3, "data/not-found", *words, "--data", shop.folder / "no-rows.jsonl")
+    refused(shop, capsys, 3, "data/no-file", *words, "--data", shop.folder / "no-rows.jsonl")
     refused(shop, capsys, 2, "config/bad-value", *words, "--scale", "inf")
     refused(shop, capsys, 4, "model/no-config", "verify", "--adapter", shop.adapter, "--merged", shop.adapter)
     refused(shop, capsys, 4, "model/other-shape", "verify", "--adapter", shop.adapter, "--merged", other)
@@ -434,3 +434,37 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
     monkeypatch.setattr(os, "write", full)
     refused(shop, capsys, 7, "disk/full", "merge", "--adapter", shop.adapter, "--out", shop.out)
+
+
+# ---- 4 bits ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_merge_back_to_4_bits_is_judged_by_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shop = Shop(tmp_path, QuantConfig(), size=0.002)
+    words = ("merge", "--adapter", shop.adapter, "--out", shop.out, "--onto", "requantized")
+    refused(shop, capsys, 6, "numeric/adapter-lost", *words)
+    assert shop.merge("--onto", "requantized", "--force") == 0
+    assert shop.report()["verdict"]["words"] == "adapter lost"
+    assert shop.verify(shop.out, "--onto", "requantized") == 6
+    message = capsys.readouterr().err
+    assert "4 of 21 tensors are wrong" in message  # and not those that were only copied, in 4 bits
+    assert FIRST in message
+
+
+@pytest.mark.parametrize("quant", [None, QuantConfig()], ids=["dense", "nf4"])
+def test_dora_goes_the_same_way(quant: QuantConfig | None, tmp_path: Path) -> None:
+    shop = Shop(tmp_path)
+    model, _ = load_model(shop.base, quant=quant)
+    apply_lora_(model, LoRAConfig(rank=2, alpha=8.0, use_dora=True))
+    for layer in lora_modules(model).values():
+        layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(5)) * 0.1
+        layer.lora_magnitude_vector.data *= 1.1
+    shop.adapter = tmp_path / "dora"
+    save_adapter(model, shop.adapter)
+    assert shop.merge() == 0
+    assert shop.report()["verdict"]["words"] == "equivalent"
+    expected, _ = merge(model)
+    for name, tensor in load_model(shop.out)[0].state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
+    assert shop.verify(shop.out) == 0
+    assert shop.verify(shop.base) == 6

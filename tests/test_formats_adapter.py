@@ -177,7 +177,6 @@ def refused(folder: Path, code: str, model: nn.Module | None = None) -> str:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("use_dora", True),
         ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
         ("lora_bias", True),
@@ -263,6 +262,35 @@ def test_wrong_tensors(saved: Path) -> None:
     refused(saved, "no-weights")
     (saved / "adapter_config.json").unlink()
     refused(saved, "no-config")
+
+
+def test_dora_needs_its_lengths_in_the_right_shape(saved: Path) -> None:
+    edit(saved, use_dora=True, lora_dropout=0.5)  # a dropout that does nothing outside of training
+    assert "2 of 6 tensors are missing" in refused(saved, "missing-tensor")
+    weights = saved / "adapter_model.safetensors"
+    factors = load_file(weights)
+    lengths = {
+        name.removesuffix("lora_A.weight") + "lora_magnitude_vector": torch.ones(32) for name in factors if "lora_A" in name
+    }
+    first = min(lengths)
+    for wrong, code, said in (
+        (torch.ones(33), "base-mismatch", "33 row lengths"),
+        (torch.ones(32, 1), "shape", "no vector"),
+        (torch.ones(32, dtype=torch.int32), "dtype", "I32"),
+        (torch.full((32,), torch.nan), "non-finite", "NaN"),
+    ):
+        save_file({**factors, **lengths, first: wrong}, weights)
+        assert said in refused(saved, code)
+    save_file({**factors, **lengths}, weights)
+    assert len(load_adapter_(tiny_llama(), saved)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_dora_over_an_embedding_is_refused(tmp_path: Path) -> None:
+    """PEFT takes its norms over the vocabulary, one for each dimension: they are not the lengths of rows."""
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens"], task_type="CAUSAL_LM", use_dora=True)
+    peft.get_peft_model(tiny_llama(), config).save_pretrained(str(tmp_path / "a"))
+    assert "use_dora over an embedding" in refused(tmp_path / "a", "unsupported")
 
 
 def test_an_adapter_without_effect_is_loaded_with_a_warning(saved: Path) -> None:

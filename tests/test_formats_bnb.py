@@ -326,7 +326,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer, monk
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minisft.formats.hf_write.write_safetensors", fail)
+    monkeypatch.setattr("minisft.formats.hf_write.write_shards", fail)
     with pytest.raises(UserError, match="disk/full"):
         save_quantized(quantized(QuantConfig()), tokenizer, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []

@@ -459,7 +459,7 @@ def test_a_failed_save_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch:
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minisft.formats.hf_write.write_safetensors", fail)
+    monkeypatch.setattr("minisft.formats.hf_write.write_shards", fail)
     with pytest.raises(UserError, match="disk/full"):
         save_model(model, tokenizer, tmp_path / "new")
     assert [entry.name for entry in tmp_path.iterdir()] == [folder.name]

@@ -22,7 +22,14 @@ from minisft.durable import disk_errors, staged_folder
 from minisft.errors import UserError, listing, visible
 from minisft.formats.adapter_config import CONFIG_FILE, adapter_config, needs_patterns, read_adapter_config
 from minisft.formats.adapter_tensors import (
-    PREFIX, Factors, check_names, check_shapes, factors_of, magnitude_name, read_factors, tensor_names,
+    PREFIX,
+    Factors,
+    check_names,
+    check_shapes,
+    factors_of,
+    magnitude_name,
+    read_factors,
+    tensor_names,
 )  # fmt: skip
 from minisft.formats.fields import Fields, read_json_object, write_json
 from minisft.formats.safetensors_file import Header, read_header, read_tensors, write_safetensors

@@ -74,6 +74,8 @@ def stored_factors(header: Header) -> dict[str, Factors]:
     first = [match for name in sorted(header.entries) if (match := _FIRST_FACTOR.fullmatch(name))]
     is_embedding = {match[1]: match[2] == "lora_embedding_A" for match in first}
     names = {path: tensor_names(path, kind) for path, kind in is_embedding.items()}
+    if not names:
+        raise UserError("adapter/missing-tensor", "there is no factor of any module", where=visible(header.path))
     check_names({name for pair in names.values() for name in pair}, header)
     found: dict[str, Factors] = {}
     for path, (name_A, name_B) in names.items():

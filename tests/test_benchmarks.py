@@ -1,0 +1,57 @@
+"""The benchmark scripts run to their end and write what the tables need. What they measure is not looked at here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_bench_nf4_measures_every_case_and_writes_results_and_plot(tmp_path: Path) -> None:
+    for oracle in ("bitsandbytes", "peft", "matplotlib"):
+        pytest.importorskip(oracle)
+    printed = run("bench_nf4.py", "--quick", "--mallocs", "tuned", "--rounds", "2", "--out", str(tmp_path))
+    result = json.loads((tmp_path / "nf4_cpu.json").read_text())
+    assert (tmp_path / "nf4_cpu.svg").read_text().count("tuned malloc") >= 1
+    assert set(result) >= {
+        "command",
+        "commit",
+        "date",
+        "cpu",
+        "cpu_features",
+        "cores",
+        "versions",
+        "torchao",
+        "threads",
+        "native",
+    }
+    peers: dict[str, set[str]] = {}
+    for cell in result["cells"]:
+        peers.setdefault(cell["group"], set()).add(cell["peer"])
+        assert cell["setting"] == "tuned malloc"
+        assert cell["ratio"]["n"] == 2
+        assert 0 < cell["ratio"]["q1"] <= cell["ratio"]["median"] <= cell["ratio"]["q3"] < math.inf
+        assert cell["ours_ms"]["median"] > 0
+        assert cell["ours_bytes"] > 0
+        assert cell["ours_path"]
+        assert cell["ours_error"] is None or cell["ours_error"] <= cell["error_bound"] < 0.01
+        assert cell["case"] in printed
+    assert {"bitsandbytes"} <= peers["dequantize"] & peers["quantize"]
+    assert peers["QLoRA linear, forward + backward"] == {"peft + bitsandbytes"}
+    assert peers["decode product"] == {"bitsandbytes", "dense bf16", "dense fp32"}
