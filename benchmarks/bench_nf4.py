@@ -1,8 +1,8 @@
 """NF4 work, one piece at a time: minisft against bitsandbytes, PEFT and torchao, in one process, taking turns.
 
-    python benchmarks/bench_nf4.py                    # CPU: results/nf4_cpu.json and .svg, about 15 minutes
+    python benchmarks/bench_nf4.py                    # CPU: results/nf4_cpu.json and .svg, about half an hour
     python benchmarks/bench_nf4.py --device cuda      # one GPU: results/nf4_cuda.json and .svg
-    python benchmarks/bench_nf4.py --quick            # tiny shapes, half a minute: does everything still run?
+    python benchmarks/bench_nf4.py --quick            # tiny shapes, less than a minute: does everything still run?
 
 CPU: dequantization and quantization of 4096 x 4096 with double quantization, the QLoRA linear forward and backward, and the
 product of generation, each under the C library's default memory settings and under ``tune_allocator``'s, in a process each.
@@ -144,7 +144,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds; results go to the temporary folder")
     parser.add_argument("--mallocs", nargs="+", default=["default", "tuned"], choices=["default", "tuned"], help="CPU only")
-    parser.add_argument("--rounds", type=int, help="samples of each contestant (default: 9, or 3 with --quick)")
+    parser.add_argument(
+        "--rounds", type=int, help="samples of each contestant (default: 7 on the CPU, 15 on a GPU, 3 with --quick)"
+    )
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     arguments = parser.parse_args()
     facts = provenance(["python", "benchmarks/bench_nf4.py", *sys.argv[1:]])
@@ -157,7 +159,7 @@ def main() -> None:
     torchao, reason = torchao_nf4()
     result = {**facts, "torchao": "measured" if torchao else reason, "load_average_after": os.getloadavg()[0], **result}
     path = save(f"nf4_{arguments.device}", result, out_folder(arguments.out, arguments.quick))
-    title = "How many times faster minisft is than the peer: median and quartiles; left of 1 it is slower"
+    title = "How many times faster minisft is than bitsandbytes (with PEFT), or what a line names: median, quartiles; below 1 slower"
     plot(result["cells"], title, path.with_suffix(".svg"))
     print(f"results: {path} and .svg")
 

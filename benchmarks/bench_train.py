@@ -27,10 +27,10 @@ BATCH_SIZE, RANK, ALPHA, LR = 8, 16, 32.0, 2e-4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS = ("minisft padded", "minisft packed, each row whole", "minisft packed")
 PEERS = {"none": "transformers+peft", "nf4": "transformers+peft+bitsandbytes"}
-# How far apart the first losses may be. In 4 bits the codes are equal, but on a CPU bitsandbytes rounds its 8-bit scales through
-# a table that is not exactly nearest: in SmolLM2 1 scale in 400 is the neighbouring number, and the weights differ by 3.4e-4 of
-# their size (root mean square), where quantizing moved them by 9.4e-2; the loss then differed by 6e-4. And after PEFT's usual
-# preparation a bf16 base runs between fp32 norms, so that its activations are rounded elsewhere than ours.
+# How far apart the first losses may be. In 4 bits the codes are equal, but on a CPU bitsandbytes rounds its 8-bit scales
+# through a table that is not exactly nearest: in SmolLM2 1 scale in 400 is the neighbouring number, and the weights differ by
+# 3.4e-4 of their size (root mean square), where quantizing moved them by 9.4e-2; the loss then differed by 6e-4. And after
+# PEFT's usual preparation a bf16 base runs between fp32 norms, so that its activations are rounded elsewhere than ours.
 LOSS_TOLERANCE = {("none", "fp32"): 1e-4, ("none", "bf16"): 2e-2, ("nf4", "fp32"): 2e-3, ("nf4", "bf16"): 2e-2}
 BANKING77 = Path(__file__).parents[2] / "shared" / "data" / "banking77_train.jsonl"
 INSTRUCTION = (
@@ -225,7 +225,7 @@ def plot(cells: list[dict], count: int, path: Path) -> None:
         axes.set_xticks(range(len(settings)), [f"{d}\n{m} malloc" for d, m in settings])
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.12)
-    speed.set_ylabel(f"tokens per second,\nratio to {peer}")
+    speed.set_ylabel(f"tokens per second, ratio to\n{peer}")
     memory.set_ylabel("peak resident memory (GB)")
     figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     method = "LoRA" if cells[0]["quant"] == "none" else "QLoRA (NF4)"

@@ -273,8 +273,8 @@ def show(rows: dict[str, dict], *names: str) -> None:
         errors = row.get("output_errors") or [0.0]
         print(
             f"{name:36} KL task {row['kl_task']:.5f} other {row['kl_other']:.5f}  loss {row['loss_task']:.4f}  "
-            f"right {row.get('all_right', float('nan')):.1%}  output error {sum(errors) / len(errors):.3f} (max {max(errors):.3f})  "
-            f"{row['bytes'] / 1e6:.2f} MB  {row.get('seconds', 0):.0f} s",
+            f"right {row.get('all_right', float('nan')):.1%}  output error {sum(errors) / len(errors):.3f} "
+            f"(max {max(errors):.3f})  {row['bytes'] / 1e6:.2f} MB  {row.get('seconds', 0):.0f} s",
             flush=True,
         )
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from harness import spread
@@ -23,6 +24,9 @@ from minisft.config import LoRAConfig
 from minisft.lora import LoRALinear
 from minisft.nf4 import QuantizedWeight
 from minisft.nf4_linear import NF4Linear
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 LORA = LoRAConfig(rank=16, alpha=32.0)
 BLOCK_SIZE = 64
@@ -112,7 +116,7 @@ def gaussian(*shape: int, seed: int, dtype: torch.dtype = torch.float32, device:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def same_weight(packed: Tensor, state: object) -> QuantizedWeight:
+def same_weight(packed: Tensor, state: QuantState) -> QuantizedWeight:
     """bitsandbytes' double-quantized weight as ours: the same codes and scales, copied."""
     absmax, absmax2 = state.absmax.clone(), state.state2.absmax.clone()
     shape = torch.Size(state.shape)
@@ -120,11 +124,6 @@ def same_weight(packed: Tensor, state: object) -> QuantizedWeight:
     return QuantizedWeight(
         packed.flatten().clone(), absmax, absmax2, state.offset.clone(), state.code.clone(), state.blocksize, shape, state.dtype
     )
-
-
-def copy_of(q: QuantizedWeight) -> QuantizedWeight:
-    tensors = (None if t is None else t.clone() for t in (q.packed, q.absmax, q.absmax2, q.offset, q.levels))
-    return QuantizedWeight(*tensors, q.block_size, q.shape, q.dtype)
 
 
 def copies(weight_bytes: int, rotate_bytes: int) -> int:
@@ -140,6 +139,13 @@ def linear_4bit(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
     form = {"compress_statistics": True, "quant_type": "nf4"}
     layer = bnb.nn.Linear4bit(in_features, out_features, bias=False, compute_dtype=dtype, device="meta", **form)
     layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **form).to(weight.device)
+    return layer
+
+
+def dense_linear(weight: Tensor) -> nn.Linear:
+    """A frozen layer with this (out, in) weight."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
 
 

@@ -22,7 +22,7 @@ from nf4_cases import (
     Case,
     Contestant,
     copies,
-    copy_of,
+    dense_linear,
     error_bound,
     exact_lora,
     factors,
@@ -45,6 +45,7 @@ from minisft.nf4_linear import NF4Linear
 
 DTYPES = (torch.bfloat16, torch.float32)
 REUSED, FRESH = "minisft, reused buffer", "minisft, new tensor"
+MOST_S = 60  # for all samples of one contestant
 Build = Callable[[], Case]
 
 
@@ -60,7 +61,7 @@ class Sizes:
     product_rows: tuple[int, ...] = (1, 4, 8, 16)
     small: tuple[tuple[int, int], ...] = ((1536, 576), (576, 1536))  # SmolLM2-135M's MLP, (out, in)
     rotate_bytes: int = 128 * 2**20
-    rounds: int = 9
+    rounds: int = 7
     sample_s: float = 0.05
 
 
@@ -88,15 +89,27 @@ def builders(sizes: Sizes) -> list[Build]:
 
 
 def measure(case: Case, rounds: int, sample_s: float) -> dict[str, list[float]]:
-    """Seconds of one call: every contestant once a round, in turns forwards and backwards."""
-    for c in case.contestants:
-        _sample(c.calls, 1)  # the first call of a layer may compile, allocate or repack
-    repeats = {c.name: max(1, math.ceil(sample_s / _sample(c.calls, 1) / len(c.calls))) for c in case.contestants}
+    """Seconds of one call: every contestant once a round, in turns forwards and backwards.
+
+    Fewer rounds where a contestant takes very long (bf16 products on a CPU without bf16 instructions can take a minute): the
+    results say how many. Below one round, the warm-up is all there is.
+    """
+    first = {c.name: [_warm(c.calls)] for c in case.contestants}
+    rounds = min(rounds, int(MOST_S / max(first[c.name][0] * len(c.calls) for c in case.contestants)))
+    if rounds == 0:
+        return first
+    repeats = {c.name: max(1, math.ceil(sample_s / first[c.name][0] / len(c.calls))) for c in case.contestants}
     seconds: dict[str, list[float]] = {c.name: [] for c in case.contestants}
     for turn in range(rounds):
         for c in case.contestants[:: 1 if turn % 2 else -1]:
             seconds[c.name].append(_sample(c.calls, repeats[c.name]))
     return seconds
+
+
+def _warm(calls: Sequence[Call]) -> float:
+    """One pass, and another one if it is short: the first call of a layer may allocate or repack."""
+    once = _sample(calls, 1)
+    return once if once > 1 else _sample(calls, 1)
 
 
 def _sample(calls: Sequence[Call], repeats: int) -> float:
@@ -190,9 +203,9 @@ def product_case(shape: tuple[int, int], num_rows: int, dtype: torch.dtype, rota
     exact = [x.double() @ nf4.dequantize(q, torch.float32).double().T]
     many = copies(q.nbytes, rotate_bytes)
     layers: dict[str, list[nn.Module]] = {
-        MINISFT: [NF4Linear(copy_of(q)) for _ in range(many)],
+        MINISFT: [NF4Linear(copy.deepcopy(q)) for _ in range(many)],
         BITSANDBYTES: [copy.deepcopy(base) for _ in range(many)],
-        f"dense {NAMES[dtype]}": [_dense_layer(dense) for _ in range(copies(dense.nbytes, rotate_bytes))],
+        f"dense {NAMES[dtype]}": [dense_linear(dense.clone()) for _ in range(copies(dense.nbytes, rotate_bytes))],
     }
     sizes = [q.nbytes, q.nbytes, dense.nbytes]
     contestants = []
@@ -207,12 +220,6 @@ def product_case(shape: tuple[int, int], num_rows: int, dtype: torch.dtype, rota
     bound = error_bound(torch.bfloat16 if repacked else dtype, shape[1])
     label = f"{shape[0]} x {shape[1]}, M = {num_rows}, {NAMES[dtype]}"
     return Case(DECODE, label, contestants, [(MINISFT, c.name) for c in contestants[1:]], bound)
-
-
-def _dense_layer(weight: Tensor) -> nn.Linear:
-    layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    return layer
 
 
 def _product_path(x: Tensor, q: QuantizedWeight) -> str:

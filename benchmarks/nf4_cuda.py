@@ -8,10 +8,12 @@ named in the results. The yardstick for what moves bytes is the bandwidth of a p
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from harness import spread
@@ -25,7 +27,7 @@ from nf4_cases import (
     Case,
     Contestant,
     copies,
-    copy_of,
+    dense_linear,
     error_bound,
     exact_lora,
     factors,
@@ -40,12 +42,15 @@ from nf4_cases import (
     rows,
     same_weight,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from minisft import nf4
 from minisft.kernels.arguments import PackedWeight
 from minisft.nf4 import QuantizedWeight
 from minisft.nf4_linear import NF4Linear
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 DTYPE = torch.bfloat16
 DENSE, DENSE_LORA = "dense bf16", "dense bf16 LoRA, minisft"
@@ -75,7 +80,8 @@ def run(quick: bool, rounds: int | None) -> dict:
         raise SystemExit("--device cuda needs a GPU")
     sizes = QUICK if quick else Sizes()
     bandwidth = copy_bandwidth(sizes, rounds or sizes.rounds)
-    cells, uncaptured = [], {}
+    cells: list[dict] = []
+    uncaptured: dict[str, str] = {}
     for build in builders(sizes):
         case = build()
         for setting, prepare in (("eager", as_it_is), ("CUDA graph", captured)):
@@ -188,7 +194,7 @@ def dense_weight(shape: tuple[int, int], sizes: Sizes) -> Tensor:
     return gaussian(*shape, seed=1, dtype=DTYPE, device=sizes.device) * 0.02
 
 
-def quantized(shape: tuple[int, int], sizes: Sizes) -> tuple[list[tuple[Tensor, object]], list[QuantizedWeight]]:
+def quantized(shape: tuple[int, int], sizes: Sizes) -> tuple[list[tuple[Tensor, QuantState]], list[QuantizedWeight]]:
     """bitsandbytes' codes and state, and the same weight as ours; copies enough to exceed ``rotate_bytes``, each."""
     from bitsandbytes import functional
 
@@ -196,7 +202,7 @@ def quantized(shape: tuple[int, int], sizes: Sizes) -> tuple[list[tuple[Tensor, 
     quantize = functools.partial(functional.quantize_4bit, blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=True)
     first = same_weight(*quantize(weight))
     many = copies(first.nbytes, sizes.rotate_bytes)
-    return [quantize(weight) for _ in range(many)], [copy_of(first) for _ in range(many)]
+    return [quantize(weight) for _ in range(many)], [copy.deepcopy(first) for _ in range(many)]
 
 
 def for_kernels(q: QuantizedWeight) -> PackedWeight:
@@ -303,7 +309,7 @@ def backward_case(shape: tuple[int, int], num_rows: int, sizes: Sizes) -> Case:
     return _products("backward product", shape, num_rows, ways, ours[0], grad, exact)
 
 
-def _dequantized_product(dequantize: Callable[..., Tensor], grad: Tensor, packed: Tensor, state: object) -> Tensor:
+def _dequantized_product(dequantize: Callable[..., Tensor], grad: Tensor, packed: Tensor, state: QuantState) -> Tensor:
     return grad @ dequantize(packed, state)
 
 
@@ -335,13 +341,14 @@ def linear_case(shape: tuple[int, int], sizes: Sizes) -> Case:
     lora_A, lora_B = factors(*shape, device=device)
     x = gaussian(num_rows, shape[1], seed=2, dtype=DTYPE, device=device).requires_grad_()
     grad = gaussian(num_rows, shape[0], seed=3, dtype=DTYPE, device=device)
+    dense = nf4.dequantize(q, DTYPE)
     exact = exact_lora(nf4.dequantize(q, torch.float32), lora_A, lora_B, x, grad)
     peer, dense_peer = f"peft + {BITSANDBYTES}", "dense bf16 LoRA, peft"
     layers = {
         MINISFT: (minisft_layer(NF4Linear(q), lora_A, lora_B), "workspace and cuBLAS"),
         peer: (peft_layer(base, lora_A, lora_B), "Linear4bit"),
-        DENSE_LORA: (minisft_layer(_dense_linear(q), lora_A, lora_B), "cuBLAS"),
-        dense_peer: (peft_layer(_dense_linear(q), lora_A, lora_B), "cuBLAS"),
+        DENSE_LORA: (minisft_layer(dense_linear(dense), lora_A, lora_B), "cuBLAS"),
+        dense_peer: (peft_layer(dense_linear(dense), lora_A, lora_B), "cuBLAS"),
     }
     moved = 2 * q.nbytes + 2 * x.nbytes + 2 * grad.nbytes + 4 * (lora_A.nbytes + lora_B.nbytes)
     contestants = []
@@ -351,9 +358,3 @@ def linear_case(shape: tuple[int, int], sizes: Sizes) -> Case:
     bound = error_bound(DTYPE, max(*shape, num_rows))
     label = f"{shape[0]} x {shape[1]}, M = {num_rows}"
     return Case(QLORA, label, contestants, [(MINISFT, name) for name in (peer, DENSE_LORA, dense_peer)], bound)
-
-
-def _dense_linear(q: QuantizedWeight) -> nn.Linear:
-    layer = nn.Linear(q.shape[1], q.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(nf4.dequantize(q, DTYPE), requires_grad=False)
-    return layer

@@ -157,23 +157,19 @@ def descend(grid: Grid, target: Tensor, moments: Tensor, codes: Tensor) -> Tenso
             codes[i], value = nearest(i, target[i] + error[i] - slope[k] / block[k, i])
             change = value - target[i] - error[i]
             error[i] += change
-            slope += block[:, i, None] * change
+            slope[k + 1 :].addr_(block[k + 1 :, i], change)
     return codes
 
 
 def output_error(error: Tensor, moments: Tensor) -> Tensor:
-    """e H e^T for each output: (I, O) and (I, I) -> (O,), fp64."""
-    wide = error.double()
-    return (wide * (moments.double() @ wide)).sum(0).clamp(min=0)
+    """e H e^T for each output, summed in fp64: (I, O) and (I, I) -> (O,)."""
+    return (error.double() * (moments @ error)).sum(0).clamp(min=0)
 
 
 def choose_codes(grid: Grid, target: Tensor, moments: Tensor, way: Way) -> Tensor:
-    """The codes that ``way`` finds; an output for which they are worse than the base's keeps the base's. (I, O) uint8."""
+    """The codes that ``way`` finds, (I, O) uint8."""
     found = grid.codes if way == "descent" else feedback(grid, target, moments)
-    if way != "feedback":
-        found = descend(grid, target, moments, found)
-    before, after = (output_error(grid.values(codes) - target, moments) for codes in (grid.codes, found))
-    return torch.where(after < before, found, grid.codes)
+    return found if way == "feedback" else descend(grid, target, moments, found)
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
@@ -218,17 +214,17 @@ def compensate_layer(
     assert isinstance(adapter.base, NF4Linear)
     base, trained, delta = adapter.base.quantized, base_weight(adapter), adapter.delta_weight().float()
     target, grid = merged_weight(trained, delta).T.contiguous(), Grid.of(base)
-    codes = choose_codes(grid, target, moments, way) if bool(delta.any()) else grid.codes
-    rounded = native_nf4.dequantize(plain, torch.float32)
-    candidates = ((grid.store(base, codes), grid.values(codes)), (plain, rounded.T))
-    errors = [float(output_error(value - target, moments).sum()) for _, value in candidates]
-    q, value = candidates[errors[1] < errors[0]]
+    found = choose_codes(grid, target, moments, way) if bool(delta.any()) else grid.codes
+    lost, left = (output_error(grid.values(codes) - target, moments) for codes in (grid.codes, found))
+    codes = torch.where(left < lost, found, grid.codes)  # an output that was not improved keeps the base's codes
+    rounded = native_nf4.dequantize(plain, torch.float32).T
+    size, ours, plainly = (float(e.sum()) for e in (lost, left.minimum(lost), output_error(rounded - target, moments)))
+    q, value = (plain, rounded) if plainly < ours else (grid.store(base, codes), grid.values(codes))
     effect = Effect()
     effect.add(trained, delta, value.T)
-    size = float(output_error(delta.T, moments).sum())
-    ratios = [(error / size) ** 0.5 if size else 0.0 for error in errors]
-    moved = float((unpack(q.packed, len(value.flatten())) != unpack(base.packed, len(value.flatten()))).double().mean())
-    return q, CompensatedLayer(effect.report(path), min(ratios), ratios[1], moved)
+    moved = float((Grid.of(q).codes != grid.codes).double().mean())
+    ratios = [(error / size) ** 0.5 if size else 0.0 for error in (min(ours, plainly), plainly)]
+    return q, CompensatedLayer(effect.report(path), ratios[0], ratios[1], moved)
 
 
 # ---- a model ---------------------------------------------------------------------------------------------------------

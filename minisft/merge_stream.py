@@ -117,7 +117,7 @@ def merge_folder(
         UserError: what ``open_adapted`` refuses; an ``onto`` that this base cannot have; a sum that is not finite; an
             adapter that a merge back to 4 bits would lose; a target that is in use, a disk that is full.
 
-    Cost: 64 MiB beside the adapter; ``requantized`` takes the model in 4 bits twice.
+    Cost: 64 MiB beside the adapter and the tokenizer; ``requantized`` takes the model in 4 bits twice.
     """
     files, out = open_adapted(adapter, model, scale), Path(out)
     check_onto(files, onto)

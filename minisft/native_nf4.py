@@ -216,7 +216,7 @@ def matmul(x: Tensor, q: QuantizedWeight, bias: Tensor | None = None) -> Tensor 
 
 
 def serves_dense(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``dense_matmul`` takes this product, and is the fastest way to do it (measured on AVX2, ``benchmarks/LOG.md``)."""
+    """Whether ``dense_matmul`` takes this product and is the fastest way to do it (measured: ``benchmarks/LOG.md``)."""
     few = FEW_DENSE_ROWS.get(weight.dtype)
     if few is None or weight.numel() < LEAST_DENSE or weight.device.type != "cpu" or torch.compiler.is_compiling():
         return False

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import FAMILIES, LLAMA, LLAMA3_ROPE, assert_close, build, shared_with_lora
+from tiny import FAMILIES, LLAMA, LLAMA3_ROPE, assert_close, build, build_with_lora, shared_with_lora
 from torch import nn
 
 from minisft.config import LoRAConfig, QuantConfig
@@ -30,6 +30,7 @@ from minisft.surgery import (
     quantization_of,
     quantize_,
     replace_module,
+    scale_adapters_,
     weight_bytes,
 )
 
@@ -315,6 +316,42 @@ def test_adapters_come_back_after_an_exception():
         pass
     assert not one.enabled
     one.enabled = True
+
+
+@given(power=st.integers(-8, 8), sign=st.sampled_from([-1.0, 1.0]))
+def test_a_scale_that_is_a_power_of_two_is_exact(power, sign):
+    """Of the update, to the last bit; and the scaling that a file would carry is the same."""
+    scale = sign * 2.0**power
+    model = build_with_lora(LLAMA, LoRAConfig(rank=3, alpha=7.0, use_rslora=True), torch.float32)
+    before = {path: (layer.delta_weight(), layer.alpha) for path, layer in lora_modules(model).items()}
+    scale_adapters_(model, scale)
+    for path, layer in lora_modules(model).items():
+        delta, alpha = before[path]
+        assert torch.equal(layer.delta_weight(), delta * scale)
+        assert layer.alpha == alpha * scale
+        assert layer.scaling == layer.alpha / 3**0.5
+
+
+def test_the_scale_dial_goes_from_the_base_to_the_adapted_model():
+    model = build_with_lora(LLAMA, LoRAConfig(rank=2, alpha=3.0))
+    ids = torch.arange(14).view(2, 7)
+    with adapters_off(model):
+        base = model(ids)
+    adapted = model(ids)
+    scale_adapters_(model, 1.0)
+    assert torch.equal(model(ids), adapted)
+    scale_adapters_(model, 0.0)
+    assert torch.equal(model(ids), base)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_out_of_range_changes_nothing(scale):
+    model = build_with_lora(LLAMA, LoRAConfig(rank=2, alpha=3.0))
+    with pytest.raises(UserError, match="a setting is out of range: scale"):
+        scale_adapters_(model, scale)
+    assert {layer.scaling for layer in lora_modules(model).values()} == {1.5}
+    with pytest.raises(UserError, match="no adapters to scale"):
+        scale_adapters_(build(LLAMA), 0.5)
 
 
 def test_replace_module():
