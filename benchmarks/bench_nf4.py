@@ -159,7 +159,7 @@ def main() -> None:
     torchao, reason = torchao_nf4()
     result = {**facts, "torchao": "measured" if torchao else reason, "load_average_after": os.getloadavg()[0], **result}
     path = save(f"nf4_{arguments.device}", result, out_folder(arguments.out, arguments.quick))
-    title = "How many times faster minisft is than bitsandbytes (with PEFT), or what a line names: median, quartiles; below 1 slower"
+    title = "How many times faster minisft is than bitsandbytes (QLoRA: with PEFT), or than what is named; median and quartiles"
     plot(result["cells"], title, path.with_suffix(".svg"))
     print(f"results: {path} and .svg")
 

@@ -11,6 +11,7 @@ and compensate.svg.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 import time
@@ -40,11 +41,10 @@ from minisft.template import ChatTemplate
 from minisft.tokenizer import Tokenizer
 from minisft.train import train
 
-STEPS, TASK_ROWS, TEST_ROWS, SEED = 40, 24, 32, 0
-ANSWERED = 32  # held-out rows that the model answers in full, where that is measured: it takes longest
+STEPS, TASK_ROWS, TEST_ROWS, SEED = 40, 24, 24, 0
 ANSWERING = ("plain", "feedback", "both")
 SHRINKS = [0.80 + 0.025 * k for k in range(10)]  # of a block's scale, up to 1.025
-Ways = dict[str, Callable[[], tuple[CausalLM, list[float]]]]  # the model, and the output error of each layer
+Way = Callable[[], tuple[CausalLM, dict]]  # a model, and what is known of its layers
 
 
 class Bench:
@@ -66,7 +66,11 @@ class Bench:
             "other": [(ids, list(range(len(ids) - 1))) for ids in map(self.tokenizer.encode, SENTENCES)],
         }
         self.wanted = {name: logits(self.model, rows) for name, rows in self.texts.items()}
-        self.moments = moments(self.model, self.calibration)
+
+    @functools.cached_property
+    def moments(self) -> dict[str, Tensor]:
+        """H of every adapted layer on its inputs in the unmerged model."""
+        return moments(self.model, self.calibration)
 
 
 def trained(folder: Path) -> Path:
@@ -94,13 +98,16 @@ def logits(model: CausalLM, rows: Sequence[tuple[list[int], list[int]]]) -> Tens
 
 @torch.no_grad()
 def moments(model: CausalLM, rows: Sequence[list[int]]) -> dict[str, Tensor]:
-    """H of every adapted layer on its inputs in the unmerged model."""
+    """X^T X / N of every adapted layer, computed once for neighbours with one input."""
     sums: dict[str, Tensor] = {}
+    last: list[Tensor] = [torch.empty(0), torch.empty(0)]
 
     def hook(path: str) -> Callable[..., None]:
         def add(_: object, args: tuple[Tensor, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            sums[path] = sums.get(path, 0) + x.T @ x
+            if args[0] is not last[0]:
+                x = args[0].reshape(-1, args[0].shape[-1])
+                last[:] = args[0], x.T @ x
+            sums[path] = sums.get(path, 0) + last[1]
 
         return add
 
@@ -115,30 +122,39 @@ def moments(model: CausalLM, rows: Sequence[list[int]]) -> dict[str, Tensor]:
 # ---- the ways --------------------------------------------------------------------------------------------------------
 
 
-def ways(bench: Bench) -> Ways:
-    def compensated(way: str) -> tuple[CausalLM, list[float]]:
+def ways(bench: Bench) -> dict[str, Way]:
+    def compensated(way: str) -> tuple[CausalLM, dict]:
         merged, report = requantize_compensated(bench.model, bench.calibration, way)
-        return merged, [layer.output_error for layer in report.layers]
+        return merged, {
+            "output_errors": [layer.output_error for layer in report.layers],
+            "plain_output_errors": [layer.plain_output_error for layer in report.layers],
+            "survival": [layer.effect.survival for layer in report.layers],
+            "moved": [layer.moved for layer in report.layers],
+        }
 
-    def by_layer(choose: Callable[[str, QuantizedWeight], QuantizedWeight]) -> tuple[CausalLM, list[float]]:
+    def plain() -> tuple[CausalLM, dict]:
+        merged, report = merge(bench.model, "requantized")
+        return merged, {"survival": [layer.survival for layer in report.layers]}
+
+    def by_layer(choose: Callable[[str, QuantizedWeight], QuantizedWeight]) -> tuple[CausalLM, dict]:
         merged, _ = merge(bench.model, "requantized")
         errors = []
         for path, layer in nf4_modules(merged).items():
             q = choose(path, layer.quantized)
             replace_module(merged, path, NF4Linear(q, layer.bias).eval())
             errors.append(relative_error(bench, path, q))
-        return merged, errors
+        return merged, {"output_errors": errors}
 
     return {
-        "plain": lambda: by_layer(lambda path, q: q),
-        "both": lambda: compensated("both"),
+        "plain": plain,
         "feedback": lambda: compensated("feedback"),
-        "descent": lambda: compensated("descent"),
+        "both": lambda: compensated("both"),
         "dithered": lambda: by_layer(lambda path, q: dithered(bench, path)),
         "scales": lambda: by_layer(lambda path, q: best_scales(bench, path)),
-        "both, inputs of the unmerged model": lambda: by_layer(
-            lambda path, q: compensate_layer(path, lora_modules(bench.model)[path], q, bench.moments[path], "both")[0]
+        "feedback, inputs of the unmerged model": lambda: by_layer(
+            lambda path, q: compensate_layer(path, lora_modules(bench.model)[path], q, bench.moments[path], "feedback")[0]
         ),
+        "descent": lambda: compensated("descent"),
     }
 
 
@@ -201,9 +217,8 @@ def measure(bench: Bench, model: CausalLM, answers: bool) -> dict:
         targets = torch.tensor([ids[place + 1] for ids, places in rows for place in places])
         found[f"loss_{name}"] = float(torch.nn.functional.cross_entropy(given, targets))
     if answers:
-        examples = bench.examples[:ANSWERED]
         result = evaluate(
-            model, bench.tokenizer, bench.template, examples, "json", max_new_tokens=48, batch_size=ANSWERED
+            model, bench.tokenizer, bench.template, bench.examples, "json", max_new_tokens=48, batch_size=TEST_ROWS
         )  # fmt: skip
         found |= {"all_right": result.score, "rows": result.n}
     return found
@@ -216,17 +231,13 @@ def draw(rows: dict[str, dict], path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "minisft", "svg.fonttype": "none"}):
         figure = Figure(figsize=(10, 7), layout="constrained")
         bars, lines = figure.subplots(2, 1)
-        shown = {name: row for name, row in rows.items() if name != "unmerged"}
-        for shift, (key, label, color) in enumerate((("kl_task", "task", "#0072B2"), ("kl_other", "other text", "#E69F00"))):
-            places = [i + 0.4 * shift for i in range(len(shown))]
-            bars.bar(places, [row[key] for row in shown.values()], 0.4, label=label, color=color)
-        bars.set_xticks([i + 0.2 for i in range(len(shown))], [n.replace(", ", ",\n") for n in shown], fontsize=8)
-        bars.set_yscale("log")
-        bars.set_ylabel("KL(unmerged || merged), nats")
-        bars.legend(frameon=False)
-        for name in ("plain", "descent", "feedback", "both"):
-            lines.plot(rows[name]["output_errors"], ".-", linewidth=0.7, markersize=3, label=name)
-        lines.set_ylim(0, 2)
+        draw_divergence(bars, {name: row for name, row in rows.items() if name != "unmerged"})
+        feedback = rows["feedback"]
+        lines.plot(feedback["plain_output_errors"], ".-", color="#666666", linewidth=0.7, markersize=3, label="plain")
+        for name, color in (("descent", "#E69F00"), ("feedback", "#0072B2"), ("both", "#009E73")):
+            if name in rows:
+                lines.plot(rows[name]["output_errors"], ".-", color=color, linewidth=0.7, markersize=3, label=name)
+        lines.set_ylim(bottom=0)
         lines.set_ylabel("|X (W' - W - D)| / |X D|")
         lines.set_xlabel("adapted layer, in the model's order")
         lines.legend(frameon=False, ncols=4)
@@ -235,42 +246,52 @@ def draw(rows: dict[str, dict], path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
+def draw_divergence(axes, rows: dict[str, dict]) -> None:
+    kinds = (("kl_task", "task", "#0072B2"), ("kl_other", "other text", "#E69F00"))
+    for shift, (key, label, color) in enumerate(kinds):
+        places = [i + 0.4 * shift for i in range(len(rows))]
+        axes.bar(places, [row[key] for row in rows.values()], 0.4, label=label, color=color)
+    axes.set_xticks([i + 0.2 for i in range(len(rows))], [name.replace(", ", ",\n") for name in rows], fontsize=8)
+    axes.set_yscale("log")
+    axes.set_ylabel("KL(unmerged || merged), nats")
+    axes.legend(frameon=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--adapter", type=Path, help="trained before by this script; default: train it now")
     parser.add_argument("--only", nargs="*", help="these ways; the results then go to a temporary folder")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        bench = Bench(Path(name) / "data", arguments.adapter)
-        rows = run(bench, arguments.only)
-    tokens = sum(map(len, bench.calibration))
-    result = {**provenance(["python", "benchmarks/exp_compensate.py", *sys.argv[1:]]), "calibration_tokens": tokens}
-    folder = out_folder(None, bool(arguments.only))
-    save("compensate", {**result, "ways": rows}, folder)
-    if folder == RESULTS:
-        draw(rows, folder / "compensate.svg")
+        run(Bench(Path(name) / "data", arguments.adapter), arguments.only)
 
 
-def run(bench: Bench, only: list[str] | None) -> dict[str, dict]:
+def run(bench: Bench, only: list[str] | None) -> None:
+    """Every way in turn; what is known is written after each."""
+    head = provenance(["python", "benchmarks/exp_compensate.py", *sys.argv[1:]])
+    head["calibration_tokens"] = sum(map(len, bench.calibration))
     rows = {"unmerged": measure(bench, bench.model, True)}
     with adapters_off(bench.model):
         rows["base"] = measure(bench, bench.model, False)
     show(rows, "unmerged", "base")
+    folder = out_folder(None, bool(only))
     for name, way in ways(bench).items():
         if only and name not in only:
             continue
         began = time.perf_counter()
-        merged, errors = way()
+        merged, layers = way()
         seconds = time.perf_counter() - began
-        rows[name] = {**measure(bench, merged, name in ANSWERING), "seconds": seconds, "output_errors": errors}
+        rows[name] = {**measure(bench, merged, name in ANSWERING), "seconds": seconds, **layers}
+        save("compensate", {**head, "ways": rows}, folder)
         show(rows, name)
-    return rows
+    if not only:
+        draw(rows, folder / "compensate.svg")
 
 
 def show(rows: dict[str, dict], *names: str) -> None:
     for name in names:
         row = rows[name]
-        errors = row.get("output_errors") or [0.0]
+        errors = row.get("output_errors", [float("nan")])
         print(
             f"{name:36} KL task {row['kl_task']:.5f} other {row['kl_other']:.5f}  loss {row['loss_task']:.4f}  "
             f"right {row.get('all_right', float('nan')):.1%}  output error {sum(errors) / len(errors):.3f} "
