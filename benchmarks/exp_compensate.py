@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from harness import RESULTS, out_folder, provenance, save
+from harness import out_folder, provenance, save
 from torch import Tensor
 
 from minisft import native_nf4

@@ -320,7 +320,8 @@ def _common_base(stored: Sequence[StoredAdapter]) -> dict[str, JSON] | None:
     first, *others = records.values() or [{}]
     if any(values.get("quantization") != first.get("quantization") for values in others):
         warnings.warn("the base was not held in the same bits when these adapters were trained", stacklevel=3)
-    return typing.cast("dict[str, JSON]", dict(first)) if first else None
+    chosen = records.get(next(iter(bases.values()), Path()), first)
+    return typing.cast("dict[str, JSON]", dict(chosen)) if chosen else None
 
 
 def _write_template(stored: Sequence[StoredAdapter], folder: Path) -> None:

@@ -247,7 +247,8 @@ class DoRALinear(LoRALinear):
     Precision: the norms are taken in the masters' dtype; what g multiplies has the dtype of x, the product is fp32 or wider
     and rounded once more.
 
-    Cost: W + scaling * B A once in every forward, a slab of rows at a time; one more tensor like y is kept for backward.
+    Cost: W + scaling * B A in every forward, a slab of rows at a time, which is most of the time at one token: merge before
+    generating much. One more tensor like y is kept for backward.
     Ref: Liu et al. 2024, arXiv:2402.09353, equation 5. Dropout and embeddings are not offered.
     """
 

@@ -336,6 +336,11 @@ def test_without_text_is_an_error(rows: list[list[int]]) -> None:
     assert caught.value.code == "data/no-calibration"
 
 
+def test_an_unknown_way_is_refused() -> None:
+    with pytest.raises(ValueError, match="feedback"):
+        requantize_compensated(adapted(), ROWS, "gptq")
+
+
 def test_a_dense_base_is_refused() -> None:
     model = build(LLAMA, torch.float32)
     apply_lora_(model, LoRAConfig(rank=2))
