@@ -174,7 +174,7 @@ def dithered(bench: Bench, path: str) -> QuantizedWeight:
     """Up or down at random, so that the mean is W + D: unbiased, no text needed. On the base's grid."""
     q = lora_modules(bench.model)[path].base.quantized
     grid, levels = Grid.of(q), q.levels
-    scaled = (wanted_weight(bench, path).T / grid.scales).clamp(-1, 1)
+    scaled = (wanted_weight(bench, path).T.contiguous() / grid.scales).clamp(-1, 1)
     low = (torch.searchsorted(levels, scaled, right=True) - 1).clamp(0, 14)
     share = (scaled - levels[low]) / (levels[low + 1] - levels[low])
     up = torch.rand(share.shape, generator=generator(SEED, f"dither-{path}")) < share

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from minisft import native_nf4
 from minisft.errors import UserError, visible
 from minisft.generate import no_dropout
-from minisft.lora import LoRALinear
-from minisft.merge import Effect, LayerReport, base_weight, merge, merged_weight
+from minisft.lora import LoRALinear, merged_weight
+from minisft.merge import Effect, LayerReport, base_weight, merge
 from minisft.model import CausalLM
 from minisft.nf4 import TINY, QuantizedWeight, decode_absmax, midpoints_of, pack, unpack
 from minisft.nf4_linear import NF4Linear

@@ -26,7 +26,7 @@ from minisft import native_nf4
 from minisft.config import ModelConfig
 from minisft.errors import UserError, listing, visible
 from minisft.formats.stream import EMBEDDING, HEAD, empty_model, fill_
-from minisft.lora import LoRAEmbedding, LoRALinear
+from minisft.lora import LoRAEmbedding, LoRALinear, merged_weight
 from minisft.matmul import Linear
 from minisft.model import CausalLM
 from minisft.nf4 import SLAB, QuantizedWeight
@@ -111,21 +111,6 @@ def _slabs(*tensors: Tensor) -> Iterator[list[Tensor]]:
 
 def _square(x: Tensor) -> float:
     return float(x.dot(x))
-
-
-def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
-    """W + D in fp32 or wider, not yet rounded.
-
-    Args:
-        weight: W, any float dtype.
-        delta: D, of the same shape, fp32 or wider.
-
-    Returns:
-        a new tensor; where D is zero W is kept bit for bit (-0.0 + 0.0 would be +0.0).
-    """
-    wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), delta.dtype)
-    base = weight.to(wide)
-    return torch.where(delta == 0, base, base + delta.to(wide))
 
 
 def base_weight(adapter: Adapter) -> Tensor:

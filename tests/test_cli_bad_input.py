@@ -346,7 +346,7 @@ def test_39_not_an_adapter(shop: Shop) -> None:
     shop.refused(4, "adapter/no-config", argv=shop.generate("--adapter", shop.adapter))
 
 
-@pytest.mark.parametrize("option", [{"peft_type": "IA3"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("option", [{"peft_type": "IA3"}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}])
 def test_39_unsupported_option(shop: Shop, option: dict[str, object]) -> None:
     shop.edit_json(shop.adapter / "adapter_config.json", **option)
     shop.refused(4, "adapter/unsupported", next(iter(option)), argv=shop.generate("--adapter", shop.adapter))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import LLAMA, LLAMA_BIASES, build, randn
-from tiny_folder import write_model
+from tiny import LLAMA, LLAMA_BIASES, assert_close, build, randn
+from tiny_folder import CONFIG, write_model
 from torch import Tensor
 
 from minisft.compensate import (
@@ -316,17 +316,33 @@ def test_rows_do_not_see_each_other() -> None:
     assert float(torch.stack(moved).mean()) < 0.05
 
 
-def test_bytes_are_those_of_the_base_and_files_give_it_back(tmp_path: Path) -> None:
-    source, tokenizer = load_model(write_model(tmp_path / "base", tmp_path / "scratch"), quant=QuantConfig())
-    apply_lora_(source, LoRAConfig(rank=2, alpha=3.0))
-    for adapter in lora_modules(source).values():
+def saved(folder: Path) -> CausalLM:
+    """A compensated merge, written to ``folder / "merged"``; rows of whole blocks, as bitsandbytes wants them on a CPU."""
+    config = dataclasses.replace(CONFIG, hidden_size=64, intermediate_size=128, head_dim=32)
+    model, tokenizer = load_model(write_model(folder / "base", folder / "scratch", config), quant=QuantConfig())
+    apply_lora_(model, LoRAConfig(rank=2, alpha=3.0))
+    for adapter in lora_modules(model).values():
         torch.nn.init.normal_(adapter.lora_B, std=0.05, generator=torch.Generator().manual_seed(1))
-    merged, _ = requantize_compensated(source, ROWS)
-    assert weight_bytes(merged) == weight_bytes(merge(source, "requantized")[0])
-    save_quantized(merged, tokenizer, tmp_path / "merged")
+    merged, _ = requantize_compensated(model, ROWS)
+    assert weight_bytes(merged) == weight_bytes(merge(model, "requantized")[0])
+    save_quantized(merged, tokenizer, folder / "merged")
+    return merged
+
+
+def test_bytes_are_those_of_the_base_and_files_give_it_back(tmp_path: Path) -> None:
+    merged, ids = saved(tmp_path), torch.tensor(ROWS[:1])
     again, _ = load_model(tmp_path / "merged")
-    ids = torch.tensor(ROWS[:1])
     assert torch.equal(again(ids), merged(ids))
+
+
+def test_transformers_gives_the_same_logits(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    merged, ids = saved(tmp_path), torch.tensor(ROWS[:1])
+    # In training mode: in evaluation mode some CPUs repack the weights and round to bf16.
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged")).train()
+    with torch.no_grad():
+        assert_close(theirs(ids).logits, merged(ids), 1e-5)
 
 
 @pytest.mark.parametrize("rows", [[], [[]]])

@@ -12,7 +12,8 @@ from laws import DENSE, IN_FP64, LAYERS, Case, assert_within, cases, exact, fits
 from tiny import randn
 from torch import Tensor, nn
 
-from minisft.merge import merge_, merged_weight
+from minisft.lora import merged_weight
+from minisft.merge import merge_
 
 seeds = st.integers(0, 2**20)
 
