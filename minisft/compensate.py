@@ -6,10 +6,11 @@ X are seen, and for each output the codes are sought that make
 
     |X (W' - (W + D))^T|^2 / N = sum over outputs of e H e^T,    H = X^T X / N,    e = a row of W' - (W + D),
 
-small. W' keeps the scales of W, so it has the bytes and the format of the base, and only codes differ. Three ways:
+small. W' keeps the scales of W, so it has the bytes and the format of the base, and only codes differ. Four ways:
 ``feedback`` rounds one input after the other and corrects those to come for the error so far; ``descent`` starts from the
-base and changes single codes while that helps; ``both`` starts where feedback ends. What this room refuses: to end worse than
-rounding weight by weight in this measure, on the text it has read.
+base and changes single codes while that helps; ``both`` starts where feedback ends. These three never end worse than
+rounding weight by weight in this measure, on the text they have read. ``dither`` looks at no text: it rounds up or down at
+random so that the mean is W + D, which keeps all of D and pays with noise everywhere.
 
 The idea to take home: 4 bits have room for an adapter, if its small pushes are gathered until one is worth a whole step.
 
@@ -35,9 +36,10 @@ from minisft.merge import Effect, LayerReport, base_weight, merge
 from minisft.model import CausalLM
 from minisft.nf4 import TINY, QuantizedWeight, decode_absmax, midpoints_of, pack, unpack
 from minisft.nf4_linear import NF4Linear
+from minisft.seeds import generator
 from minisft.surgery import lora_modules, nf4_modules, replace_module
 
-Way = Literal["feedback", "descent", "both"]
+Way = Literal["dither", "feedback", "descent", "both"]
 WAYS: tuple[Way, ...] = get_args(Way)
 BLOCK = 64  # inputs handled between two large products
 SWEEPS = 3  # of descent; in the third about one code in a thousand still changes
@@ -161,15 +163,33 @@ def descend(grid: Grid, target: Tensor, moments: Tensor, codes: Tensor) -> Tenso
     return codes
 
 
+def dither(grid: Grid, target: Tensor, draw: torch.Generator) -> Tensor:
+    """One of the two nearest levels at random, so that the mean is ``target``: codes, (I, O) uint8."""
+    levels, order = grid.levels.sort(stable=True)
+    scaled = (target / grid.scales).clamp(-1, 1)
+    below = (torch.searchsorted(levels, scaled, right=True) - 1).clamp(0, len(levels) - 2)
+    share = (scaled - levels[below]) / (levels[below + 1] - levels[below])
+    up = torch.rand(share.shape, generator=draw, device=share.device) < share
+    return torch.where(grid.pinned, grid.codes, order[below + up].to(torch.uint8))
+
+
 def output_error(error: Tensor, moments: Tensor) -> Tensor:
     """e H e^T for each output, summed in fp64: (I, O) and (I, I) -> (O,)."""
     return (error.double() * (moments @ error)).sum(0).clamp(min=0)
 
 
-def choose_codes(grid: Grid, target: Tensor, moments: Tensor, way: Way) -> Tensor:
-    """The codes that ``way`` finds, (I, O) uint8."""
+def choose_codes(grid: Grid, target: Tensor, moments: Tensor, way: Way, draw: torch.Generator) -> Tensor:
+    """The codes that ``way`` finds, (I, O) uint8; an output for which they are no better than the base's keeps the base's.
+
+    With ``dither`` they stand as they are: to drop what came out badly would be to take sides.
+    """
+    if way == "dither":
+        return dither(grid, target, draw)
     found = grid.codes if way == "descent" else feedback(grid, target, moments)
-    return found if way == "feedback" else descend(grid, target, moments, found)
+    if way != "feedback":
+        found = descend(grid, target, moments, found)
+    before, after = (output_error(grid.values(codes) - target, moments) for codes in (grid.codes, found))
+    return torch.where(after < before, found, grid.codes)
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
@@ -193,12 +213,12 @@ class CompensatedLayer:
 
 
 def compensate_layer(
-    path: str, adapter: LoRALinear, plain: QuantizedWeight, moments: Tensor, way: Way
+    path: str, adapter: LoRALinear, plain: QuantizedWeight, moments: Tensor, way: Way, seed: int = 0
 ) -> tuple[QuantizedWeight, CompensatedLayer]:
     """W' of one layer over a base in 4 bits.
 
     Args:
-        plain: W + D with every weight rounded for itself; it is the answer if it has the smaller error.
+        plain: W + D with every weight rounded for itself; it is the answer if it has the smaller error (not for ``dither``).
         moments: (I, I) fp32, H.
 
     Raises:
@@ -214,22 +234,18 @@ def compensate_layer(
     assert isinstance(adapter.base, NF4Linear)
     base, trained, delta = adapter.base.quantized, base_weight(adapter), adapter.delta_weight().float()
     target, grid = merged_weight(trained, delta).T.contiguous(), Grid.of(base)
-    codes, size, ours = _best_codes(grid, target, moments, way) if bool(delta.any()) else (grid.codes, 0.0, 0.0)
+    draw = generator(seed, f"dither/{path}", device=moments.device)
+    codes = choose_codes(grid, target, moments, way, draw) if bool(delta.any()) else grid.codes
     rounded = native_nf4.dequantize(plain, torch.float32).T
-    plainly = float(output_error(rounded - target, moments).sum())
-    q, value = (plain, rounded) if plainly < ours else (grid.store(base, codes), grid.values(codes))
+    weights = (grid.values(grid.codes), grid.values(codes), rounded)
+    size, ours, plainly = (float(output_error(weight - target, moments).sum()) for weight in weights)
+    fall_back = plainly < ours and way != "dither"
+    q, value = (plain, rounded) if fall_back else (grid.store(base, codes), weights[1])
     effect, count = Effect(), q.shape.numel()
     effect.add(trained, delta, value.T)
     moved = float((unpack(q.packed, count) != unpack(base.packed, count)).double().mean())
-    best, other = ((error / size) ** 0.5 if size else 0.0 for error in (min(ours, plainly), plainly))
+    best, other = ((error / size) ** 0.5 if size else 0.0 for error in (plainly if fall_back else ours, plainly))
     return q, CompensatedLayer(effect.report(path), best, other, moved)
-
-
-def _best_codes(grid: Grid, target: Tensor, moments: Tensor, way: Way) -> tuple[Tensor, float, float]:
-    """What ``way`` finds, output by output if it is better than the base's codes; the base's error and the one that is left."""
-    found = choose_codes(grid, target, moments, way)
-    before, after = (output_error(grid.values(codes) - target, moments) for codes in (grid.codes, found))
-    return torch.where(after < before, found, grid.codes), float(before.sum()), float(after.minimum(before).sum())
 
 
 # ---- a model ---------------------------------------------------------------------------------------------------------
@@ -255,8 +271,8 @@ class _Reading:
     So a layer is fitted to the inputs that the layers before it will really give, not to those of the unmerged model.
     """
 
-    def __init__(self, merged: CausalLM, way: Way) -> None:
-        self.merged, self.way, self.plain = merged, way, nf4_modules(merged)
+    def __init__(self, merged: CausalLM, way: Way, seed: int) -> None:
+        self.merged, self.way, self.seed, self.plain = merged, way, seed, nf4_modules(merged)
         self.layers: dict[str, CompensatedLayer] = {}
         self.seen, self.moments = torch.empty(0), torch.empty(0)
 
@@ -271,7 +287,8 @@ class _Reading:
         def answer(adapter: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             assert isinstance(adapter, LoRALinear)
             before = self.plain[path]
-            q, self.layers[path] = compensate_layer(path, adapter, before.quantized, self.moments_of(args[0]), self.way)
+            moments = self.moments_of(args[0])
+            q, self.layers[path] = compensate_layer(path, adapter, before.quantized, moments, self.way, self.seed)
             layer = NF4Linear(q, before.bias)
             replace_module(self.merged, path, layer.eval())
             return layer(args[0])
@@ -281,7 +298,7 @@ class _Reading:
 
 @torch.no_grad()
 def requantize_compensated(
-    model: CausalLM, rows: Sequence[Sequence[int]], way: Way = "both"
+    model: CausalLM, rows: Sequence[Sequence[int]], way: Way = "both", seed: int = 0
 ) -> tuple[CausalLM, CompensationReport]:
     """A new model in 4 bits with the adapters folded in; ``model`` stays as it is and shares no memory with the new one.
 
@@ -290,6 +307,7 @@ def requantize_compensated(
         rows: token ids of the calibration text, one list a row: what the model will be used for, and some of what it should
             keep. A few tokens for each input of the widest layer; fewer, and codes are fitted to chance.
         way: see the module.
+        seed: of ``dither``, for which the text serves the report only.
 
     Returns:
         the merged model, frozen and in evaluation mode, which ``save_quantized`` can write; and the report.
@@ -306,7 +324,7 @@ def requantize_compensated(
     if not rows:
         raise UserError("data/no-calibration", "there is no text to calibrate on", fix="give rows with at least one token")
     merged, _ = merge(model, "requantized")
-    reading, adapters = _Reading(merged, way), lora_modules(model)
+    reading, adapters = _Reading(merged, way, seed), lora_modules(model)
     device = model.model.norm.weight.device
     ids = torch.tensor([token for row in rows for token in row], device=device)
     segments = torch.repeat_interleave(torch.arange(1, len(rows) + 1), torch.tensor([len(row) for row in rows])).to(device)

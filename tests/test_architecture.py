@@ -25,7 +25,7 @@ FLOORS = {
     3: "batching formats surgery",
     4: "adapted_files certificate checkpoint choice combine compensate evaluate generate inspect_data lossplot merge "
     "merge_page merge_stream optim run_data verify_merge",
-    5: "plan rehearsal step train",
+    5: "active_run plan rehearsal step train",
     6: "__init__ cli flags quickstart",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
