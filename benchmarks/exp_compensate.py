@@ -25,7 +25,7 @@ from torch import Tensor
 from minisft import native_nf4
 from minisft.certificate import SENTENCES, kl_divergence
 from minisft.chat import Encoded, encode_dataset, resolve_template
-from minisft.compensate import Grid, compensate_layer, output_error, requantize_compensated
+from minisft.compensate import compensate_layer, output_error, requantize_compensated
 from minisft.config import QuantConfig, RunConfig
 from minisft.evaluate import evaluate
 from minisft.formats import load_adapter_, load_model
@@ -35,14 +35,13 @@ from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight, decode_absmax, pack, quantize_absmax
 from minisft.nf4_linear import NF4Linear
 from minisft.quickstart import MODEL, write_data
-from minisft.seeds import generator
 from minisft.surgery import adapters_off, lora_modules, nf4_modules, replace_module, weight_bytes
 from minisft.template import ChatTemplate
 from minisft.tokenizer import Tokenizer
 from minisft.train import train
 
 STEPS, TASK_ROWS, TEST_ROWS, SEED = 40, 24, 24, 0
-ANSWERING = ("plain", "feedback", "both")
+ANSWERING = ("plain", "dither", "both")
 SHRINKS = [0.80 + 0.025 * k for k in range(10)]  # of a block's scale, up to 1.025
 Way = Callable[[], tuple[CausalLM, dict]]  # a model, and what is known of its layers
 
@@ -147,9 +146,9 @@ def ways(bench: Bench) -> dict[str, Way]:
 
     return {
         "plain": plain,
+        "dither": lambda: compensated("dither"),
         "feedback": lambda: compensated("feedback"),
         "both": lambda: compensated("both"),
-        "dithered": lambda: by_layer(lambda path, q: dithered(bench, path)),
         "scales": lambda: by_layer(lambda path, q: best_scales(bench, path)),
         "feedback, inputs of the unmerged model": lambda: by_layer(
             lambda path, q: compensate_layer(path, lora_modules(bench.model)[path], q, bench.moments[path], "feedback")[0]
@@ -168,17 +167,6 @@ def relative_error(bench: Bench, path: str, q: QuantizedWeight) -> float:
     error = native_nf4.dequantize(q, torch.float32) - wanted_weight(bench, path)
     delta, H = lora_modules(bench.model)[path].delta_weight(), bench.moments[path]
     return float(output_error(error.T, H).sum() / output_error(delta.T, H).sum()) ** 0.5
-
-
-def dithered(bench: Bench, path: str) -> QuantizedWeight:
-    """Up or down at random, so that the mean is W + D: unbiased, no text needed. On the base's grid."""
-    q = lora_modules(bench.model)[path].base.quantized
-    grid, levels = Grid.of(q), q.levels
-    scaled = (wanted_weight(bench, path).T.contiguous() / grid.scales).clamp(-1, 1)
-    low = (torch.searchsorted(levels, scaled, right=True) - 1).clamp(0, 14)
-    share = (scaled - levels[low]) / (levels[low + 1] - levels[low])
-    up = torch.rand(share.shape, generator=generator(SEED, f"dither-{path}")) < share
-    return grid.store(q, (low + up).to(torch.uint8))
 
 
 def best_scales(bench: Bench, path: str) -> QuantizedWeight:
