@@ -223,26 +223,39 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | No
     return torch.cat((beginning, segments.from_grid(_attend_grid(q_grid, k_grid, v_grid, window))))
 
 
-def attend_cached(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
+def hidden_in_cache(positions: Tensor, num_places: int, window: int | None = None) -> Tensor:
+    """Which places of a KV cache a query may not see: those after its own, and those before its window.
+
+    Args:
+        positions: (B, T) int64, the cache place of each query.
+        num_places: C, how many places of the cache are looked at.
+
+    Returns:
+        (B, 1, 1, T, C) bool.
+    """
+    keys = torch.arange(num_places, device=positions.device)
+    hidden = keys > positions.unsqueeze(-1)
+    if window is not None:
+        hidden |= keys <= positions.unsqueeze(-1) - window
+    return hidden[:, None, None]
+
+
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
     """Attention of new tokens over everything in a KV cache (inference only).
 
     Args:
         q: (B, T, H, E) new queries.
         k, v: (B, K, C, E) cache, the new keys and values included.
-        positions: (B, T) int64, the cache place of each query; it sees keys at places up to its own.
+        hidden: (B, 1, 1, T, C), from ``hidden_in_cache``.
 
     Returns:
         (B, T, H, E).
     """
     B, T, H, E = q.shape
     wide = product_dtype(q)
-    keys = torch.arange(k.shape[2], device=q.device)
-    hidden = keys > positions.unsqueeze(-1)  # (B, T, C)
-    if window is not None:
-        hidden |= keys <= positions.unsqueeze(-1) - window
     q_grid = _group_queries(q, k.shape[1])  # (B, K, G * T, E)
     scores = (q_grid * (1 / math.sqrt(E))) @ k.to(wide).transpose(-1, -2)
     scores = scores.to(torch.promote_types(wide, torch.float32))
-    scores = scores.view(B, k.shape[1], -1, T, k.shape[2]).masked_fill_(hidden[:, None, None], -torch.inf)
+    scores = scores.view(B, k.shape[1], -1, T, k.shape[2]).masked_fill_(hidden, -torch.inf)
     out = torch.softmax(scores, -1).to(wide).view(B, k.shape[1], -1, k.shape[2]) @ v.to(wide)
     return out.to(q.dtype).view(B, k.shape[1], H // k.shape[1], T, E).permute(0, 3, 1, 2, 4).reshape(B, T, H, E)

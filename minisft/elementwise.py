@@ -1,7 +1,8 @@
 """RMSNorm, RoPE and SwiGLU, each as one autograd function that keeps only its inputs.
 
 Written with plain operators, autograd would keep every intermediate (the squared input, the sigmoid, the rotated half)
-until backward. Each of these is cheap to compute again, so only the inputs are kept, most of which are alive anyway.
+until backward. Each of these is cheap to compute again, so only the inputs are kept, most of which are alive anyway. Where
+no gradient is wanted the function is called by itself: generation makes hundreds of these calls a token.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x_wide = x.to(_wide(x.dtype))
+    rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+    return weight * (x_wide * rstd).to(x.dtype), rstd
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x_wide = x.to(_wide(x.dtype))
-        rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+        y, rstd = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
-        return weight * (x_wide * rstd).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -52,7 +58,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Ref: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
     """
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _normed(x, weight, eps)[0]
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -86,14 +92,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Ref: Su et al. 2021, arXiv:2104.09864, section 3.2.2, in Hugging Face's order of the pairs.
     """
-    return _Rotate.apply(x, cos, sin)
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turn(x, cos, sin)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate).mul_(up)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return torch.nn.functional.silu(gate).mul_(up)
+        return _gated(gate, up)
 
     @staticmethod
     @once_differentiable
@@ -109,4 +119,4 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Ref: Shazeer 2020, arXiv:2002.05202, eq. 6.
     """
-    return _SwiGLU.apply(gate, up)
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _gated(gate, up)

@@ -22,6 +22,7 @@ from minisft.model import CausalLM, KVCache
 from minisft.seeds import derive_seed
 from minisft.tokenizer import Tokenizer
 
+WORTH_SHARING = 8  # tokens: a shorter common beginning is not worth a pass of its own
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no UTF-8 (yet)
 
 
@@ -166,19 +167,29 @@ def _tokens(
 
 
 def read_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], room: int) -> tuple[KVCache, Tensor]:
-    """Run prompts through the model once.
+    """Run prompts through the model once; a beginning that all of them share is computed for all of them together.
 
     Returns:
         a KV cache with space for ``room`` more tokens a row, and the hidden state (B, D) at each prompt's last token.
     """
     device = model.model.norm.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    longest = int(lengths.max())
-    input_ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
-    segment_ids = (torch.arange(longest) < lengths[:, None]).long().to(device)
-    cache = KVCache(model.config, len(prompts), longest + room, model.dtype, device)
+    longest, P = max(map(len, prompts)), _common_beginning(prompts)
+    cache = KVCache(model.config, 1 if P else len(prompts), longest + room, model.dtype, device)
+    if P:
+        model.hidden(torch.tensor([prompts[0][:P]], device=device), cache=cache)
+        cache = cache.select(torch.zeros(len(prompts), dtype=torch.int64, device=device))
+    lengths = torch.tensor([len(prompt) - P for prompt in prompts])
+    input_ids = torch.tensor([[*prompt[P:], *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+    segment_ids = (torch.arange(longest - P) < lengths[:, None]).long().to(device)
     hidden_BTD = model.hidden(input_ids, segment_ids=segment_ids, cache=cache)
     return cache, hidden_BTD[torch.arange(len(prompts)), lengths - 1]
+
+
+def _common_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, leaving each at least one of its own; 0 where sharing them saves little."""
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    length = next((i for i, tokens in enumerate(columns) if len(set(tokens)) > 1), min(map(len, prompts)) - 1)
+    return length if len(prompts) > 1 and length >= WORTH_SHARING else 0
 
 
 @contextlib.contextmanager

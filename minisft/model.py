@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from minisft.attention import Segments, attend, attend_cached
+from minisft.attention import Segments, attend, attend_cached, hidden_in_cache
 from minisft.config import ModelConfig
 from minisft.elementwise import rms_norm, rotate, swiglu
 from minisft.matmul import Linear
@@ -68,10 +68,17 @@ class _Context:
     """What every layer of one forward pass needs: angles, and where tokens attend."""
 
     def __init__(
-        self, cos: Tensor, sin: Tensor, segments: Segments | None, cache: KVCache | None, places: Tensor, end: int
+        self,
+        cos: Tensor,
+        sin: Tensor,
+        segments: Segments | None,
+        cache: KVCache | None,
+        places: Tensor,
+        end: int,
+        hidden: Tensor | None,
     ) -> None:
         self.cos, self.sin = cos, sin
-        self.segments, self.cache, self.places, self.end = segments, cache, places, end
+        self.segments, self.cache, self.places, self.end, self.hidden = segments, cache, places, end, hidden
 
 
 class RMSNorm(nn.Module):
@@ -107,12 +114,13 @@ class Attention(nn.Module):
             assert context.segments is not None
             out = attend(q, k, v, context.segments, self.window)
         else:
+            assert context.hidden is not None
             B, T = context.places.shape
             keys, values = context.cache.append(
                 self.layer, k.view(B, T, -1, self.head_dim), v.view(B, T, -1, self.head_dim), context.places
             )
             seen = slice(None), slice(None), slice(context.end)
-            out = attend_cached(q.view(B, T, -1, self.head_dim), keys[seen], values[seen], context.places, self.window)
+            out = attend_cached(q.view(B, T, -1, self.head_dim), keys[seen], values[seen], context.hidden)
         return self.o_proj(out.reshape(x_ND.shape[0], -1))
 
 
@@ -228,7 +236,8 @@ class CausalLM(nn.Module):
             assert bool((real[:, 1:] <= real[:, :-1]).all()), "padding must stand to the right of the new tokens"
             cache.lengths = cache.lengths + real.sum(1)
         cos, sin = rope_angles(self.config, places.reshape(-1), self.dtype)
-        return _Context(cos, sin, segments, cache, places, end)
+        hidden = None if cache is None else hidden_in_cache(places, end, self.config.sliding_window)
+        return _Context(cos, sin, segments, cache, places, end, hidden)
 
 
 def rope_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

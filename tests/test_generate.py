@@ -40,7 +40,13 @@ def model() -> CausalLM:
     return tiny.requires_grad_(False)
 
 
-prompt_lists = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9), min_size=1, max_size=6)
+tokens = st.integers(0, VOCAB - 1)
+# Some begin alike, by as much as may be shared or more.
+prompt_lists = st.builds(
+    lambda beginning, rests: [beginning + rest for rest in rests],
+    st.just([]) | st.lists(tokens, min_size=6, max_size=12),
+    st.lists(st.lists(tokens, min_size=1, max_size=9), min_size=1, max_size=6),
+)
 
 
 def by_recomputation(model: CausalLM, prompt: list[int], steps: int) -> list[int]:
@@ -55,6 +61,20 @@ def by_recomputation(model: CausalLM, prompt: list[int], steps: int) -> list[int
 def test_cache_equals_recomputation(model, prompts, steps, batch_size):
     found = generate(model, prompts, max_new_tokens=steps, eos_ids=(), batch_size=batch_size)
     assert found == [by_recomputation(model, prompt, steps) for prompt in prompts]
+
+
+def test_a_common_beginning_is_read_once(model):
+    """Counted in tokens that go through the model; every prompt keeps one of its own."""
+    seen = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[0]))
+    beginning = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    try:
+        read_prompts(model, [[*beginning, 11, 12], [*beginning, 13], beginning], 1)
+        read_prompts(model, [beginning[:5], beginning[:5]], 1)  # too short to be worth it
+        read_prompts(model, [beginning], 1)
+    finally:
+        hook.remove()
+    assert seen == [9, 3 * 3, 2 * 5, 10]
 
 
 @given(prompt_lists, st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5))
