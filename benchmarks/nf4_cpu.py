@@ -58,6 +58,7 @@ class Sizes:
 
     square: int = 4096
     linear_rows: tuple[int, ...] = (1, 8, 64, 512)
+    bf16_linear_rows: tuple[int, ...] = (1, 8)  # more take the peer minutes a call on a CPU without bf16 instructions
     product_rows: tuple[int, ...] = (1, 4, 8, 16)
     small: tuple[tuple[int, int], ...] = ((1536, 576), (576, 1536))  # SmolLM2-135M's MLP, (out, in)
     rotate_bytes: int = 128 * 2**20
@@ -65,7 +66,7 @@ class Sizes:
     sample_s: float = 0.05
 
 
-QUICK = Sizes(128, (1, 8), (1, 4), ((96, 64),), 2**16, 3, 0.001)
+QUICK = Sizes(128, (1, 8), (1,), (1, 4), ((96, 64),), 2**16, 3, 0.001)
 
 
 def builders(sizes: Sizes) -> list[Build]:
@@ -75,7 +76,8 @@ def builders(sizes: Sizes) -> list[Build]:
     return [
         *(functools.partial(dequantize_case, n, dtype) for dtype in DTYPES),
         *(functools.partial(quantize_case, n, dtype) for dtype in DTYPES),
-        *(functools.partial(linear_case, n, m, dtype) for dtype in DTYPES for m in sizes.linear_rows),
+        *(functools.partial(linear_case, n, m, torch.float32) for m in sizes.linear_rows),
+        *(functools.partial(linear_case, n, m, torch.bfloat16) for m in sizes.bf16_linear_rows),
         *(
             functools.partial(product_case, shape, m, dtype, sizes.rotate_bytes)
             for shape in shapes
