@@ -188,7 +188,7 @@ class RunConfig:
     max_length: int = _flag("longest row in tokens; longer rows lose the beginning of their prompt, or are dropped", 1024, "N")
     strict: bool = _flag("stop at rows that are too long instead of counting and dropping them", False)
     allow_control_tokens: bool = _flag("let control tokens that stand in the data act as such (default: they are text)", False)
-    packing: bool = _flag("lay rows end to end, and compute a beginning that all rows of a batch share once (same result as padded)", False)
+    packing: bool = _flag("no padding, and a beginning that all rows share computed once (same result as padded)", False)
     method: Literal["lora", "full"] = _flag("train adapters, or every weight", "lora")
     rank: int = _flag("LoRA rank", 16, "R")
     alpha: float = _flag("LoRA alpha; the update is scaled by alpha / rank", 32.0)
