@@ -22,8 +22,8 @@ from minisft import native_build, nf4
 from minisft.nf4 import NESTED_BLOCK_SIZE, SLAB, QuantizedWeight
 
 FEW_ROWS = 16  # measured on AVX2: at 32, decoding the weight once and the dense product are faster for small weights
-# One row of an fp32 weight, and many rows of it, are as fast in the BLAS; half the bytes win for longer.
-FEW_DENSE_ROWS = {torch.float32: range(2, 9), torch.bfloat16: range(1, 17)}
+# Of an fp32 weight, more rows are as fast in the BLAS; half the bytes win for longer.
+FEW_DENSE_ROWS = {torch.float32: range(1, 9), torch.bfloat16: range(1, 17)}
 LEAST_DENSE = 2**18  # weights: a smaller layer pays more for the call than it wins
 COLUMNS = 16  # a row of weights is read in groups of 16
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -219,6 +219,8 @@ def serves_dense(x: Tensor, weight: Tensor) -> bool:
     """Whether ``dense_matmul`` takes this product and is the fastest way to do it (measured: ``benchmarks/LOG.md``)."""
     few = FEW_DENSE_ROWS.get(weight.dtype)
     if few is None or weight.numel() < LEAST_DENSE or weight.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if type(x) is not Tensor or type(weight) not in (Tensor, torch.nn.Parameter):  # a subclass may have no memory to read
         return False
     in_features = weight.shape[1]
     fits = x.device.type == "cpu" and x.shape[-1:] == (in_features,) and x.numel() // in_features in few

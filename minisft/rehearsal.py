@@ -35,7 +35,6 @@ from minisft.surgery import match_targets
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KINDS = ("weights", "adapters", "optimizer", "gradients", "activations", "temporary")
 REHEARSED = (2, 3)  # layers; not 1: the first layer's input needs no gradient, so it keeps less than the others
-FEWEST_TOKENS = 64  # fewer are multiplied by our C++, which reads memory, and a rehearsal has none
 STAND_IN = "stand-in"  # a dense weight rehearsed in place of one in 4 bits: it is in no sum
 
 Amounts = Mapping[str, float]  # bytes by kind
@@ -131,9 +130,8 @@ def _fake_model(run: RunConfig, shape: Shape, device: torch.device, num_layers: 
 
 
 def full_batch(run: RunConfig, device: torch.device) -> Batch:
-    """The largest micro-batch that the run can have, at least ``FEWEST_TOKENS``; its ids are all 0."""
-    rows = run.micro_batch_size or run.batch_size
-    ids = torch.zeros(rows, max(run.max_length, -(-FEWEST_TOKENS // rows)), dtype=torch.int64, device=device)
+    """The largest micro-batch that the run can have; its ids are all 0."""
+    ids = torch.zeros(run.micro_batch_size or run.batch_size, run.max_length, dtype=torch.int64, device=device)
     return Batch(ids, ids, torch.ones_like(ids), ids.numel(), ids.numel(), ())
 
 

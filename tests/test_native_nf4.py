@@ -25,6 +25,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minisft import native_build, native_nf4, nf4
 from minisft.errors import UserError
@@ -302,12 +303,12 @@ def test_what_is_not_served() -> None:
 def test_which_dense_products_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     needs_native()
     monkeypatch.setattr(native_nf4, "LEAST_DENSE", 64)
-    for dtype, fewest, most in ((torch.float32, 2, 8), (torch.bfloat16, 1, 16)):
+    for dtype, most in ((torch.float32, 8), (torch.bfloat16, 16)):
         weight = torch.zeros(4, 32, dtype=dtype)
-        assert native_nf4.serves_dense(torch.zeros(fewest, 32), weight)
+        assert native_nf4.serves_dense(torch.zeros(1, 32), weight)
         assert native_nf4.serves_dense(torch.zeros(1, most, 32, dtype=dtype), weight)
         refused = [
-            (torch.zeros(fewest - 1, 32), weight),
+            (torch.zeros(0, 32), weight),
             (torch.zeros(most + 1, 32), weight),
             (torch.zeros(2, 32, dtype=torch.float64), weight),
             (torch.zeros(2, 32, dtype=torch.float16), weight),
@@ -317,6 +318,8 @@ def test_which_dense_products_are_served(monkeypatch: pytest.MonkeyPatch) -> Non
             (torch.zeros(2, 32), torch.zeros(1, 32, dtype=dtype)),  # too small to be worth a call
             (torch.zeros(2, 32, device="meta"), weight),
         ]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            refused += [(torch.zeros(2, 32), weight), (torch.zeros(2, 32), torch.zeros(4, 32, dtype=dtype))]
         assert not any(native_nf4.serves_dense(x, w) for x, w in refused)
 
 
