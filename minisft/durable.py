@@ -101,14 +101,14 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
         OSError: from the disk.
     """
     target = Path(os.path.abspath(target))
-    _refuse_used(target)
+    require_unused(target)
     make_folder(target.parent)
     staging = _hidden_name(target, "tmp")
     os.mkdir(staging)
     try:
         yield staging
         sync_tree(staging)
-        _refuse_used(target)  # somebody may have filled it while we wrote
+        require_unused(target)  # somebody may have filled it while we wrote
         os.rename(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -139,15 +139,18 @@ def _hidden_name(path: Path, prefix: str) -> Path:
     return path.with_name(f".{prefix}-{path.name}.{secrets.token_hex(4)}")
 
 
-def _refuse_used(target: Path) -> None:
-    used = os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir()))
-    if used:
-        raise UserError(
-            "config/out-exists",
-            "the output exists already and is not an empty folder",
-            where=visible(target),
-            fix="name another folder, or move this one away",
-        )
+def require_unused(target: Path, fix: str = "name another folder, or move this one away") -> None:
+    """Refuse a target that is anything but an empty folder or nothing yet: ``UserError``."""
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
+        what = "the output exists already and is not an empty folder"
+        raise UserError("config/out-exists", what, where="output", found=visible(target), fix=fix)
+
+
+def require_outside(target: Path, model: Path) -> None:
+    """Refuse an output that is the model folder or lies in it: ``UserError``."""
+    if model.is_dir() and model.resolve() in (target.resolve(), *target.resolve().parents):
+        what = "the output lies in the model folder"
+        raise UserError("config/out-in-model", what, where="output", found=visible(target), fix="choose a folder of its own")
 
 
 def make_folder(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The machine under us: which device to use, and how the C library hands out memory."""
+"""The machine under us: which device and dtype to use, and how the C library hands out memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 
 from minisft.errors import UserError, visible
 
+# What the settings call a dtype.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _LARGEST = 2**31 - 1
 

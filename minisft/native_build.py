@@ -39,9 +39,9 @@ BUILD_SECONDS = 120
 
 
 class Native(NamedTuple):
-    """``library`` or None, and ``reason``: why it is None, else empty."""
+    """``handle``, the loaded library, or None, and ``reason``: why it is None, else empty."""
 
-    library: ctypes.CDLL | None
+    handle: ctypes.CDLL | None
     reason: str
 
 

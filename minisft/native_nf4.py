@@ -60,13 +60,13 @@ def path() -> str:
 
 
 def _library() -> ctypes.CDLL | None:
-    return native_build.load().library if _gives_our_bits() else None
+    return native_build.load().handle if _gives_our_bits() else None
 
 
 @functools.cache
 def _gives_our_bits() -> bool:
     """Whether a small weight comes out as it does in PyTorch; a compiler that was told to be fast and loose fails here."""
-    library = native_build.load().library
+    library = native_build.load().handle
     if library is None:
         return False
     library.nf4_instructions.restype = ctypes.c_char_p

@@ -27,11 +27,11 @@ from minisft.formats.gguf_header import read_gguf
 from minisft.formats.hf import check_folder
 from minisft.formats.source import Source, resolve
 from minisft.formats.stream import available_bytes, empty_model, expected_shapes, nf4_bytes
-from minisft.machine import pick_device
+from minisft.machine import DTYPES, pick_device
 from minisft.matmul import product_dtype
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
-from minisft.rehearsal import DTYPES, Shape, full_batch, rehearse
+from minisft.rehearsal import Shape, full_batch, rehearse
 from minisft.safe_json import JSON
 from minisft.step import prepare_method, train_step
 from minisft.surgery import quantization_targets

@@ -26,13 +26,13 @@ from torch.utils._pytree import tree_leaves
 from minisft.batching import Batch
 from minisft.config import ModelConfig, QuantConfig, RunConfig
 from minisft.formats.stream import empty_model, expected_shapes
+from minisft.machine import DTYPES
 from minisft.matmul import product_dtype
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.step import batch_loss_sum, prepare_method
 from minisft.surgery import match_targets
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KINDS = ("weights", "adapters", "optimizer", "gradients", "activations", "temporary")
 REHEARSED = (2, 3)  # layers; not 1: the first layer's input needs no gradient, so it keeps less than the others
 STAND_IN = "stand-in"  # a dense weight rehearsed in place of one in 4 bits: it is in no sum

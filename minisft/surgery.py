@@ -43,6 +43,12 @@ def nf4_modules(model: nn.Module) -> dict[str, NF4Linear]:
     return {path: m for path, m in model.named_modules() if isinstance(m, NF4Linear)}
 
 
+def require_no_adapters(model: nn.Module, fix: str = "load the base model again") -> None:
+    """Refuse a model that has adapters: ``UserError``."""
+    if existing := lora_modules(model):
+        raise UserError("adapter/already-there", "the model already has adapters", found=listing(existing, 3), fix=fix)
+
+
 def _candidates(model: nn.Module) -> dict[str, FrozenLinear | nn.Embedding]:
     return {path: m for path, m in model.named_modules() if isinstance(m, (nn.Linear, NF4Linear, nn.Embedding)) and path}
 
@@ -151,10 +157,7 @@ def quantization_targets(model: nn.Module, config: QuantConfig) -> list[str]:
         UserError: a target that matches nothing; an embedding; a weight that another module shares; a layer that is in
             4 bits already; a model that has adapters.
     """
-    if adapters := lora_modules(model):
-        raise UserError(
-            "adapter/already-there", "the model has adapters", found=listing(adapters, 3), fix="quantize first, then add them"
-        )
+    require_no_adapters(model, fix="quantize first, then add them")
     paths, names = match_targets(model, config.targets), _names_by_parameter(model)
     for path in paths:
         layer = model.get_submodule(path)
@@ -242,13 +245,7 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
     Raises:
         UserError: a target matches nothing, a rank does not fit, an embedding with DoRA, or the model already has adapters.
     """
-    if existing := lora_modules(model):
-        raise UserError(
-            "adapter/already-there",
-            "the model already has adapters",
-            found=listing(existing, 3),
-            fix="load the base model again",
-        )
+    require_no_adapters(model)
     paths = match_targets(model, config.targets)
     for path in paths:  # all of them fit before anything is changed
         _check_layer(path, model.get_submodule(path), config)

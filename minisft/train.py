@@ -21,18 +21,16 @@ from minisft import native_nf4
 from minisft.active_run import ActiveRun
 from minisft.checkpoint import Checkpoint, RunLock, load_latest
 from minisft.config import RunConfig
-from minisft.durable import write_durably
+from minisft.durable import require_outside, require_unused, write_durably
 from minisft.errors import UserError, visible
 from minisft.formats import load_model
 from minisft.lossplot import plot_loss
-from minisft.machine import pick_device
+from minisft.machine import DTYPES, pick_device
 from minisft.run_data import RunData, environment, prepare_data
 from minisft.runlog import MetricsLog, Progress, duration, peak_memory_bytes
 from minisft.safe_json import JSON
 from minisft.schedule import learning_rate
 from minisft.surgery import nf4_modules, num_parameters, weight_bytes
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -193,15 +191,8 @@ def _one_step(going: ActiveRun, log: MetricsLog, bar: Progress) -> None:
 
 
 def _checked_out(run: RunConfig, resume: bool) -> Path:
-    out, model = Path(run.out), Path(run.model)
-    if model.is_dir() and (out.resolve() == model.resolve() or model.resolve() in out.resolve().parents):
-        raise UserError(
-            "config/out-in-model",
-            "the run folder lies in the model folder",
-            where="--out",
-            found=visible(out),
-            fix="choose a folder of its own",
-        )
+    out = Path(run.out)
+    require_outside(out, Path(run.model))
     if resume and not out.is_dir():
         raise UserError(
             "config/no-run",
@@ -210,11 +201,8 @@ def _checked_out(run: RunConfig, resume: bool) -> Path:
             found=visible(out),
             fix="leave --resume away to start it",
         )
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            "config/out-exists", "the run folder exists and is not empty", where="--out", found=visible(out),
-            fix="choose another folder, or go on with this run with --resume",
-        )  # fmt: skip
+    if not resume:
+        require_unused(out, fix="choose another folder, or go on with this run with --resume")
     return out
 
 

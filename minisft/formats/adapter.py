@@ -19,7 +19,7 @@ from torch import nn
 
 from minisft.config import LoRAConfig
 from minisft.durable import disk_errors, staged_folder
-from minisft.errors import UserError, listing, visible
+from minisft.errors import UserError, visible
 from minisft.formats.adapter_config import CONFIG_FILE, adapter_config, needs_patterns, read_adapter_config
 from minisft.formats.adapter_tensors import (
     PREFIX,
@@ -38,7 +38,14 @@ from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from minisft.nf4_linear import NF4Linear
 from minisft.probe import failure
 from minisft.safe_json import JSON
-from minisft.surgery import apply_lora_, lora_modules, match_targets, pattern_value, quantization_of
+from minisft.surgery import (
+    apply_lora_,
+    lora_modules,
+    match_targets,
+    pattern_value,
+    quantization_of,
+    require_no_adapters,
+)
 
 WEIGHTS_FILE, FACTS_FILE = "adapter_model.safetensors", "minisft.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -149,13 +156,7 @@ def load_adapter_(model: nn.Module, folder: str | Path, allow_other_base: bool =
 def _resolve_safely(model: nn.Module, config: LoRAConfig, folder: Path) -> dict[str, tuple[int, float]]:
     """Rank and alpha of each target. Patterns from the file run in a child process first: they can take for ever."""
     where = visible(folder / CONFIG_FILE)
-    if existing := lora_modules(model):
-        raise UserError(
-            "adapter/already-there",
-            "the model already has adapters",
-            found=listing(existing, 3),
-            fix="load the base model again",
-        )
+    require_no_adapters(model)
     if needs_patterns(config) and (problem := failure(lambda: _resolve(model, config))):
         raise UserError(
             "adapter/bad-config", "its patterns do not work on this model", where=where, found=visible(problem, 500)

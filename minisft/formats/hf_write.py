@@ -24,9 +24,8 @@ from minisft.formats.hf_config import write_config
 from minisft.formats.shard_writer import MAX_SHARD_BYTES, TensorSpec, write_shards
 from minisft.formats.stream import empty_model, expected_shapes
 from minisft.model import CausalLM
-from minisft.nf4_linear import NF4Linear
 from minisft.safe_json import JSON
-from minisft.surgery import lora_modules
+from minisft.surgery import lora_modules, nf4_modules
 from minisft.tokenizer import Tokenizer
 
 
@@ -76,7 +75,7 @@ def save_model(
     Raises:
         UserError: adapters that are not merged, quantized layers, a target that is in use, a disk that is full.
     """
-    if quantized := _quantized_layers(model):
+    if quantized := nf4_modules(model):
         raise UserError(
             "model/not-dense",
             "the model has layers in 4 bits",
@@ -105,7 +104,7 @@ def save_quantized(
         UserError: adapters, no layer in 4 bits, levels or a dtype that the format has no word for, a target that is in
             use, a disk that is full.
     """
-    layers = _quantized_layers(model)
+    layers = nf4_modules(model)
     if not layers:
         raise UserError("model/not-quantized", "no layer of the model is in 4 bits", fix="quantize it, or use save_model")
     _require_whole(model)
@@ -122,10 +121,6 @@ def save_quantized(
     return SavedSizes(dense_bytes, sum(stored.num_bytes for stored in weights.values()), len(layers), len(linears))
 
 
-def _quantized_layers(model: CausalLM) -> dict[str, NF4Linear]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, NF4Linear)}
-
-
 def _require_whole(model: CausalLM) -> None:
     """No adapters, and every weight that the configuration promises, dense or in 4 bits."""
     if adapters := lora_modules(model):
@@ -136,7 +131,7 @@ def _require_whole(model: CausalLM) -> None:
             fix="merge them first, or save them alone with save_adapter",
         )
     found = expected_shapes(model)
-    found |= {f"{path}.weight": tuple(layer.quantized.shape) for path, layer in _quantized_layers(model).items()}
+    found |= {f"{path}.weight": tuple(layer.quantized.shape) for path, layer in nf4_modules(model).items()}
     if found != expected_shapes(empty_model(model.config)):
         raise UserError("model/not-dense", "the model is not what its configuration says", fix="dequantize or merge it first")
 
