@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import itertools
 import json
@@ -19,7 +18,7 @@ import tiny
 import torch
 from test_formats_gguf import write as write_gguf
 from tiny import FAMILIES, assert_close, assert_same, build, gradients
-from tiny_folder import CONFIG, write_model, write_rows, write_tokenizer
+from tiny_folder import CONFIG, digest, losses, quiet, run_config, write_model, write_shop, write_tokenizer
 from torch import Tensor, nn
 
 from minisft.batching import micro_batches
@@ -32,43 +31,21 @@ from minisft.formats.gguf_file import load_gguf
 from minisft.formats.gguf_header import read_gguf
 from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight, quantize
-from minisft.runlog import read_metrics
 from minisft.step import batch_loss_sum
 from minisft.surgery import apply_lora_, lora_modules, nf4_modules, num_parameters, quantize_, weight_bytes
 from minisft.tokenizer import Tokenizer
 from minisft.train import train
 
 CPU = torch.device("cpu")
-TIMES = ("tokens_per_s", "peak_memory_bytes")  # the only columns that may differ between two equal runs
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("qlora")
-    write_model(folder / "model", folder / "scratch")
-    write_rows(folder / "rows.jsonl", 30)
-    return folder
+    return write_shop(tmp_path_factory.mktemp("qlora"))
 
 
 def config(shop: Path, out: Path, **changes: object) -> RunConfig:
-    values: dict[str, object] = {
-        "model": str(shop / "model"), "data": str(shop / "rows.jsonl"), "out": str(out), "steps": 20, "batch_size": 4,
-        "rank": 2, "alpha": 3.0, "lr": 1e-2, "dtype": "fp32", "validation_share": 0.2, "eval_every": 5, "quant": "nf4",
-    }  # fmt: skip
-    return RunConfig(**(values | changes))  # type: ignore[arg-type]
-
-
-def quiet(text: str) -> None:
-    """The run's sentences are not what these tests look at."""
-
-
-def losses(out: Path) -> list[dict[str, object]]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(out / "metrics.jsonl")]
-
-
-def digest(out: Path) -> dict[str, str]:
-    files = [*sorted((out / "checkpoints" / "step-20").rglob("*.safetensors")), *sorted((out / "adapter").iterdir())]
-    return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
+    return run_config(shop, out, **{"steps": 20, "eval_every": 5, "quant": "nf4", **changes})
 
 
 def randomise_(model: nn.Module, std: float = 0.1) -> None:

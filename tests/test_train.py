@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_folder import write_model, write_rows
+from tiny_folder import digest, losses, quiet, run_config, write_shop
 
 from minisft.cli import main
 from minisft.config import RunConfig
@@ -25,38 +25,14 @@ from minisft.formats import load_adapter_, load_model
 from minisft.runlog import read_metrics
 from minisft.train import train
 
-TIMES = ("tokens_per_s", "peak_memory_bytes")  # the only columns that may differ between two equal runs
-
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("train")
-    write_model(folder / "model", folder / "scratch")
-    write_rows(folder / "rows.jsonl", 30)
-    return folder
+    return write_shop(tmp_path_factory.mktemp("train"))
 
 
 def config(shop: Path, out: Path, **changes: object) -> RunConfig:
-    values: dict[str, object] = {
-        "model": str(shop / "model"), "data": str(shop / "rows.jsonl"), "out": str(out), "steps": 6, "batch_size": 4,
-        "rank": 2, "alpha": 3.0, "lr": 1e-2, "dtype": "fp32", "validation_share": 0.2, "eval_every": 3, "save_every": 2,
-    }  # fmt: skip
-    return RunConfig(**(values | changes))  # type: ignore[arg-type]
-
-
-def quiet(text: str) -> None:
-    """The run's sentences are not what these tests look at."""
-
-
-def losses(out: Path) -> list[dict[str, object]]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(out / "metrics.jsonl")]
-
-
-def digest(out: Path) -> dict[str, str]:
-    """sha256 of everything that a finished run has computed."""
-    last = max(out.glob("checkpoints/step-*"), key=lambda p: int(p.name.split("-")[1]))
-    files = [*sorted(last.rglob("*.safetensors")), last / "state.json", *sorted((out / "adapter").iterdir())]
-    return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
+    return run_config(shop, out, **{"steps": 6, "eval_every": 3, "save_every": 2, **changes})
 
 
 def test_a_run_writes_what_it_promises(shop: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import tiny
 import tokenizers
 import torch
 
-from minisft.config import ModelConfig
+from minisft.config import ModelConfig, RunConfig
 from minisft.formats import save_model
+from minisft.runlog import read_metrics
 from minisft.tokenizer import Tokenizer
 
+TIMES = ("tokens_per_s", "peak_memory_bytes")  # the only columns that may differ between two equal runs
 CONTROL = ("<|im_start|>", "<|im_end|>")
 CONFIG = ModelConfig(
     model_type="llama",
@@ -75,3 +78,34 @@ def rows(count: int) -> list[dict[str, object]]:
 def write_rows(path: Path, count: int = 24) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
     return path
+
+
+def write_shop(folder: Path) -> Path:
+    """A model in ``model`` and rows to train it on in ``rows.jsonl``."""
+    write_model(folder / "model", folder / "scratch")
+    write_rows(folder / "rows.jsonl", 30)
+    return folder
+
+
+def run_config(shop: Path, out: Path, **changes: object) -> RunConfig:
+    """A short run of what ``write_shop`` made."""
+    values: dict[str, object] = {
+        "model": str(shop / "model"), "data": str(shop / "rows.jsonl"), "out": str(out), "batch_size": 4,
+        "rank": 2, "alpha": 3.0, "lr": 1e-2, "dtype": "fp32", "validation_share": 0.2,
+    }  # fmt: skip
+    return RunConfig(**(values | changes))  # type: ignore[arg-type]  # a mapping of fields of several types
+
+
+def quiet(text: str) -> None:
+    """The run's sentences are not what these tests look at."""
+
+
+def losses(out: Path) -> list[dict[str, object]]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(out / "metrics.jsonl")]
+
+
+def digest(out: Path) -> dict[str, str]:
+    """sha256 of everything that a finished run has computed."""
+    last = max(out.glob("checkpoints/step-*"), key=lambda p: int(p.name.split("-")[1]))
+    files = [*sorted(last.rglob("*.safetensors")), last / "state.json", *sorted((out / "adapter").iterdir())]
+    return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
