@@ -67,7 +67,7 @@ def groups_of(step: int, size: int = 40) -> dict[str, dict[str, Tensor]]:
 
 def save(run: Path, step: int, **options: object) -> Path:
     keywords: dict[str, object] = {"keep_last": 2, **options}
-    return save_checkpoint(run, step, groups_of(step), {"step": step, "best": None}, IDENTITY, **keywords)  # type: ignore[arg-type]
+    return save_checkpoint(run, step, groups_of(step), {"step": step, "best": None}, IDENTITY, **keywords)
 
 
 def bits(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, tuple[torch.dtype, torch.Size, bytes]]]:
@@ -698,7 +698,7 @@ def test_identity_survives_a_save_and_tuples(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, {}, {}, identity)
     found = load_latest(tmp_path)
     assert found is not None
-    check_identity(found.identity, {"config": {"targets": ("q", "v"), "map": {}}})  # type: ignore[dict-item]  # asdict gives tuples
+    check_identity(found.identity, {"config": {"targets": ("q", "v"), "map": {}}})  # asdict gives tuples
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ NAMES = {
 
 def config(model_type: str, **changes: object) -> ModelConfig:
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
-    return ModelConfig(**{"model_type": model_type, "head_dim": 16, "rms_norm_eps": 2.0**-17, **sizes, **changes})  # type: ignore[arg-type]
+    return ModelConfig(**{"model_type": model_type, "head_dim": 16, "rms_norm_eps": 2.0**-17, **sizes, **changes})
 
 
 def tiny(shape: ModelConfig) -> CausalLM:

@@ -236,12 +236,12 @@ def test_loading_holds_one_tensor_beyond_the_model(tmp_path: Path) -> None:
 
     def watched(model: CausalLM, tensors: object, *rest: object) -> None:
         def relay() -> object:
-            for name, tensor in tensors:  # type: ignore[attr-defined]
+            for name, tensor in tensors:
                 on_meta = sum(parameter.is_meta for parameter in model.parameters())
                 alive.append(on_meta)
                 yield name, tensor
 
-        stream.fill_(model, relay(), *rest)  # type: ignore[arg-type]
+        stream.fill_(model, relay(), *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf, "fill_", watched)
@@ -467,7 +467,7 @@ def test_a_failed_save_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch:
 
 def fake_hub(download: Callable[..., str]) -> types.ModuleType:
     module = types.ModuleType("huggingface_hub")
-    module.snapshot_download = download  # type: ignore[attr-defined]
+    module.snapshot_download = download
     return module
 
 

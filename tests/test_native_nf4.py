@@ -530,7 +530,7 @@ def test_a_library_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     """As if the compiler had been told to be fast and loose: here the functions do nothing at all."""
     names = ("nf4_quantize", "nf4_dequantize_float32", "nf4_dequantize_bfloat16")
     library = SimpleNamespace(**{name: lambda *_: None for name in names}, nf4_instructions=SimpleNamespace())
-    monkeypatch.setattr(native_build, "load", lambda: native_build.Native(library, ""))  # type: ignore[arg-type]
+    monkeypatch.setattr(native_build, "load", lambda: native_build.Native(library, ""))
     monkeypatch.setattr(native_nf4, "_gives_our_bits", native_nf4._gives_our_bits.__wrapped__)
     assert native_nf4.path() == "PyTorch (the compiled code gave wrong bits)"
     q = native_nf4.quantize(gaussian(100))

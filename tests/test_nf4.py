@@ -255,7 +255,7 @@ class _Allocations(TorchDispatchMode):
         super().__init__()
         self.sizes: list[int] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # as upstream
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # as upstream
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor) and not out._is_view():
             self.sizes.append(out.numel() * out.element_size())
@@ -398,7 +398,7 @@ def test_a_power_of_two_scales_only_the_scale(weight: Tensor, exponent: int) -> 
 def test_blocks_are_independent(weight: Tensor, random: object) -> None:  # L15
     blocks = torch.nn.functional.pad(weight, (0, -weight.numel() % 32)).view(-1, 32)
     order = list(range(len(blocks)))
-    random.shuffle(order)  # type: ignore[attr-defined]
+    random.shuffle(order)
     q, permuted = (quantize(w, 32, double_quant=False) for w in (blocks, blocks[order]))
     assert torch.equal(permuted.packed.view(-1, 16), q.packed.view(-1, 16)[order])
     assert torch.equal(permuted.absmax, q.absmax[order])

@@ -28,7 +28,7 @@ BUFFERS = ("packed", "absmax", "absmax2", "offset", "levels")
 
 def layer(bias: bool = True, dtype: torch.dtype = torch.float32, **options: object) -> NF4Linear:
     torch.manual_seed(0)
-    return NF4Linear.from_linear(nn.Linear(IN, OUT, bias=bias, dtype=dtype), **options)  # type: ignore[arg-type]
+    return NF4Linear.from_linear(nn.Linear(IN, OUT, bias=bias, dtype=dtype), **options)
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -335,5 +335,5 @@ def test_the_operators_keep_pytorchs_contract(double_quant: bool) -> None:
     module = layer(double_quant=double_quant)
     x, grad = inputs((2, 5), torch.float32)
     fields = (*(module._buffers[name] for name in BUFFERS), 64, [OUT, IN])
-    torch.library.opcheck(torch.ops.minisft.nf4_matmul.default, (x.detach(), module.bias.detach(), *fields))  # type: ignore[union-attr]
+    torch.library.opcheck(torch.ops.minisft.nf4_matmul.default, (x.detach(), module.bias.detach(), *fields))
     torch.library.opcheck(torch.ops.minisft.nf4_matmul_t.default, (grad, *fields))

@@ -244,7 +244,7 @@ def test_no_dense_weight_is_kept_for_backward(shop: Path) -> None:
     owned = {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
     sizes = {layer.in_features * layer.out_features for layer in nf4_modules(model).values()}
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model(torch.arange(5)[None]).sum()  # 5 tokens: no activation has as many elements as a weight
     assert kept
     assert not [t.shape for t in kept if t.untyped_storage().data_ptr() not in owned and t.numel() in sizes]
@@ -272,7 +272,7 @@ def test_resuming_after_a_kill_ends_in_the_same_bits(shop: Path, tmp_path: Path,
     train(run, say=said.append)
     assert any(line.startswith("base: 14 linears in 4 bits, ") for line in said)
     expected, log = digest(tmp_path / "whole"), losses(tmp_path / "whole")
-    assert log[-1]["loss"] < log[0]["loss"]  # type: ignore[operator]
+    assert log[-1]["loss"] < log[0]["loss"]
     for stop in (5, 15):
         out = tmp_path / f"from-{stop}"
         shutil.copytree(tmp_path / "whole", out)
@@ -289,7 +289,7 @@ def test_the_quantization_may_not_change_on_resume(shop: Path, tmp_path: Path, c
     run = config(shop, tmp_path / "run", steps=2)
     train(run, say=quiet)
     with pytest.raises(UserError, match=rf"config\.{next(iter(change))}") as error:
-        train(dataclasses.replace(run, **change), resume=True, say=quiet)  # type: ignore[arg-type]
+        train(dataclasses.replace(run, **change), resume=True, say=quiet)
     assert error.value.code == "checkpoint/changed"
 
 

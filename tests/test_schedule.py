@@ -88,4 +88,4 @@ def test_impossible_runs_are_refused(step: int, total: int, warmup: int) -> None
 
 def test_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="cosine, linear or constant"):
-        learning_rate(1, 2, PEAK, 0, "exponential")  # type: ignore[arg-type]  # a wrong word is the point
+        learning_rate(1, 2, PEAK, 0, "exponential")  # a wrong word is the point

@@ -186,7 +186,7 @@ def test_full_fine_tuning_writes_a_model_folder(shop: Path, tmp_path: Path) -> N
     ]
     assert len(changed) == len(list(base.named_parameters()))
     rows = read_metrics(out / "metrics.jsonl")
-    assert rows[-1]["eval_loss"] < rows[2]["eval_loss"]  # type: ignore[operator]
+    assert rows[-1]["eval_loss"] < rows[2]["eval_loss"]
 
 
 def test_settings_file_and_flags(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +203,7 @@ def test_settings_file_and_flags(shop: Path, tmp_path: Path, capsys: pytest.Capt
 def test_training_learns_the_rows(shop: Path, tmp_path: Path) -> None:
     train(config(shop, tmp_path / "run", steps=60, eval_every=60, save_every=60, lr=0.05), say=quiet)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    first, last = (sum(float(r["loss"]) for r in part) / 5 for part in (rows[:5], rows[-5:]))  # type: ignore[arg-type]
+    first, last = (sum(float(r["loss"]) for r in part) / 5 for part in (rows[:5], rows[-5:]))
     assert last < first - 0.5
 
 

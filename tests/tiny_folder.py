@@ -93,7 +93,7 @@ def run_config(shop: Path, out: Path, **changes: object) -> RunConfig:
         "model": str(shop / "model"), "data": str(shop / "rows.jsonl"), "out": str(out), "batch_size": 4,
         "rank": 2, "alpha": 3.0, "lr": 1e-2, "dtype": "fp32", "validation_share": 0.2,
     }  # fmt: skip
-    return RunConfig(**(values | changes))  # type: ignore[arg-type]  # a mapping of fields of several types
+    return RunConfig(**(values | changes))
 
 
 def quiet(text: str) -> None:
