@@ -7,15 +7,16 @@ environment variable or thread setting.
 
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig, RunConfig
 from minisft.errors import UserError
-from minisft.formats import load_adapter_, load_model, save_adapter, save_model
-from minisft.lora import LoRAEmbedding, LoRALinear
+from minisft.formats import load_adapter_, load_model, save_adapter, save_model, save_quantized
+from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from minisft.model import CausalLM
 from minisft.nf4_linear import NF4Linear
-from minisft.surgery import adapters_off, apply_lora_, lora_modules, quantize_
+from minisft.surgery import adapters_off, apply_lora_, lora_modules, quantize_, scale_adapters_
 
 __version__ = "0.1.0"
 __all__ = [
     "CausalLM",
+    "DoRALinear",
     "LoRAConfig",
     "LoRAEmbedding",
     "LoRALinear",
@@ -32,4 +33,6 @@ __all__ = [
     "quantize_",
     "save_adapter",
     "save_model",
+    "save_quantized",
+    "scale_adapters_",
 ]
