@@ -1,6 +1,6 @@
 """NF4 work, one piece at a time: minisft against bitsandbytes, PEFT and torchao, in one process, taking turns.
 
-    python benchmarks/bench_nf4.py                    # CPU: results/nf4_cpu.json and .svg, about half an hour
+    python benchmarks/bench_nf4.py                    # CPU: results/nf4_cpu.json and .svg, minutes
     python benchmarks/bench_nf4.py --device cuda      # one GPU: results/nf4_cuda.json and .svg
     python benchmarks/bench_nf4.py --quick            # tiny shapes, less than a minute: does everything still run?
 

@@ -19,9 +19,10 @@ import torch
 
 from minisft import __version__
 from minisft.config import QuantConfig, read_toml, run_config
+from minisft.durable import require_outside, require_unused
 from minisft.errors import UserError, visible
 from minisft.flags import parse
-from minisft.machine import pick_device, tune_allocator
+from minisft.machine import DTYPES, pick_device, tune_allocator
 from minisft.messages import Message
 
 if TYPE_CHECKING:
@@ -35,9 +36,6 @@ MEMORY_ADVICE = (
     "use a smaller --micro-batch-size (same result), then --checkpointing selective or full, a shorter --max-length, "
     "fewer --targets"
 )
-
-
-MERGE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -250,13 +248,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    from minisft.formats import load_model, save_quantized
+    from minisft.formats import base_fingerprint, load_model, save_quantized
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
+    dtype = DTYPES[arguments.dtype]
     quant = QuantConfig(block_size=arguments.block_size, double_quant=arguments.double_quant)
     _check_new_folder(Path(arguments.out), Path(arguments.model))
     model, tokenizer = load_model(arguments.model, dtype, quant=quant)
-    sizes = save_quantized(model, tokenizer, arguments.out)
+    sizes = save_quantized(model, tokenizer, arguments.out, quantized_from=base_fingerprint(model))
     print(
         f"{visible(arguments.out)}: {sizes.num_quantized} linears in 4 bits, {sizes.num_dense} dense; "
         f"{sizes.dense_bytes / 1e6:,.1f} MB in {arguments.dtype}, {sizes.stored_bytes / 1e6:,.1f} MB as stored"
@@ -266,13 +264,8 @@ def _quantize(arguments: argparse.Namespace) -> int:
 
 def _check_new_folder(out: Path, model: Path) -> None:
     """Refuse a folder that cannot be written before minutes are spent on what would go into it."""
-    if model.is_dir() and model.resolve() in (out.resolve(), *out.resolve().parents):
-        code, what = "config/out-in-model", "the new folder lies in the model folder"
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        code, what = "config/out-exists", "the output exists already and is not an empty folder"
-    else:
-        return
-    raise UserError(code, what, where="--out", found=visible(out), fix="choose a folder of its own")
+    require_outside(out, model)
+    require_unused(out)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -293,7 +286,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     _check_new_folder(out, Path(arguments.model or arguments.adapter))
     if data is not None:
         read_dataset(data)  # what is wrong with it is said before minutes are spent
-    dtype = MERGE_DTYPES[arguments.dtype]
+    dtype = DTYPES.get(arguments.dtype)  # None: auto
     merged = merge_folder(
         arguments.adapter, out, arguments.model, arguments.onto, dtype, scale=arguments.scale, force=arguments.force
     )

@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -410,3 +411,22 @@ def test_smollm2_in_4_bits_is_transformers_on_the_dequantized_weights(smollm2_pa
         assert_close(found, oracle(ids).logits, 1e-4)
     assert (found - before).abs().max() > 0.1  # four bits are not nothing
     assert (found.argmax(-1) == before.argmax(-1)).float().mean() > 0.6  # but the model still knows what it knew
+
+
+def test_an_adapter_fits_the_4_bit_folder_of_its_base_and_of_no_other(shop: Path, tmp_path: Path) -> None:
+    model, _ = load_model(shop / "model", quant=QuantConfig())
+    apply_lora_(model, LoRAConfig(rank=2, alpha=3.0))
+    randomise_(model)
+    save_adapter(model, tmp_path / "adapter")
+    assert main(["quantize", "--model", str(shop / "model"), "--dtype", "fp32", "--out", str(tmp_path / "q")]) == 0
+    in_4_bits, _ = load_model(tmp_path / "q")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter_(in_4_bits, tmp_path / "adapter")
+    ids = torch.arange(7)[None]
+    assert torch.equal(in_4_bits(ids), model(ids))
+
+    write_model(tmp_path / "other", tmp_path / "scratch", dataclasses.replace(CONFIG, rms_norm_eps=1e-6))
+    assert main(["quantize", "--model", str(tmp_path / "other"), "--dtype", "fp32", "--out", str(tmp_path / "q2")]) == 0
+    with pytest.raises(UserError, match="adapter/base-mismatch"):
+        load_adapter_(load_model(tmp_path / "q2")[0], tmp_path / "adapter")

@@ -32,6 +32,7 @@ from minisft.formats.adapter_tensors import (
     tensor_names,
 )  # fmt: skip
 from minisft.formats.fields import Fields, read_json_object, write_json
+from minisft.formats.hf import quantized_from
 from minisft.formats.safetensors_file import Header, read_header, read_tensors, write_safetensors
 from minisft.formats.source import base_fingerprint, origin_of, regular_file
 from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
@@ -241,8 +242,10 @@ def _check_base(model: nn.Module, base: Fields, folder: Path) -> None:
     trained_on, here = base.values.get("fingerprint"), base_fingerprint(model)
     if trained_on is None or here is None or trained_on == here:
         return
-    name = read_json_object(folder / CONFIG_FILE, "adapter/bad-config").get("base_model_name_or_path")
     origin = origin_of(model)
+    if origin is not None and trained_on == quantized_from(Path(origin.path)):
+        return  # the same weights in 4 bits; that they are held as in training is compared apart
+    name = read_json_object(folder / CONFIG_FILE, "adapter/bad-config").get("base_model_name_or_path")
     raise UserError(
         "adapter/base-mismatch",
         "the adapter was trained on another base",

@@ -42,6 +42,8 @@ from minisft.safe_json import JSON
 ABSMAX, MAP, ABSMAX2, MAP2 = "absmax", "quant_map", "nested_absmax", "nested_quant_map"
 LEVELS = ("nf4", "fp4")
 STORAGE = ("U8", "I8", "BF16", "F16", "F32")
+# In the header of every weights file: the fingerprint of the dense model that was quantized. Other programs pass it over.
+QUANTIZED_FROM = "minisft.quantized_from"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_STATE_BYTES = 4096  # about 170 are used
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from minisft.config import ModelConfig, QuantConfig
 from minisft.errors import UserError, listing, visible
-from minisft.formats.bnb import StoredWeight, check_quantized, read_quantized, require_same
+from minisft.formats.bnb import QUANTIZED_FROM, StoredWeight, check_quantized, read_quantized, require_same
 from minisft.formats.fields import read_json_object
 from minisft.formats.hf_config import read_config
 from minisft.formats.safetensors_file import Header, read_header, read_tensors
@@ -125,6 +125,14 @@ def _dense_names(headers: list[Header], in_4_bits: Mapping[str, StoredWeight]) -
     """The tensors of the files that are parameters as they are."""
     parts = {part for weight in in_4_bits.values() for part in weight.names}
     return {name for header in headers for name in header.entries if name not in parts and not name.endswith(_DERIVED)}
+
+
+def quantized_from(folder: Path) -> str | None:
+    """The fingerprint of the model whose 4-bit form a folder is; None for what ``minisft quantize`` did not write."""
+    if not folder.is_dir():
+        return None
+    named = {header.metadata.get(QUANTIZED_FROM) for header in read_headers(folder)}
+    return named.pop() if len(named) == 1 else None
 
 
 def read_headers(folder: Path) -> list[Header]:

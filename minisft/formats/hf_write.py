@@ -18,7 +18,7 @@ from torch import nn
 
 from minisft.durable import disk_errors, require_space, staged_folder
 from minisft.errors import UserError, listing
-from minisft.formats.bnb import quantization_config, stored_tensors
+from minisft.formats.bnb import QUANTIZED_FROM, quantization_config, stored_tensors
 from minisft.formats.fields import write_json
 from minisft.formats.hf_config import write_config
 from minisft.formats.shard_writer import MAX_SHARD_BYTES, TensorSpec, write_shards
@@ -85,7 +85,7 @@ def save_model(
     _require_whole(model)
     dtype = model.dtype if dtype is None else dtype
     config = write_config(model.config, dtype, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id)
-    _write_folder(Path(folder), tokenizer, config, _dense_weights(model, dtype), max_shard_bytes)
+    _write_folder(Path(folder), tokenizer, config, _dense_weights(model, dtype), {}, max_shard_bytes)
 
 
 def save_quantized(
@@ -94,11 +94,13 @@ def save_quantized(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    quantized_from: str | None = None,
 ) -> SavedSizes:
     """Write a folder in bitsandbytes' 4-bit format, which transformers with bitsandbytes and this library load.
 
     Nothing is quantized here: what is in 4 bits (``NF4Linear``) is written as it is, bit for bit, the rest in ``dtype``.
-    Arguments as for ``save_model``, but for a model with at least one layer in 4 bits.
+    Arguments as for ``save_model``, but for a model with at least one layer in 4 bits; and ``quantized_from``, the
+    fingerprint of the model whose 4-bit form this is: adapters trained on that model in 4 bits then fit the folder.
 
     Raises:
         UserError: adapters, no layer in 4 bits, levels or a dtype that the format has no word for, a target that is in
@@ -116,7 +118,8 @@ def save_quantized(
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     config = write_config(model.config, dtype, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id)
     config["quantization_config"] = quantization_config(next(iter(layers.values())).quantized, dtype, linears)
-    _write_folder(Path(folder), tokenizer, config, weights, max_shard_bytes)
+    metadata = {} if quantized_from is None else {QUANTIZED_FROM: quantized_from}
+    _write_folder(Path(folder), tokenizer, config, weights, metadata, max_shard_bytes)
     dense_bytes = sum(math.prod(shape) for shape in expected_shapes(empty_model(model.config)).values()) * dtype.itemsize
     return SavedSizes(dense_bytes, sum(stored.num_bytes for stored in weights.values()), len(layers), len(linears))
 
@@ -142,13 +145,18 @@ def _dense_weights(model: CausalLM, dtype: torch.dtype) -> dict[str, _Stored]:
 
 
 def _write_folder(
-    folder: Path, tokenizer: Tokenizer, config: dict[str, JSON], weights: Mapping[str, _Stored], max_shard_bytes: int
+    folder: Path,
+    tokenizer: Tokenizer,
+    config: dict[str, JSON],
+    weights: Mapping[str, _Stored],
+    metadata: Mapping[str, str],
+    max_shard_bytes: int,
 ) -> None:
     total_bytes = sum(stored.num_bytes for stored in weights.values())
     with disk_errors(folder, total_bytes), staged_folder(folder) as staging:
         require_space(staging, total_bytes)
         write_settings(staging, tokenizer, config)
-        _write_weights(staging, weights, max_shard_bytes)
+        _write_weights(staging, weights, metadata, max_shard_bytes)
 
 
 def write_settings(folder: Path, tokenizer: Tokenizer, config: dict[str, JSON]) -> None:
@@ -163,6 +171,6 @@ def write_settings(folder: Path, tokenizer: Tokenizer, config: dict[str, JSON]) 
     write_json(folder / "generation_config.json", generation)
 
 
-def _write_weights(folder: Path, weights: Mapping[str, _Stored], max_shard_bytes: int) -> None:
+def _write_weights(folder: Path, weights: Mapping[str, _Stored], metadata: Mapping[str, str], max_shard_bytes: int) -> None:
     specs = {name: TensorSpec(stored.dtype, tuple(stored.tensor.shape)) for name, stored in weights.items()}
-    write_shards(folder, specs, lambda name: [weights[name].tensor.detach().to(weights[name].dtype)], {}, max_shard_bytes)
+    write_shards(folder, specs, lambda name: [weights[name].tensor.detach().to(weights[name].dtype)], metadata, max_shard_bytes)
