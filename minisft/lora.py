@@ -2,8 +2,8 @@
 
 W' = W + scaling * B A. B starts at zero, so a fresh adapter changes nothing, bit for bit. The factors are fp32 masters
 whatever the dtype of the base, and the base never gets a gradient; it may be dense or held in 4 bits (QLoRA). Every adapter
-can say what W' is, also for a few rows at a time (``merged_rows``). What this room refuses: several adapters at once, merging
-inside ``forward``, ``train`` or ``eval``, DoRA over embeddings.
+can say what D = W' - W is, also for a few rows at a time (``delta_rows``). What this room refuses: several adapters at once,
+merging inside ``forward``, ``train`` or ``eval``, DoRA over embeddings.
 """
 
 from __future__ import annotations
@@ -77,6 +77,15 @@ def _product_t(base: FrozenLinear, g: Tensor, gb: Tensor, down: Tensor) -> Tenso
     return (gb @ down).addmm_(g, base.weight.to(g.dtype))
 
 
+def _adapted(x: Tensor, lora_A: Tensor, lora_B: Tensor, base: FrozenLinear, scaling: float) -> tuple[Tensor, Tensor]:
+    """x W^T + b + scaling (x A^T) B^T, (..., out) in the dtype of ``x``, without a gradient; and x A^T, (M, rank)."""
+    wide = product_dtype(x)
+    rows = x.reshape(-1, x.shape[-1]).to(wide)  # (M, in)
+    xa = rows @ lora_A.to(wide).T  # (M, rank)
+    y = _product(base, rows, xa * scaling, lora_B.to(wide).T)
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1]), xa
+
+
 class _AdaptedContext(Context, Protocol):
     base: FrozenLinear
     scaling: float
@@ -92,13 +101,10 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: _AdaptedContext, x: Tensor, lora_A: Tensor, lora_B: Tensor, base: FrozenLinear, scaling: float) -> Tensor:
-        wide = product_dtype(x)
-        rows = x.reshape(-1, x.shape[-1]).to(wide)  # (M, in)
-        xa = rows @ lora_A.to(wide).T  # (M, rank)
-        y = _product(base, rows, xa * scaling, lora_B.to(wide).T)
+        y, xa = _adapted(x, lora_A, lora_B, base, scaling)
         ctx.save_for_backward(x, lora_A, lora_B, xa)
         ctx.base, ctx.scaling = base, scaling
-        return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -168,17 +174,8 @@ class _Adapter(nn.Module):
         raise NotImplementedError
 
     def delta_rows(self, weight_rows: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Rows of D = W' - W, given these rows of W; those of a plain LoRA do not depend on W."""
+        """Rows of D = W' - W, given these rows of W, which need not be the base's; a plain LoRA's do not depend on W."""
         return self.update_rows(rows)
-
-    def merged_rows(self, weight_rows: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Rows of W' = W + D in fp32 or wider, not rounded; where D is zero W is kept bit for bit.
-
-        Args:
-            weight_rows: these rows of W, any float dtype. It need not be the weight of ``base``.
-            rows: which they are; all by default.
-        """
-        return merged_weight(weight_rows, self.delta_rows(weight_rows, rows))
 
     def delta_weight(self) -> Tensor:
         """D = W' - W of the whole layer, shaped as the base's weight, in the masters' dtype."""
@@ -224,7 +221,10 @@ class LoRALinear(_Adapter):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base(x)
-        if any(p.requires_grad for p in self.base.parameters()) or (self.training and self.dropout.p > 0):
+        drops = self.training and self.dropout.p > 0
+        if not (drops or torch.is_grad_enabled()):  # at one token, autograd's own work takes as long as the update
+            return _adapted(x, self.lora_A, self.lora_B, self.base, self.scaling)[0]
+        if drops or any(p.requires_grad for p in self.base.parameters()):
             return self.base(x) + self.scaling * self._update(self.dropout(x))
         return _AdaptedLinear.apply(x, self.lora_A, self.lora_B, self.base, self.scaling)
 

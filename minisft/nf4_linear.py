@@ -172,6 +172,8 @@ class NF4Linear(nn.Module):
         return native_nf4.dequantize(self.quantized, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return nf4_matmul(x, self.quantized, self.bias)
         return _FrozenLinear.apply(x, self.bias, self.quantized)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:

@@ -42,6 +42,11 @@ def dense_weight(base: nn.Linear | NF4Linear) -> Tensor:
     return base.dequantized_weight(torch.float64) if isinstance(base, NF4Linear) else base.weight.detach().double()
 
 
+def merged_rows(layer: LoRALinear | LoRAEmbedding, weight_rows: Tensor, rows: slice = slice(None)) -> Tensor:
+    """Rows of W' as a merge computes them."""
+    return merged_weight(weight_rows, layer.delta_rows(weight_rows, rows))
+
+
 def formula(W: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> Tensor:
     """W' = m (W + s B A) / |W + s B A|, the norm over the inputs of each row and out of autograd's sight; 0 / 0 is 0."""
     direction = W + scaling * (B @ A)
@@ -104,7 +109,7 @@ def test_a_row_of_zeros_stays_zero(bias):
     with torch.no_grad():
         layer.lora_B.fill_(0.5)
     assert_close(layer(x)[:, 2], expected[:, 2])
-    assert not layer.merged_rows(base.weight)[2].any()
+    assert not merged_rows(layer, base.weight)[2].any()
 
 
 # Value and gradients
@@ -124,7 +129,7 @@ def test_equals_dense_autograd(kind, inputs, outputs, batch, bias, rslora, data,
     expected = x @ merged.T + (base.bias.detach() if bias else 0.0)
     actual = layer(ours)
     assert_close(actual, expected)
-    assert_close(layer.merged_rows(dense_weight(base)), merged)
+    assert_close(merged_rows(layer, dense_weight(base)), merged)
     assert_close(layer.delta_weight(), merged - dense_weight(base))
     upstream = randn(*expected.shape, seed=seed + 10)
     found = torch.autograd.grad(actual, [ours, layer.lora_A, layer.lora_B, layer.lora_magnitude_vector], upstream)
@@ -214,10 +219,10 @@ def test_rows_of_the_merged_weight(kind, outputs, inputs, seed, data):
     else:
         delta = 3.0 / rank * (B @ A)
         expected = other + (delta.T if kind == "embedding" else delta)
-        assert_close(layer.merged_rows(other), merged_weight(other, layer.delta_weight()), 0.0)
-    assert_close(layer.merged_rows(other[rows], rows), expected[rows])
-    assert_close(layer.merged_rows(other), expected)
-    assert not layer.merged_rows(other).requires_grad
+        assert_close(merged_rows(layer, other), merged_weight(other, layer.delta_weight()), 0.0)
+    assert_close(merged_rows(layer, other[rows], rows), expected[rows])
+    assert_close(merged_rows(layer, other), expected)
+    assert not merged_rows(layer, other).requires_grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -228,7 +233,7 @@ def test_rows_without_an_update_keep_their_bits(dtype):
         base = make_linear(5, 6, False, dtype)
         with torch.no_grad():
             base.weight.copy_(weight)
-        merged = make(base, 2, 3.0).merged_rows(weight)
+        merged = merged_rows(make(base, 2, 3.0), weight)
         assert merged.dtype == torch.promote_types(dtype, torch.float32)
         assert torch.equal(merged, weight.to(merged.dtype))
         assert math.copysign(1, float(merged[1, 2])) == -1
@@ -322,7 +327,7 @@ def test_layer_and_gradients_equal_peft(bias, rslora):
     for slot, parameter in zip(slots, ours, strict=True):
         assert_close(parameter.grad, slot.weight.grad)
     theirs.merge(safe_merge=True)
-    assert_close(layer.merged_rows(layer.base.weight), theirs.base_layer.weight)
+    assert_close(merged_rows(layer, layer.base.weight), theirs.base_layer.weight)
 
 
 def test_peft_scales_as_we_do():

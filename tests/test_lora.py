@@ -264,6 +264,19 @@ def test_keeps_its_input_and_nothing_large(bias, dtype):
     assert [t.shape for t in kept if t.data_ptr() not in shared] == [(32, 2)]
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("in_4_bits", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_bits_do_not_depend_on_no_grad_mode(dropout, in_4_bits, dtype):
+    base = (make_nf4 if in_4_bits else make_linear)(17, 9, True, dtype)
+    layer = trained(LoRALinear(base, rank=2, alpha=3.0, dropout=dropout)).eval()
+    x = randn(2, 3, 17, dtype=dtype)
+    with torch.no_grad():
+        quick, quick_base = layer(x), base(x)
+    assert torch.equal(quick, layer(x))
+    assert torch.equal(quick_base, base(x))
+
+
 def test_nothing_is_written_in_forward():
     layer = trained(LoRALinear(make_linear(5, 4, True, torch.float64), 2, 3.0))
     x = randn(3, 5)
