@@ -23,15 +23,19 @@ def tune_allocator() -> bool:
     of a training run. This concerns the whole process, so only the command line does it, never an import.
 
     Returns:
-        Whether anything was changed: only with glibc on Linux, and not if ``MALLOC_MMAP_THRESHOLD_`` is set in the environment.
+        Whether anything was changed, see ``tunes_allocator``.
     """
-    if not sys.platform.startswith("linux") or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+    if not tunes_allocator():
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # another C library
-        return False
+    mallopt = ctypes.CDLL(None).mallopt
     settings = ((_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, _LARGEST), (_M_TOP_PAD, 64 * 2**20))
     return all(mallopt(option, value) == 1 for option, value in settings)
+
+
+def tunes_allocator() -> bool:
+    """Whether there is something to tune: glibc on Linux, and no ``MALLOC_MMAP_THRESHOLD_`` in the environment."""
+    there = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt")
+    return there and "MALLOC_MMAP_THRESHOLD_" not in os.environ
 
 
 def pick_device(name: str) -> torch.device:

@@ -2,7 +2,7 @@
 
 A weight is cut into blocks of 64 numbers, flat in row-major order. Each block is divided by its largest magnitude, so
 that it lies in [-1, 1], and each number becomes the index of the nearest of 16 levels. NF4 puts its levels at quantiles
-of the normal distribution, because trained weights are nearly normal: every level is then used about equally often. Double
+of the normal distribution, because trained weights are nearly normal: they are dense where weights are dense. Double
 quantization stores the scales themselves in 8 bits. 4 bits + 8/64 + 32/(64 * 256) = 4.127 bits a weight.
 
 Precision, everywhere in this file: scales, codes and products are computed in fp32, also for fp64 weights (the format
