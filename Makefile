@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test test-fast test-thorough mutants lint format bench clean
+.PHONY: help quickstart test test-fast test-thorough mutants lint format bench tutorials site clean
 
 help:
 	@echo "make quickstart     fine-tune a small pretrained model and see what it learned"
@@ -12,6 +12,8 @@ help:
 	@echo "make test-thorough  everything: the laws with 2000 examples each, every kernel for every GPU"
 	@echo "make mutants        plant known bugs one at a time and see that a named test fails for each"
 	@echo "make lint           ruff and mypy"
+	@echo "make tutorials      run every tutorial page and write its notebook"
+	@echo "make site           the tutorials and the library's reference as a static site, in build/site"
 	@echo "make bench          measure training, generation and 4-bit work against transformers, PEFT and bitsandbytes"
 
 # torch first and alone: pip then has nothing to decide about its many builds.
@@ -25,7 +27,17 @@ help:
 
 .venv/dev: .venv/core
 	@echo "installing test and lint tools into .venv (once)"
-	@$(PIP) -e ".[test,oracles,lint]"
+	@$(PIP) -e ".[test,oracles,lint,tutorials,site]"
+	@touch $@
+
+.venv/tutorials: .venv/core
+	@echo "installing what runs notebooks into .venv (once)"
+	@$(PIP) -e ".[tutorials]"
+	@touch $@
+
+.venv/site: .venv/core
+	@echo "installing what builds the site into .venv (once)"
+	@$(PIP) -e ".[site]"
 	@touch $@
 
 quickstart: .venv/core
@@ -57,6 +69,13 @@ bench: .venv/dev
 	$(BIN)/python benchmarks/bench_train.py --quant nf4
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_nf4.py
+
+tutorials: .venv/tutorials
+	$(BIN)/python tutorials/build.py
+
+site: .venv/site
+	@$(BIN)/python tutorials/site/build.py build/site
+	@echo "open build/site/index.html"
 
 clean:
 	rm -rf .venv build dist *.egg-info
