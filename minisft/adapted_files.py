@@ -8,6 +8,7 @@ needs a few rows; nothing needs the model.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +16,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minisft.config import QUANT_LEVELS, QuantConfig
+from minisft.chat import resolve_template
+from minisft.config import QUANT_LEVELS, ModelConfig, QuantConfig
+from minisft.effect import Target
 from minisft.errors import UserError, visible
 from minisft.formats import load_adapter_, load_model
-from minisft.formats.adapter import BASE_WEIGHT, WEIGHTS_FILE, recorded_base, recorded_base_name
+from minisft.formats.adapter import BASE_WEIGHT, TEMPLATE_FILE, WEIGHTS_FILE, recorded_base, recorded_base_name
 from minisft.formats.pieces import PIECE, In4Bits, Pieces, StoredModel, open_model, read_flat
 from minisft.formats.safetensors_file import read_header
 from minisft.formats.source import Origin, file_sha256, regular_file, resolve, set_origin_
 from minisft.formats.stream import EMBEDDING, empty_model, expected_shapes
-from minisft.merge import Adapter, Onto
+from minisft.merge import Adapter
 from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight, codebook
 from minisft.nf4_linear import NF4Linear
 from minisft.surgery import lora_modules, quantization_targets, replace_module, scale_adapters_
+from minisft.template import ChatTemplate
 from minisft.tokenizer import Tokenizer
 
 MARK = "minisft_adapter"  # in the headers of merged weights: sha256 of the adapter's weights
@@ -87,8 +91,7 @@ def open_adapted(adapter: str | Path, model: str | None = None, scale: float = 1
     folder = Path(adapter)
     stored = open_model(resolve(model or recorded_base_name(folder)))
     quant = recorded_quantization(folder) if not stored.in_4_bits else None
-    targets = [] if quant is None else quantization_targets(empty_model(stored.config), quant)
-    in_4_bits = frozenset(f"{path}.weight" for path in targets)
+    in_4_bits = frozenset() if quant is None else _quantized_names(stored.config, quant)
     digest = file_sha256(regular_file(folder, WEIGHTS_FILE, "adapter/no-weights"))
     if stored.metadata.get(MARK) == digest:
         raise UserError(
@@ -110,6 +113,24 @@ def load_unmerged(files: AdaptedFiles, dtype: torch.dtype = torch.float32) -> tu
     load_adapter_(model, files.folder)
     scale_adapters_(model, files.scale)
     return model, tokenizer
+
+
+def held_in_4_bits(files: AdaptedFiles) -> AdaptedFiles:
+    """The same with the base in 4 bits: as training held it, or, if it was dense in training, as QLoRA would hold it."""
+    if files.quant is not None or files.stored.in_4_bits:
+        return files
+    quant = QuantConfig()
+    return dataclasses.replace(files, quant=quant, in_4_bits=_quantized_names(files.stored.config, quant))
+
+
+def _quantized_names(config: ModelConfig, quant: QuantConfig) -> frozenset[str]:
+    return frozenset(f"{path}.weight" for path in quantization_targets(empty_model(config), quant))
+
+
+def template_of(files: AdaptedFiles, tokenizer: Tokenizer) -> ChatTemplate:
+    """An adapter is used with the template that it was trained with."""
+    saved = files.folder / TEMPLATE_FILE
+    return resolve_template(tokenizer, str(saved) if saved.is_file() else None)
 
 
 def recorded_quantization(folder: Path) -> QuantConfig | None:
@@ -173,9 +194,9 @@ def _weightless(form: QuantConfig, shape: tuple[int, ...]) -> QuantizedWeight:
     )
 
 
-def check_onto(files: AdaptedFiles, onto: Onto) -> None:
+def check_onto(files: AdaptedFiles, onto: Target) -> None:
     """Refuse a target that this base cannot have."""
-    if onto == "dequantized":
+    if onto in ("dequantized", "compensated"):
         return
     if files.quant is None and not files.stored.in_4_bits:
         raise UserError(

@@ -3,7 +3,7 @@
 ``merge_report.json`` for programs, ``merge_report.html`` for people (one page, no network) and ``merge_report.svg``. The
 layers are measured while they are merged. The model is measured afterwards: the unmerged model and the written folder are
 loaded one after the other, read the same text, and their answers are compared. The yardstick is the adapter itself: the
-merge must move the model by much less than the adapter does.
+merge must move the model by much less than the adapter does. Codes that were fitted to answers are judged by answers alone.
 
 The idea to take home: a verdict is worth its number. Each one names the number that decided it and the limit it was held to.
 """
@@ -21,17 +21,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisft.adapted_files import AdaptedFiles, load_unmerged
-from minisft.chat import encode_dataset, resolve_template
+from minisft.adapted_files import AdaptedFiles, load_unmerged, template_of
+from minisft.chat import encode_dataset
 from minisft.durable import FileRecord, disk_errors, write_durably
+from minisft.effect import SURVIVAL_FLOOR, LayerReport, Target
 from minisft.errors import UserError, visible
 from minisft.evaluate import evaluate
 from minisft.formats import load_model
-from minisft.formats.adapter import TEMPLATE_FILE
 from minisft.formats.source import file_sha256, fingerprint
-from minisft.merge import LayerReport
 from minisft.merge_page import draw_layers, page
-from minisft.merge_stream import SURVIVAL_FLOOR, Merged
+from minisft.merge_stream import Merged
 from minisft.messages import Example, read_dataset
 from minisft.model import CausalLM
 from minisft.safe_json import JSON
@@ -76,7 +75,7 @@ class Verdict:
         return f"{self.words} ({self.number} {self.value:.3g}{at}, limit {self.limit:.3g})"
 
 
-VERDICTS = ("equivalent", "equivalent up to rounding", "different model", "adapter lost")
+VERDICTS = ("equivalent", "equivalent up to rounding", "different model", "adapter lost", "not compared")
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def compare_models(
     Cost: one of the two models at a time, and the logits of at most ``MAX_POSITIONS`` places three times.
     """
     unmerged, tokenizer = load_unmerged(files)
-    template = _template(tokenizer, files.folder) if data is not None else None
+    template = template_of(files, tokenizer) if data is not None else None
     text = _built_in(tokenizer) if template is None or data is None else _from_data(tokenizer, template, Path(data), unmerged)
     before = _answers(unmerged, tokenizer, template, text)
     with adapters_off(unmerged):
@@ -154,11 +153,6 @@ def compare_models(
     after = _answers(reloaded, tokenizer, template, text)
     intact = all(file_sha256(merged / name) == record.sha256 for name, record in records.items()) if records else None
     return _compared(text, before, base, after, intact)
-
-
-def _template(tokenizer: Tokenizer, adapter: Path) -> ChatTemplate:
-    saved = adapter / TEMPLATE_FILE
-    return resolve_template(tokenizer, str(saved) if saved.is_file() else None)
 
 
 def _built_in(tokenizer: Tokenizer) -> _Text:
@@ -233,8 +227,10 @@ def _compared(text: _Text, before: _Answers, base: Tensor, after: _Answers, inta
 # ---- the verdict -----------------------------------------------------------------------------------------------------
 
 
-def judge(layers: Sequence[LayerReport], model: ModelReport | None) -> Verdict:
+def judge(layers: Sequence[LayerReport], model: ModelReport | None, onto: Target = "dequantized") -> Verdict:
     """The first of these that holds: lost in a layer, another base, damaged or moved as a model, rounded, equivalent."""
+    if onto == "compensated":
+        return _judge_answers(model)
     lost = min(layers, key=lambda layer: layer.survival)
     if lost.survival < SURVIVAL_FLOOR:
         return Verdict("adapter lost", "survival", lost.survival, SURVIVAL_FLOOR, lost.path)
@@ -249,6 +245,15 @@ def judge(layers: Sequence[LayerReport], model: ModelReport | None) -> Verdict:
     worst = max(layers, key=lambda layer: layer.effect_error)
     words = "equivalent" if worst.effect_error <= EXACT else "equivalent up to rounding"
     return Verdict(words, "effect error", worst.effect_error, EXACT, worst.path)
+
+
+def _judge_answers(model: ModelReport | None) -> Verdict:
+    """Codes that were fitted to answers: many different W' give nearly the same, so what the weights say decides nothing."""
+    if model is None:
+        return Verdict("not compared", "places compared", 0.0, 1.0)
+    kept = model.kl_mean <= SMALL_KL or model.moved <= MOVED_LIMIT
+    words = "equivalent up to rounding" if kept else "different model"
+    return Verdict(words, "KL of the merge / KL of the adapter", model.moved, MOVED_LIMIT)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -274,9 +279,10 @@ def certify(merged: Merged, model: ModelReport | None) -> Verdict:
     Raises:
         UserError: the disk.
     """
-    verdict = judge(merged.report.layers, model)
-    content = report_json(merged, model, verdict)
-    svg = draw_layers(merged.report.layers)
+    verdict = judge(merged.report.layers, model, merged.report.onto)
+    layers = _layers(merged)
+    content = report_json(merged, layers, model, verdict)
+    svg = draw_layers(layers)
     with disk_errors(merged.out):
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         write_durably(merged.out / REPORT, text.encode())
@@ -285,11 +291,15 @@ def certify(merged: Merged, model: ModelReport | None) -> Verdict:
     return verdict
 
 
-def report_json(merged: Merged, model: ModelReport | None, verdict: Verdict) -> dict[str, JSON]:
+def report_json(
+    merged: Merged, layers: Sequence[Mapping[str, JSON]], model: ModelReport | None, verdict: Verdict
+) -> dict[str, JSON]:
     """The content of ``merge_report.json``."""
-    files = merged.files
+    files, fitted = merged.files, merged.compensation
     source = files.stored.source
-    layers: list[JSON] = [_numbers(dataclasses.asdict(layer)) for layer in merged.report.layers]
+    method: dict[str, JSON] = {}
+    if fitted is not None:
+        method = {"way": fitted.way, "calibration": merged.calibration, "calibration_tokens": fitted.num_tokens}
     return {
         "adapter": {"folder": str(files.folder), "sha256": files.digest, "scale": files.scale},
         "base": {
@@ -299,20 +309,24 @@ def report_json(merged: Merged, model: ModelReport | None, verdict: Verdict) -> 
             "in_training": files.held,
         },
         "merged": {
-            "onto": onto_words(merged),
+            "onto": merged.onto_words,
+            **method,
             "dtype": merged.dtype_name,
             "files": {name: record.sha256 for name, record in merged.records.items()},
         },
         "verdict": _numbers(dataclasses.asdict(verdict)),
-        "layers": layers,
+        "layers": [dict(layer) for layer in layers],
         "model": "not checked" if model is None else _numbers(dataclasses.asdict(model)),
     }
 
 
-def onto_words(merged: Merged) -> str:
-    """The target by the name that a reader of the report understands: over a dense base, there is only the base."""
-    onto = merged.report.onto
-    return "base" if onto == "dequantized" and merged.files.held == "dense" else onto
+def _layers(merged: Merged) -> list[dict[str, JSON]]:
+    """One row a layer; fitted ones have the errors of their outputs as well."""
+    rows = [dataclasses.asdict(layer) for layer in merged.report.layers]
+    if merged.compensation is not None:
+        for row, layer in zip(rows, merged.compensation.layers, strict=True):
+            row |= {"output_error": layer.output_error, "plain_output_error": layer.plain_output_error, "moved": layer.moved}
+    return [_numbers(row) for row in rows]
 
 
 def _numbers(values: dict[str, JSON]) -> dict[str, JSON]:

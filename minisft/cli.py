@@ -11,7 +11,7 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,6 +149,48 @@ def _eval(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    from minisft.evaluate import EvalResult, Metric, evaluate
+    from minisft.messages import Example, read_dataset
+    from minisft.sweep import REPORT, heading, line, sweep, terminal_progress
+
+    _check_positive(arguments, "max_new_tokens", "limit", "batch_size")
+    out, model_path = Path(arguments.out), Path(arguments.model)
+    _check_new_folder(out, model_path)
+    if arguments.adapter is None:
+        raise UserError("adapter/none", "there is no adapter to scale", where="--adapter", fix="give the adapter's folder")
+    task = read_dataset(arguments.data, tuple(arguments.map), keep_duplicates=True).examples
+    general = read_dataset(arguments.general, keep_duplicates=True).examples
+    model, tokenizer, template = _load(arguments)
+
+    def score(examples: Sequence[Example], metric: Metric) -> Callable[[CausalLM], EvalResult]:
+        def ask(model: CausalLM) -> EvalResult:
+            with terminal_progress(metric) as progress:
+                return evaluate(
+                    model,
+                    tokenizer,
+                    template,
+                    examples,
+                    metric,
+                    max_new_tokens=arguments.max_new_tokens,
+                    limit=arguments.limit,
+                    batch_size=arguments.batch_size,
+                    system=arguments.system,
+                    progress=progress,
+                )
+
+        return ask
+
+    print(heading(arguments.metric, "choice"))
+    asked = score(task, arguments.metric), score(general, "choice")
+    points = sweep(model, arguments.scales, *asked, out, lambda point: print(line(point), flush=True))
+    print(visible(out))
+    if errors := [point.error for point in points if point.error]:
+        what = f"{len(errors)} of {len(points)} scales could not be scored"
+        raise UserError("numeric/sweep-incomplete", what, where=visible(out / REPORT), found=errors[0])
+    return 0
+
+
 def _check_positive(arguments: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
@@ -278,23 +320,27 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from minisft.certificate import REPORT, certify, check, onto_words
+    from minisft.certificate import REPORT, certify, check
     from minisft.merge_stream import merge_folder
     from minisft.messages import read_dataset
 
     out, data = Path(arguments.out), arguments.data
     _check_new_folder(out, Path(arguments.model or arguments.adapter))
-    if data is not None:
-        read_dataset(data)  # what is wrong with it is said before minutes are spent
-    dtype = DTYPES.get(arguments.dtype)  # None: auto
+    for path in (data, arguments.calibration):
+        if path is not None:
+            read_dataset(path)  # what is wrong with it is said before minutes are spent
     merged = merge_folder(
-        arguments.adapter, out, arguments.model, arguments.onto, dtype, scale=arguments.scale, force=arguments.force
+        arguments.adapter,
+        out,
+        arguments.model,
+        arguments.onto,
+        DTYPES.get(arguments.dtype),  # None: auto
+        scale=arguments.scale,
+        force=arguments.force,
+        calibration=arguments.calibration,
     )
-    verdict, report = certify(merged, None), merged.report
-    print(
-        f"{visible(out)}: {len(report.layers)} layers merged onto {onto_words(merged)}, {merged.dtype_name}; "
-        f"survival at least {report.survival:.4f}, swallowed at most {report.swallowed:.2%}"
-    )
+    verdict = certify(merged, None)
+    print(merged.summary)
     models = check(merged, data) if arguments.check else None
     verdict = certify(merged, models) if models is not None else verdict
     print(f"{verdict}{'' if models is not None else ', the models were not compared'}; {visible(out / REPORT)}")
@@ -338,11 +384,13 @@ def _verify(arguments: argparse.Namespace) -> int:
     from minisft.certificate import compare_models, judge
     from minisft.verify_merge import verify
 
-    found = verify(arguments.merged, arguments.adapter, arguments.model, arguments.onto, arguments.scale)
+    onto = arguments.onto
+    found = verify(arguments.merged, arguments.adapter, arguments.model, onto, arguments.scale, arguments.calibration)
     print(found.summary)
     found.require()
-    models = compare_models(found.files, Path(arguments.merged), arguments.data) if arguments.data is not None else None
-    verdict = judge(found.adapted, models)
+    asked = arguments.data is not None or onto == "compensated"  # there only the answers can tell
+    models = compare_models(found.files, Path(arguments.merged), arguments.data) if asked else None
+    verdict = judge(found.adapted, models, onto)
     print(verdict)
     if not verdict.good:
         where = visible(found.merged)
@@ -367,6 +415,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "plan": _plan,
     "merge": _merge,
     "combine": _combine,
+    "sweep": _sweep,
     "verify": _verify,
     "quickstart": _quickstart,
 }

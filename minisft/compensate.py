@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from minisft import native_nf4
+from minisft.effect import Effect, LayerReport
 from minisft.errors import UserError, visible
 from minisft.generate import no_dropout
 from minisft.lora import LoRALinear, merged_weight
-from minisft.merge import Effect, LayerReport, base_weight, merge
+from minisft.merge import base_weight, merge
 from minisft.model import CausalLM
 from minisft.nf4 import TINY, QuantizedWeight, decode_absmax, midpoints_of, pack, unpack
 from minisft.nf4_linear import NF4Linear
@@ -201,7 +202,8 @@ class CompensatedLayer:
 
     Attributes:
         effect: in the weights, where ``survival`` says little: many different W' give nearly the same outputs.
-        output_error: |X (W' - W - D)^T| / |X D^T|; 1 is what the base itself has, 0 a perfect merge.
+        output_error: |X (W' - W - D)^T|, relative to what the 4-bit base has without the adapter: 1 is that, 0 a perfect
+            merge.
         plain_output_error: the same when every weight is rounded for itself.
         moved: share of the codes that are not the base's.
     """
@@ -213,13 +215,20 @@ class CompensatedLayer:
 
 
 def compensate_layer(
-    path: str, adapter: LoRALinear, plain: QuantizedWeight, moments: Tensor, way: Way, seed: int = 0
+    path: str,
+    adapter: LoRALinear,
+    plain: QuantizedWeight,
+    moments: Tensor,
+    way: Way,
+    seed: int = 0,
+    original: Tensor | None = None,
 ) -> tuple[QuantizedWeight, CompensatedLayer]:
     """W' of one layer over a base in 4 bits.
 
     Args:
         plain: W + D with every weight rounded for itself; it is the answer if it has the smaller error (not for ``dither``).
         moments: (I, I) fp32, H.
+        original: W, if the adapter was trained on it and not on what the base's 4 bits stand for.
 
     Raises:
         UserError: the text drove the layer's inputs to infinity.
@@ -232,7 +241,8 @@ def compensate_layer(
             fix="check that the unmerged model answers well, or compute in fp32",
         )
     assert isinstance(adapter.base, NF4Linear)
-    base, trained, delta = adapter.base.quantized, base_weight(adapter), adapter.delta_weight().float()
+    base, trained = adapter.base.quantized, base_weight(adapter) if original is None else original.float()
+    delta = adapter.delta_rows(trained).float()
     target, grid = merged_weight(trained, delta).T.contiguous(), Grid.of(base)
     draw = generator(seed, f"dither/{path}", device=moments.device)
     codes = choose_codes(grid, target, moments, way, draw) if bool(delta.any()) else grid.codes
@@ -271,8 +281,9 @@ class _Reading:
     So a layer is fitted to the inputs that the layers before it will really give, not to those of the unmerged model.
     """
 
-    def __init__(self, merged: CausalLM, way: Way, seed: int) -> None:
-        self.merged, self.way, self.seed, self.plain = merged, way, seed, nf4_modules(merged)
+    def __init__(self, merged: CausalLM, way: Way, seed: int, original: Callable[[str], Tensor] | None) -> None:
+        self.merged, self.way, self.seed, self.original = merged, way, seed, original
+        self.plain = nf4_modules(merged)
         self.layers: dict[str, CompensatedLayer] = {}
         self.seen, self.moments = torch.empty(0), torch.empty(0)
 
@@ -287,8 +298,10 @@ class _Reading:
         def answer(adapter: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             assert isinstance(adapter, LoRALinear)
             before = self.plain[path]
-            moments = self.moments_of(args[0])
-            q, self.layers[path] = compensate_layer(path, adapter, before.quantized, moments, self.way, self.seed)
+            original = None if self.original is None else self.original(f"{path}.weight").to(args[0].device)
+            q, self.layers[path] = compensate_layer(
+                path, adapter, before.quantized, self.moments_of(args[0]), self.way, self.seed, original
+            )
             layer = NF4Linear(q, before.bias)
             replace_module(self.merged, path, layer.eval())
             return layer(args[0])
@@ -298,7 +311,11 @@ class _Reading:
 
 @torch.no_grad()
 def requantize_compensated(
-    model: CausalLM, rows: Sequence[Sequence[int]], way: Way = "both", seed: int = 0
+    model: CausalLM,
+    rows: Sequence[Sequence[int]],
+    way: Way = "both",
+    seed: int = 0,
+    original: Callable[[str], Tensor] | None = None,
 ) -> tuple[CausalLM, CompensationReport]:
     """A new model in 4 bits with the adapters folded in; ``model`` stays as it is and shares no memory with the new one.
 
@@ -308,6 +325,8 @@ def requantize_compensated(
             keep. A few tokens for each input of the widest layer; fewer, and codes are fitted to chance.
         way: see the module.
         seed: of ``dither``, for which the text serves the report only.
+        original: for adapters that were trained on dense weights: name of a weight -> W as it was before it was quantized.
+            The codes then make up for the quantization of W, too.
 
     Returns:
         the merged model, frozen and in evaluation mode, which ``save_quantized`` can write; and the report.
@@ -324,7 +343,7 @@ def requantize_compensated(
     if not rows:
         raise UserError("data/no-calibration", "there is no text to calibrate on", fix="give rows with at least one token")
     merged, _ = merge(model, "requantized")
-    reading, adapters = _Reading(merged, way, seed), lora_modules(model)
+    reading, adapters = _Reading(merged, way, seed, original), lora_modules(model)
     device = model.model.norm.weight.device
     ids = torch.tensor([token for row in rows for token in row], device=device)
     segments = torch.repeat_interleave(torch.arange(1, len(rows) + 1), torch.tensor([len(row) for row in rows])).to(device)

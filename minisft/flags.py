@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -70,6 +71,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("plan", "print the memory a training run needs, before anything is loaded"),
             ("merge", "fold an adapter into its base and certify the result"),
             ("combine", "add several adapters of one base up to one adapter"),
+            ("sweep", "score a model at several scales of its adapter: what the task gains, what general knowledge loses"),
             ("verify", "check that a folder is a base with an adapter merged in, whoever wrote it"),
             ("quickstart", "generate a task, fine-tune a small model on it, show what it learned and kept"),
         )
@@ -80,7 +82,10 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     for name in ("eval", "generate", "chat"):
         _model_flags(made[name])
     _eval_flags(made["eval"])
+    _scale_flag(made["eval"])
+    _sweep_flags(made["sweep"])
     for name in ("generate", "chat"):
+        _scale_flag(made[name])
         _sampling_flags(made[name])
     made["generate"].add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")
     _inspect_flags(made["inspect"])
@@ -131,7 +136,6 @@ def _shown(default: object) -> str:
 def _model_flags(parser: Parser) -> None:
     parser.add_argument("--model", required=True, metavar="M", help="model folder, GGUF file, hub id or smollm2-135m-instruct")
     parser.add_argument("--adapter", default=None, metavar="DIR", help="adapter folder (PEFT layout)")
-    parser.add_argument("--scale", type=float, default=1.0, help="how much of the adapter takes part (default 1)")
     parser.add_argument("--template", default=None, metavar="T", help="chat template: a .jinja file, chatml or plain")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
@@ -144,6 +148,37 @@ def _model_flags(parser: Parser) -> None:
     )
     parser.add_argument("--system", default=None, metavar="TEXT", help="system message")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default %(default)s)")
+
+
+def _scale_flag(parser: Parser) -> None:
+    parser.add_argument("--scale", type=float, default=1.0, help="how much of the adapter takes part (default 1)")
+
+
+def _sweep_flags(parser: Parser) -> None:
+    _model_flags(parser)
+    parser.set_defaults(scale=1.0)
+    parser.add_argument("--data", required=True, metavar="F", help="rows of the task")
+    parser.add_argument("--metric", choices=METRICS, default="exact_match", help="of the task (default %(default)s)")
+    parser.add_argument("--general", required=True, metavar="F", help="multiple choice questions, judged by --metric choice")
+    parser.add_argument(
+        "--scales",
+        type=scales,
+        default=(0.0, 0.25, 0.5, 0.75, 1.0),
+        metavar="S,S,...",
+        help="of the adapter (default 0,0.25,0.5,0.75,1)",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for sweep.json and sweep.svg")
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N rows of each file")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows computed at once (default %(default)s)")
+    parser.add_argument("--map", nargs="+", default=(), metavar="FIELD=COLUMN", help="column of --data for a field of ours")
+
+
+def scales(text: str) -> tuple[float, ...]:
+    """``0,0.5,1``; an empty or repeated number is none that was meant."""
+    numbers = tuple(float(part) for part in text.split(","))
+    if len(set(numbers)) < len(numbers) or not all(map(math.isfinite, numbers)):
+        raise ValueError(text)
+    return numbers
 
 
 def _eval_flags(parser: Parser) -> None:
@@ -213,9 +248,16 @@ def _merge_source_flags(parser: Parser) -> None:
     parser.add_argument("--model", default=None, metavar="M", help="the base; by default the one that the adapter names")
     parser.add_argument(
         "--onto",
-        choices=("dequantized", "original", "requantized"),
+        choices=("dequantized", "original", "requantized", "compensated"),
         default="dequantized",
-        help="for a base trained on in 4 bits: the weights as trained on (default), those before, or 4 bits again",
+        help="for a base trained on in 4 bits: the weights as trained on (default), those before, or 4 bits again, which loses "
+        "small updates; compensated: 4 bits with codes fitted to --calibration, for any base, with the model in memory",
+    )
+    parser.add_argument(
+        "--calibration",
+        default=None,
+        metavar="F",
+        help="for --onto compensated: rows like those that will be asked",
     )
     parser.add_argument("--scale", type=float, default=1.0, help="how much of the adapter to merge (default 1)")
 

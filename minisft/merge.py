@@ -1,9 +1,9 @@
 """Folding adapters into the weights: the same function, one product a layer instead of three.
 
 W' = W + D with D = scaling * B A, summed in fp32 or wider and rounded once. That is exact up to the rounding of the storage
-dtype, and this room measures what the rounding did: how much of D is still there. Every layer is computed and checked before
-anything is changed, the originals are kept, so unmerging is putting them back, never a subtraction. What it refuses: merging
-twice, and calling two different functions by one name: for a base in 4 bits ``onto`` says which weight D is added to.
+dtype, and ``effect`` measures what the rounding did. Every layer is computed and checked before anything is changed, the
+originals are kept, so unmerging is putting them back, never a subtraction. What it refuses: merging twice, and calling two
+different functions by one name: for a base in 4 bits ``onto`` says which weight D is added to.
 
 The idea to take home: judge a merge by its effect W' - W against D, not by how close W' is to W + D. An adapter that vanished
 in rounding is close, too.
@@ -17,100 +17,26 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from minisft import native_nf4
 from minisft.config import ModelConfig
+from minisft.effect import Effect, LayerReport, MergeReport, Onto
 from minisft.errors import UserError, listing, visible
 from minisft.formats.stream import EMBEDDING, HEAD, empty_model, fill_
 from minisft.lora import LoRAEmbedding, LoRALinear, merged_weight
 from minisft.matmul import Linear
 from minisft.model import CausalLM
-from minisft.nf4 import SLAB, QuantizedWeight
+from minisft.nf4 import QuantizedWeight
 from minisft.nf4_linear import NF4Linear
 from minisft.surgery import lora_modules, quantization_of, replace_module
 
 Adapter = LoRALinear | LoRAEmbedding
-Onto = Literal["dequantized", "original", "requantized"]
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What a merge did to one layer, with E = W' - W as stored and D as trained.
-
-    Attributes:
-        path: the layer.
-        delta_ratio: |D| / |W|, Frobenius norms.
-        swallowed: share of the entries of D that are not zero but changed nothing.
-        effect_error: |E - D| / |D|; 0 when D is 0.
-        survival: <E, D> / |D|^2, the share of D that is still there; 1 when D is 0.
-        base_shift: |W - W_trained| / |D| when W is not the weight that D was trained on (``onto="original"``), else 0.
-    """
-
-    path: str
-    delta_ratio: float
-    swallowed: float
-    effect_error: float
-    survival: float
-    base_shift: float = 0.0
-
-
-class Effect:
-    """The sums behind a ``LayerReport``, so that a layer can be measured in pieces. All in fp64, a slab at a time."""
-
-    def __init__(self) -> None:
-        self.base = self.delta = self.error = self.dot = self.shift = 0.0
-        self.changed = self.asked = 0
-
-    def add(self, base: Tensor, delta: Tensor, stored: Tensor, trained: Tensor | None = None) -> None:
-        """Take in a piece of a layer.
-
-        Args:
-            base: W, as it is stored.
-            delta: D, as it was trained; what is left of it in a sum W + D may be nothing, even in fp32.
-            stored: W' as it will be read back.
-            trained: the weight that D was trained on, if that is not W.
-        """
-        for w, d, after in _slabs(base, delta, stored):
-            effect = after - w
-            self.base += _square(w)
-            self.delta += _square(d)
-            self.error += _square(effect - d)
-            self.dot += float(effect.dot(d))
-            asked = d != 0
-            self.asked += int(asked.sum())
-            self.changed += int((asked & (effect != 0)).sum())
-        if trained is not None:
-            self.shift += sum(_square(w - before) for w, before in _slabs(base, trained))
-
-    def report(self, path: str) -> LayerReport:
-        """The finished measure; a layer whose adapter is zero has nothing to lose."""
-        if self.delta == 0:
-            return LayerReport(path, 0.0, 0.0, 0.0, 1.0)
-        return LayerReport(
-            path,
-            delta_ratio=(self.delta / self.base) ** 0.5 if self.base else float("inf"),
-            swallowed=1 - self.changed / self.asked,
-            effect_error=(self.error / self.delta) ** 0.5,
-            survival=self.dot / self.delta,
-            base_shift=(self.shift / self.delta) ** 0.5,
-        )
-
-
-def _slabs(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Tensors of one shape, flat and in fp64, a few megabytes at a time."""
-    for slab in zip(*(t.reshape(-1).split(SLAB) for t in tensors), strict=True):
-        yield [piece.double() for piece in slab]
-
-
-def _square(x: Tensor) -> float:
-    return float(x.dot(x))
 
 
 def base_weight(adapter: Adapter) -> Tensor:
@@ -120,15 +46,22 @@ def base_weight(adapter: Adapter) -> Tensor:
     return adapter.base.weight.detach()
 
 
-def _require_finite(weight: Tensor, path: str) -> None:
-    if not torch.isfinite(weight).all():
+def rounded(name: str, numbers: Tensor, dtype: torch.dtype, own: bool = False) -> Tensor:
+    """``numbers`` in ``dtype``, which may be too narrow for them; with ``own`` in memory of their own.
+
+    Raises:
+        UserError: a number that is not finite after rounding, naming the weight.
+    """
+    stored = numbers.to(dtype, copy=own)
+    if not torch.isfinite(stored).all():
         raise UserError(
             "numeric/merge-not-finite",
             "a merged weight is not finite",
-            where=visible(path),
-            found=str(weight.dtype),
-            fix="if the adapter itself is finite, a wider --dtype can hold the sum",
+            where=visible(name),
+            found=f"numbers up to {float(numbers.abs().max()):.4g} as {str(dtype).removeprefix('torch.')}",
+            fix="if the weight and the adapter are finite, --dtype bf16 or fp32 can hold the sum",
         )
+    return stored
 
 
 @torch.no_grad()
@@ -150,12 +83,11 @@ def merge_layer(
     delta, effect = adapter.delta_weight(), Effect()
     exact = merged_weight(base, delta)
     if onto == "requantized":
-        _require_finite(exact, path)
+        rounded(path, exact, exact.dtype)
         q = _requantized(path, adapter, exact, keep=not bool(delta.any()))
         effect.add(base, delta, native_nf4.dequantize(q, torch.float32))
         return q, effect.report(path)
-    stored = exact.to(dtype)
-    _require_finite(stored, path)
+    stored = rounded(path, exact, dtype)
     effect.add(base, delta, stored, None if original is None else trained)
     return stored, effect.report(path)
 
@@ -179,24 +111,6 @@ def _requantized(path: str, adapter: Adapter, weight: Tensor, keep: bool) -> Qua
 
 
 # ---- a model ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did: onto which weights, and layer by layer how much of each adapter is still there."""
-
-    onto: Onto
-    layers: tuple[LayerReport, ...]
-
-    @property
-    def swallowed(self) -> float:
-        """The largest share of an update's entries that rounding swallowed in a layer."""
-        return max(layer.swallowed for layer in self.layers)
-
-    @property
-    def survival(self) -> float:
-        """The smallest share of an adapter that is still there in a layer."""
-        return min(layer.survival for layer in self.layers)
 
 
 def merge(
@@ -277,18 +191,11 @@ def _weights(
                 yield name, copy.deepcopy(module.quantized)
             else:
                 dense = module.dequantized_weight(torch.float32) if original is None else original(name)
-                yield name, _rounded(name, dense, dtype)
+                yield name, rounded(name, dense.detach(), dtype, own=True)
         elif isinstance(weight := getattr(module, "weight", None), Tensor):
-            yield name, _rounded(name, weight, dtype)
+            yield name, rounded(name, weight.detach(), dtype, own=True)
         if isinstance(bias, Tensor):
-            yield path + ".bias", _rounded(path + ".bias", bias, dtype)
-
-
-def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in ``dtype``, which may be too narrow for a large number."""
-    stored = tensor.detach().to(dtype, copy=True)
-    _require_finite(stored, name)
-    return stored
+            yield path + ".bias", rounded(path + ".bias", bias.detach(), dtype, own=True)
 
 
 # ---- in place, and back ----------------------------------------------------------------------------------------------

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from minisft.errors import visible
-from minisft.merge import LayerReport
 from minisft.safe_json import JSON
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito, as in ``lossplot``
-_PANELS = (  # a column of the report, its colour, its axis
-    ("delta_ratio", _BLUE, "|D| / |W|"),
-    ("swallowed", _ORANGE, "swallowed"),
-    ("effect_error", _ORANGE, "effect error"),
-    ("survival", _GREEN, "survival"),
-)
+# An axis, and the columns of the report that are drawn on it.
+_PANELS: dict[str, dict[str, str]] = {
+    "|D| / |W|": {"delta_ratio": _BLUE},
+    "swallowed": {"swallowed": _ORANGE},
+    "effect error": {"effect_error": _ORANGE},
+    "survival": {"survival": _GREEN},
+}
+_FITTED_PANELS: dict[str, dict[str, str]] = {
+    "|D| / |W|": {"delta_ratio": _BLUE},
+    "output error": {"plain_output_error": _GREY, "output_error": _ORANGE},
+    "codes moved": {"moved": _BLUE},
+    "survival": {"survival": _GREEN},
+}
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:collapse;width:100%}"
@@ -34,29 +45,42 @@ _EXPLAINED = {
     "effect_error": "|E - D| / |D|: how far the change that was stored is from the one that was trained",
     "survival": "the part of D that is still there; 1 is all of it",
     "base_shift": "|W - W in training| / |D|",
+    "output_error": "|X (W' - W - D)| on the calibration text, relative to the 4-bit base without adapter; 0 is perfect",
+    "plain_output_error": "the same with every weight rounded for itself",
+    "moved": "share of the 4-bit codes that are not the base's",
 }
 
 
-def draw_layers(layers: Sequence[LayerReport]) -> bytes:
-    """An SVG with four rows over all layers: size of the update, what rounding swallowed, effect error, survival."""
+def draw_layers(layers: Sequence[Mapping[str, JSON]]) -> bytes:
+    """An SVG with four rows over all layers: how large the update is, what became of it (two measures), how much survived."""
     import matplotlib
     from matplotlib.figure import Figure
 
+    panels = _FITTED_PANELS if "output_error" in layers[0] else _PANELS
     # A fixed salt: the same merge gives the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "minisft", "svg.fonttype": "none"}):
         figure = Figure(figsize=(9, 7), layout="constrained")
-        rows = figure.subplots(len(_PANELS), 1, sharex=True)
-        for axes, (name, color, label) in zip(rows, _PANELS, strict=True):
-            values = [float(getattr(layer, name)) for layer in layers]
-            axes.plot(range(len(values)), values, ".-", color=color, linewidth=0.8, markersize=4)
+        rows = figure.subplots(len(panels), 1, sharex=True)
+        for axes, (label, columns) in zip(rows, panels.items(), strict=True):
+            _draw_panel(axes, {name: [float(str(layer[name])) for layer in layers] for name in columns}, columns)
             axes.set_ylabel(label)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(color=_GREY, alpha=0.15, linewidth=0.6)
-            axes.set_ylim(min(0.0, *values), 1.08 * max(values) or 1.0)
         rows[-1].set_xlabel("adapted layer, in the model's order")
         svg = io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return svg.getvalue()
+
+
+def _draw_panel(axes: Axes, columns: Mapping[str, Sequence[float]], colors: Mapping[str, str]) -> None:
+    for name, values in columns.items():
+        axes.plot(
+            range(len(values)), values, ".-", color=colors[name], linewidth=0.8, markersize=4, label=name.replace("_", " ")
+        )
+    finite = [value for values in columns.values() for value in values if math.isfinite(value)]
+    axes.set_ylim(min(0.0, *finite), 1.08 * max(0.0, *finite) or 1.0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=_GREY, alpha=0.15, linewidth=0.6)
+    if len(columns) > 1:
+        axes.legend(frameon=False, ncols=len(columns), loc="lower right", bbox_to_anchor=(1, 0.95), fontsize=9)
 
 
 def page(report: Mapping[str, JSON], svg: str) -> str:
@@ -70,7 +94,7 @@ def page(report: Mapping[str, JSON], svg: str) -> str:
         f'<h1>Merge report</h1>\n<p class="verdict" style="border-color:{_GREEN if good else _ORANGE}">'
         f"{head}, limit {_text(verdict['limit'])}</p>\n"
         + "".join(f"<h2>{title}</h2>\n{_pairs(report[key])}" for title, key in _SECTIONS)
-        + f"<h2>Layers</h2>\n{_picture(svg)}\n{_legend()}{_layers(report['layers'])}</html>\n"
+        + f"<h2>Layers</h2>\n{_picture(svg)}\n{_layers(report['layers'])}</html>\n"
     )
 
 
@@ -106,15 +130,11 @@ def _picture(svg: str) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _legend() -> str:
-    return (
-        "<ul>" + "".join(f"<li><b>{_text(k.replace('_', ' '))}</b>: {_text(v)}</li>" for k, v in _EXPLAINED.items()) + "</ul>\n"
-    )
-
-
 def _layers(value: JSON) -> str:
     rows = [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
-    names = ("path", *_EXPLAINED)
+    explained = {name: text for name, text in _EXPLAINED.items() if rows and name in rows[0]}
+    legend = "".join(f"<li><b>{_text(name.replace('_', ' '))}</b>: {_text(text)}</li>" for name, text in explained.items())
+    names = ("path", *explained)
     head = "".join(f"<th>{_text(name.replace('_', ' '))}</th>" for name in names)
     body = "".join("<tr>" + "".join(f"<td>{_text(row[name])}</td>" for name in names) + "</tr>\n" for row in rows)
-    return f"<table>\n<tr>{head}</tr>\n{body}</table>\n"
+    return f"<ul>{legend}</ul>\n<table>\n<tr>{head}</tr>\n{body}</table>\n"

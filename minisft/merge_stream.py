@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisft.adapted_files import MARK, AdaptedFiles, check_onto, load_unmerged, open_adapted, row_ranges
+from minisft.adapted_files import MARK, AdaptedFiles, check_onto, open_adapted, row_ranges
+from minisft.compensate import CompensationReport
 from minisft.durable import FileRecord, disk_errors, require_space, staged_folder
-from minisft.errors import UserError, visible
-from minisft.formats import load_tokenizer, save_quantized
+from minisft.effect import Effect, LayerReport, MergeReport, Target
+from minisft.errors import visible
+from minisft.formats import load_tokenizer
 from minisft.formats.adapter import TEMPLATE_FILE
 from minisft.formats.hf_config import write_config
 from minisft.formats.hf_write import write_settings
@@ -31,10 +33,9 @@ from minisft.formats.shard_writer import MAX_SHARD_BYTES, TensorSpec, write_shar
 from minisft.formats.source import regular_file
 from minisft.formats.stream import HEAD, empty_model, expected_shapes
 from minisft.lora import merged_weight
-from minisft.merge import Adapter, Effect, LayerReport, MergeReport, Onto, merge, splits_tie
+from minisft.merge import Adapter, rounded, splits_tie
+from minisft.merge_packed import check_calibration, write_compensated, write_requantized
 
-# Less than half of D along D: the merged model is nearer to its base than to what was trained.
-SURVIVAL_FLOOR = 0.5
 SWALLOWED_LIMIT = 0.05  # share of an update's entries; beyond it a wider dtype is worth its bytes
 NOISE_LIMIT = 0.5  # effect error; a W that is off the dtype's grid (from 4 bits) is moved, where one on it swallows
 
@@ -52,22 +53,9 @@ def merged_rows(
         weight = read_rows(base, begin, end)
         before = None if trained is None else read_rows(trained, begin, end)
         delta = adapter.delta_rows(weight if before is None else before, slice(begin, end))
-        stored = _rounded(path, merged_weight(weight, delta), dtype)
+        stored = rounded(path, merged_weight(weight, delta), dtype)
         effect.add(weight, delta, stored, before)
         yield stored.reshape(-1)
-
-
-def _rounded(name: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = numbers.to(dtype)
-    if not torch.isfinite(stored).all():
-        raise UserError(
-            "numeric/merge-not-finite",
-            "a merged weight is not finite",
-            where=visible(name),
-            found=f"numbers up to {float(numbers.abs().max()):.4g} as {str(dtype).removeprefix('torch.')}",
-            fix="if the weight and the adapter are finite, --dtype bf16 or fp32 can hold the sum",
-        )
-    return stored
 
 
 # ---- the whole model -------------------------------------------------------------------------------------------------
@@ -79,7 +67,8 @@ class Merged:
 
     Args:
         report: layer by layer.
-        records: size and sha256 of the weight files, as computed, not as read back; none for ``requantized``.
+        records: size and sha256 of the weight files, as computed, not as read back; none for a merge in 4 bits.
+        compensation: how codes were fitted, and to which file; only for ``compensated``.
     """
 
     files: AdaptedFiles
@@ -87,20 +76,43 @@ class Merged:
     report: MergeReport
     dtype: torch.dtype
     records: Mapping[str, FileRecord]
+    compensation: CompensationReport | None = None
+    calibration: str | None = None
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def onto_words(self) -> str:
+        """The target by the name that a reader understands: over a dense base, there is only the base."""
+        return "base" if self.report.onto == "dequantized" and self.files.held == "dense" else self.report.onto
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        found = self.compensation
+        if found is None:
+            kept = f"survival at least {self.report.survival:.4f}, swallowed at most {self.report.swallowed:.2%}"
+        else:
+            plain = max(layer.plain_output_error for layer in found.layers)
+            kept = (
+                f"4 bits with codes fitted to {found.num_tokens:,} tokens of {visible(self.calibration)}; "
+                f"output error at most {found.output_error:.3f}, rounded plainly {plain:.3f} (4-bit base without adapter: 1)"
+            )
+        head = f"{visible(self.out)}: {len(self.report.layers)} layers merged onto {self.onto_words}, {self.dtype_name}"
+        return f"{head}; {kept}"
 
 
 def merge_folder(
     adapter: str | Path,
     out: str | Path,
     model: str | None = None,
-    onto: Onto = "dequantized",
+    onto: Target = "dequantized",
     dtype: torch.dtype | None = None,
     scale: float = 1.0,
     force: bool = False,
+    calibration: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Merged:
     """Write the merged model as a folder that transformers and this library load; it appears whole or not at all.
@@ -108,32 +120,41 @@ def merge_folder(
     Args:
         out: new, or empty.
         model: the base; by default the one that the adapter's files name.
-        onto: see ``merge.merge``. For an adapter that was trained on dense weights there is only ``dequantized``: the base.
+        onto: see ``merge.merge``; ``compensated`` is 4 bits with codes fitted to text. For an adapter that was trained on
+            dense weights there are ``dequantized``, which is the base, and ``compensated``, which quantizes it.
         dtype: of the written weights; by default what most dense weights of the base are stored in, bf16 for GGUF's own.
         scale: a further factor on every update.
         force: write what ``SURVIVAL_FLOOR`` refuses.
+        calibration: rows as for training, for ``compensated``.
 
     Raises:
         UserError: what ``open_adapted`` refuses; an ``onto`` that this base cannot have; a sum that is not finite; an
             adapter that a merge back to 4 bits would lose; a target that is in use, a disk that is full.
 
-    Cost: 64 MiB beside the adapter and the tokenizer; ``requantized`` takes the model in 4 bits twice.
+    Cost: 64 MiB beside the adapter and the tokenizer; ``requantized`` and ``compensated`` take the model in 4 bits twice, and
+    the latter the activations of the calibration text.
     """
+    check_calibration(onto, calibration)
     files, out = open_adapted(adapter, model, scale), Path(out)
     check_onto(files, onto)
     dtype = dtype or _default_dtype(files.stored)
-    specs = _specs(files, dtype)
-    num_bytes = 0 if onto == "requantized" else sum(spec.num_bytes for spec in specs.values())
+    dense = onto in ("dequantized", "original")
+    specs = _specs(files, dtype) if dense else {}
+    num_bytes = sum(spec.num_bytes for spec in specs.values())
     records: dict[str, FileRecord] = {}
+    compensation = None
     with disk_errors(out, num_bytes), staged_folder(out) as staging:
-        if onto == "requantized":
-            report = _write_requantized(files, staging, dtype, force)
+        if calibration is not None:
+            compensation = write_compensated(files, staging, dtype, calibration)
+            report = MergeReport(onto, tuple(layer.effect for layer in compensation.layers))
+        elif onto == "requantized":
+            report = write_requantized(files, staging, dtype, force)
         else:
             require_space(staging, num_bytes)
             report, records = _write_dense(files, staging, onto, specs, max_shard_bytes)
         _keep_template(files.folder, staging)
-    merged = Merged(files, out, report, dtype, records)
-    if dtype != torch.float32 and onto != "requantized" and (loss := _rounding_loss(report)):
+    merged = Merged(files, out, report, dtype, records, compensation, None if calibration is None else str(calibration))
+    if dtype != torch.float32 and dense and (loss := _rounding_loss(report)):
         warnings.warn(f"rounding to {merged.dtype_name} {loss}; --dtype fp32 keeps it", stacklevel=2)
     return merged
 
@@ -162,7 +183,7 @@ def _specs(files: AdaptedFiles, dtype: torch.dtype) -> dict[str, TensorSpec]:
 
 
 def _write_dense(
-    files: AdaptedFiles, folder: Path, onto: Onto, specs: Mapping[str, TensorSpec], max_shard_bytes: int
+    files: AdaptedFiles, folder: Path, onto: Target, specs: Mapping[str, TensorSpec], max_shard_bytes: int
 ) -> tuple[MergeReport, dict[str, FileRecord]]:
     dtype = next(iter(specs.values())).dtype
     config = dataclasses.replace(files.stored.config, tie_word_embeddings=HEAD not in specs)
@@ -176,7 +197,7 @@ def _write_dense(
 
 
 def _merged_pieces(
-    files: AdaptedFiles, onto: Onto, dtype: torch.dtype, reports: dict[str, LayerReport]
+    files: AdaptedFiles, onto: Target, dtype: torch.dtype, reports: dict[str, LayerReport]
 ) -> Callable[[str], Iterator[Tensor]]:
     """What ``write_shards`` asks for each name; a layer's report is entered when its last piece is out."""
 
@@ -184,7 +205,7 @@ def _merged_pieces(
         path = name.removesuffix(".weight")
         base = files.stored_weight(name) if onto == "original" else files.trained_on(name)
         if path not in files.adapters:
-            yield from (_rounded(name, piece, dtype) for piece in read_flat(base))
+            yield from (rounded(name, piece, dtype) for piece in read_flat(base))
             return
         effect = Effect()
         trained = files.trained_on(name) if onto == "original" and name in files.in_4_bits else None
@@ -192,24 +213,6 @@ def _merged_pieces(
         reports[path] = effect.report(path)
 
     return pieces
-
-
-def _write_requantized(files: AdaptedFiles, folder: Path, dtype: torch.dtype, force: bool) -> MergeReport:
-    """The one target that is merged in memory: codes of a block depend on the whole weight's scales."""
-    model, tokenizer = load_unmerged(files, dtype)
-    merged, report = merge(model, "requantized")
-    worst = min(report.layers, key=lambda layer: layer.survival)
-    if worst.survival < SURVIVAL_FLOOR and not force:
-        raise UserError(
-            "numeric/adapter-lost",
-            "merged back to 4 bits, too little of the adapter is left",
-            where=visible(worst.path),
-            found=f"{worst.survival:.1%} of the update",
-            expected=f"at least {SURVIVAL_FLOOR:.0%} in every layer",
-            fix="leave --onto away, which keeps all of it in 16 bits, or --force",
-        )
-    save_quantized(merged, tokenizer, folder)
-    return report
 
 
 def _keep_template(adapter: Path, folder: Path) -> None:

@@ -3,6 +3,8 @@
 Tensor by tensor, a few rows at a time, the folder's W' is held against W + D. Two questions to each adapted layer: could one
 merge's rounding explain every entry, and is the adapter's effect there at its full size? The first finds a wrong base and
 changed weights, the second an adapter too small to show against the rounding. Of every other tensor only the first is asked.
+Layers whose 4-bit codes were fitted to text (``compensated``) have no answer to either: there the codes are chosen anew from
+that text, if it is given, and the models' answers decide (``certificate.compare_models``).
 
 The idea to take home: an unmerged copy is within rounding of a merge with a small adapter. Only the effect tells them apart.
 """
@@ -18,17 +20,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisft.adapted_files import AdaptedFiles, check_onto, open_adapted, row_ranges
+from minisft.adapted_files import AdaptedFiles, check_onto, held_in_4_bits, open_adapted, row_ranges
+from minisft.effect import SURVIVAL_FLOOR, Effect, LayerReport, Target
 from minisft.errors import UserError, listing, visible
+from minisft.formats import load_model
 from minisft.formats.pieces import Packed, Pieces, StoredModel, open_model, read_rows
 from minisft.formats.source import resolve
 from minisft.formats.stream import EMBEDDING, HEAD, empty_model, expected_shapes
 from minisft.lora import DoRALinear, LoRAEmbedding, merged_weight
-from minisft.merge import Adapter, Effect, LayerReport, Onto, splits_tie
-from minisft.merge_stream import SURVIVAL_FLOOR
+from minisft.merge import Adapter, splits_tie
+from minisft.merge_packed import check_calibration, merge_compensated
+from minisft.nf4 import unpack
+from minisft.surgery import nf4_modules
 
 # From one rounding of W (a base loaded in the merged dtype) to three (D and the sum as well, as PEFT does it), in units u.
 SLACK = 1.05
+CODES_FLOOR = 0.9  # of the fitted codes; another machine's sums choose a few otherwise, another text many
 
 
 @dataclass(frozen=True)
@@ -39,15 +46,19 @@ class LayerCheck:
         name: of the tensor.
         report: the effect of an adapted layer, measured against D; None for other tensors.
         outside: share of entries that rounding does not explain; None where numbers share scales (4 bits).
+        fitted: whether its codes were fitted to answers, so that the effect says nothing.
     """
 
     name: str
     report: LayerReport | None
     outside: float | None
+    fitted: bool = False
 
     @property
     def fault(self) -> str:
         """What is wrong, in words; empty if nothing is."""
+        if self.fitted:
+            return ""
         if self.report is not None and not SURVIVAL_FLOOR <= self.report.survival <= 2 - SURVIVAL_FLOOR:
             return f"holds {self.report.survival:.3g} times the adapter's update"
         if self.outside:
@@ -59,21 +70,29 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """What ``verify`` has found: every tensor in the model's order."""
+    """What ``verify`` has found: every tensor in the model's order.
+
+    Attributes:
+        same_codes: of the codes that fitting moves, the share that the folder has; None if they were not chosen anew.
+    """
 
     merged: str
     files: AdaptedFiles
+    onto: Target
     layers: tuple[LayerCheck, ...]
+    same_codes: float | None = None
 
     @property
     def summary(self) -> str:
         """One line for people."""
         adapted = self.adapted
+        head = f"{visible(self.merged)}: {len(self.layers)} tensors compared, {len(adapted)} of them adapted"
+        if self.onto == "compensated":
+            chosen = "not chosen anew" if self.same_codes is None else f"chosen anew, {self.same_codes:.1%} of them the same"
+            return f"{head}, with codes fitted to text: {chosen}"
         survival = [report.survival for report in adapted]
-        return (
-            f"{visible(self.merged)}: {len(self.layers)} tensors compared, {len(adapted)} of them adapted; survival "
-            f"{min(survival):.4f} to {max(survival):.4f}, effect error at most {max(r.effect_error for r in adapted):.3g}"
-        )
+        worst = max(report.effect_error for report in adapted)
+        return f"{head}; survival {min(survival):.4f} to {max(survival):.4f}, effect error at most {worst:.3g}"
 
     @property
     def faults(self) -> tuple[LayerCheck, ...]:
@@ -87,6 +106,15 @@ class Verification:
         """Raises:
         UserError: ``numeric/not-this-merge``, naming the tensors that are not as they should be.
         """
+        if self.same_codes is not None and self.same_codes < CODES_FLOOR:
+            raise UserError(
+                "numeric/not-this-merge",
+                "the folder's codes are not those that this text gives",
+                where=visible(self.merged),
+                found=f"{self.same_codes:.1%} of the codes that fitting moves",
+                expected=f"at least {CODES_FLOOR:.0%}",
+                fix="check --calibration, --adapter and --scale, or merge again",
+            )
         if not self.faults:
             return
         first, more = self.faults[0], [layer.name for layer in self.faults[1:]]
@@ -101,24 +129,47 @@ class Verification:
 
 
 def verify(
-    merged: str | Path, adapter: str | Path, model: str | None = None, onto: Onto = "dequantized", scale: float = 1.0
+    merged: str | Path,
+    adapter: str | Path,
+    model: str | None = None,
+    onto: Target = "dequantized",
+    scale: float = 1.0,
+    calibration: str | Path | None = None,
 ) -> Verification:
     """Compare a merged folder with its base and adapter.
 
     Args:
         merged: the folder (or GGUF file) to check.
         adapter, model, onto, scale: as for ``merge_stream.merge_folder``.
+        calibration: for ``compensated``; without it nothing is said of the codes of adapted layers.
 
     Raises:
         UserError: files that cannot be read or do not belong together; another shape of model.
 
-    Cost: 64 MiB beside the adapter.
+    Cost: 64 MiB beside the adapter; with ``calibration`` that of the merge.
     """
+    if calibration is not None:
+        check_calibration(onto, calibration)
     files, result = open_adapted(adapter, model, scale), open_model(resolve(merged))
     check_onto(files, onto)
     _check_config(files.stored, result)
-    checks = tuple(_check(name, files, result, onto) for name in _names(files, result))
-    return Verification(str(merged), files, checks)
+    held = held_in_4_bits(files) if onto == "compensated" else files
+    checks = tuple(_check(name, held, result, onto) for name in _names(held, result))
+    same_codes = None if calibration is None else _same_codes(files, merged, calibration)
+    return Verification(str(merged), files, onto, checks, same_codes)
+
+
+def _same_codes(files: AdaptedFiles, merged: str | Path, calibration: str | Path) -> float:
+    """1 - codes that differ / codes that fitting moves away from the base's; 0 for a folder that holds the base's."""
+    ours, _, report = merge_compensated(files, calibration)
+    found, expected = (nf4_modules(model) for model in (load_model(merged)[0], ours))
+    moved = differing = 0.0
+    for layer in report.layers:
+        numel = expected[layer.effect.path].quantized.shape.numel()
+        theirs, codes = (unpack(modules[layer.effect.path].packed, numel) for modules in (found, expected))
+        moved += layer.moved * numel
+        differing += int((theirs != codes).sum())
+    return max(0.0, 1 - differing / moved) if moved else float(differing == 0)
 
 
 def _check_config(base: StoredModel, merged: StoredModel) -> None:
@@ -146,7 +197,7 @@ def _names(files: AdaptedFiles, merged: StoredModel) -> list[str]:
     return list(expected_shapes(empty_model(config)))
 
 
-def _check(name: str, files: AdaptedFiles, merged: StoredModel, onto: Onto) -> LayerCheck:
+def _check(name: str, files: AdaptedFiles, merged: StoredModel, onto: Target) -> LayerCheck:
     path = name.removesuffix(".weight")
     adapter = files.adapters.get(path)
     trained = files.trained_on(name)
@@ -162,7 +213,15 @@ def _check(name: str, files: AdaptedFiles, merged: StoredModel, onto: Onto) -> L
             outside += int((stored != weight).sum())
     known = found.dtype is not None or (adapter is None and isinstance(found, Packed))
     share = outside / math.prod(found.shape) if known else None
-    return LayerCheck(name, effect.report(path) if adapter is not None else None, share)
+    fitted = onto == "compensated" and adapter is not None
+    if fitted and not isinstance(found, Packed):
+        raise UserError(
+            "model/not-quantized",
+            "a layer whose codes should be fitted is not in 4 bits",
+            where=f"{visible(merged.source.name)}: {visible(name)}",
+            fix="check --onto",
+        )
+    return LayerCheck(name, effect.report(path) if adapter is not None else None, share, fitted)
 
 
 def _compared_rows(

@@ -23,8 +23,8 @@ FLOORS = {
     1: "attention control_text elementwise gguf_vocabulary kernels loss matmul native_build native_nf4 nf4 template tokenizer",
     2: "chat lora model nf4_linear",
     3: "batching formats surgery",
-    4: "adapted_files certificate checkpoint choice combine compensate evaluate generate inspect_data lossplot merge "
-    "merge_page merge_stream optim run_data verify_merge",
+    4: "adapted_files certificate checkpoint choice combine compensate effect evaluate generate inspect_data lossplot merge "
+    "merge_packed merge_page merge_stream optim run_data sweep verify_merge",
     5: "active_run plan rehearsal step train",
     6: "__init__ cli flags quickstart",
 }

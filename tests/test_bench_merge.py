@@ -144,12 +144,12 @@ def test_the_benchmark_runs_to_its_end_and_writes_results_and_plot(tmp_path: Pat
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "merge_cpu.json").read_text())
-    assert {f"{r['subject']}/{r['base']}/{r['work']}" for r in result["cells"]} | {
-        f"merging/{m['dtype']}" for m in result["merging"]
-    } == set(bench_merge.cell_names(merge_cases.QUICK))
+    measured = {f"{cell['subject']}/{cell['base']}/{cell['work']}" for cell in result["cells"]}
+    measured |= {f"merging/{merge['dtype']}" for merge in result["merging"]}
+    assert measured == set(bench_merge.cell_names(merge_cases.QUICK))
     for each in result["cells"]:
         assert 0 < each["ratio"]["q1"] <= each["ratio"]["median"] <= each["ratio"]["q3"] < math.inf
         assert each["flops"] > 0 < each["bytes"]
     assert all(merge["memory_ratio"]["median"] > 0 for merge in result["merging"])
-    assert "minisft, merged" in (tmp_path / "merge_cpu.svg").read_text() or (tmp_path / "merge_cpu.svg").stat().st_size > 1000
+    assert (tmp_path / "merge_cpu.svg").read_text().startswith("<?xml")
     assert "wanted 1.00 within 0.02" in done.stdout

@@ -24,10 +24,11 @@ from minisft.certificate import PAGE, PLOT, REPORT, ModelReport, judge, kl_diver
 from minisft.chat import resolve_template
 from minisft.cli import main
 from minisft.config import LoRAConfig, QuantConfig
+from minisft.effect import LayerReport
 from minisft.evaluate import evaluate
 from minisft.formats import load_adapter_, load_model, save_adapter
 from minisft.formats.hf import SINGLE
-from minisft.merge import LayerReport, merge
+from minisft.merge import merge
 from minisft.merge_page import page
 from minisft.messages import read_dataset
 from minisft.surgery import adapters_off, apply_lora_, lora_modules

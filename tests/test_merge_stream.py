@@ -22,9 +22,10 @@ from test_formats_gguf import tiny as random_model
 from test_formats_gguf import write as write_gguf
 from tiny_folder import CONFIG, write_model
 
-from minisft import adapted_files, merge_stream
+from minisft import adapted_files
 from minisft.adapted_files import MARK, row_ranges
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
+from minisft.effect import SURVIVAL_FLOOR
 from minisft.errors import UserError
 from minisft.formats import load_adapter_, load_model, save_adapter, save_model, save_quantized
 from minisft.formats.gguf_file import load_gguf
@@ -206,10 +207,13 @@ def test_an_adapter_of_peft_that_repeats_the_embedding(tmp_path: Path) -> None:
 @pytest.mark.smollm2
 def test_the_pretrained_model(smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # pieces of the usual size
-    adapter = trained(tmp_path, smollm2_path, NF4, LoRAConfig(rank=8, alpha=16.0), size=0.02)
-    merged = merge_folder(adapter, tmp_path / "out")
+    model, _ = load_model(smollm2_path, quant=NF4)
+    apply_lora_(model, LoRAConfig(rank=8, alpha=16.0))
+    train_(model, 0.02)
+    save_adapter(model, tmp_path / "adapter")
+    merged = merge_folder(tmp_path / "adapter", tmp_path / "out")
     assert merged.dtype == torch.bfloat16
-    expected, _ = merge(in_memory(smollm2_path, adapter, NF4), dtype=torch.bfloat16)
+    expected, _ = merge(model, dtype=torch.bfloat16)
     assert_equal_models(load_model(tmp_path / "out", torch.bfloat16)[0], expected)
 
 
@@ -348,16 +352,21 @@ print(kib("VmHWM:") - before)
 """
 
 
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Bases of 1 and 6 layers, 11 and 63 MB in fp32."""
+    shape = replace(CONFIG, hidden_size=512, intermediate_size=1024, num_heads=8, num_kv_heads=8, head_dim=64)
+    return {n: base_of("fp32", tmp_path_factory.mktemp(f"{n}"), replace(shape, num_layers=n))[0] for n in (1, 6)}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.slow
 @pytest.mark.parametrize("quant", [None, NF4], ids=["dense", "nf4"])
-def test_memory_does_not_grow_with_the_model(quant: QuantConfig | None, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_model(quant: QuantConfig | None, sizes: dict[int, Path], tmp_path: Path) -> None:
     grown = {}
-    for layers in (1, 6):  # 11 and 63 MB in fp32
+    for layers, base in sizes.items():
         folder = tmp_path / str(layers)
         folder.mkdir()
-        sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_layers": layers, "num_heads": 8, "head_dim": 64}
-        base, _ = base_of("fp32", folder, replace(CONFIG, num_kv_heads=8, **sizes))
         adapter = trained(folder, base, quant, LoRAConfig(rank=2, alpha=4.0))
         command = [sys.executable, "-c", CHILD, str(adapter), str(folder / "out")]
         child = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -385,7 +394,7 @@ def test_an_adapter_that_4_bits_would_lose_is_refused_unless_forced(tmp_path: Pa
     adapter = trained(tmp_path, base, quant, size=0.01)
     said = refuse("numeric/adapter-lost", adapter, tmp_path / "out", onto="requantized")
     assert "model.layers" in said
-    assert merge_folder(adapter, tmp_path / "out", onto="requantized", force=True).report.survival < merge_stream.SURVIVAL_FLOOR
+    assert merge_folder(adapter, tmp_path / "out", onto="requantized", force=True).report.survival < SURVIVAL_FLOOR
 
 
 def test_a_dense_base_has_one_target_and_4_bits_have_no_original(tmp_path: Path) -> None:

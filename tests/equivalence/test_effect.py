@@ -14,10 +14,11 @@ from laws import DENSE, IN_FP64, Case, cases, exact, roundoff, weight_of
 from tiny import randn
 from torch import Tensor, nn
 
-from minisft import merge as merge_module
+from minisft import effect as effect_module
+from minisft.effect import LayerReport
 from minisft.lora import LoRALinear
 from minisft.matmul import Linear
-from minisft.merge import LayerReport, merge_, merge_layer
+from minisft.merge import merge_, merge_layer
 
 
 def measured(W: Tensor, D: Tensor, after: Tensor) -> LayerReport:
@@ -128,7 +129,7 @@ def test_a_layer_is_measured_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their size, and the last one short: none is left out, none is counted twice."""
     whole = dataclasses.astuple(merge_(adapter_of_size(0.01, torch.bfloat16, 65)).layers[0])[1:]
     for size in (1000, 65 * 65 - 1, 65 * 65):
-        monkeypatch.setattr(merge_module, "SLAB", size)
+        monkeypatch.setattr(effect_module, "SLAB", size)
         assert dataclasses.astuple(merge_(adapter_of_size(0.01, torch.bfloat16, 65)).layers[0])[1:] == pytest.approx(
             whole, rel=1e-12
         )

@@ -208,8 +208,9 @@ def test_a_sum_that_overflows_fp16_is_refused_and_fits_into_fp32() -> None:
     model = Case("linear", "fp16", 17, 15, rank=3, exponents=(10, 4, 11, 0)).model()
     before = state(model)
     message = refused("numeric/merge-not-finite", merge_, model)
-    assert ": 0; found torch.float16" in message
-    assert "wider --dtype" in message
+    assert ": 0; found numbers up to" in message
+    assert "as float16" in message
+    assert "--dtype bf16 or fp32" in message
     assert state(model) == before
     merge_(model, torch.float32)
     assert bool(torch.isfinite(model[0].weight).all())
