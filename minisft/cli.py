@@ -150,9 +150,9 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from minisft.evaluate import EvalResult, Metric, evaluate
+    from minisft.evaluate import EvalResult, Metric, evaluate, terminal_progress
     from minisft.messages import Example, read_dataset
-    from minisft.sweep import REPORT, heading, line, sweep, terminal_progress
+    from minisft.sweep import REPORT, heading, line, sweep
 
     _check_positive(arguments, "max_new_tokens", "limit", "batch_size")
     out, model_path = Path(arguments.out), Path(arguments.model)

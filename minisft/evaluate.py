@@ -11,8 +11,10 @@ can be compared row by row.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -312,6 +314,23 @@ def _loss_result(examples: Sequence[Example], sums: list[float], num_targets: li
 
 
 # --- files
+
+
+@contextlib.contextmanager
+def terminal_progress(title: str) -> Iterator[Progress | None]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit="row", leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def write(result: EvalResult, out_path: str | Path) -> Path:

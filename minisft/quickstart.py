@@ -9,14 +9,13 @@ The idea to take home: look twice. A fine-tuned model is judged on rows it never
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from minisft.chat import resolve_template
 from minisft.config import RunConfig
 from minisft.durable import make_folder, write_durably
 from minisft.errors import UserError, visible
-from minisft.evaluate import EvalResult, Metric, Progress, evaluate, write
+from minisft.evaluate import EvalResult, Metric, evaluate, terminal_progress, write
 from minisft.formats import load_adapter_, load_model
 from minisft.messages import read_dataset
 from minisft.metrics import wilson
@@ -153,7 +152,7 @@ def _sample(row: dict[str, JSON]) -> str:
 def _scores(model: CausalLM, tokenizer: Tokenizer, out: Path, name: str) -> Scores:
     def score(test: str, metric: Metric) -> EvalResult:
         examples = read_dataset(out / "data" / f"{test}.jsonl", keep_duplicates=True).examples
-        with _bar(test) as progress:
+        with terminal_progress(f"   {test}") as progress:
             result = evaluate(
                 model, tokenizer, template, examples, metric, max_new_tokens=MAX_NEW_TOKENS, batch_size=24, progress=progress
             )
@@ -162,23 +161,6 @@ def _scores(model: CausalLM, tokenizer: Tokenizer, out: Path, name: str) -> Scor
 
     template = resolve_template(tokenizer)
     return Scores(score("test", "json"), score("general", "choice"))
-
-
-@contextlib.contextmanager
-def _bar(title: str) -> Iterator[Progress | None]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc=f"   {title}", unit="row", leave=False) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
 
 
 def report(result: QuickstartResult, out: Path) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from minisft.durable import disk_errors, make_folder, require_unused, write_durably
 from minisft.errors import UserError
-from minisft.evaluate import EvalResult, Progress
+from minisft.evaluate import EvalResult
 from minisft.model import CausalLM
 from minisft.safe_json import JSON
 from minisft.surgery import lora_modules, scale_adapters_
@@ -164,23 +163,6 @@ def _labels(scales: Sequence[float], x: Sequence[float], y: Sequence[float]) -> 
 
 
 # ---- on the terminal ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def terminal_progress(title: str) -> Iterator[Progress | None]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc=title, unit="row", leave=False) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
 
 
 def interval(result: EvalResult) -> tuple[float, float] | None:
