@@ -53,7 +53,7 @@ def rounded(name: str, numbers: Tensor, dtype: torch.dtype, own: bool = False) -
         UserError: a number that is not finite after rounding, naming the weight.
     """
     stored = numbers.to(dtype, copy=own)
-    if not torch.isfinite(stored).all():
+    if stored.numel() and not all(extreme.isfinite() for extreme in stored.aminmax()):  # a NaN is both
         raise UserError(
             "numeric/merge-not-finite",
             "a merged weight is not finite",
