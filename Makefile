@@ -69,6 +69,7 @@ bench: .venv/dev
 	$(BIN)/python benchmarks/bench_train.py --quant nf4
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_nf4.py
+	$(BIN)/python benchmarks/bench_merge.py
 
 tutorials: .venv/tutorials
 	$(BIN)/python tutorials/build.py

@@ -31,6 +31,7 @@
 
 # %% tags=["setup"]
 import torch
+
 import shared
 
 shared.start("09", seed=0)

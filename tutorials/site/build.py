@@ -30,7 +30,7 @@ def gather(pages: Path, source: Path) -> None:
     shutil.copy(ROOT / "CONTRIBUTING.md", source)
     (source / "fonts").mkdir()
     shutil.copy(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSerif.ttf"), source / "fonts")
-    plot = ROOT / "benchmarks/results/merge.svg"
+    plot = ROOT / "benchmarks/results/merge_cpu.svg"
     if plot.exists():
         shutil.copy(plot, source)
 

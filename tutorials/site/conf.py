@@ -28,7 +28,7 @@ myst_update_mathjax = False
 myst_substitutions = {
     "pages": contents.page_table(HERE / "tutorials"),
     "front_door": contents.front_door(),
-    "latency": contents.latency(HERE / "merge.svg"),
+    "latency": contents.latency(HERE / "merge_cpu.svg"),
 }
 
 # Library: triton.jit would hide the kernels' docstrings, and no kernel runs here.
