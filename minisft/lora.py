@@ -19,7 +19,7 @@ from minisft import native_nf4
 from minisft.autograd import Context
 from minisft.errors import UserError
 from minisft.matmul import Linear, linear, product_dtype
-from minisft.native_nf4 import dense_matmul, serves_dense
+from minisft.native_nf4 import add_update_, dense_matmul, serves_dense, serves_update
 from minisft.nf4 import SLAB
 from minisft.nf4_linear import NF4Linear, nf4_matmul, nf4_matmul_t
 
@@ -59,6 +59,16 @@ def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
     return torch.where(delta == 0, base, base + delta.to(wide))
 
 
+def _base_product(base: FrozenLinear, rows: Tensor) -> Tensor:
+    """rows W^T + b in the dtype of ``rows``, as the base alone would do it: (M, in) -> (M, out), contiguous."""
+    if isinstance(base, NF4Linear):
+        return nf4_matmul(rows, base.quantized, base.bias)
+    bias = None if base.bias is None else base.bias.to(rows.dtype)
+    if isinstance(base, Linear) and serves_dense(rows, base.weight):
+        return dense_matmul(rows, base.weight, bias)
+    return nn.functional.linear(rows, base.weight.to(rows.dtype), bias)
+
+
 def _product(base: FrozenLinear, rows: Tensor, xa: Tensor, up: Tensor) -> Tensor:
     """rows W^T + b + xa up, in the dtype of ``rows``: (M, in), (M, rank), (rank, out) -> (M, out)."""
     if isinstance(base, NF4Linear):
@@ -81,8 +91,12 @@ def _adapted(x: Tensor, lora_A: Tensor, lora_B: Tensor, base: FrozenLinear, scal
     """x W^T + b + scaling (x A^T) B^T, (..., out) in the dtype of ``x``, without a gradient; and x A^T, (M, rank)."""
     wide = product_dtype(x)
     rows = x.reshape(-1, x.shape[-1]).to(wide)  # (M, in)
-    xa = rows @ lora_A.to(wide).T  # (M, rank)
-    y = _product(base, rows, xa * scaling, lora_B.to(wide).T)
+    if serves_update(rows, lora_A, lora_B):
+        y = _base_product(base, rows)
+        xa = add_update_(y, rows, lora_A, lora_B, scaling)
+    else:
+        xa = rows @ lora_A.to(wide).T  # (M, rank)
+        y = _product(base, rows, xa * scaling, lora_B.to(wide).T)
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[1]), xa
 
 

@@ -244,6 +244,34 @@ def dense_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return _product(function, _address(weight), x, tuple(weight.shape), bias)
 
 
+def serves_update(rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether ``add_update_`` takes these rows and factors, and is the fastest way to do it."""
+    if type(rows) is not Tensor or not 0 < len(rows) <= FEW_ROWS or rows.shape[1] % COLUMNS or torch.compiler.is_compiling():
+        return False
+    everything = (rows, lora_A, lora_B)
+    fits = all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in everything)
+    return fits and _library() is not None
+
+
+def add_update_(y: Tensor, rows: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """y += scaling * (x A^T) B^T in one call without a gradient, for rows and factors that ``serves_update`` accepts.
+
+    Args:
+        y: (M, out), fp32, contiguous; changed in place. rows: x, (M, in). lora_A: (rank, in). lora_B: (out, rank).
+
+    Returns:
+        x A^T, (M, rank).
+    """
+    library = _library()
+    assert library is not None, "ask serves_update first"
+    (count, in_features), rank = rows.shape, len(lora_A)
+    down = torch.empty(count, rank)
+    product = ctypes.byref(_Product(rows.data_ptr(), None, y.data_ptr(), in_features, y.shape[1]))
+    pointers, sizes = map(_address, (lora_A, lora_B, down)), map(ctypes.c_int64, (count, rank))
+    library.lora_update(product, *pointers, *sizes, ctypes.c_float(scaling), torch.get_num_threads())
+    return down
+
+
 def _product(function: _Function, weight: object, x: Tensor, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
     out_features, in_features = shape
     rows = x.reshape(-1, in_features).to(torch.float32).contiguous()

@@ -267,10 +267,11 @@ def test_keeps_its_input_and_nothing_large(bias, dtype):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("in_4_bits", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_bits_do_not_depend_on_no_grad_mode(dropout, in_4_bits, dtype):
-    base = (make_nf4 if in_4_bits else make_linear)(17, 9, True, dtype)
+@pytest.mark.parametrize("inputs", [17, 32])  # 32: a width that our own code takes
+def test_bits_do_not_depend_on_no_grad_mode(inputs, dropout, in_4_bits, dtype):
+    base = (make_nf4 if in_4_bits else make_linear)(inputs, 9, True, dtype)
     layer = trained(LoRALinear(base, rank=2, alpha=3.0, dropout=dropout)).eval()
-    x = randn(2, 3, 17, dtype=dtype)
+    x = randn(2, 3, inputs, dtype=dtype)
     with torch.no_grad():
         quick, quick_base = layer(x), base(x)
     assert torch.equal(quick, layer(x))

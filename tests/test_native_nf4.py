@@ -300,6 +300,38 @@ def test_what_is_not_served() -> None:
         assert native_nf4.matmul(x, weight) is None
 
 
+@pytest.mark.parametrize("rank", [1, 7, 8, 16, 19])
+@pytest.mark.parametrize("count", [1, 3, 8, 9, 16])
+def test_an_update_is_added_in_place(rank: int, count: int) -> None:
+    needs_native()
+    y, rows, lora_A, lora_B = (torch.randn(*shape) for shape in ((count, 21), (count, 48), (rank, 48), (21, rank)))
+    assert native_nf4.serves_update(rows, lora_A, lora_B)
+    down = rows.double() @ lora_A.double().T
+    expected = y.double() + 1.5 * down @ lora_B.double().T
+    found = native_nf4.add_update_(y, rows, lora_A, lora_B, 1.5)
+    torch.testing.assert_close(found.double(), down, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_which_updates_are_served() -> None:
+    needs_native()
+    rows, lora_A, lora_B = torch.zeros(2, 32), torch.zeros(4, 32), torch.zeros(5, 4)
+    assert native_nf4.serves_update(rows, lora_A, lora_B)
+    refused = [
+        (torch.zeros(0, 32), lora_A, lora_B),
+        (torch.zeros(17, 32), lora_A, lora_B),
+        (torch.zeros(2, 24), torch.zeros(4, 24), lora_B),  # a width that is no multiple of 16
+        (rows.bfloat16(), lora_A, lora_B),
+        (torch.zeros(32, 2).T, lora_A, lora_B),
+        (rows, torch.zeros(32, 4).T, lora_B),
+        (rows, lora_A, lora_B.double()),
+        (rows, lora_A, torch.zeros(5, 4, device="meta")),
+    ]
+    with FakeTensorMode():
+        refused.append((torch.zeros(2, 32), torch.zeros(4, 32), torch.zeros(5, 4)))
+    assert not any(native_nf4.serves_update(*tensors) for tensors in refused)
+
+
 def test_which_dense_products_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     needs_native()
     monkeypatch.setattr(native_nf4, "LEAST_DENSE", 64)

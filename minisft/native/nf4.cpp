@@ -246,6 +246,15 @@ void all_rows(Product p, const Matrix& weight, int64_t rows, int threads) {
     }
 }
 
+inline float dot(const float* a, const float* b, int64_t length) {
+    Floats sums = {};
+    int64_t k = 0;
+    for (; k + LANES <= length; k += LANES) sums = multiply_add(load<Floats>(a + k), load<Floats>(b + k), sums);
+    float total = sum(sums);
+    for (; k < length; ++k) total += a[k] * b[k];
+    return total;
+}
+
 }  // namespace
 
 extern "C" {
@@ -271,5 +280,16 @@ void nf4_quantize(const float* x, int64_t length, int64_t block_size, const floa
 void nf4_matmul(const Product* p, const Weight* w, int64_t rows, int threads) { all_rows(*p, *w, rows, threads); }
 void fp32_matmul(const Product* p, const float* w, int64_t rows, int threads) { all_rows(*p, w, rows, threads); }
 void bf16_matmul(const Product* p, const uint16_t* w, int64_t rows, int threads) { all_rows(*p, w, rows, threads); }
+
+// down = x A^T, and y += scaling * down B^T: A is (rank, in), B is (out, rank). One row is not worth waking a thread for.
+void lora_update(const Product* p, const float* A, const float* B, float* down, int64_t rows, int64_t rank, float scaling,
+                 int threads) {
+    if (rows == 1) threads = 1;
+    all_rows(Product{p->x, nullptr, down, p->in, rank}, A, rows, threads);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t column = 0; column < p->out; ++column)
+        for (int64_t row = 0; row < rows; ++row)
+            p->y[row * p->out + column] += scaling * dot(B + column * rank, down + row * rank, rank);
+}
 
 }
