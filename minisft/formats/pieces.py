@@ -9,6 +9,7 @@ blocks can be entered anywhere, if one begins at the border of a block.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -172,10 +173,16 @@ class GGUFTensor:
         place = self.info.begin + first // columns * (self.info.num_bytes // rows)
         num_bytes = self.info.num_bytes * num_rows // rows
         info = TensorInfo(self.info.type_name, (num_rows, *self.shape[1:]), place, num_bytes)
-        with self.path.open("rb") as file, ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            piece = torch.from_numpy(read_tensor(file, info, self.name, pool))
+        with self.path.open("rb") as file:
+            piece = torch.from_numpy(read_tensor(file, info, self.name, _pool()))
         heads = None if self.heads is None else num_rows // head_rows
         return our_order(piece, heads).view(-1)[begin - first : end - first]
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """Made once: starting threads for each piece would take longer than reading it."""
+    return ThreadPoolExecutor(torch.get_num_threads())
 
 
 # ---- and what 4 bits make of them ------------------------------------------------------------------------------------
