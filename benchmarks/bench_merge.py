@@ -1,6 +1,6 @@
 """Latency before and after merging, and merging itself: minisft against PEFT on the same weights, in one process, taking turns.
 
-    python benchmarks/bench_merge.py --rounds 5          # CPU: results/merge_cpu.json and .svg, about a quarter of an hour
+    python benchmarks/bench_merge.py --rounds 5          # CPU: results/merge_cpu.json and .svg, about half an hour
     python benchmarks/bench_merge.py --cells 'model/fp32/*' merging/bf16          # some of it; names as it prints them
     python benchmarks/bench_merge.py --device cuda       # one GPU, launched call by call and from CUDA graphs
     python benchmarks/bench_merge.py --quick             # tiny layers, few rounds: does everything still run?
