@@ -129,7 +129,7 @@ def test_targets_are_met_or_missed_by_the_numbers() -> None:
     assert [t["met"] for t in bench_merge.targets(rows, merges, 16)] == [True, False, True, False, True]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_benchmark_runs_to_its_end_and_writes_results_and_plot(tmp_path: Path) -> None:
     folder = tiny_folder.write_model(tmp_path / "model", tmp_path / "scratch")
     script = [sys.executable, "-W", "ignore", str(BENCHMARKS / "bench_merge.py"), "--quick", "--model", str(folder)]
