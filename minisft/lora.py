@@ -185,7 +185,7 @@ class _Adapter(nn.Module):
 
     def update_rows(self, rows: slice = slice(None)) -> Tensor:
         """Rows of scaling * B A, laid out as the base's weight, in the masters' dtype."""
-        raise NotImplementedError
+        raise NotImplementedError  # a linear lays them out (out, in), an embedding (num_embeddings, dim)
 
     def delta_rows(self, weight_rows: Tensor, rows: slice = slice(None)) -> Tensor:
         """Rows of D = W' - W, given these rows of W, which need not be the base's; a plain LoRA's do not depend on W."""

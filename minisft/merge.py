@@ -243,7 +243,7 @@ def merge_(model: nn.Module, dtype: torch.dtype | None = None) -> MergeReport:
     if isinstance(model, CausalLM) and model.config.tie_word_embeddings and splits_tie(adapters):
         config, model.config = model.config, dataclasses.replace(model.config, tie_word_embeddings=False)
     # A frozen value, not a module: it stays out of parameters, buffers and the state dict.
-    model._kept_by_merge = _Kept(adapters, config)  # type: ignore[assignment]
+    model._kept_by_merge = _Kept(adapters, config)  # type: ignore[assignment]  # nn.Module admits tensors and modules only
     return MergeReport("dequantized", tuple(reports))
 
 

@@ -369,7 +369,7 @@ def test_sealed_nonsense_is_skipped(tmp_path: Path) -> None:
         (newest / name).write_bytes(b"[1, 2]")
         record = checkpoint.record(newest / name)
         entry: JSON = {"bytes": record.num_bytes, "sha256": record.sha256}
-        _reseal(newest, lambda document, name=name, entry=entry: document["files"].update({name: entry}))  # type: ignore[misc, union-attr]
+        _reseal(newest, lambda document, name=name, entry=entry: document["files"].update({name: entry}))
         _falls_back(run, name)
 
 

@@ -383,7 +383,7 @@ def refuse(code: str, adapter: Path, out: Path, **settings: object) -> str:
     """Refused with ``code``, and no trace of it is left where the folder would be."""
     before = sorted(out.parent.iterdir())
     with pytest.raises(UserError) as caught:
-        merge_folder(adapter, out, **settings)  # type: ignore[arg-type]
+        merge_folder(adapter, out, **settings)
     assert caught.value.code == code, caught.value
     assert sorted(out.parent.iterdir()) == before
     return str(caught.value)

@@ -160,6 +160,6 @@ def test_the_effect_of_the_output_is_the_adapters(base: str) -> None:
     case = Case("linear", base, 65, 63, rank=4)
     model = case.model()
     e = exact(case, model, case.input())
-    change = e.x @ (merge_layer("0", model[0], "dequantized", case.dtype)[0].double() - e.W).T  # type: ignore[union-attr]
+    change = e.x @ (merge_layer("0", model[0], "dequantized", case.dtype)[0].double() - e.W).T
     update = e.x @ e.D.T
     assert float((change - update).norm() / update.norm()) < 2 * roundoff(case.dtype) + 1e-6

@@ -33,7 +33,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def lora(side: str, **changes: object) -> LoRAConfig:
-    return LoRAConfig(rank=2, alpha=3.0, targets=SIDES[side], **changes)  # type: ignore[arg-type]
+    return LoRAConfig(rank=2, alpha=3.0, targets=SIDES[side], **changes)
 
 
 # ---- merged ----------------------------------------------------------------------------------------------------------
