@@ -27,6 +27,7 @@ from typing import Any
 
 import jupytext
 import matplotlib
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,3 +226,34 @@ def page(slug: str) -> Page:
             f"{len(found)} pages are called {slug!r}; there are {', '.join(path.stem for path in sources()) or 'none'}"
         )
     return _read(found[0], found[0].stat().st_mtime_ns)
+
+
+# ---- the two tests that every page has -------------------------------------------------------------------------------
+
+
+def mutants_test(
+    page: Page, mutants: Sequence[tuple[str, str, str]], agrees: Callable[[dict[str, Any]], None]
+) -> Callable[[str, str], None]:
+    """A test: each of the bugs ``(what, old, new)`` in the build cells makes ``agrees`` fail."""
+
+    @pytest.mark.parametrize(("old", "new"), [mutant[1:] for mutant in mutants], ids=[mutant[0] for mutant in mutants])
+    def test_a_bug_in_the_build_is_seen(old: str, new: str) -> None:
+        with pytest.raises(AssertionError):
+            agrees(page.build(mutate=(old, new)))
+
+    return test_a_bug_in_the_build_is_seen
+
+
+def wrong_answers_test(
+    page: Page, wrong: dict[str, list[tuple[Callable[..., Any], str]]]
+) -> Callable[[str, Callable[..., Any], str], None]:
+    """A test: each wrong answer to an exercise fails its check with its own hint."""
+    cases = [(name, answer, hint) for name, answers in wrong.items() for answer, hint in answers]
+
+    @pytest.mark.parametrize(("name", "answer", "hint"), cases)
+    def test_a_wrong_answer_gets_its_hint(name: str, answer: Callable[..., Any], hint: str) -> None:
+        check = next(exercise.check for exercise in page.exercises() if exercise.name == name)
+        with pytest.raises(AssertionError, match=hint):
+            check(answer)
+
+    return test_a_wrong_answer_gets_its_hint

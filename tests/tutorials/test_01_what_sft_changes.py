@@ -11,7 +11,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pages import page
+from pages import mutants_test, page, wrong_answers_test
 from torch import Tensor
 
 from minisft.choice import option_log_probs
@@ -97,10 +97,7 @@ def test_the_build_passes_for_the_library() -> None:
     agrees(BUILD)
 
 
-@pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS])
-def test_a_bug_in_the_build_is_seen(old: str, new: str) -> None:
-    with pytest.raises(AssertionError):
-        agrees(PAGE.build(mutate=(old, new)))
+test_a_bug_in_the_build_is_seen = mutants_test(PAGE, MUTANTS, agrees)
 
 
 # ---- exercises -------------------------------------------------------------------------------------------------------
@@ -133,14 +130,7 @@ WRONG: dict[str, list[tuple[Callable[..., Any], str]]] = {
         (lambda options: (2, 0), "by its own length"),
     ],
 }
-CASES = [(name, answer, hint) for name, answers in WRONG.items() for answer, hint in answers]
-
-
-@pytest.mark.parametrize(("name", "answer", "hint"), CASES)
-def test_a_wrong_answer_gets_its_hint(name: str, answer: Callable[..., Any], hint: str) -> None:
-    check = next(exercise.check for exercise in PAGE.exercises() if exercise.name == name)
-    with pytest.raises(AssertionError, match=hint):
-        check(answer)
+test_a_wrong_answer_gets_its_hint = wrong_answers_test(PAGE, WRONG)
 
 
 @given(

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from statistics import NormalDist
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pages import page
+from pages import mutants_test, page, wrong_answers_test
 from torch import Tensor
 
 from minisft import nf4
@@ -138,10 +137,7 @@ def test_the_build_passes_for_the_library() -> None:
     agrees(BUILD)
 
 
-@pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS])
-def test_a_bug_in_the_build_is_seen(old: str, new: str) -> None:
-    with pytest.raises(AssertionError):
-        agrees(PAGE.build(mutate=(old, new)))
+test_a_bug_in_the_build_is_seen = mutants_test(PAGE, MUTANTS, agrees)
 
 
 # ---- exercises -------------------------------------------------------------------------------------------------------
@@ -173,14 +169,7 @@ WRONG: dict[str, list[tuple[Callable[..., Tensor], str]]] = {
         (lambda codes: nf4.pack(codes).int(), "torch.uint8"),
     ],
 }
-CASES = [(name, answer, hint) for name, answers in WRONG.items() for answer, hint in answers]
-
-
-@pytest.mark.parametrize(("name", "answer", "hint"), CASES)
-def test_a_wrong_answer_gets_its_hint(name: str, answer: Callable[..., Tensor], hint: str) -> None:
-    check = next(exercise.check for exercise in PAGE.exercises() if exercise.name == name)
-    with pytest.raises(AssertionError, match=hint):
-        check(answer)
+test_a_wrong_answer_gets_its_hint = wrong_answers_test(PAGE, WRONG)
 
 
 def test_the_solution_of_nf3_is_the_closed_form() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pages import page
+from pages import page, wrong_answers_test
 from torch import Tensor, nn
 
 from minisft import lora, merge
@@ -243,12 +243,4 @@ WRONG = {
         (_not_rounded, "not the dtype"),
     ],
 }
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_answers_get_their_own_hint(name: str) -> None:
-    exercise = next(exercise for exercise in page(PAGE).exercises() if exercise.name == name)
-    exercise.check(exercise.solution)
-    for answer, hint in WRONG[name]:
-        with pytest.raises(AssertionError, match=hint):
-            exercise.check(answer)
+test_a_wrong_answer_gets_its_hint = wrong_answers_test(page(PAGE), WRONG)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pages import page
+from pages import mutants_test, page, wrong_answers_test
 from tiny import LLAMA, VOCAB, assert_close, build, build_with_lora, randn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -157,10 +157,7 @@ def test_the_build_passes_for_the_library() -> None:
     agrees(BUILD)
 
 
-@pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS])
-def test_a_bug_in_the_build_is_seen(old: str, new: str) -> None:
-    with pytest.raises(AssertionError):
-        agrees(PAGE.build(mutate=(old, new)))
+test_a_bug_in_the_build_is_seen = mutants_test(PAGE, MUTANTS, agrees)
 
 
 # ---- exercises -------------------------------------------------------------------------------------------------------
@@ -236,14 +233,7 @@ WRONG: dict[str, list[tuple[Callable[..., Any], str]]] = {
         (_keeps_what_it_returns, "leave the buffer"),
     ],
 }
-CASES = [(name, answer, hint) for name, answers in WRONG.items() for answer, hint in answers]
-
-
-@pytest.mark.parametrize(("name", "answer", "hint"), CASES)
-def test_a_wrong_answer_gets_its_hint(name: str, answer: Callable[..., Any], hint: str) -> None:
-    check = next(exercise.check for exercise in PAGE.exercises() if exercise.name == name)
-    with pytest.raises(AssertionError, match=hint):
-        check(answer)
+test_a_wrong_answer_gets_its_hint = wrong_answers_test(PAGE, WRONG)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 20))
