@@ -71,10 +71,8 @@ def _base_product(base: FrozenLinear, rows: Tensor) -> Tensor:
 
 def _product(base: FrozenLinear, rows: Tensor, xa: Tensor, up: Tensor) -> Tensor:
     """rows W^T + b + xa up, in the dtype of ``rows``: (M, in), (M, rank), (rank, out) -> (M, out)."""
-    if isinstance(base, NF4Linear):
-        return nf4_matmul(rows, base.quantized, base.bias).addmm_(xa, up)
-    if isinstance(base, Linear) and serves_dense(rows, base.weight):  # as the base alone would do it
-        return dense_matmul(rows, base.weight, base.bias).addmm_(xa, up)
+    if isinstance(base, NF4Linear) or (isinstance(base, Linear) and serves_dense(rows, base.weight)):
+        return _base_product(base, rows).addmm_(xa, up)
     # Bias first, as nn.Linear does it: a zero update then leaves every bit in place, whatever the order of the sums below.
     y = xa @ up if base.bias is None else torch.addmm(base.bias.to(rows.dtype), xa, up)
     return y.addmm_(rows, base.weight.to(rows.dtype).T)
