@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test test-fast test-thorough mutants lint format bench tutorials site clean
+.PHONY: help quickstart test test-fast test-thorough oracle-peft mutants lint format bench tutorials site clean
 
 help:
 	@echo "make quickstart     fine-tune a small pretrained model and see what it learned"
 	@echo "make test           the whole test suite, oracles included"
 	@echo "make test-fast      without the slow tests"
 	@echo "make test-thorough  everything: the laws with 2000 examples each, every kernel for every GPU"
+	@echo "make oracle-peft    ask installed PEFT for the same laws of merging, and print which it breaks"
 	@echo "make mutants        plant known bugs one at a time and see that a named test fails for each"
 	@echo "make lint           ruff and mypy"
 	@echo "make tutorials      run every tutorial page and write its notebook"
@@ -51,6 +52,9 @@ test-fast: .venv/dev
 
 test-thorough: .venv/dev
 	MINISFT_HYPOTHESIS=thorough $(BIN)/python -m pytest -n 2 --dist worksteal -m ""
+
+oracle-peft: .venv/dev
+	@$(BIN)/python tests/oracle_peft.py
 
 mutants: .venv/dev
 	$(BIN)/python tests/mutants.py

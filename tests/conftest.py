@@ -12,14 +12,21 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(1)  # pytest-xdist fills the cores; one thread a process also makes sums repeatable
 
 _common = {"derandomize": True, "deadline": None, "suppress_health_check": [HealthCheck.too_slow], "database": None}
 settings.register_profile("default", max_examples=50, **_common)
 settings.register_profile("thorough", max_examples=2000, **_common)
+# Of another library it is enough to know that it breaks a law; the smallest case that does is not looked for.
+settings.register_profile("oracle", max_examples=100, phases=[Phase.generate], **_common)
 settings.load_profile(os.environ.get("MINISFT_HYPOTHESIS", "default"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, so that two processes end together."""
+    items.sort(key=lambda item: not any(item.iter_markers("slow")) and not any(item.iter_markers("smollm2")))
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 A law says that two roads lead to one function: the unmerged layer, its merged form, and the formula
 
-    y = W x + s B A x + b
+    y = W x + s B A x + b        (DoRA: y = g (W x + s B A x) + b with g = m / |W + s B A|, row by row)
 
 evaluated in fp64 (``Exact``). Rounding is the only excuse for a difference, so the allowance is derived from the numbers at
 hand, never chosen: ``worst_case`` holds for any data, and ``statistical`` (four times it, on Gaussian data) is sharper.
@@ -24,7 +24,7 @@ from tiny import build, randn
 from torch import Tensor, nn
 
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
-from minisft.lora import LoRAEmbedding, LoRALinear
+from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from minisft.matmul import Linear, product_dtype
 from minisft.merge import Adapter, merge_
 from minisft.model import CausalLM
@@ -43,7 +43,8 @@ class Base:
     double_quant: bool = False
 
 
-KINDS = ("linear", "linear-no-bias", "embedding")
+LORA = ("linear", "linear-no-bias", "embedding")
+KINDS = (*LORA, "dora")
 BASES = {
     "fp64": Base(torch.float64),
     "fp32": Base(torch.float32),
@@ -116,16 +117,23 @@ class Case:
         with torch.no_grad():
             adapter.lora_A.copy_(self.numbers(1, *adapter.lora_A.shape))
             adapter.lora_B.copy_(self.numbers(2, *adapter.lora_B.shape))
+            if isinstance(adapter, DoRALinear):
+                adapter.lora_magnitude_vector.mul_(1 + 0.3 * randn(self.outputs, seed=self.seed + 4))
         return nn.Sequential(adapter).eval()
 
-    def _base(self) -> nn.Module:
+    def dense_layer(self) -> nn.Module:
+        """The frozen layer, before it is quantized if it is."""
         if self.kind == "embedding":
             layer: nn.Module = nn.Embedding(self.inputs, self.outputs, dtype=self.dtype)
         else:
-            layer = Linear(self.inputs, self.outputs, bias=self.kind == "linear", dtype=self.dtype)
+            layer = Linear(self.inputs, self.outputs, bias=self.kind in ("linear", "dora"), dtype=self.dtype)
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.copy_(self.numbers(0, *parameter.shape))
+        return layer
+
+    def _base(self) -> nn.Module:
+        layer = self.dense_layer()
         if BASES[self.base].in_4_bits:
             assert isinstance(layer, nn.Linear)
             return NF4Linear.from_linear(layer, double_quant=BASES[self.base].double_quant)
@@ -135,6 +143,8 @@ class Case:
         if isinstance(base, nn.Embedding):
             return LoRAEmbedding(base, self.rank, self.alpha, use_rslora=self.use_rslora)
         assert isinstance(base, (nn.Linear, NF4Linear))
+        if self.kind == "dora":
+            return DoRALinear(base, self.rank, self.alpha, use_rslora=self.use_rslora)
         return LoRALinear(base, self.rank, self.alpha, use_rslora=self.use_rslora)
 
     def input(self) -> Tensor:
@@ -192,7 +202,10 @@ def cases(draw: st.DrawFn, *bases: str, hostile: bool = True, kinds: tuple[str, 
 
 @dataclass(frozen=True)
 class Exact:
-    """W (O, I), A (R, I), B (O, R), s, b (O) and x (N, I), in fp64. An embedding is the linear layer of one-hot inputs."""
+    """W (O, I), A (R, I), B (O, R), s, b (O), x (N, I) and for DoRA the lengths m (O), in fp64.
+
+    An embedding is the linear layer of one-hot inputs.
+    """
 
     W: Tensor
     A: Tensor
@@ -200,20 +213,50 @@ class Exact:
     s: float
     b: Tensor
     x: Tensor
+    m: Tensor | None = None
 
     @functools.cached_property
-    def D(self) -> Tensor:  # noqa: N802  # the letter of the formulas
+    def U(self) -> Tensor:  # noqa: N802  # the letters of the formulas
+        """s B A."""
         return self.s * sum((torch.outer(self.B[:, r], self.A[r]) for r in range(len(self.A))), torch.zeros_like(self.W))
+
+    @functools.cached_property
+    def g(self) -> Tensor:
+        """How far DoRA stretches each row of W + U, (O); else 1."""
+        if self.m is None:
+            return torch.ones_like(self.b)
+        norms = (self.W + self.U).norm(dim=1)
+        return self.m / torch.where(norms == 0, 1.0, norms)
+
+    @functools.cached_property
+    def D(self) -> Tensor:  # noqa: N802
+        """W' - W."""
+        return self.U if self.m is None else self.g[:, None] * (self.W + self.U) - self.W
 
     @functools.cached_property
     def y(self) -> Tensor:
         return self.x @ (self.W + self.D).T + self.b
 
     @functools.cached_property
+    def terms(self) -> Tensor:
+        """|W| + |s||B||A|, (O, I)."""
+        return self.W.abs() + abs(self.s) * self.B.abs() @ self.A.abs()
+
+    @functools.cached_property
     def magnitude(self) -> Tensor:
-        """|W||x| + |s||B||A||x| + |b|: what all the terms of y add up to if none cancels another. (N, O)."""
-        x = self.x.abs()
-        return x @ self.W.abs().T + abs(self.s) * (x @ self.A.abs().T) @ self.B.abs().T + self.b.abs()
+        """|W||x| + |s||B||A||x| + |b|: what all the terms of y add up to if none cancels another. (N, O).
+
+        DoRA stretches them, and writes them as (g - 1) W x + ... and (1 - g) b: at most 2 (1 + |g|) times as much.
+        """
+        total = self.x.abs() @ self.terms.T + self.b.abs()
+        return total if self.m is None else 2 * (1 + self.g.abs()) * total
+
+    def g_error(self, eps: float) -> Tensor:
+        """The largest relative error of g, (O): that of a sum of squares, and of the row that is squared."""
+        if self.m is None:
+            return torch.zeros_like(self.b)
+        condition = self.terms.norm(dim=1) / (self.W + self.U).norm(dim=1)
+        return eps * (self.W.shape[1] + 4 + (len(self.A) + 4) * condition.nan_to_num(1.0))
 
 
 def exact(case: Case, model: nn.Sequential, x: Tensor) -> Exact:
@@ -226,7 +269,8 @@ def exact(case: Case, model: nn.Sequential, x: Tensor) -> Exact:
         one_hot = nn.functional.one_hot(x.reshape(-1), case.inputs).double()
         return Exact(W.T, A, B, s, torch.zeros(case.outputs, dtype=torch.float64), one_hot)
     bias = torch.zeros(case.outputs) if layer.base.bias is None else layer.base.bias.detach()
-    return Exact(W, A, B, s, bias.double(), x.reshape(-1, case.inputs).double())
+    m = layer.lora_magnitude_vector.detach().double() if case.kind == "dora" else None
+    return Exact(W, A, B, s, bias.double(), x.reshape(-1, case.inputs).double(), m)
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -273,15 +317,26 @@ def worst_case(e: Exact, dtype: torch.dtype) -> Tensor:
 
     to first order (2 % is added for the others), and an absolute error for each number that may be subnormal. Where products
     themselves run in T (CPUs with bf16 instructions) the fp32 factors and a weight from 4 bits are rounded to T as well:
-    u ( |W| + 2|s||B||A| ) |x| more.
+    u ( |W| + 2|s||B||A| ) |x| more. DoRA: what the unmerged layer rounds is stretched by g; ``_stretching`` is what is new.
     """
     u, eps, x = roundoff(dtype), sum_roundoff(dtype), e.x.abs()
     num_sums = e.W.shape[1] + e.A.shape[0] + 3
     hidden = abs(e.s) * (e.x @ e.A.T).abs() @ e.B.abs().T
-    rounded = x @ (e.W + e.D).abs().T + 2 * e.y.abs() + (e.x @ e.W.T).abs() + 3 * (e.x @ e.D.T).abs() + hidden
+    unmerged = (e.x @ e.W.T).abs() + 3 * (e.x @ e.U.T).abs() + hidden
+    rounded = x @ (e.W + e.D).abs().T + 2 * e.y.abs() + e.g.abs() * unmerged
     if multiplies_in(dtype):
         rounded = rounded + 2 * e.magnitude
-    return 1.02 * (u * rounded + 2 * num_sums * eps * e.magnitude) + _absolute(e, dtype)
+    stretching = _stretching(e, u, e.g_error(eps))
+    return 1.02 * (u * rounded + 2 * num_sums * eps * e.magnitude + stretching) + _absolute(e, dtype)
+
+
+def _stretching(e: Exact, u: float, g_error: Tensor) -> Tensor:
+    """DoRA's own errors, (N, O): its output, and the one that it stretches, are rounded once more; and g is not exact."""
+    if e.m is None:
+        return torch.zeros(())
+    plain = e.x @ (e.W + e.U).T
+    stretched = e.g.abs() * (e.x.abs() @ (e.W + e.U).abs().T)
+    return u * (e.y.abs() + 2 * e.g.abs() * (plain + e.b).abs()) + 2 * g_error * stretched
 
 
 def statistical(e: Exact, dtype: torch.dtype) -> Tensor:
@@ -296,11 +351,15 @@ def statistical(e: Exact, dtype: torch.dtype) -> Tensor:
     num_sums = e.W.shape[1] + e.A.shape[0] + 3
     hidden = abs(e.s) * ((e.x @ e.A.T).square() @ e.B.square().T).sqrt()
     spread = (x2 @ e.W.square().T + e.s**2 * (x2 @ e.A.square().T) @ e.B.square().T + e.b.square()).sqrt()
+    if e.m is not None:
+        spread = 2 * (1 + e.g.abs()) * spread
     weight = (x2 @ (e.W + e.D).square().T).sqrt()
-    rounded = weight + 2 * e.y.abs() + (e.x @ e.W.T).abs() + 3 * (e.x @ e.D.T).abs() + hidden
+    unmerged = (e.x @ e.W.T).abs() + 3 * (e.x @ e.U.T).abs() + hidden
+    rounded = weight + 2 * e.y.abs() + e.g.abs() * unmerged
     if multiplies_in(dtype):
         rounded = rounded + 2 * spread
-    return u * rounded + 2 * num_sums**0.5 * eps * spread + _absolute(e, dtype)
+    stretching = _stretching(e, u, e.g_error(eps) / e.W.shape[1] ** 0.5)
+    return u * rounded + 2 * num_sums**0.5 * eps * spread + stretching + _absolute(e, dtype)
 
 
 def multiplies_in(dtype: torch.dtype) -> bool:
@@ -313,12 +372,19 @@ def _absolute(e: Exact, dtype: torch.dtype) -> Tensor:
     inputs, factors = e.x.abs().sum(1, keepdim=True), abs(e.s) * e.B.abs().sum(1)
     in_storage = underflow(dtype) * (inputs + factors + 4)
     in_sums = underflow(min(dtype, torch.float32, key=roundoff)) * 2 * (e.W.shape[1] + e.A.shape[0])
-    return in_storage + in_sums * ((1 + abs(e.s)) * (1 + inputs) + factors)
+    return (in_storage + in_sums * ((1 + abs(e.s)) * (1 + inputs) + factors)) * (1 if e.m is None else 1 + e.g.abs())
 
 
 def fits(e: Exact, dtype: torch.dtype) -> bool:
-    """Whether nothing on either road can overflow: half the largest number is not reached, nor in fp32 on the way."""
+    """Whether nothing on either road can overflow: half the largest number is not reached, nor in fp32 on the way.
+
+    DoRA squares numbers, so their squares must fit into fp32 too; and a direction must not be what cancelling has left over.
+    """
     largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max) / 2
+    if e.m is not None:
+        lengths, terms = (e.W + e.U).norm(dim=1), e.terms.norm(dim=1)
+        if not bool(((terms == 0) | ((lengths > terms / 16) & (lengths > 2.0**-50) & (terms < 2.0**60))).all()):
+            return False
     return all(bool((t.abs() < largest).all()) for t in (e.magnitude, e.W.abs() + e.D.abs(), e.x @ e.A.T, e.B @ e.A))
 
 
@@ -359,6 +425,8 @@ def adapted(config: ModelConfig, lora: LoRAConfig, base: str = "fp64", scale: fl
         for i, layer in enumerate(lora_modules(model).values()):
             for j, factor in enumerate((layer.lora_A, layer.lora_B)):
                 factor.copy_(scale * randn(*factor.shape, seed=100 + 2 * i + j))
+            if isinstance(layer, DoRALinear):
+                layer.lora_magnitude_vector.mul_(1 + scale * randn(len(layer.lora_magnitude_vector), seed=300 + i))
     return model.eval()
 
 

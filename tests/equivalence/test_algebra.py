@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from laws import DENSE, IN_FP64, LAYERS, Case, assert_within, cases, exact, fits, merged_copy, weight_of
+from laws import DENSE, IN_FP64, KINDS, LAYERS, LORA, Case, assert_within, cases, exact, fits, merged_copy, weight_of
 from tiny import randn
 from torch import Tensor, nn
 
@@ -36,12 +36,15 @@ def test_a_zero_update_is_the_identity_bit_for_bit(layer: tuple[str, str], zero:
     if zero != "scaling":
         factor = getattr(model[0], zero)
         factor.data = torch.where(randn(*factor.shape) > 0, 0.0, -0.0).to(factor.dtype)
+    if case.kind == "dora":  # nothing is added if the lengths are those of W, too
+        model[0].lora_magnitude_vector.data = model[0].row_norms()
     before = weight_of(model[0]).to(case.dtype)
     assert bool(before.signbit().logical_and(before == 0).any()) == (case.base in DENSE)
     report = merge_(model)
     assert same_bits(weight_of(model[0]), before)
-    assert report.layers[0].survival == 1
-    assert report.swallowed == report.layers[0].delta_ratio == 0
+    if report is not None:  # another library has none
+        assert report.layers[0].survival == 1
+        assert report.swallowed == report.layers[0].delta_ratio == 0
 
 
 @given(seed=seeds, rows=st.integers(0, 16))
@@ -59,7 +62,7 @@ def test_rows_that_get_no_update_keep_their_bits(seed: int, rows: int) -> None:
 # ---- scaling ---------------------------------------------------------------------------------------------------------
 
 
-@given(case=cases(hostile=False), exponent=st.integers(-8, 8))
+@given(case=cases(hostile=False, kinds=LORA), exponent=st.integers(-8, 8))
 def test_powers_of_two_in_alpha_are_exact_in_delta(case: Case, exponent: int) -> None:
     """L6. Twice the alpha is twice D, to the last bit; and the opposite alpha the opposite D."""
     once = case.model()[0].delta_weight()
@@ -68,7 +71,7 @@ def test_powers_of_two_in_alpha_are_exact_in_delta(case: Case, exponent: int) ->
     assert torch.equal(dataclasses.replace(case, alpha=-case.alpha).model()[0].delta_weight(), -once)
 
 
-@given(case=cases(*IN_FP64, hostile=False), first=st.floats(-3, 3), second=st.floats(-3, 3))
+@given(case=cases(*IN_FP64, hostile=False, kinds=LORA), first=st.floats(-3, 3), second=st.floats(-3, 3))
 def test_delta_is_linear_in_alpha(case: Case, first: float, second: float) -> None:
     """L6: D(a) + D(b) = D(a + b)."""
     deltas = [dataclasses.replace(case, alpha=alpha).model()[0].delta_weight() for alpha in (first, second, first + second)]
@@ -79,7 +82,7 @@ def test_delta_is_linear_in_alpha(case: Case, first: float, second: float) -> No
 # ---- order -----------------------------------------------------------------------------------------------------------
 
 
-@given(case=cases(*IN_FP64, hostile=False))
+@given(case=cases(*IN_FP64, hostile=False, kinds=LORA))
 def test_permuting_rows_and_columns_commutes_with_merging(case: Case) -> None:
     """L8. Rows of W, B and b move together, columns of W and A too; the merged weight and the output follow."""
     model = case.model()
@@ -93,7 +96,7 @@ def test_permuting_rows_and_columns_commutes_with_merging(case: Case) -> None:
     assert_within(e.x[:, columns] @ permuted.T + e.b[rows], e.y[:, rows], 1e-12 * e.magnitude[:, rows], "y")
 
 
-@pytest.mark.parametrize("kind", ["linear", "linear-no-bias", "embedding"])
+@pytest.mark.parametrize("kind", KINDS)
 @given(seed=seeds)
 def test_permuting_the_layer_itself_permutes_its_merge(kind: str, seed: int) -> None:
     """L8 on the modules: permute an adapted layer's outputs before merging, or the merged layer's after it."""
@@ -104,7 +107,9 @@ def test_permuting_the_layer_itself_permutes_its_merge(kind: str, seed: int) -> 
         base, adapter = model[0].base, model[0]
         adapter.lora_B.copy_(adapter.lora_B[rows])
         base.weight.copy_(base.weight[:, rows] if kind == "embedding" else base.weight[rows])
-        if kind == "linear":
+        if kind == "dora":
+            adapter.lora_magnitude_vector.copy_(adapter.lora_magnitude_vector[rows])
+        if kind in ("linear", "dora"):
             base.bias.copy_(base.bias[rows])
     merge_(model)
     straight = merged_copy(case)(x)

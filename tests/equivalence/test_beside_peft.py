@@ -12,12 +12,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 from laws import Case, assert_within, bits, exact, roundoff, underflow, weight_of
-from torch import Tensor, nn
+from tiny import randn
+from torch import nn
 
+from minisft.combine import Update, add_updates
 from minisft.errors import UserError
 from minisft.merge import merge_, unmerge_
 
 peft = pytest.importorskip("peft")
+in_peft = pytest.importorskip("in_peft", exc_type=ModuleNotFoundError)  # and bitsandbytes, which it imports
+beside, in_bitsandbytes = in_peft.beside, in_peft.in_bitsandbytes
 
 
 @pytest.fixture(autouse=True)
@@ -25,23 +29,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def beside(case: Case, base: nn.Module | None = None, **options: object) -> nn.Module:
-    """PEFT's layer with the base and the factors of ``case``."""
-    ours = case.model()[0]
-    tree = nn.Sequential(base or ours.base)
-    tree.is_loaded_in_4bit = base is not None  # how PEFT tells bitsandbytes' layers from others
-    config = peft.LoraConfig(r=case.rank, lora_alpha=case.alpha, use_rslora=case.use_rslora, target_modules=["0"], **options)
-    theirs = peft.get_peft_model(tree, config).base_model.model[0]
-    with torch.no_grad():
-        if case.kind == "embedding":
-            theirs.lora_embedding_A["default"].copy_(ours.lora_A)
-            theirs.lora_embedding_B["default"].copy_(ours.lora_B)
-        else:
-            theirs.lora_A["default"].weight.copy_(ours.lora_A)
-            theirs.lora_B["default"].weight.copy_(ours.lora_B)
-    return theirs.eval()
 
 
 def only_if(broken: bool, law: str) -> None:
@@ -120,17 +107,6 @@ def test_a_failed_merge_changes_nothing() -> None:
     assert bits(theirs[0].get_base_layer().weight) != before[0]
 
 
-def in_bitsandbytes(weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """The weight in bitsandbytes' NF4, on the CPU."""
-    bnb = pytest.importorskip("bitsandbytes")
-    rows, columns = weight.shape
-    layer = bnb.nn.Linear4bit(columns, rows, bias=bias is not None, compute_dtype=weight.dtype, quant_type="nf4")
-    layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    return layer.to("cpu")
-
-
 def test_unmerging_restores_the_codes() -> None:
     """Over 4 bits PEFT requantizes W + D, and then W + D - D: most codes are others."""
     case = Case("linear", "nf4", 64, 64, rank=4)
@@ -167,3 +143,26 @@ def test_merging_moves_the_bias_as_the_layer_adds_it() -> None:
     moved = theirs.get_base_layer().bias.detach() - bias
     only_if(not torch.allclose(moved, 3.0 * trained, atol=1e-4), "merging moves the bias as the layer adds it")
     torch.testing.assert_close(moved, trained, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}], ids=["rslora", "dora"])
+def test_an_adapter_combined_alone_is_itself(options: dict[str, bool]) -> None:
+    """PEFT scales what it combines by alpha / rank, after rsLoRA too, and drops the lengths of DoRA.
+
+    minisft combines rsLoRA exactly; DoRA it refuses, as lengths do not add.
+    """
+    update = Update(randn(4, 16, seed=1).float(), randn(12, 4, seed=2).float(), 6.0, use_rslora=True)
+    halves = add_updates([(0.5, update), (0.5, update)])
+    torch.testing.assert_close(halves.scaling * halves.B @ halves.A, 3.0 * update.B @ update.A)
+    tree = nn.Sequential(nn.Linear(16, 12))
+    theirs = peft.get_peft_model(tree, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], **options))
+    layer, x = theirs.base_model.model[0], randn(5, 16).float()
+    with torch.no_grad():
+        layer.lora_B["default"].weight.copy_(update.B)
+        for lengths in layer.lora_magnitude_vector.values():
+            lengths.weight.mul_(1.3)
+    before = theirs(x)
+    theirs.add_weighted_adapter(["default"], [1.0], "alone", combination_type="cat")
+    theirs.set_adapter("alone")
+    only_if(not torch.allclose(theirs(x), before, rtol=1e-3), "an adapter combined alone is itself")
+    assert float((theirs(x) - before).abs().max()) > 0.01 * float(before.abs().max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -54,9 +55,10 @@ def test_merged_logits_equal_unmerged(family: str, side: str) -> None:
 
 @every_family
 @pytest.mark.parametrize("base", [base for base in BASES if "fp64" in base])
-def test_ranks_and_scalings_of_their_own(family: str, base: str) -> None:
-    """rsLoRA, negative and zero alpha, ranks and alphas that differ by layer; also over 4 bits."""
-    model = adapted(FAMILIES[family], PATTERNED, base)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_ranks_and_scalings_of_their_own(family: str, base: str, use_dora: bool) -> None:
+    """rsLoRA, DoRA, negative and zero alpha, ranks and alphas that differ by layer; also over 4 bits."""
+    model = adapted(FAMILIES[family], dataclasses.replace(PATTERNED, use_dora=use_dora), base)
     assert {a.rank for a in lora_modules(model).values()} == {1, 3, 5}
     assert {a.scaling for a in lora_modules(model).values()} >= {0.0, -2.5 / 3**0.5, -2.5, 0.5 / 3**0.5}
     expected = logits(model)

@@ -11,10 +11,12 @@ from torch import Tensor
 
 
 def dense_gradients(e: Exact, upstream: Tensor) -> dict[str, Tensor]:
-    """Of A, B, b and x, by plain autograd of y = x (W + s B A)^T + b."""
-    leaves = {name: getattr(e, name).clone().requires_grad_() for name in ("A", "B", "b", "x")}
-    A, B, b, x = leaves.values()
-    y = x @ (e.W + e.s * (B @ A)).T + b
+    """Of A, B, b, x and m, by plain autograd of y = x (W + s B A)^T + b, or of DoRA's, whose norms are constants."""
+    given = {name: getattr(e, name) for name in ("A", "B", "b", "x", "m")}
+    leaves = {name: value.clone().requires_grad_() for name, value in given.items() if value is not None}
+    A, B, b, x = (leaves[name] for name in ("A", "B", "b", "x"))
+    stretch = e.g if e.m is None else leaves["m"] * (e.g / e.m)
+    y = x @ (stretch[:, None] * (e.W + e.s * (B @ A))).T + b
     return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), upstream), strict=True))
 
 
@@ -34,6 +36,8 @@ def test_gradients_are_those_of_the_formula(case: Case, train_bias: bool) -> Non
     model(x).backward(upstream.view(*case.batch, case.outputs))
     assert_close(model[0].lora_A.grad, expected["A"])
     assert_close(model[0].lora_B.grad, expected["B"])
+    if case.kind == "dora":
+        assert_close(model[0].lora_magnitude_vector.grad, expected["m"])
     if case.kind != "embedding":
         assert_close(x.grad.reshape(e.x.shape), expected["x"])
     if bias is not None and train_bias:
@@ -48,7 +52,7 @@ def test_the_base_weight_gets_no_gradient(layer: tuple[str, str]) -> None:
     model = case.model()
     model(case.input()).float().square().sum().backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert trained == {"0.lora_A", "0.lora_B"}
+    assert trained == {"0.lora_A", "0.lora_B"} | ({"0.lora_magnitude_vector"} if case.kind == "dora" else set())
     assert all(bool(p.grad.any()) for p in model.parameters() if p.grad is not None)
 
 
