@@ -42,7 +42,9 @@ REPORT, PAGE, PLOT = "merge_report.json", "merge_report.html", "merge_report.svg
 MAX_POSITIONS = 256  # their logits are kept: 50 MB for a vocabulary of 49 152
 MAX_ROWS = 200  # of the data, for the loss
 EXACT = 1e-3  # effect error of a merge whose rounding nobody can measure in an answer; fp32 reaches it, 16 bits do not
-MOVED_LIMIT = 0.5  # KL of the merge as a share of the adapter's own
+# KL of the merge as a share of the adapter's own. It grows with the square of a change, so this is what losing as much of
+# the update as ``SURVIVAL_FLOOR`` allows comes to.
+MOVED_LIMIT = (1 - SURVIVAL_FLOOR) ** 2
 SMALL_KL = 1e-4  # nats; below this nobody sees a difference, whatever the share is
 
 # Held-out text of our own, for a merge without --data: prose, numbers, code, a list, a dialogue, another language.
