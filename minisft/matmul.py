@@ -39,6 +39,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if serves_dense(x, weight):
         return dense_matmul(x, weight, bias)
     wide = product_dtype(x)
+    if wide == x.dtype:
+        return torch.nn.functional.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1]).to(wide)
     y = rows @ weight.to(wide).T if bias is None else torch.addmm(bias.to(wide), rows, weight.to(wide).T)
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
@@ -79,9 +81,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., out) in the dtype of ``x``.
     """
+    if not torch.is_grad_enabled():
+        return product(x, weight, bias)
     if product_dtype(x) == x.dtype and not serves_dense(x, weight):
         return torch.nn.functional.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
 
 
 class Linear(torch.nn.Linear):

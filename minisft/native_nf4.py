@@ -14,6 +14,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,35 @@ class _Product(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "bias", "y")),
         *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
     )
+
+
+class _Update(ctypes.Structure):
+    """``Update`` in nf4.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("A", "B", "down")),
+        ("rank", ctypes.c_int64),
+        ("scaling", ctypes.c_float),
+    )
+
+
+class Update(NamedTuple):
+    """What an adapter adds to a product of a few rows: scaling * (x A^T) B^T.
+
+    Args:
+        lora_A: (rank, in). lora_B: (out, rank). Accepted by ``serves_update``.
+        down: (M, rank), fp32; holds x A^T afterwards.
+    """
+
+    lora_A: Tensor  # noqa: N815  # the field's names
+    lora_B: Tensor  # noqa: N815
+    scaling: float
+    down: Tensor
+
+    @property
+    def pointers(self) -> _Update:
+        rank = len(self.lora_A)
+        return _Update(self.lora_A.data_ptr(), self.lora_B.data_ptr(), self.down.data_ptr(), rank, self.scaling)
 
 
 # ---- the library -----------------------------------------------------------------------------------------------------
@@ -202,17 +232,16 @@ def serves(x: Tensor, q: QuantizedWeight) -> bool:
     return few and x.dtype in FLOATS and x.device.type == "cpu" and _library() is not None and _is_plain(q)
 
 
-@torch.no_grad()
-def matmul(x: Tensor, q: QuantizedWeight, bias: Tensor | None = None) -> Tensor | None:
-    """x W^T + b, read from the 4 bits; fp32 weights and sums, one rounding. None if ``serves`` says no.
+def matmul(x: Tensor, q: QuantizedWeight, bias: Tensor | None = None, update: Update | None = None) -> Tensor | None:
+    """x W^T + b and the update, read from the 4 bits; fp32 weights and sums, one rounding. None if ``serves`` says no.
 
     Args:
-        x: (..., in), fp32, bf16 or fp16. bias: (out,) or None. Returns: (..., out) in the dtype of ``x``.
+        x: (..., in), fp32, bf16 or fp16. bias: (out,) or None. Returns: (..., out) in the dtype of ``x``, without a gradient.
     """
     library = _library()
     if library is None or not serves(x, q):
         return None
-    return _product(library.nf4_matmul, ctypes.byref(_weight(q)), x, tuple(q.shape), bias)
+    return _product(library.nf4_matmul, ctypes.byref(_weight(q)), x, tuple(q.shape), bias, update)
 
 
 def serves_dense(x: Tensor, weight: Tensor) -> bool:
@@ -228,56 +257,56 @@ def serves_dense(x: Tensor, weight: Tensor) -> bool:
     return fits and readable and _library() is not None
 
 
-@torch.no_grad()
-def dense_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def dense_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, update: Update | None = None) -> Tensor:
     """x W^T + b for a dense weight that ``serves_dense`` accepts, read as it is stored; multiplied and summed in fp32.
 
     Args:
         x: (..., in), fp32 or the dtype of the weight. weight: (out, in), fp32 or bf16. bias: (out,) or None.
+        update: is added in the same call.
 
     Returns:
-        (..., out) in the dtype of ``x``.
+        (..., out) in the dtype of ``x``, without a gradient.
     """
     library = _library()
     assert library is not None, "ask serves_dense first"
     function = library.fp32_matmul if weight.dtype == torch.float32 else library.bf16_matmul
-    return _product(function, _address(weight), x, tuple(weight.shape), bias)
+    return _product(function, _address(weight), x, tuple(weight.shape), bias, update)
 
 
-def serves_update(rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether ``add_update_`` takes these rows and factors, and is the fastest way to do it."""
-    if type(rows) is not Tensor or not 0 < len(rows) <= FEW_ROWS or rows.shape[1] % COLUMNS or torch.compiler.is_compiling():
+def serves_update(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether an ``Update`` of these factors fits x, (..., in), and is the fastest way to do it."""
+    rank, in_features = lora_A.shape
+    if type(x) is not Tensor or in_features % COLUMNS or not 0 < x.numel() <= FEW_ROWS * in_features or x.dtype not in FLOATS:
         return False
-    everything = (rows, lora_A, lora_B)
-    fits = all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in everything)
-    return fits and _library() is not None
+    factors = all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in (lora_A, lora_B))
+    fits = factors and x.is_cpu and x.shape[-1:] == (in_features,) and lora_B.shape[1] == rank
+    return fits and not torch.compiler.is_compiling() and _library() is not None
 
 
-def add_update_(y: Tensor, rows: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """y += scaling * (x A^T) B^T in one call without a gradient, for rows and factors that ``serves_update`` accepts.
+def add_update_(y: Tensor, rows: Tensor, update: Update) -> Tensor:
+    """y += scaling * (x A^T) B^T in one call without a gradient.
 
     Args:
-        y: (M, out), fp32, contiguous; changed in place. rows: x, (M, in). lora_A: (rank, in). lora_B: (out, rank).
-
-    Returns:
-        x A^T, (M, rank).
+        y: (M, out); changed in place. rows: x, (M, in), accepted by ``serves_update``. Both fp32 and contiguous.
     """
     library = _library()
     assert library is not None, "ask serves_update first"
-    (count, in_features), rank = rows.shape, len(lora_A)
-    down = torch.empty(count, rank)
-    product = ctypes.byref(_Product(rows.data_ptr(), None, y.data_ptr(), in_features, y.shape[1]))
-    pointers, sizes = map(_address, (lora_A, lora_B, down)), map(ctypes.c_int64, (count, rank))
-    library.lora_update(product, *pointers, *sizes, ctypes.c_float(scaling), torch.get_num_threads())
-    return down
+    count, in_features = rows.shape
+    product = _Product(rows.data_ptr(), None, y.data_ptr(), in_features, y.shape[1])
+    pointers = ctypes.byref(product), ctypes.byref(update.pointers)
+    library.lora_update(*pointers, ctypes.c_int64(count), torch.get_num_threads())
+    return y
 
 
-def _product(function: _Function, weight: object, x: Tensor, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
+def _product(
+    function: _Function, weight: object, x: Tensor, shape: tuple[int, ...], bias: Tensor | None, update: Update | None
+) -> Tensor:
     out_features, in_features = shape
-    rows = x.reshape(-1, in_features).to(torch.float32).contiguous()
+    rows = x.detach().reshape(-1, in_features).to(torch.float32).contiguous()
     y = torch.empty(len(rows), out_features, dtype=torch.float32)
-    wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
+    wide_bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
     pointers = (rows.data_ptr(), None if wide_bias is None else wide_bias.data_ptr(), y.data_ptr())
     product = _Product(*pointers, in_features, out_features)
-    function(ctypes.byref(product), weight, ctypes.c_int64(len(rows)), torch.get_num_threads())
+    added = None if update is None else ctypes.byref(update.pointers)
+    function(ctypes.byref(product), weight, added, ctypes.c_int64(len(rows)), torch.get_num_threads())
     return y.to(x.dtype).view(*x.shape[:-1], out_features)

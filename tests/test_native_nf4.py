@@ -300,17 +300,28 @@ def test_what_is_not_served() -> None:
         assert native_nf4.matmul(x, weight) is None
 
 
+@pytest.mark.parametrize("weight", ["fp32", "bf16", "nf4", "none"])
 @pytest.mark.parametrize("rank", [1, 7, 8, 16, 19])
 @pytest.mark.parametrize("count", [1, 3, 8, 9, 16])
-def test_an_update_is_added_in_place(rank: int, count: int) -> None:
+def test_an_update_is_added_to_a_product_or_in_place(weight: str, rank: int, count: int) -> None:
+    """And x A^T is left behind. The product without it is the same one."""
     needs_native()
-    y, rows, lora_A, lora_B = (torch.randn(*shape) for shape in ((count, 21), (count, 48), (rank, 48), (21, rank)))
+    y, rows, lora_A, lora_B, W = (torch.randn(*s) for s in ((count, 21), (count, 48), (rank, 48), (21, rank), (21, 48)))
     assert native_nf4.serves_update(rows, lora_A, lora_B)
     down = rows.double() @ lora_A.double().T
-    expected = y.double() + 1.5 * down @ lora_B.double().T
-    found = native_nf4.add_update_(y, rows, lora_A, lora_B, 1.5)
-    torch.testing.assert_close(found.double(), down, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+    added = 1.5 * down @ lora_B.double().T
+    update = native_nf4.Update(lora_A, lora_B, 1.5, torch.empty(count, rank))
+    if weight == "none":
+        before, after = y.clone(), native_nf4.add_update_(y, rows, update)
+        assert after is y
+    elif weight == "nf4":
+        q = nf4.quantize(W)
+        before, after = native_nf4.matmul(rows, q), native_nf4.matmul(rows, q, update=update)
+    else:
+        W = W.bfloat16() if weight == "bf16" else W
+        before, after = native_nf4.dense_matmul(rows, W), native_nf4.dense_matmul(rows, W, update=update)
+    torch.testing.assert_close(update.down.double(), down, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after.double(), before.double() + added, rtol=1e-5, atol=1e-4)
 
 
 def test_which_updates_are_served() -> None:
@@ -321,8 +332,9 @@ def test_which_updates_are_served() -> None:
         (torch.zeros(0, 32), lora_A, lora_B),
         (torch.zeros(17, 32), lora_A, lora_B),
         (torch.zeros(2, 24), torch.zeros(4, 24), lora_B),  # a width that is no multiple of 16
-        (rows.bfloat16(), lora_A, lora_B),
-        (torch.zeros(32, 2).T, lora_A, lora_B),
+        (rows.double(), lora_A, lora_B),
+        (torch.zeros(2, 16), lora_A, lora_B),
+        (rows, lora_A, torch.zeros(5, 3)),
         (rows, torch.zeros(32, 4).T, lora_B),
         (rows, lora_A, lora_B.double()),
         (rows, lora_A, torch.zeros(5, 4, device="meta")),

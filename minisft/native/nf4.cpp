@@ -217,6 +217,14 @@ struct Product {
     int64_t in, out;
 };
 
+// What a low-rank adapter adds to a product: scaling * (x A^T) B^T. native_nf4.py declares the same struct.
+struct Update {
+    const float *A, *B;  // (rank, in) and (out, rank)
+    float* down;         // (rows, rank): x A^T, for backward
+    int64_t rank;
+    float scaling;
+};
+
 template <int ROWS, class Matrix>
 inline void product_column(const Product& p, const Matrix& weight, int64_t column) {
     Floats sums[ROWS] = {};
@@ -255,6 +263,22 @@ inline float dot(const float* a, const float* b, int64_t length) {
     return total;
 }
 
+// y += scaling * (x A^T) B^T. One row is not worth waking a thread for.
+void add_update(const Product& p, const Update& u, int64_t rows, int threads) {
+    if (rows == 1) threads = 1;
+    all_rows(Product{p.x, nullptr, u.down, p.in, u.rank}, u.A, rows, threads);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t column = 0; column < p.out; ++column)
+        for (int64_t row = 0; row < rows; ++row)
+            p.y[row * p.out + column] += u.scaling * dot(u.B + column * u.rank, u.down + row * u.rank, u.rank);
+}
+
+template <class Matrix>
+void matmul(const Product& p, const Matrix& weight, const Update* update, int64_t rows, int threads) {
+    all_rows(p, weight, rows, threads);
+    if (update) add_update(p, *update, rows, threads);
+}
+
 }  // namespace
 
 extern "C" {
@@ -277,19 +301,10 @@ void nf4_quantize(const float* x, int64_t length, int64_t block_size, const floa
     }
 }
 
-void nf4_matmul(const Product* p, const Weight* w, int64_t rows, int threads) { all_rows(*p, *w, rows, threads); }
-void fp32_matmul(const Product* p, const float* w, int64_t rows, int threads) { all_rows(*p, w, rows, threads); }
-void bf16_matmul(const Product* p, const uint16_t* w, int64_t rows, int threads) { all_rows(*p, w, rows, threads); }
-
-// down = x A^T, and y += scaling * down B^T: A is (rank, in), B is (out, rank). One row is not worth waking a thread for.
-void lora_update(const Product* p, const float* A, const float* B, float* down, int64_t rows, int64_t rank, float scaling,
-                 int threads) {
-    if (rows == 1) threads = 1;
-    all_rows(Product{p->x, nullptr, down, p->in, rank}, A, rows, threads);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t column = 0; column < p->out; ++column)
-        for (int64_t row = 0; row < rows; ++row)
-            p->y[row * p->out + column] += scaling * dot(B + column * rank, down + row * rank, rank);
-}
+// x W^T + b, and what ``u`` adds if there is one.
+void nf4_matmul(const Product* p, const Weight* w, const Update* u, int64_t rows, int threads) { matmul(*p, *w, u, rows, threads); }
+void fp32_matmul(const Product* p, const float* w, const Update* u, int64_t rows, int threads) { matmul(*p, w, u, rows, threads); }
+void bf16_matmul(const Product* p, const uint16_t* w, const Update* u, int64_t rows, int threads) { matmul(*p, w, u, rows, threads); }
+void lora_update(const Product* p, const Update* u, int64_t rows, int threads) { add_update(*p, *u, rows, threads); }
 
 }
