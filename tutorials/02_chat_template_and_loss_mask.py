@@ -30,6 +30,8 @@
 # You get `render`, `make_batch` and `loss_sum`: the whole way from a chat to a number with a gradient.
 
 # %% tags=["setup"]
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -125,7 +127,7 @@ shared.show(
 #
 # and what a training step makes smaller is the sum over all its rows, divided *once* by the number of all their targets:
 #
-# $$\frac{\sum_r L_r}{\sum_r \sum_t m_{r,t}}$$
+# $$\frac{\sum_r L_r}{\sum_r \sum_{t=1}^{T-1} m_{r,t+1}}$$
 #
 # In code the mask and the shift are folded into one list of targets: token $t + 1$ where $m_{t+1} = 1$, and -100 elsewhere.
 
@@ -202,8 +204,8 @@ def loss_sum(logits, targets):
 # %% [markdown]
 # ## Run it
 #
-# **What each token costs.** Your `render` on the chat of the picture, and SmolLM2's loss at every token, also at those that
-# do not count.
+# **What each token costs.** Your `render` on the chat of the picture, and SmolLM2's loss at every token but the first, which
+# nothing predicts; also at those that do not count.
 
 # %%
 ids, mask = render(CHAT, tokenizer)
@@ -234,8 +236,8 @@ shared.say(
 )
 
 # %% [markdown]
-# A high bar is a surprise: there the model would have written something else, and there a training step pulls hardest. Tokens
-# that the template repeats in each turn soon cost next to nothing.
+# A high bar is a surprise: there the model would have written something else. Where it is blue, a training step pulls hardest.
+# Tokens that the template repeats in each turn soon cost next to nothing.
 
 # %% [markdown]
 # **What the end token is for.** Now the trap. With SmolLM2, as with many models, the padding token *is* the end token:
@@ -278,6 +280,7 @@ shared.say(
 )
 
 # %%
+# The sizes of a very small transformer, named much as in Llama's configuration; the page needs none of the names.
 SIZES = ModelConfig(
     model_type="llama",
     vocab_size=len(WORDS),
@@ -324,6 +327,14 @@ for name, targets in {"your mask": right, "ends ignored": ends_ignored, "prompt 
     print(f"{name:>13}: last loss {losses[-1]:.4f}, {correct} of {len(test)} answers right")
 
 # %%
+guess, per_row = math.log(len(practice)), int((everything != IGNORE).sum()) / len(practice)  # nats, and targets, of a row
+shared.say(
+    f"The third loss is no worse for being larger: it contains the questions, and which of {len(practice)} comes next cannot "
+    f"be learned. That alone costs ln {len(practice)} = {guess:.1f} nats a row of {per_row:.1f} targets, or "
+    f"{guess / per_row:.2f} a target."
+)
+
+# %%
 task = next(i for i, (_, answer) in enumerate(test) if len(answer) == 5)
 print("asked:       ", " ".join(WORDS[i] for i in test[task][0][3:7]))
 for name in ("your mask", "ends ignored"):
@@ -351,12 +362,14 @@ shared.show(
 # %%
 stopped = {name: sum(reply[-1] == TINY_END for reply in replies) for name, (_, replies) in runs.items()}
 last = {name: losses[-1] for name, (losses, _) in runs.items()}
+begun = sum(reply[: len(a) - 1] == a[:-1] for reply, (_, a) in zip(runs["ends ignored"][1], test, strict=True))
 alike = 0.2 < last["ends ignored"] / last["your mask"] < 5
 shared.say(
     f"With your mask, {stopped['your mask']} of {len(test)} replies end by themselves; with the ends ignored, "
     f"**{stopped['ends ignored']} of {len(test)}**. The last training losses are {last['your mask']:.4f} and "
     f"{last['ends ignored']:.4f} nats: {'who watches the loss notices nothing' if alike else 'here the loss differs too'}. "
-    "The second model counts well. It was just never told that counting has an end."
+    f"Up to the number at which it should have stopped, {begun} of {len(test)} replies of the second model are right. It was "
+    "just never told that counting has an end, and what it says beyond the end means nothing."
 )
 
 # %% [markdown]
@@ -367,9 +380,9 @@ shared.say(
 # %% [markdown]
 # ## The same as the library
 #
-# First the ids: against the model's own template, a Jinja program in the GGUF file that is run by `resolve_template`, and
-# against `encode_chat`, which reads the mask off that program's output. Then the batch and the loss, with PyTorch as a third
-# voice.
+# First the ids: against the model's own template, a program in the GGUF file, written in Jinja (a small language for text with
+# holes) and run by `resolve_template`, and against `encode_chat`, which reads the mask off that program's output. Then the
+# batch and the loss, with PyTorch as a third voice.
 
 # %%
 template = resolve_template(tokenizer)
@@ -386,6 +399,7 @@ assert torch.equal(input_ids, batch.input_ids)
 assert torch.equal(targets, batch.target_ids)
 
 with torch.no_grad():
+    # segment_ids: which places hold tokens and which are padding; page 10 makes more of them
     logits = model(input_ids, segment_ids=batch.segment_ids).flatten(0, 1)  # [B, T] -> [B, T, V] -> [N, V]
 flat = targets.flatten()  # [N]
 torch.testing.assert_close(loss_sum(logits, flat), cross_entropy_sum(logits, flat))
@@ -410,9 +424,9 @@ shared.say(
 )
 
 # %% [markdown]
-# **2. A mean of means.** If each row, or each micro-batch, is divided by its own number of targets and the results are
-# averaged, a target in a short answer weighs more than one in a long answer, and the result depends on how the batch was cut.
-# Our three chats:
+# **2. A mean of means.** If each row, or each part of a batch that is computed on its own (a *micro-batch*, page 10), is
+# divided by its own number of targets and the results are averaged, a target in a short answer weighs more than one in a long
+# answer. With parts, the result depends on top of that on how the batch was cut. Our three chats:
 
 # %%
 by_row = zip(logits.view(*targets.shape, -1), targets, strict=True)  # [T, V] and [T] of each row
@@ -422,7 +436,7 @@ token_mean = sum(total for total, _ in per_row) / sum(n for _, n in per_row)
 print("targets in each row:", [n for _, n in per_row], "  mean loss of each:", [round(total / n, 2) for total, n in per_row])
 shared.say(
     f"Divided once by all targets: {token_mean:.3f} nats. Mean of the rows' means: {mean_of_means:.3f}. "
-    "Same model, same rows; only the first number stays the same when the batch is cut differently. Page 10 cuts batches."
+    "Same model, same rows, another loss. Page 10 cuts batches, and there the mean of means even changes with the cut."
 )
 
 # %% [markdown]
@@ -461,7 +475,7 @@ def check_only_last_turn(answer):
     assert len(found) == len(mask), "return one flag for each token"
     assert found != mask, "the first answer is still marked"
     assert any(found), "nothing is marked any more: keep the last run of True"
-    assert (found[6], found[9]) == (True, False), (
+    assert (found[8], found[9]) == (True, False), (
         "the mask has moved by one place: flags belong to the tokens; make_batch shifts"
     )
     assert found == [False] * 6 + [True] * 3 + [False], "keep the last run of True, all of it, and nothing else"
@@ -534,7 +548,8 @@ shared.grade(check_targets_of, targets_of)
 #   program and finds the answers in its output; `minisft inspect` prints any data set token by token, as in the first
 #   picture.
 # - Tools, images and reasoning blocks in a chat: minisft does not read them.
-# - The memory that the logits take for a real vocabulary. The library's loss never makes the rows that do not count.
+# - The memory that the logits take for a real vocabulary. The library's loss never computes the logits of places that do not
+#   count.
 # - Packing several chats into one row: page 10.
 # - The tiny models are trained with one seed. That the run without ends does not stop needs no statistics: nothing ever asked
 #   it to.

@@ -5,7 +5,7 @@
 #     title: LoRA from one matrix
 #     minutes: 1
 #     needs: tiny
-#     after: ["02"]
+#     after: []
 #     contract:
 #       LoRALinear: minisft.lora.LoRALinear
 #       add_lora_: minisft.surgery.apply_lora_
@@ -16,15 +16,16 @@
 # %% [markdown]
 # # 03 LoRA from one matrix
 #
-# You will wrap one linear layer so that its weight stays frozen and two thin matrices learn in its place.
+# You will build LoRA (*low-rank adaptation*): wrap one linear layer so that its weight stays frozen and two thin matrices learn in its place.
 # You will see why one of the two starts at zero, what that does to the first gradient, and what `alpha` and the rank really change.
+# (The *rank* of a matrix is the number of directions that it needs; two thin matrices keep that of the change small.)
 # At the end your layer, its gradients and its list of trained numbers equal those of `minisft`.
 
 # %% [markdown]
 # ## You need, you get
 #
 # **You need** Python, PyTorch and this folder. You should know that a linear layer computes $y = W x + b$ and that `loss.backward()` fills `.grad`;
-# page 02 helps but is not required for this one. No pretrained model: the small network here is trained in front of you.
+# no other page has to come first. No pretrained model: the small network here is trained in front of you.
 #
 # **You get** a working LoRA layer in about 30 lines, and a feeling for its four knobs: where it sits, its rank, its scale, its start.
 #
@@ -86,7 +87,8 @@ shared.show(
 # Three decisions are left, and each is a common place to go wrong:
 #
 # - **The start.** A pretrained layer should behave exactly as before until something has been learned, so the product $B A$ must start at zero. One zero factor is enough.
-# - **The scale.** The update is multiplied by $\alpha / r$, so that changing the rank does not also change how strongly a fresh adapter acts.
+# - **The scale.** The update is a sum of $r$ terms, and it is multiplied by $\alpha / r$, so that a larger rank does not make the sum larger by itself:
+#   a learning rate that was safe at rank 8 is not too large at rank 64. (It may be too small there; see "Rank and scale" below.)
 # - **The freezing.** Everything that is not $A$ or $B$ must stop learning: biases and norms too.
 
 # %% [markdown]
@@ -97,6 +99,7 @@ shared.show(
 # $$y = W x + b + s \, B (A x), \qquad s = \frac{\alpha}{r}$$
 #
 # with $W$ of shape $[out, in]$, $A$ of shape $[r, in]$ and $B$ of shape $[out, r]$. It is the same as a layer whose weight is $W' = W + s \, B A$.
+# (In code, as in `nn.Linear`, $x$ is a row and everything is transposed: `x @ A.T @ B.T`.)
 # Write $G$ for the gradient that this merged weight $W'$ would get. The chain rule hands each factor its share:
 #
 # $$\frac{\partial L}{\partial B} = s \, G A^T, \qquad \frac{\partial L}{\partial A} = s \, B^T G$$
@@ -122,7 +125,7 @@ shared.show(
 # 4. One step of size $1/16$ makes $B = (0, 1/4, 0)$.
 # 5. The update is now $s \, B A$: its second row is $2 \cdot \frac{1}{4} \cdot (1, 0, 2, -1) = (0.5, 0, 1, -0.5)$. The new output is $2 + 0.5 + 1 - 0.5 = 3$. Right on the wish.
 #
-# Five numbers were moved by changing one. The next cell checks every line with autograd.
+# One number of $B$ was moved, and with it three weights: a whole row of the update, wherever $A$ is not zero. The next cell checks every line with autograd.
 
 # %%
 W = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]])  # [3, 4]
@@ -155,6 +158,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)  # W [out, in], b [out]
         self.scaling = alpha / rank
+        # new_empty: of the same dtype and on the same device as the weight; filled below
         self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features))  # [rank, in]
         self.lora_B = nn.Parameter(base.weight.new_empty(base.out_features, rank))  # [out, rank]
         self.reset_parameters()
@@ -254,10 +258,14 @@ shared.say(
 # %% [markdown]
 # Now we adapt its middle layer, and nothing else, at three ranks; and for comparison we let *all* weights of the network learn.
 # Every version starts from the same pretrained network and sees the same points for the same number of steps.
+#
+# (All draws are seeded, so your machine repeats its own numbers. Another machine, or another number of threads, adds up in another order, and training makes
+# such roundings grow: there the accuracies of this page may be a few points higher or lower.)
 
 # %%
 rank_1, rank_4, rank_16, full = (copy.deepcopy(pretrained) for _ in range(4))
 for model, rank in ((rank_1, 1), (rank_4, 4), (rank_16, 16)):
+    # alpha = 2 * rank: the scale is 2 at every rank, so only the rank differs between these three
     add_lora_(model, ["middle"], rank=rank, alpha=2 * rank)
 print("trained at rank 4:", trainable(rank_4))
 arms = {"before": pretrained, "rank 1": rank_1, "rank 4": rank_4, "rank 16": rank_16, "all weights": full}
@@ -289,21 +297,25 @@ shared.show(
 # %%
 if accuracy(rank_1, 0.5) < before + 0.05:
     shared.say(
-        "One direction in the middle layer is not enough for this change: at rank 1 nothing much has happened. A rank can be too small."
+        "One direction in the middle layer is not enough for this change: in 400 steps at this rate nothing much has happened at rank 1. "
+        "A rank can be too small."
     )
 both = copy.deepcopy(pretrained)
 add_lora_(both, ["first", "middle"], rank=1, alpha=2)
 fit(both, angle=0.5, steps=400, seed=1)
 few, many = sum(trainable(both).values()), sum(trainable(rank_4).values())
-verdict = "better than" if accuracy(both, 0.5) > accuracy(rank_4, 0.5) else "not better than"
+better = accuracy(both, 0.5) > accuracy(rank_4, 0.5)
 shared.say(
-    f"**Where** it sits matters as much as the rank. Rank 1 on the first *and* the middle layer trains {few} numbers and reaches "
-    f"{accuracy(both, 0.5):.0%}: {verdict} rank 4 on the middle layer alone ({many} numbers, {accuracy(rank_4, 0.5):.0%}). "
-    f"Training all {sum(trainable(full).values())} weights reaches {accuracy(full, 0.5):.0%}; at rank 16 the middle layer alone gets to {accuracy(rank_16, 0.5):.0%}."
+    f"**Where** it sits matters too, not only its rank. Rank 1 on the first *and* the middle layer trains {few} numbers and reaches "
+    f"{accuracy(both, 0.5):.0%}: {'better' if better else 'not better'} than rank 4 on the middle layer alone ({many} numbers, {accuracy(rank_4, 0.5):.0%}). "
+    f"Training all {sum(trainable(full).values())} weights reaches {accuracy(full, 0.5):.0%}; at rank 16 the middle layer alone gets to {accuracy(rank_16, 0.5):.0%}. "
+    + ("No wonder: a turn of the world is a change of what the *first* layer should read. " if better else "")
+    + "In another task another layer would be the right place; one run does not weigh place against rank."
 )
 shared.say(
-    "On a large model the saving is of another kind. The LoRA paper reports that the checkpoint of GPT-3 with 175 billion parameters shrank from "
-    f"{shared.paper('hu2021lora', 'checkpoint_full_gb')} GB to {shared.paper('hu2021lora', 'checkpoint_lora_mb')} MB, "
+    "On a large model the saving is larger by far, because the matrices are. The LoRA paper reports that what has to be stored for one fine-tuned GPT-3 "
+    f"(175 billion parameters) shrank from {shared.paper('hu2021lora', 'checkpoint_full_gb')} GB to {shared.paper('hu2021lora', 'checkpoint_lora_mb')} MB, "
+    "since only A and B are stored (the frozen model is kept once, for all adapters), "
     f"and memory in training from {shared.paper('hu2021lora', 'vram_full_gb')} GB to {shared.paper('hu2021lora', 'vram_lora_gb')} GB."
 )
 
@@ -373,7 +385,7 @@ axes[2].text(10, 0.06 * top, "A and B: 0 for ever", ha="center", fontsize=9)
 shared.show(
     fig,
     "first_gradients",
-    "Gradient norms of A and B over 20 steps for four starts: the factor beside the zero one moves first, both zero stays zero, both random starts from a higher loss.",
+    "Gradient norms of A and B over 20 steps for four starts: the factor that is zero moves first and the other one follows, both zero stays zero, both random starts from a higher loss.",
 )
 
 # %%
@@ -398,7 +410,7 @@ shared.say(
 # ### Rank and scale
 #
 # How good can rank $r$ be? Here we know: the best rank-$r$ piece of $D$ keeps its $r$ strongest directions (a theorem by Eckart and Young), and the error left over
-# is the sum of the squares of the others. That floor is the black line below. Now train every rank with three scales that are in use,
+# is the sum of the squares of the others' strengths (divided by the 64 outputs, because our loss is a mean over them). That floor is the black line below. Now train every rank with three scales that are in use,
 # `alpha` alone, `alpha / r` and `alpha / sqrt(r)` (called rsLoRA), all with `alpha = 8`, under three optimizer settings.
 
 # %%
@@ -456,8 +468,8 @@ for setting in SETTINGS:
 #
 # Read the panels from left to right. A scale is not good or bad by itself: it multiplies how fast the layer moves, as the learning rate does.
 # A large scale can rescue a rate that is too small, and ruins one that is large; with plain SGD it enters squared (exercise 2 shows why).
-# What `alpha / r` buys is that a rate which suits one rank is *safe* at another. What it costs is that high ranks may learn slowly at a small rate, which is what the authors of rsLoRA
-# point out and mend with `alpha / sqrt(r)`. So: choose one convention, keep `alpha` fixed, tune the rate. "alpha should be twice the rank" is a habit, no law.
+# What `alpha / r` buys is that a rate which suits one rank is *safe* at another. What it costs is that high ranks may learn slowly: at a small rate with Adam (left),
+# and with plain SGD even at a rate that is too large for `alpha` (right). That is what the authors of rsLoRA point out and mend with `alpha / sqrt(r)`. So: choose one convention, keep `alpha` fixed, tune the rate. "alpha should be twice the rank" is a habit, no law.
 
 # %% [markdown]
 # ## The same as the library
@@ -515,7 +527,8 @@ shared.say(
 # %% [markdown]
 # ### "A starts as N(0, 1)"
 #
-# Many notebooks draw $A$ from a standard normal distribution. $B$ is zero, so the first forward pass looks perfect. But $B$'s gradient is proportional to $A$, and so is what each step of $B$ does.
+# Many notebooks draw $A$ from a standard normal distribution. $B$ is zero, so the first forward pass looks perfect. But $A$ enters twice:
+# the gradient of $B$ is proportional to $A$, and what a step of $B$ changes in the layer is multiplied by $A$ again. An $A$ that is ten times too large makes the first step a hundred times too large.
 
 # %%
 runs, with_adam = {}, {}
@@ -612,7 +625,7 @@ def embedding_update(ids, lora_A, lora_B, scaling):
 shared.grade(check_embedding_update, embedding_update)
 
 # %% [markdown]
-# (For an embedding it is $A$ that starts at zero, and $B$ that is random: a row of $A$'s transpose is looked up, and a lookup of zeros is as harmless as a product with zeros.)
+# (For an embedding it is $A$ that starts at zero, and $B$ that is random. That is a convention: any one zero factor makes a fresh adapter harmless, and PEFT chose this one.)
 #
 # ### 2. What one step does to the merged weight
 #
@@ -671,11 +684,11 @@ shared.grade(check_merged_change, merged_change)
 #
 # - **That real updates are low-rank.** In our one-matrix runs the change $D$ was made by us, so its spectrum proves nothing. Aghajanyan et al. and Li et al. measure how few dimensions suffice for real tasks;
 #   a later page takes a real full fine-tuning apart.
-# - **Time and memory.** LoRA saves the gradients and optimizer state of the frozen weights and their half of the backward products. It does not save the frozen weights themselves, the activations, or the forward pass, so do not expect
+# - **Time and memory.** LoRA saves the gradients and optimizer state of the frozen weights, and the product that would make their gradient, one of the two of each layer's backward. It does not save the frozen weights themselves, the activations, or the forward pass, so do not expect
 #   a step several times faster.
 # - **A second data set.** Accuracy was measured on points never trained on, but we chose ranks and rates while looking at it. In real work keep a validation set for choosing and a test set for the end.
 # - **Dropout on the adapter's input**, which `minisft` offers: a fresh mask for every token. Zeroing columns of $A$ once per batch is not the same thing, because all tokens then lose the same inputs.
-# - **Low precision.** Our factors have the dtype of the base. `minisft` keeps them in fp32 over a bf16 or 4-bit base, because small steps vanish in bf16 (pages 05 to 07).
+# - **Low precision.** Our factors have the dtype of the base. `minisft` keeps them in fp32 (32 bits a number) over a base in bf16 (16 bits) or 4 bits, because small steps vanish in bf16 (pages 05 to 07).
 # - **Merging**: adding $s B A$ to $W$ for good is exact on paper for any rank; page 09 shows where rounding makes it less so.
 
 # %% [markdown]

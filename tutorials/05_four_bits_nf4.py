@@ -18,9 +18,10 @@
 # %% [markdown]
 # # 05 Four bits: NF4
 #
-# A weight of a language model usually takes 16 bits. QLoRA trains on top of weights that take 4.
-# On this page you build that 4-bit format, NF4, from the bell curve up: its table of 16 numbers, its blocks, its bytes.
-# At the end your bytes equal the library's, bit for bit, on a real layer.
+# A weight of a language model usually takes 16 bits (*bf16*: the range of an ordinary 32-bit float, *fp32*, but only 8
+# significant bits, about two and a half decimal digits). QLoRA trains on top of weights that take 4. On this page you build
+# that 4-bit format, NF4, from the bell curve up: its table of 16 numbers, its blocks, its bytes. At the end your bytes equal
+# the library's, bit for bit, on a real layer.
 
 # %% [markdown]
 # ## You need, you get
@@ -124,9 +125,10 @@ shared.show(
 # In words: the scale is the largest magnitude; the code is the number of the level $\ell_c$ that lies nearest to the scaled
 # weight; the restored weight is that level times the scale.
 #
-# The scale is inverted first and multiplied then, because that is one division for 64 weights; the last bit of the result
-# can depend on it, so we do the same. The nearest level is found without trying all 16: between two neighbours the border is
-# their midpoint, so counting how many of the 15 midpoints lie below the number *is* its code.
+# The scale is inverted first and multiplied then, because that is one division for 64 weights; the last bit of the result can
+# depend on it, so we do the same. The nearest level is found without trying all 16: between two neighbours the border is their
+# midpoint, so counting how many of the 15 midpoints lie *strictly* below the number *is* its code. (So a number exactly on a
+# midpoint takes the lower level. `torch.bucketize` counts in this way.)
 #
 # **The levels.** Let $Q$ be the quantile function of the normal distribution: $Q(p)$ is the number below which a share $p$
 # of the bell lies. Walk from a tail $t$ down to one half in eight even steps: the eight shares you stand on, one half itself
@@ -140,7 +142,8 @@ shared.show(
 #
 # $$t = 1 - \frac{1}{2}\left(\frac{1}{32} + \frac{1}{30}\right) = \frac{929}{960}$$
 #
-# written down as `0.9677083` once, in a library called bitsandbytes, and copied digit by digit ever since.
+# written down as `0.9677083` once, in a library called bitsandbytes, and copied digit by digit ever since. The fraction itself
+# would give other last bits, so for the same table it has to be these seven digits.
 # The picture shows it: even steps up the left side come out as uneven steps along the bottom.
 
 # %%
@@ -222,10 +225,11 @@ def unpack(packed, length):
 
 
 # %% [markdown]
-# Last, there and back. The weights are taken as one long row, whatever their shape, so a block may run over the end of a
-# matrix row. If the last block is short we fill it with zeros, which can never be its largest magnitude, and throw the
-# filling away after coding. The smallest scale that gets inverted is `1e-38`: a block full of zeros would otherwise ask for
-# one divided by zero. (Page 06 has more to say about that block.)
+# Last, there and back. The weights are taken as one long row, whatever their shape, so a block may run over the end of a matrix
+# row. If the last block is short we fill it with zeros, which can never be its largest magnitude, and throw the filling away
+# after coding. The smallest scale that gets inverted is `1e-38`: a block full of zeros would otherwise ask for one divided by
+# zero. (Why this number? Its reciprocal, `1e38`, is the largest power of ten that fp32 can hold. Page 06 has more to say about
+# that block.)
 
 
 # %% tags=["build"]
@@ -235,13 +239,14 @@ def quantize(weight, levels, block_size=64):
     absmax = blocks.abs().amax(dim=1)  # [N]
     scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]  # [N, G], in [-1, 1]
     midpoints = (levels[:-1] + levels[1:]) / 2  # [15]
-    codes = torch.bucketize(scaled, midpoints)  # [N, G]: how many midpoints lie below
+    codes = torch.bucketize(scaled, midpoints)  # [N, G]: how many midpoints lie strictly below
     return pack(codes.flatten()[: len(flat)].to(torch.uint8)), absmax
 
 
 def dequantize(packed, absmax, levels, shape, block_size=64):
     codes = unpack(packed, shape.numel())  # [n]
     scales = absmax.repeat_interleave(block_size)[: len(codes)]  # [N] -> [n]
+    # The library adds 0.0, which turns -0 into +0. Here no scale is below zero; on page 06 one may become so.
     return (levels[codes.int()] * scales).view(shape)
 
 
@@ -284,11 +289,12 @@ shared.show(
 # %% [markdown]
 # ## Run it
 #
-# Now the real layer. How far off are the weights that come back? We measure the root of the mean squared error against the
-# root of the mean squared weight, so that zero is perfect and one is as bad as forgetting the weights altogether. Three
-# tables compete: NF4; **int4**, whose levels are evenly spaced; and **FP4**, a 4-bit floating-point number (one bit for the
-# sign, two for the exponent, one for the fraction). Blocks grow from 32 to 4096 weights. For comparison, the same with
-# numbers that really come from a normal distribution.
+# Now the real layer. How far off are the weights that come back? We measure the root of the mean squared error against the root
+# of the mean squared weight, so that zero is perfect and one is as bad as forgetting the weights altogether. Three tables
+# compete: NF4; **int4**, 16 evenly spaced levels, the whole numbers from -8 to 7 divided by 7 (the first is out of reach, since
+# no scaled weight lies below -1); and **FP4**, a 4-bit floating-point number (one bit for the sign, two for the exponent, one
+# for the fraction). Blocks grow from 32 to 4096 weights. For comparison, the same with numbers that really come from a normal
+# distribution.
 
 
 # %%
@@ -347,8 +353,9 @@ w = weights["down_proj"]
 packed, absmax = quantize(w, levels)
 assert packed.nbytes == w.numel() / 2
 assert absmax.nbytes == 4 * w.numel() / 64
+by_chance = " (by chance as many as the layer has weights)" if w.nbytes == numel else ""
 shared.say(
-    f"`down_proj`: {w.nbytes:,} bytes in fp32, {w.to(torch.bfloat16).nbytes:,} in bf16, "
+    f"`down_proj`: {w.nbytes:,} bytes in fp32{by_chance}, {w.to(torch.bfloat16).nbytes:,} in bf16, "
     f"{packed.nbytes:,} for the codes and {absmax.nbytes:,} for the scales: "
     f"{8 * (packed.nbytes + absmax.nbytes) / w.numel():.2f} bits a weight."
 )
@@ -454,11 +461,14 @@ shared.show(
     fig, "usage", "Bars of how often each of the 16 codes is used: a hill in the middle, far below one sixteenth at both ends."
 )
 assert share.max() > 2 * share.min()
+made_for = bell.inv_cdf(tail)
 shared.say(
     f"The rarest code is used {share.min():.1%} of the time, the most frequent {share.max():.1%}; together they carry "
-    f"{entropy:.2f} of 4 bits. The dots show that the weights are not to blame. The table ends at {bell.inv_cdf(tail):.2f} "
-    f"standard deviations of the bell it was made for. But the largest of 64 weights is {reach:.2f} times the root mean square "
-    f"of its block on average, and that one is divided down to 1: the bell under the table is narrower than the table's own."
+    f"{entropy:.2f} of 4 bits (their entropy: what a perfect packer would need for a code). The dots show that the weights are "
+    f"not to blame. In the bell that the table was made for, level 1 stands at {made_for:.2f} standard deviations. In a real block "
+    f"level 1 stands at the largest weight, and that is at {reach:.2f} on average. So one standard deviation of real weights is "
+    f"1/{reach:.2f} = {1 / reach:.2f} on the table's scale and not 1/{made_for:.2f} = {1 / made_for:.2f}: the weights crowd into "
+    "the middle, and the outer codes are rarely asked for."
 )
 
 # %% [markdown]
@@ -489,7 +499,8 @@ shared.say("Lowest error on this layer: " + "; ".join(f"blocks of {size} at t = 
 
 # %% [markdown]
 # NF4 is a good table, a short recipe, and a fixed standard that every reader of the file shares. It is not the table of least
-# error, and Yoshida's note of that title says why. What matters more: any of these curves is flat near its lowest point.
+# error; Yoshida's note *NF4 Isn't Information Theoretically Optimal* says why. It hardly matters: any of these curves is flat
+# near its lowest point, so a tail that is a little off costs next to nothing.
 
 # %% [markdown]
 # ## Exercises
@@ -561,7 +572,9 @@ shared.grade(check_pack_any, pack_any)
 
 # %% tags=["solution"]
 def pack_any(codes):
-    return pack(pad(codes, (0, len(codes) % 2)))  # a zero behind the last code, which unpack's length cuts off again
+    # Any code may fill the hole: unpack's length cuts it off again. (The library fills its last block up with weights of zero
+    # before it codes them, so there the hole holds 7, the code of zero.)
+    return pack(pad(codes, (0, len(codes) % 2)))
 
 
 shared.grade(check_pack_any, pack_any)

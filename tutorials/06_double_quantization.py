@@ -28,7 +28,7 @@
 # weights and trains small matrices, the *adapters*, beside them; page 03 shows it.
 #
 # **You get**, in a minute of running time: the 8-bit code for scales, a function `bill()` that says where the memory of a
-# training step goes, and an answer to "does it fit?" that does not come from multiplying by two.
+# training step goes, and an answer to "does it fit?" that does not come from multiplying by two bytes a weight.
 
 # %% tags=["setup"]
 import torch
@@ -53,7 +53,8 @@ shared.start("06", seed=0)
 # %% [markdown]
 # Here is the bill for a model of seven billion weights, one row of 512 tokens at a time. Nothing of that size is allocated:
 # `minisft plan` rehearses a step with tensors that have a shape and no memory. We trust it for now. Further down you count the
-# bytes of a small model yourself, and compare. (The code of this cell is book-keeping and drawing: read the picture first.)
+# bytes of a small model yourself, and compare. Adapters, where there are any, have rank 16 and sit on all linear layers but the
+# output head. (The code of this cell is book-keeping and drawing: read the picture first.)
 
 # %%
 METHODS = {
@@ -129,7 +130,8 @@ shared.show(
 #
 # **Double quantization.** One fp32 scale for 64 weights is half a bit a weight. Smaller scales, then: treat the scales as if
 # *they* were weights. Take 256 of them as a block, divide by their largest magnitude, round each to the nearest of 256 levels,
-# keep the 8-bit code. One fp32 number for 256 scales, that is for 16,384 weights, is nearly nothing.
+# keep the 8-bit code. One fp32 number for 256 scales, that is for 16,384 weights, is nearly nothing. The weights' own codes are
+# chosen first, with the exact scales of page 05; only then are the scales rounded.
 #
 # Two details make it work.
 #
@@ -158,9 +160,9 @@ shared.show(
 #
 # instead of $4 + \frac{32}{64}$.
 #
-# The dynamic map: decade $i = 0, \dots, 6$ reaches from $10^{i-7}$ to $10^{i-6}$. Cut it into $2^i$ equal parts; the
-# middle of each part is a level, and so is its negative. That is 127 positive levels and 127 negative ones. Zero and one
-# are added: 256. Minus one is not among them.
+# The dynamic map: decade $i = 0, \dots, 6$ reaches from $10^{i-7}$ to $10^{i-6}$, so that the last one, decade 6, ends at 1.
+# Cut it into $2^i$ equal parts; the middle of each part is a level, and so is its negative. That is 127 positive levels and 127
+# negative ones. Zero and one are added: 256. Minus one is not among them.
 
 # %%
 fig, ax = shared.figure(height=2.9)
@@ -209,7 +211,7 @@ def dynamic_map():
     values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1.0, 2**i + 1)
-        middles = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()  # 2^i of them
+        middles = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()  # 2^i of them; decade 6 ends at 1
         values += [*middles, *(-m for m in middles)]
     return torch.tensor(sorted(values))  # [256]
 
@@ -226,6 +228,7 @@ def quantize_absmax(absmax):
 
 def decode_absmax(codes, absmax2, offset):
     scales = absmax2.repeat_interleave(256)[: len(codes)]  # [M] -> [N]
+    # The scale of a block of zeros may come back a little below zero, and its zeros as -0: hence the library's + 0.0.
     return dynamic_map()[codes.int()] * scales + offset
 
 
@@ -509,10 +512,10 @@ print({block_size: bits_per_weight(block_size) for block_size in (64, 128, 512)}
 # %% [markdown]
 # ### 2. A block of zeros
 #
-# Pruned rows and padded vocabularies bring blocks that are all zero. Their scale is zero, and zero divided by zero is NaN
-# ("not a number"), which compares as neither smaller nor larger than anything. Write `block_codes(block, levels)`: the
-# codes of one block, in `torch.uint8`, so that a block of zeros gets the code of exact zero, and every other block what
-# page 05 gives it.
+# Pruned rows and padded vocabularies bring blocks that are all zero. Their scale is zero, and zero divided by zero is NaN ("not
+# a number"), which compares as neither smaller nor larger than anything. Page 05 has a `clamp` for them. Write
+# `block_codes(block, levels)`, page 05's coding of one block, in `torch.uint8`, and try it without the `clamp` first: the check
+# tells what then becomes of the zeros.
 #
 # Does it matter, if the scale is zero anyway? With double quantization it does. The check shows how.
 

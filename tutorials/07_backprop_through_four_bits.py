@@ -23,7 +23,8 @@
 # ## You need, you get
 #
 # **You need** page 03 (LoRA) and page 05 (a weight as 4-bit codes and scales), and to have called `loss.backward()` before.
-# No GPU, no model.
+# Page 06 (the scales in 8 bits again) is what `nf4.quantize` does unless told otherwise; here it only makes the packed weight a
+# little smaller, and `absmax2=None, offset=None` means that it was not done. No GPU, no model.
 #
 # **You get** a linear layer with a 4-bit weight that gradients flow through, two instruments that tell what autograd keeps in
 # memory, and a complete, if very small, QLoRA training run. About one minute.
@@ -45,9 +46,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from minisft import nf4
 
 # %% [markdown]
-# Here is the whole page in one picture, before any of it is explained. Time runs from left to right: first the forward pass
-# of a layer, then a long wait while all the layers behind it have their turn, then the backward pass of this layer. The areas
-# are to scale.
+# Here is the whole page in one picture, before any of it is explained. Time runs from left to right: first the forward pass of
+# a layer, then a long wait while all the layers that come after it have their turn, then the backward pass of this layer. The
+# areas are to scale.
 
 # %%
 SHAPE = (576, 576)  # [out, in]: an attention projection of a small language model
@@ -95,8 +96,8 @@ shared.say(
 # ## The idea
 #
 # In fine-tuning with LoRA the large weight $W$ is frozen. It never learns, so nobody ever asks for its own gradient. But the
-# layers *in front of* it do learn (they have adapters too), and their gradients have to pass through $W$ on the way back. So
-# backward needs the values of $W$, and only those.
+# layers *before* it, nearer the input, do learn (they have adapters too), and their gradients have to pass through $W$ on the
+# way back. So backward needs the values of $W$, and only those.
 #
 # PyTorch's autograd has one general answer to "backward needs a value": it **saves** the tensor during forward. For an
 # ordinary layer this costs nothing. The saved tensor *is* the parameter, which lives anyway, and saving means keeping a
@@ -234,6 +235,10 @@ class QLoRALinear(nn.Module):
 # details make the count honest. Several tensors can be views of the same memory (`W` and `W.T` are), so we count *storages*,
 # the memory below the tensors, and each only once. And a storage that lives anyway, such as a parameter's, costs nothing to
 # keep, so the caller can name those.
+#
+# One thing the hooks do not see: what we hang onto `ctx` ourselves, such as `ctx.q`. That one is owned by the layer, so it
+# costs nothing; a dense weight hidden there would escape this instrument, and the second one, further down, is there to catch
+# it.
 
 
 # %% tags=["build"]
@@ -410,8 +415,9 @@ for tokens in (16, 256, 4096):
 # ### A real little QLoRA run
 #
 # Now the thing itself. A stack of eight layers plays the pretrained model. The *teacher* is the same stack after somebody
-# fine-tuned it, so that every weight has moved a little. The *student* has the pretrained weights in 4 bits, frozen, and a
-# LoRA update beside each. It learns the teacher's answers.
+# fine-tuned it, so that every weight has moved a little. The *student* has the pretrained weights in 4 bits, frozen, and a LoRA
+# update beside each. It learns the teacher's answers. (What fine-tuning did has rank 3, since we made it so, and the adapters
+# have rank 8, so they could hold all of it. That real updates are of low rank is not shown here.)
 
 # %%
 LAYERS, SIZE, RANK = 8, 128, 8
@@ -428,6 +434,7 @@ def run_stack(layers, h):
 
 with torch.no_grad():
     wanted = run_stack([lambda h, W=W + D: h @ W.T for W, D in zip(pretrained, drift, strict=True)], inputs)
+    unrounded = F.mse_loss(run_stack([lambda h, W=W: h @ W.T for W in pretrained], inputs), wanted).item()
 
 student = nn.ModuleList(QLoRALinear(W, rank=RANK, alpha=2 * RANK) for W in pretrained)
 
@@ -448,7 +455,8 @@ trained = sum(p.numel() for p in student.parameters())
 losses = train(student)
 shared.say(
     f"{trained:,} numbers learned, {LAYERS * SIZE**2:,} stayed frozen in 4 bits. "
-    f"The loss went from {losses[0]:.3f} to {losses[-1]:.4f} in {len(losses)} steps."
+    f"The loss went from {losses[0]:.3f} to {losses[-1]:.4f} in {len(losses)} steps. With unrounded weights it would have begun "
+    f"at {unrounded:.3f}: the rest is the error of 4 bits, and the adapters learn to make up for that too."
 )
 
 # %% [markdown]
@@ -584,21 +592,21 @@ print("the library's layers agree, nothing is saved, and the gradient is the tru
 # graph behind the output, in C++. The second exercise is about catching it.
 #
 # **"The weight is frozen, so its product needs no gradient: put it under `no_grad`."** Then the chain is cut there, and
-# whatever lies below never learns:
+# whatever comes before it never learns:
 
 # %%
-below = QLoRALinear(torch.randn(64, 64) / 8, rank=4, alpha=8)
-above = FourBitLinear(torch.randn(64, 64) / 8)
+earlier = QLoRALinear(torch.randn(64, 64) / 8, rank=4, alpha=8)
+later = FourBitLinear(torch.randn(64, 64) / 8)
 x = torch.randn(20, 64)
-nn.init.normal_(below.lora_B)
+nn.init.normal_(earlier.lora_B)
 
 with torch.no_grad():
-    cut = above(below(x))
+    cut = later(earlier(x))
 print("under no_grad: the output has a graph behind it:", cut.requires_grad)
 
-above(below(x)).sum().backward()
-length = below.lora_A.grad.norm()
-shared.say(f"With our product the layer below gets its gradient, of length {length:.0f}, although the layer above is frozen.")
+later(earlier(x)).sum().backward()
+length = earlier.lora_A.grad.norm()
+shared.say(f"With our product the earlier layer gets its gradient, of length {length:.0f}, although the later one is frozen.")
 assert not cut.requires_grad
 
 # %% [markdown]
@@ -664,7 +672,7 @@ def check_biased_linear(answer):
         raise AssertionError(f"backward fails, look at the shapes of the gradients. PyTorch says: {error}") from error
     grad_x, grad_bias = torch.autograd.grad(expected, (x, bias), slope)
     assert grads[1] is not None, "the bias gets no gradient: backward returns one gradient for each input of forward"
-    assert grads[0] is not None, "x gets no gradient: the layers below would not learn"
+    assert grads[0] is not None, "x gets no gradient: the layers before this one would not learn"
     torch.testing.assert_close(grads[0], grad_x, msg="the gradient of x is not grad_y W")
     torch.testing.assert_close(grads[1], grad_bias, msg="every token adds to the gradient of the bias: sum over all of them")
 

@@ -32,7 +32,7 @@ import torch
 
 import shared
 
-shared.start("08", seed=0, triton=True)  # chooses Triton's interpreter, which has to be done before Triton is imported
+shared.start("08", seed=0, triton=True)  # sets TRITON_INTERPRET=1, which has to be done before Triton is imported
 
 import triton
 import triton.language as tl
@@ -115,13 +115,13 @@ shared.show(
 #
 # $$i = p \cdot \mathrm{TILE} + l$$
 #
-# $$\mathrm{byte} = \mathrm{packed}\left[\lfloor i / 2 \rfloor\right] \qquad s = 4 \cdot (1 - i \bmod 2)$$
+# $$\mathrm{byte} = \mathrm{packed}\left[\lfloor i / 2 \rfloor\right] \qquad h = 4 \cdot (1 - i \bmod 2)$$
 #
-# $$\mathrm{code} = \lfloor \mathrm{byte} / 2^{s} \rfloor \bmod 16$$
+# $$\mathrm{code} = \lfloor \mathrm{byte} / 2^{h} \rfloor \bmod 16$$
 #
 # $$w_i = \mathrm{levels}[\mathrm{code}] \cdot \mathrm{absmax}\left[\lfloor i / G \rfloor\right]$$
 #
-# Dividing by a power of two and taking a remainder of 16 are `>> s` and `& 15` for a computer.
+# Dividing by $2^h$ and taking the remainder of a division by 16 are `>> h` and `& 15` for a computer.
 
 # %% [markdown]
 # ## By hand: 3 x 4
@@ -177,8 +177,9 @@ for n in (16, 13):
 # somebody else are gone. No error. On a GPU the neighbour may be another layer's weights.
 #
 # Some new words in that cell. `@triton.jit` makes a function a kernel. `[(2,)]` is the grid. `tl.arange(0, TILE)` is the tile
-# of lane numbers, 0 to TILE - 1. `TILE: tl.constexpr` is a number that is known when the kernel is compiled; the size of a
-# tile has to be, and it has to be a power of two. A tensor handed to a kernel arrives as its pointer.
+# of lane numbers, 0 to TILE - 1. `TILE: tl.constexpr` is a number that is known when the kernel is compiled; the size of a tile
+# has to be, and it has to be a power of two. A tensor handed to a kernel arrives as its pointer. And in a script of your own,
+# write `os.environ["TRITON_INTERPRET"] = "1"` before `import triton`; without it, Triton looks for a GPU.
 #
 # **Step 1, with a mask.** `other` is what a masked lane gets instead of a value.
 
@@ -224,7 +225,8 @@ def load_weights(packed_ptr, absmax_ptr, levels_ptr, i, inside, BLOCK_SIZE: tl.c
     byte = tl.load(packed_ptr + i // 2, mask=inside, other=0).to(tl.int32)  # [TILE], two neighbours read the same one
     code = (byte >> 4 * (1 - i % 2)) & 15  # [TILE], the first of two in the upper half
     absmax = tl.load(absmax_ptr + i // BLOCK_SIZE, mask=inside, other=0.0)  # [TILE]
-    return tl.load(levels_ptr + code) * absmax + 0.0  # [TILE]; adding 0 turns -0 into +0
+    # After 8 bits (page 06) a scale can come back slightly negative, and 0 times that is -0: adding 0 makes it +0.
+    return tl.load(levels_ptr + code) * absmax + 0.0  # [TILE]
 
 
 @triton.jit
@@ -358,10 +360,10 @@ shared.say(
 # can be read. So we compile our dequantization kernel for two GPUs that we do not have: `sm_90`, NVIDIA's H100, and `gfx942`,
 # AMD's MI300. Beside it, the library's kernel for the same job.
 #
-# This happens in a second Python process, because Triton decides once, when it is imported, whether it interprets or
-# compiles. The compiler has to be told what a launch would have told it: the type of each argument, the value of each
-# constant, and one thing more, which turns out to matter: which arguments are multiples of 16. (Addresses of tensors are. `n`
-# may be or not, so we ask for both.)
+# This happens in a second Python process, because Triton decides once, when it is imported, whether it interprets or compiles.
+# The compiler has to be told what a launch would have told it: the type of each argument, the value of each constant, and one
+# thing more, which turns out to matter: which arguments are multiples of 16. (Addresses of tensors are. `n` may be or not, so
+# we ask for both.) The cell is book-keeping: look at its output, the words in it are explained below.
 
 # %%
 import inspect

@@ -286,18 +286,21 @@ shared.show(
 nearest = min(range(len(SIZES)), key=lambda i: abs(SIZES[i] - 1e-2))
 rows = ", ".join(f"{name} {points[nearest][2]:.2g}" for name, points in curves.items())
 shared.say(
-    f"For an update of {100 * SIZES[nearest]:.0f} % of the weight, a usual size after fine-tuning, the effect errors are: {rows}. "
+    f"For an update of {100 * SIZES[nearest]:.0f} % of the weight (in the adapter trained below, most are smaller), the effect "
+    f"errors are: {rows}. "
     f"Back in 4 bits, survival there is {curves['4 bits again'][nearest][3]:.2f}."
 )
 
 # %% [markdown]
-# Read it from the bottom up. **fp32** is exact for all that matters. **bf16** is good for large updates and loses its grip
-# as they shrink: halve the update and the error doubles, until nearly everything is swallowed and the curve bends towards 1.
-# **4 bits again** stays at 1 until the update is a tenth of the weight or so, far larger than fine-tuning makes it: the distance
-# between two of sixteen levels dwarfs the update, and the adapter is erased. **Into the original** adds a second change
-# that nobody trained, the undoing of the quantization. Next to an update of usual size it is the larger one by far. Survival
-# is not made to see it (what was trained *is* in the sum, and it looks along $D$ only), the effect error is. Whether that model is better or worse is another
-# question, which comes below.
+# Read it from the bottom up. **fp32** is exact for all that matters. **bf16** is good for large updates and loses its grip as
+# they shrink: halve the update and the error doubles, until nearly everything is swallowed and the curve bends towards 1. **4
+# bits again** stays at 1 until the update is a tenth of the weight or so, far larger than any that is trained below: the
+# distance between two of sixteen levels dwarfs the update, and the adapter is erased. **Into the original** adds a second
+# change that nobody trained, the undoing of the quantization. Next to an update of a hundredth of the weight it is the larger
+# one by far. At such sizes survival hardly sees it: what was trained *is* in the sum, and survival looks along $D$ only. At the
+# far left it does, in its way: the undone rounding is so much larger than $D$ that even its small part along $D$ counts, and
+# survival leaves the picture. The effect error sees it everywhere. Whether that model is better or worse is another question,
+# which comes below.
 #
 # ### A real merge, and its certificate
 #
@@ -340,8 +343,8 @@ shared.say(f'"The lighthouse of Varnholm is painted ..." Before: "{before}". Wit
 # Now merge it as `minisft merge` does: from files to files, a few rows at a time, so that a model of any size fits. The
 # **certificate** is part of the job. While a layer is merged it is measured as you measured above; afterwards the unmerged
 # model and the *reloaded* merged one read the same text, and their answers are compared. The yardstick there is the adapter
-# itself: KL is a distance between what two models expect next, and the merge must move the model by much less than the
-# adapter did.
+# itself: KL is a distance between what two models expect next, and the merge may move the model at most half as far as the
+# adapter did; good merges stay far below.
 
 # %%
 from minisft.certificate import certify, check
@@ -360,6 +363,7 @@ with tempfile.TemporaryDirectory() as folder:
         print(f"{name}: the merged folder, loaded again, says: {spoken!r}")
 
 # %%
+print("effect error, survival, swallowed: of the layer where each is worst; KL and same token: of the whole model")
 print(f"{'':5} {'effect error':>13} {'survival':>9} {'swallowed':>10} {'KL merge':>9} {'KL adapter':>11} {'same token':>11}")
 for name, (layers, models, _, _) in certificates.items():
     worst = max(layer.effect_error for layer in layers.layers)
@@ -385,6 +389,11 @@ shared.show(
     "certificate",
     alt="One dot for each adapted layer of SmolLM2: its effect error after the merge against the size of its update, far lower "
     "in fp32 than in bf16, and in bf16 the higher the smaller the update.",
+)
+sizes.sort()
+shared.say(
+    f"{len(sizes)} layers. Half of the updates are smaller than {100 * sizes[len(sizes) // 2]:.1f} % of their weight, the "
+    f"largest has {100 * sizes[-1]:.1f} %."
 )
 
 # %% [markdown]
@@ -508,9 +517,9 @@ shared.say(
 # %% [markdown]
 # The merged layer *is* a base layer: the same shape, the same code, so the same time, up to how busy your machine was. The
 # unmerged one pays twice: in operations, which are few, and in the number of things to start, which weighs most at one token
-# and less the more tokens share it. The script `benchmarks/bench_merge.py` does this for whole models and for other people's code. And
-# one warning: merging a QLoRA model with `dequantized` makes it dense, so it reads up to eight times the bytes. As few tokens are
-# limited by reading, the merged model can then be slower than the unmerged one.
+# and less the more tokens share it. The script `benchmarks/bench_merge.py` does this for whole models and for other people's
+# code. And one warning: merging a QLoRA model with `dequantized` makes it dense, so it reads up to eight times the bytes. With
+# few tokens, most of the time goes into reading the weights, so the merged model can then be slower than the unmerged one.
 
 # %% [markdown]
 # ## The same as the library
@@ -573,10 +582,11 @@ except RuntimeError as error:
     print("half @ fp32:", str(error).splitlines()[0])
 
 # %% [markdown]
-# **"Merge a QLoRA adapter into the original fp16 base, that is the fix."** It is a third model, which nobody trained and
-# nobody tested. Part of what the adapter learned was to make up for the quantization; beside the original weight, there is
-# nothing to make up for. Sometimes that model is better all the same, because the error of quantization is gone too. So
-# measure on your task. The case above, with more and with less quantization error for the adapter to repair:
+# **"Merge a QLoRA adapter into the original fp16 base, that is the fix."** It is a third model, which nobody trained and nobody
+# tested. Part of what the adapter learned was to make up for the quantization; beside the original weight, there is nothing to
+# make up for. Sometimes that model is better all the same, because the error of quantization is gone too. So measure on your
+# task. The case above once more, with the best adapters of growing rank: the larger the rank, the more of the quantization
+# error the adapter makes up for:
 
 # %%
 for rank in (4, 16, 64, 256):
@@ -601,9 +611,9 @@ shared.say(
     f"After 20 times merging by adding and unmerging by subtracting, {100 * changed:.1f} % of a bf16 weight has changed."
 )
 
-words, states = torch.randn(50, 32), torch.randint(50, (6,))  # [vocabulary, D], six token ids
-head_update = 0.3 * torch.randn(50, 2) @ torch.randn(2, 32)  # [50, 2] times [2, 32]: trained for the head only
-trained_logits = words[states] @ (words + head_update).T  # [6, D] times [D, 50]: [6, 50]
+words, states = torch.randn(50, 32), torch.randint(50, (6,))  # [vocabulary, width], six token ids
+head_update = 0.3 * torch.randn(50, 2) @ torch.randn(2, 32)  # [50, 2] times [2, width]: trained for the head only
+trained_logits = words[states] @ (words + head_update).T  # [6, width] times [width, 50]: [6, 50]
 tied = words + head_update  # written into the one tensor that both use
 gap_tied = float((tied[states] @ tied.T - trained_logits).norm() / (trained_logits - words[states] @ words.T).norm())
 shared.say(
@@ -618,7 +628,7 @@ assert gap_tied > 0.1
 #
 # **1. How large must an update be?** Write `smallest_size(W, D, dtype)`: the smallest of the sizes
 # $|D| / |W| = 2^{-14}, 2^{-13}, \ldots, 2^{0}$ at which a merge into `dtype` swallows at most one entry in twenty. `D` gives only the
-# direction: scale it yourself. (How large may your updates be, if you want to publish in bf16?)
+# direction: scale it yourself. (How large must your updates be, if you want to publish in bf16?)
 
 
 # %% tags=["exercise"]

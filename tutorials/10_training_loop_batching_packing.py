@@ -5,7 +5,7 @@
 #     title: The training loop, batching and packing
 #     minutes: 1
 #     needs: tiny
-#     after: ["02", "03"]
+#     after: ["02"]
 #     contract:
 #       pack: minisft.batching.pack
 #       collate: minisft.batching.collate
@@ -25,7 +25,7 @@
 # %% [markdown]
 # ## You need, you get
 #
-# **You need** pages 02 (targets are the tokens shifted by one, and only the answer is supervised) and 03. No pretrained model: a tiny transformer learns to count in front of you.
+# **You need** page 02 (targets are the tokens shifted by one, and only the answer is supervised). No pretrained model: a tiny transformer learns to count in front of you.
 #
 # **You get** five functions, about 45 lines, that together are a correct training step, and three experiments that tell a correct step from one that only looks like it.
 #
@@ -113,7 +113,8 @@ shared.show(
 # **Packing** puts several rows of data one behind the other into one row of the tensor. Finding the best arrangement is a famous hard problem; a simple rule comes close:
 # take the longest row first, and put it where the *least* room is left over. That is called best-fit decreasing.
 #
-# Now neighbours share a row, and attention would let the second read the first. So every place carries the number of its **segment**, and a token may look only at earlier tokens of its own segment.
+# Now neighbours share a row. *Attention* is the part of a transformer in which a token reads the tokens before it (what it reads from them is a weighted sum; a mask says which ones it may read).
+# It would let the second row of data read the first. So every place carries the number of its **segment**, and a token may look only at earlier tokens of its own segment.
 # On paper the allowed pairs form square blocks along the diagonal: a **block mask**.
 #
 # **The loss** is a sum over the supervised tokens, divided *once*, by how many supervised tokens the whole step has. A step may be too large for the memory and cut into **micro-batches**,
@@ -124,11 +125,14 @@ shared.show(
 # %% [markdown]
 # ## The formula
 #
-# With micro-batches $m$, supervised tokens $i$, and $N$ supervised tokens in the whole step:
+# With micro-batches $j = 1 \dots J$, supervised tokens $i$, and $N$ supervised tokens in the whole step:
 #
-# $$L = \frac{1}{N} \sum_m \sum_{i \in m} - \log p(t_i), \qquad N = \sum_m N_m$$
+# $$L = \frac{1}{N} \sum_j \sum_{i \in j} - \log p(t_i), \qquad N = \sum_j N_j$$
 #
-# The mean of the means is $\frac{1}{M} \sum_m \frac{1}{N_m} \sum_{i \in m} - \log p(t_i)$. It is the same only if all $N_m$ are equal.
+# The mean of the means is $\frac{1}{J} \sum_j \frac{1}{N_j} \sum_{i \in j} - \log p(t_i)$. In general it is the same only if all $N_j$ are equal.
+#
+# Clipping: let $|g|$ be the length of *all* gradients taken as one long vector. If $|g| > c$, multiply every one of them by $c / |g|$.
+# It comes after the last micro-batch, for only then is the gradient whole.
 #
 # AdamW keeps two running means for every weight, of its gradient $g$ and of $g^2$. In step $k$, with rate $\eta$ and weight decay $\lambda$:
 #
@@ -136,9 +140,11 @@ shared.show(
 #
 # $$w \leftarrow w - \eta \lambda w - \eta \, \frac{m / (1 - \beta_1^k)}{\sqrt{v / (1 - \beta_2^k)} + \epsilon}$$
 #
-# And the rate, with $W$ warm-up steps of $T$ and a peak $\hat\eta$ (steps count from 1, and none of them has rate zero, since a step without a rate learns nothing):
+# And the rate, with $W$ warm-up steps of $K$ and a peak $\hat\eta$ (steps count from 1, and none of them has rate zero, since a step without a rate learns nothing):
 #
-# $$\eta_k = \begin{cases} \hat\eta \, \frac{k}{W + 1} & k \le W \\ \frac{\hat\eta}{2} \left(1 + \cos \pi \frac{k - 1 - W}{T - W}\right) & k > W \end{cases}$$
+# $$\eta_k = \begin{cases} \hat\eta \, \frac{k}{W + 1} & k \le W \\ \frac{\hat\eta}{2} \left(1 + \cos \pi \frac{k - 1 - W}{K - W}\right) & k > W \end{cases}$$
+#
+# It is at its peak in step $W + 1$ and would be zero in step $K + 1$. Why warm up? In the first steps the running means rest on a handful of gradients, and AdamW would take full steps on their word.
 
 # %% [markdown]
 # ## By hand: 3 x 4
@@ -257,6 +263,7 @@ print("mask of the second bin:\n", block_mask(segments)[1].int())
 # A tiny transformer, its weights still random. The loss of five rows, each alone; then of the same rows packed behind each other.
 
 # %%
+# The sizes of a very small transformer, named much as in Llama's configuration.
 CONFIG = ModelConfig(
     model_type="llama", vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_layers=2,
     num_heads=4, num_kv_heads=2, head_dim=16, max_position_embeddings=128,
@@ -320,7 +327,7 @@ shared.show(
 # %% [markdown]
 # ### Must positions start again at zero?
 #
-# In a packed row the second segment begins at place 20, say. With **rotary positions** (RoPE), which Llama and its relatives use, attention between two tokens depends only on how far apart they are, so any start will do.
+# In a packed row the second segment begins at place 20, say. With **rotary positions** (RoPE), which Llama and its relatives use, attention between two tokens depends on what they are and on how far apart they stand, but not on where, so any start will do.
 # With **learned positions**, where every place has a vector of its own that is added to the token's, it does not. Both claims in one cell: one attention head, one segment of 12 tokens, started at place 0 and at place 20.
 
 # %%
@@ -356,7 +363,7 @@ shared.say(
 #
 # ### Learning to count, three times
 #
-# Three models start from the same weights and see the same 16 rows in every step. One gets them padded and cut into four micro-batches, one packed in a single batch, one packed *without* the block mask.
+# Three models start from the same weights and, in every step, all three see the same 16 new rows. One gets them padded and cut into four micro-batches, one packed in a single batch, one packed *without* the block mask.
 
 # %%
 STEPS, PEAK, WARMUP, ROWS = 100, 0.01, 10, 16
@@ -484,7 +491,8 @@ slow, sorted_only, fast = (tokens / best[name] for name in labels)
 shared.say(
     f"On this machine: {slow:,.0f} tokens a second padded, {sorted_only:,.0f} after sorting, {fast:,.0f} packed: packing is "
     f"**{fast / slow:.1f} times** as fast as padding as they come, and {fast / sorted_only:.1f} times as fast as sorting alone. "
-    f"The padded batches compute {places[labels[0]] / places['packed']:.1f} times as many places as the packed one."
+    f"The padded batches compute {places[labels[0]] / places['packed']:.1f} times as many places as the packed one. Expect less in time: "
+    "for attention the library lays packed rows out one by one again, and clipping costs the same in every layout."
 )
 
 # %% [markdown]
@@ -497,7 +505,10 @@ shared.say(
 
 # %%
 system = list(range(FIRST, FIRST + 30))
-chats = [Encoded(system + row.input_ids, [False] * 30 + row.supervised, n, 0, 0) for n, row in enumerate(rows[:8])]
+chats = [
+    Encoded(system + row.input_ids, [False] * 30 + row.supervised, row=n, control_tokens_in_text=0, prompt_length=33)
+    for n, row in enumerate(rows[:8])
+]
 own = [len(row.input_ids) for row in rows[:8]]
 common = minisft.batching.shared_prefix(chats)  # a token or two of the rows themselves may be common too
 once = minisft.batching.collate_shared(chats, PAD, common)
@@ -585,6 +596,7 @@ print("bins, tensors, attention, rates, losses and weights equal the library's")
 w = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
 adamw = torch.optim.AdamW([w], lr=0.1, betas=(0.9, 0.95), weight_decay=0.01, eps=1e-8)
 by_hand, m, v = 2.0, 0.0, 0.0
+seen = [by_hand]  # the weight before and after each step
 for step, g in enumerate((3.0, -1.0, 0.5), start=1):
     w.grad = torch.tensor([g], dtype=torch.float64)
     adamw.step()
@@ -593,10 +605,14 @@ for step, g in enumerate((3.0, -1.0, 0.5), start=1):
     by_hand -= 0.1 * 0.01 * by_hand
     by_hand -= 0.1 * (m / (1 - 0.9**step)) / (math.sqrt(v / (1 - 0.95**step)) + 1e-8)
     print(f"step {step}: torch {w.item():.6f}, by hand {by_hand:.6f}")
+    seen.append(by_hand)
 assert math.isclose(w.item(), by_hand, rel_tol=1e-12)
-
-# %% [markdown]
-# Look at the first step: a gradient of 3 moved the weight by the learning rate, no more. So would a gradient of 300. That is why Adam forgives many mistakes in the loss's scale, and why such mistakes live so long.
+moved, decay = seen[0] - seen[1], 0.1 * 0.01 * seen[0]
+shared.say(
+    f"Look at the first step: the weight moved by {moved:.3f}. Weight decay took {decay:.3f} of it (0.1 · 0.01 · 2), and the gradient of 3 the other "
+    f"{moved - decay:.3f}, the learning rate and no more. A gradient of 300 would have done the same. "
+    "That is why Adam forgives many mistakes in the loss's scale, and why such mistakes live so long."
+)
 
 # %% [markdown]
 # ## What usually goes wrong
@@ -691,7 +707,7 @@ shared.show(
 )
 assert max(error[False]) < 1e-5 < error[True][-1]
 shared.say(
-    f"Divided once, no cut is off by more than {max(error[False]):.0e}. The mean of means is off by **{error[True][-1]:.0%}** with one row at a time: "
+    f"Divided once, no cut is off by more than {max(error[False]):.0e} (an error of zero is drawn as 1e-8). The mean of means is off by **{error[True][-1]:.0%}** with one row at a time: "
     "every token of a short answer then counts more than one of a long answer. "
     f"Cut in fives it is off by {error[True][2]:.0%}: the sixteenth row is left alone in the last part, and counts as much as five."
 )
@@ -747,6 +763,9 @@ assert ruined["`ignore_index`"] == 0 < ruined["a mask"]
 
 # %% [markdown]
 # So the number in the log says NaN either way, but only one of the two destroys the model; the other goes on for ever without learning anything. Neither is what you want.
+#
+# Why the difference? With `ignore_index` the loss is 0 / 0, but no place hands a gradient back, so all gradients are zero. With the mask, the division hands back 1 / 0, an infinity,
+# and the mask's zeros times infinity are NaN for every weight that took part (the others are the embeddings of tokens that did not occur).
 #
 # Three things protect `minisft`: rows that do not fit are cut or dropped when they are read, with a message; `pack` gives an over-long row a bin of its own; and a step without targets is an error.
 
