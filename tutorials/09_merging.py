@@ -343,8 +343,8 @@ shared.say(f'"The lighthouse of Varnholm is painted ..." Before: "{before}". Wit
 # Now merge it as `minisft merge` does: from files to files, a few rows at a time, so that a model of any size fits. The
 # **certificate** is part of the job. While a layer is merged it is measured as you measured above; afterwards the unmerged
 # model and the *reloaded* merged one read the same text, and their answers are compared. The yardstick there is the adapter
-# itself: KL is a distance between what two models expect next, and the merge may move the model at most half as far as the
-# adapter did; good merges stay far below.
+# itself: KL is a distance between what two models expect next, and the merge may move the model at most a quarter as far as the
+# adapter did. (KL grows with the square of a change, and at most half of an update may be lost.) Good merges stay far below.
 
 # %%
 from minisft.certificate import certify, check
