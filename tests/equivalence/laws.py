@@ -221,12 +221,15 @@ class Exact:
         return self.s * sum((torch.outer(self.B[:, r], self.A[r]) for r in range(len(self.A))), torch.zeros_like(self.W))
 
     @functools.cached_property
+    def norms(self) -> Tensor:
+        """What DoRA divides the rows of W + U by, (O): their lengths, and 1 for a row of zeros."""
+        norms = (self.W + self.U).norm(dim=1)
+        return torch.where(norms == 0, 1.0, norms)
+
+    @functools.cached_property
     def g(self) -> Tensor:
         """How far DoRA stretches each row of W + U, (O); else 1."""
-        if self.m is None:
-            return torch.ones_like(self.b)
-        norms = (self.W + self.U).norm(dim=1)
-        return self.m / torch.where(norms == 0, 1.0, norms)
+        return torch.ones_like(self.b) if self.m is None else self.m / self.norms
 
     @functools.cached_property
     def D(self) -> Tensor:  # noqa: N802

@@ -15,7 +15,7 @@ def dense_gradients(e: Exact, upstream: Tensor) -> dict[str, Tensor]:
     given = {name: getattr(e, name) for name in ("A", "B", "b", "x", "m")}
     leaves = {name: value.clone().requires_grad_() for name, value in given.items() if value is not None}
     A, B, b, x = (leaves[name] for name in ("A", "B", "b", "x"))
-    stretch = e.g if e.m is None else leaves["m"] * (e.g / e.m)
+    stretch = e.g if e.m is None else leaves["m"] / e.norms
     y = x @ (stretch[:, None] * (e.W + e.s * (B @ A))).T + b
     return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), upstream), strict=True))
 
