@@ -67,7 +67,7 @@ class Update(NamedTuple):
         down: (M, rank), fp32; holds x A^T afterwards.
     """
 
-    lora_A: Tensor  # noqa: N815  # the field's names
+    lora_A: Tensor  # noqa: N815  # the names that everybody gives them
     lora_B: Tensor  # noqa: N815
     scaling: float
     down: Tensor

@@ -40,7 +40,6 @@ LAWS = {
     "test_the_merged_layer_sends_back_the_same_gradient": "the merged layer sends back the same gradient",
 }
 
-
 # And what ``test_beside_peft.py`` shows one by one: each passes as long as PEFT is as it says, and is skipped once it is not.
 BESIDE = {
     "test_one_rounding": "bf16: W + D is rounded once",
@@ -63,11 +62,11 @@ class Oracle:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = [item for item in items if item.originalname in self.asked]  # type: ignore[attr-defined]
+        items[:] = [item for item in items if isinstance(item, pytest.Function) and item.originalname in self.asked]
         if not self.of_peft:
             return
-        laws.Case.model = in_peft.model  # type: ignore[method-assign]
-        for module in {laws, *(item.module for item in items)}:  # type: ignore[attr-defined]
+        laws.Case.model = in_peft.model
+        for module in {laws, *(item.module for item in items)}:
             for name in ("weight_of", "merge_", "unmerge_", "state"):
                 if hasattr(module, name):
                     setattr(module, name, getattr(in_peft, name))
@@ -77,7 +76,8 @@ class Oracle:
             return
         law, _, form = item.name.rstrip("]").partition("[")
         error = None if call.excinfo is None else call.excinfo.value
-        verdict = "kept" if error is None else "BROKEN" if isinstance(error, AssertionError) else "error"
+        kinds = {type(None): "passed", AssertionError: "failed", pytest.skip.Exception: "skipped"}
+        verdict = next((word for kind, word in kinds.items() if isinstance(error, kind)), "error")
         self.outcomes[law][verdict] += 1
         if error is not None:
             text = next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
@@ -95,13 +95,15 @@ def main(only: list[str]) -> None:
     options = ["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", "-W", "ignore"]
     beside, oracle = Oracle(beside_asked, of_peft=False), Oracle(laws_asked, of_peft=True)
     for plugin in (beside, oracle):
-        pytest.main([str(EQUIVALENCE), *options], plugins=[plugin])
+        status = pytest.main([str(EQUIVALENCE), *options], plugins=[plugin])
+        if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+            sys.exit(f"pytest did not run: {status!r}")
     versions = f"PEFT {peft.__version__}, bitsandbytes {bitsandbytes.__version__}, torch {torch.__version__}"
     print(f"minisft's laws of one layer, asked of {versions}\n")
     for test, law in laws_asked.items():
         count, found = oracle.outcomes[test], oracle.found[test]
-        verdict = next(verdict for verdict in ("BROKEN", "error", "kept") if count[verdict])
-        tally = ", ".join(f"{number} {verdict}" for verdict, number in sorted(count.items()))
+        verdict = "BROKEN" if count["failed"] else "error" if count["error"] else "kept"
+        tally = ", ".join(f"{number} {outcome}" for outcome, number in sorted(count.items()))
         print(f"{verdict:7} {law}" + (f" ({tally})" if count.total() > 1 else ""))
         for line in found[:MOST]:
             print(" " * 10 + line)
@@ -110,7 +112,10 @@ def main(only: list[str]) -> None:
     print("\nOne by one, beside minisft's answer:\n")
     for test, law in beside_asked.items():
         count = beside.outcomes[test]
-        print(f"{'BROKEN' if count['kept'] else 'kept':7} {law}")
+        unclear = count["failed"] or count["error"]
+        print(f"{'unclear' if unclear else 'BROKEN' if count['passed'] else 'kept':7} {law}")
+        for line in beside.found[test] if unclear else ():
+            print(" " * 10 + line)
 
 
 if __name__ == "__main__":
