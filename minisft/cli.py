@@ -7,7 +7,9 @@ came from. Progress goes to standard error, results to standard output.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import gc
 import json
 import sys
 import warnings
@@ -36,6 +38,14 @@ MEMORY_ADVICE = (
     "use a smaller --micro-batch-size (same result), then --checkpointing selective or full, a shorter --max-length, "
     "fewer --targets"
 )
+
+
+def process() -> int:
+    """``main`` in a process of its own, which may decide how that ends."""
+    # The libraries stay until the end: collections need not walk through them, nor the last one through anything.
+    gc.freeze()
+    atexit.register(gc.freeze)
+    return main()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -422,4 +432,4 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(process())

@@ -59,7 +59,8 @@ def draw_layers(layers: Sequence[Mapping[str, JSON]]) -> bytes:
     panels = _FITTED_PANELS if "output_error" in layers[0] else _PANELS
     # A fixed salt: the same merge gives the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "minisft", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(9, 7), layout="constrained")
+        figure = Figure(figsize=(9, 7))
+        figure.subplots_adjust(0.09, 0.07, 0.99, 0.97, hspace=0.18)
         rows = figure.subplots(len(panels), 1, sharex=True)
         for axes, (label, columns) in zip(rows, panels.items(), strict=True):
             _draw_panel(axes, {name: [float(str(layer[name])) for layer in layers] for name in columns}, columns)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,28 +46,21 @@ def merged_rows(
     base: Pieces,
     dtype: torch.dtype,
     effect: Effect,
-    beside: Executor,
     trained: Pieces | None = None,
 ) -> Iterator[Tensor]:
     """W' of one layer in flat pieces, measured by ``effect`` on the way.
 
     Args:
         base: W.
-        beside: one thread, which measures a piece while the caller writes it and the next one is computed.
         trained: the weight that the adapter was trained on, if that is not W.
     """
-    measuring: Future[None] | None = None
     for begin, end in row_ranges(base.shape):
         weight = read_rows(base, begin, end)
         before = None if trained is None else read_rows(trained, begin, end)
         delta = adapter.delta_rows(weight if before is None else before, slice(begin, end))
         stored = rounded(path, merged_weight(weight, delta), dtype)
-        if measuring is not None:
-            measuring.result()  # never more than one piece behind: a piece is memory
-        measuring = beside.submit(effect.add, weight, delta, stored, before)
+        effect.add(weight, delta, stored, before)
         yield stored.reshape(-1)
-    if measuring is not None:
-        measuring.result()
 
 
 # ---- the whole model -------------------------------------------------------------------------------------------------
@@ -205,14 +197,13 @@ def _write_dense(
     write_settings(folder, tokenizer, write_config(config, dtype, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id))
     del tokenizer
     reports: dict[str, LayerReport] = {}
-    with ThreadPoolExecutor(1) as beside:
-        pieces = _merged_pieces(files, onto, dtype, reports, beside)
-        records = write_shards(folder, specs, pieces, {MARK: files.digest}, max_shard_bytes)
+    pieces = _merged_pieces(files, onto, dtype, reports)
+    records = write_shards(folder, specs, pieces, {MARK: files.digest}, max_shard_bytes)
     return MergeReport(onto, tuple(reports[path] for path in files.adapters)), records
 
 
 def _merged_pieces(
-    files: AdaptedFiles, onto: Target, dtype: torch.dtype, reports: dict[str, LayerReport], beside: Executor
+    files: AdaptedFiles, onto: Target, dtype: torch.dtype, reports: dict[str, LayerReport]
 ) -> Callable[[str], Iterator[Tensor]]:
     """What ``write_shards`` asks for each name; a layer's report is entered when its last piece is out."""
 
@@ -224,7 +215,7 @@ def _merged_pieces(
             return
         effect = Effect()
         trained = files.trained_on(name) if onto == "original" and name in files.in_4_bits else None
-        yield from merged_rows(path, files.adapters[path], base, dtype, effect, beside, trained)
+        yield from merged_rows(path, files.adapters[path], base, dtype, effect, trained)
         reports[path] = effect.report(path)
 
     return pieces

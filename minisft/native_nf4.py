@@ -1,6 +1,7 @@
 """The functions of ``minisft.nf4`` on a CPU at full speed, and products of a few rows that never build the dense weight.
 
-``dequantize`` and ``quantize`` give the bits of ``minisft.nf4``; ``matmul`` multiplies and sums in fp32. The work is done by
+``dequantize`` and ``quantize`` give the bits of ``minisft.nf4``; ``matmul`` multiplies and sums in fp32; ``effect_sums``
+measures a merge in one pass over its numbers. The work is done by
 ``native/nf4.cpp``, which ``native_build`` compiles at the first call. Where that does not succeed, and for what the C++ does
 not do (fp64, another device, tensors that are not laid out plainly), the reference serves, so a caller need not ask.
 
@@ -56,6 +57,26 @@ class _Update(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("A", "B", "down")),
         ("rank", ctypes.c_int64),
         ("scaling", ctypes.c_float),
+    )
+
+
+class EffectSums(ctypes.Structure):
+    """What ``effect_sums`` found, with E = W' - W as stored and D as trained; ``EffectSums`` in nf4.cpp.
+
+    Attributes:
+        base, delta, error, dot: sums of W^2, D^2, (E - D)^2 and E D, in fp64.
+        asked, changed: how many entries of D are not zero, and how many of those changed W.
+    """
+
+    base: float
+    delta: float
+    error: float
+    dot: float
+    asked: int
+    changed: int
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("base", "delta", "error", "dot")),
+        *((name, ctypes.c_int64) for name in ("asked", "changed")),
     )
 
 
@@ -310,3 +331,16 @@ def _product(
     added = None if update is None else ctypes.byref(update.pointers)
     function(ctypes.byref(product), weight, added, ctypes.c_int64(len(rows)), torch.get_num_threads())
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+# ---- what became of an update ----------------------------------------------------------------------------------------
+
+
+def effect_sums(base: Tensor, delta: Tensor, stored: Tensor) -> EffectSums | None:
+    """The sums of ``effect.Effect`` over W, D and W', flat and of one size; None for what the C++ does not read."""
+    library = _library()
+    if library is None or not all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in (base, delta, stored)):
+        return None
+    sums = EffectSums()
+    library.merge_effect(*map(_address, (base, delta, stored)), ctypes.c_int64(base.numel()), ctypes.byref(sums))
+    return sums

@@ -140,10 +140,12 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``, ``tokenizer_config.json``, ``special_tokens_map.json`` and ``chat_template.jinja``."""
         folder.mkdir(parents=True, exist_ok=True)
-        whole = tokenizers.Tokenizer.from_str(self._with_control.to_str())
-        if self._post_processor is not None:
-            whole.post_processor = self._post_processor
-        (folder / "tokenizer.json").write_text(whole.to_str(pretty=True), encoding="utf-8")
+        self._with_control.post_processor = self._post_processor
+        try:
+            whole = self._with_control.to_str(pretty=True)
+        finally:
+            self._with_control.post_processor = None
+        (folder / "tokenizer.json").write_text(whole, encoding="utf-8")
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_bos_token": self.adds_bos,

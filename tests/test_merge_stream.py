@@ -25,7 +25,7 @@ from tiny_folder import CONFIG, write_model
 from minisft import adapted_files
 from minisft.adapted_files import MARK, row_ranges
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
-from minisft.effect import SURVIVAL_FLOOR, Effect
+from minisft.effect import SURVIVAL_FLOOR
 from minisft.errors import UserError
 from minisft.formats import load_adapter_, load_model, save_adapter, save_model, save_quantized
 from minisft.formats.gguf_file import load_gguf
@@ -153,21 +153,6 @@ def test_onto_requantized_is_the_merge_back_to_4_bits(tmp_path: Path) -> None:
     merge_folder(adapter, tmp_path / "out", onto="requantized", dtype=torch.float32)
     expected, _ = merge(in_memory(base, adapter, quant), "requantized")
     assert_equal_models(load_model(tmp_path / "out")[0], expected)
-
-
-def test_an_error_in_measuring_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces are measured in another thread, also the last one of a layer, here the only one."""
-    base, _ = base_of("fp32", tmp_path)
-    adapter = trained(tmp_path, base, None)
-
-    def fail(*_: object) -> None:
-        raise RuntimeError("cannot measure")
-
-    monkeypatch.setattr(adapted_files, "PIECE", 2**20)
-    monkeypatch.setattr(Effect, "add", fail)
-    with pytest.raises(RuntimeError, match="cannot measure"):
-        merge_folder(adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_scale_is_a_factor_on_the_update(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ their own, with the portable form of the C++ for 8 and for 16 lanes.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -27,7 +29,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minisft import native_build, native_nf4, nf4
+from minisft import effect, native_build, native_nf4, nf4
 from minisft.errors import UserError
 from minisft.lora import LoRALinear
 from minisft.matmul import Linear
@@ -387,6 +389,66 @@ def test_a_layer_gives_one_answer_with_and_without_gradients(
     assert torch.allclose(asking.grad.double(), layer.weight.double().sum(0).expand(3, -1), rtol=2e-2)
 
 
+# ---- what became of an update ----------------------------------------------------------------------------------------
+
+
+@given(
+    size=st.one_of(st.integers(0, 40), st.integers(4000, 4100)),
+    scale=st.sampled_from([1e-25, 1.0, 1e12]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    begin=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_effect_sums(size: int, scale: float, dtype: torch.dtype, begin: int, seed: int) -> None:
+    """Against exact sums of the definitions; begin: where the caches' lines are, sums do not care."""
+    needs_native()
+    base, delta, noise = scale * gaussian(3, begin + size, seed=seed)[:, begin:]
+    delta = torch.where(noise > 0, 1e-3 * delta, 0.0)
+    stored = (base + delta).to(dtype).float()
+    found = native_nf4.effect_sums(base, delta, stored)
+    assert found is not None
+    w, d, after = (t.double().tolist() for t in (base, delta, stored))
+    change = [a - b for a, b in zip(after, w, strict=True)]
+    pairs = list(zip(change, d, strict=True))
+    expected = {
+        "base": math.fsum(x * x for x in w),
+        "delta": math.fsum(x * x for x in d),
+        "error": math.fsum((e - x) ** 2 for e, x in pairs),
+        "dot": math.fsum(e * x for e, x in pairs),
+        "asked": sum(x != 0 for x in d),
+        "changed": sum(x != 0 and e != 0 for e, x in pairs),
+    }
+    sums = {name: getattr(found, name) for name in expected}
+    magnitude = math.fsum(abs(e * x) for e, x in pairs)
+    assert sums.pop("dot") == pytest.approx(expected.pop("dot"), rel=0, abs=(size + 3) * 2.0**-52 * magnitude)
+    assert sums == pytest.approx(expected, rel=(size + 3) * 2.0**-52, abs=0)
+
+
+def test_effect_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same report, by PyTorch; squares of such numbers are zero in fp32."""
+    base, delta = 1e-25 * gaussian(2, 500)
+    piece = (base, delta, (base + delta).bfloat16())
+    reports = []
+    for function in (native_nf4.effect_sums, lambda *_: None):
+        monkeypatch.setattr(effect, "effect_sums", function)
+        measure = effect.Effect()
+        measure.add(*piece)
+        reports.append(dataclasses.astuple(measure.report("a"))[1:])
+    assert reports[0] == pytest.approx(reports[1], rel=1e-12)
+    assert 0 < reports[0][2] < 0.01
+
+
+@pytest.mark.parametrize(
+    "change", [Tensor.double, Tensor.bfloat16, lambda t: t.repeat_interleave(2)[::2], lambda t: t.to("meta")]
+)
+def test_effect_of_other_tensors_is_left_to_the_reference(change: Callable[[Tensor], Tensor]) -> None:
+    needs_native()
+    plain = [gaussian(64, seed=seed) for seed in range(3)]
+    assert native_nf4.effect_sums(*plain) is not None
+    for index in range(3):
+        assert native_nf4.effect_sums(*(change(t) if i == index else t for i, t in enumerate(plain))) is None
+
+
 # ---- the buffer ------------------------------------------------------------------------------------------------------
 
 
@@ -619,7 +681,7 @@ def test_other_instructions(options: str, tmp_path: Path) -> None:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment = {**kept, "CXX": f"{compiler} {options}", "MINISFT_CACHE": str(tmp_path)}
-    chosen = "(quantize or few_rows or slab or contiguous) and not other_instructions"
+    chosen = "(quantize or few_rows or slab or contiguous or effect) and not other_instructions"
     command = [sys.executable, "-m", "pytest", __file__, "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

@@ -240,6 +240,7 @@ def test_a_template_processor_that_writes_bos_is_noticed_but_not_applied(folder:
     assert tokenizer.encode("a", control=True) == byte_tokenizer().encode("a")
     tokenizer.save(folder / "again")
     assert Tokenizer.from_folder(folder / "again").adds_bos
+    assert tokenizer.encode("a", control=True) == byte_tokenizer().encode("a")
 
 
 def test_broken_folders_are_refused(folder: Path) -> None:

@@ -1,4 +1,5 @@
-// NF4 on the CPU: dequantize, quantize, and products of a few rows with weights in 4 bits, bfloat16 or fp32.
+// NF4 on the CPU: dequantize, quantize, products of a few rows with weights in 4 bits, bfloat16 or fp32; and the sums that
+// tell what became of an update in a merge.
 //
 // The format and its twin in PyTorch are in minisft/nf4.py: weight = levels[code] * absmax[block], the first element of a byte
 // in its high nibble. dequantize and quantize give the twin's bits, so nothing here may be reordered or fused behind our back:
@@ -34,6 +35,9 @@ typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint64_t Pairs __attribute__((vector_size(4 * LANES)));  // two neighbouring lanes as one number, the first one low
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef uint8_t PairBytes __attribute__((vector_size(LANES / 2)));
+typedef double Doubles __attribute__((vector_size(4 * LANES)));  // half as many lanes
+typedef int64_t Longs __attribute__((vector_size(4 * LANES)));
+typedef float HalfFloats __attribute__((vector_size(2 * LANES)));
 
 constexpr int64_t NESTED_BLOCK_SIZE = 256;
 constexpr float TINY = 1e-38f;  // as in nf4.py
@@ -279,6 +283,49 @@ void matmul(const Product& p, const Matrix& weight, const Update* update, int64_
     if (update) add_update(p, *update, rows, threads);
 }
 
+// ---- what became of an update --------------------------------------------------------------------------------------------
+
+// With E = W' - W as stored and D as trained; native_nf4.py declares the same struct.
+struct EffectSums {
+    double base, delta, error, dot;  // sums of W^2, D^2, (E - D)^2 and E D
+    int64_t asked, changed;          // how many entries of D are not zero, and how many of those changed W
+};
+
+struct LaneSums {
+    Doubles base = {}, delta = {}, error = {}, dot = {};
+    Longs asked = {}, changed = {};
+
+    void add(HalfFloats base_, HalfFloats delta_, HalfFloats stored_) {
+        const Doubles w = __builtin_convertvector(base_, Doubles), d = __builtin_convertvector(delta_, Doubles);
+        const Doubles effect = __builtin_convertvector(stored_, Doubles) - w;
+        base += w * w;
+        delta += d * d;
+        error += (effect - d) * (effect - d);
+        dot += effect * d;
+        asked -= (Longs)(d != 0);
+        changed -= (Longs)(d != 0) & (Longs)(effect != 0);
+    }
+};
+
+template <class Number, class Lanes>
+inline Number sum_of(Lanes lanes) {
+    Number total = 0;
+    for (int lane = 0; lane < LANES / 2; ++lane) total += lanes[lane];
+    return total;
+}
+
+EffectSums effect_sums(const float* base, const float* delta, const float* stored, int64_t length) {
+    constexpr int64_t STEP = LANES / 2;
+    LaneSums s;
+    int64_t i = 0;
+    for (; i + STEP <= length; i += STEP)
+        s.add(load<HalfFloats>(base + i), load<HalfFloats>(delta + i), load<HalfFloats>(stored + i));
+    const int64_t rest = 4 * (length - i);  // zeros change no sum
+    s.add(load_some<HalfFloats>(base + i, rest), load_some<HalfFloats>(delta + i, rest), load_some<HalfFloats>(stored + i, rest));
+    return {sum_of<double>(s.base), sum_of<double>(s.delta), sum_of<double>(s.error), sum_of<double>(s.dot),
+            sum_of<int64_t>(s.asked), sum_of<int64_t>(s.changed)};
+}
+
 }  // namespace
 
 extern "C" {
@@ -305,6 +352,9 @@ void nf4_quantize(const float* x, int64_t length, int64_t block_size, const floa
 void nf4_matmul(const Product* p, const Weight* w, const Update* u, int64_t rows, int threads) { matmul(*p, *w, u, rows, threads); }
 void fp32_matmul(const Product* p, const float* w, const Update* u, int64_t rows, int threads) { matmul(*p, w, u, rows, threads); }
 void bf16_matmul(const Product* p, const uint16_t* w, const Update* u, int64_t rows, int threads) { matmul(*p, w, u, rows, threads); }
+void merge_effect(const float* base, const float* delta, const float* stored, int64_t length, EffectSums* out) {
+    *out = effect_sums(base, delta, stored, length);
+}
 void lora_update(const Product* p, const Update* u, int64_t rows, int threads) { add_update(*p, *u, rows, threads); }
 
 }
