@@ -84,8 +84,8 @@ def _product_of_few(base: FrozenLinear, x: Tensor, update: Update) -> Tensor:
         y = native_nf4.matmul(x, base.quantized, base.bias, update)
         if y is not None:
             return y
-    elif isinstance(base, Linear) and serves_dense(x, base.weight):
-        return dense_matmul(x, base.weight, base.bias, update)
+    elif isinstance(base, Linear) and serves_dense(x, weight := base.weight):
+        return dense_matmul(x, weight, base.bias, update)
     rows = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
     y = add_update_(_base_product(base, rows), rows, update)
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
@@ -102,7 +102,7 @@ def _adapted(x: Tensor, lora_A: Tensor, lora_B: Tensor, base: FrozenLinear, scal
     """x W^T + b + scaling (x A^T) B^T, (..., out) in the dtype of ``x``, without a gradient; and x A^T, (M, rank)."""
     wide = product_dtype(x)
     if wide == torch.float32 and serves_update(x, lora_A, lora_B):
-        xa = torch.empty(x.numel() // x.shape[-1], len(lora_A), dtype=wide)
+        xa = torch.empty(x.numel() // x.shape[-1], lora_A.shape[0], dtype=wide)
         return _product_of_few(base, x, Update(lora_A, lora_B, scaling, xa)), xa
     rows = x.reshape(-1, x.shape[-1]).to(wide)  # (M, in)
     xa = rows @ lora_A.to(wide).T  # (M, rank)

@@ -29,9 +29,10 @@ def _cpu_multiplies_bf16() -> bool:
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which ``tensor`` takes part in a matrix product on its device."""
-    if tensor.device.type != "cpu" or tensor.dtype not in (torch.bfloat16, torch.float16):
-        return tensor.dtype
-    return tensor.dtype if tensor.dtype == torch.bfloat16 and _cpu_multiplies_bf16() else torch.float32
+    dtype = tensor.dtype
+    if not tensor.is_cpu or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    return dtype if dtype == torch.bfloat16 and _cpu_multiplies_bf16() else torch.float32
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

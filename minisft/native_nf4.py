@@ -26,7 +26,7 @@ from minisft.nf4 import NESTED_BLOCK_SIZE, SLAB, QuantizedWeight
 FEW_ROWS = 16  # measured on AVX2: at 32, decoding the weight once and the dense product are faster for small weights
 # Of an fp32 weight, more rows are as fast in the BLAS; half the bytes win for longer.
 FEW_DENSE_ROWS = {torch.float32: range(1, 9), torch.bfloat16: range(1, 17)}
-LEAST_DENSE = 2**18  # weights: a smaller layer pays more for the call than it wins
+LEAST_DENSE = 2**16  # weights: a smaller layer pays more for the call than it wins
 COLUMNS = 16  # a row of weights is read in groups of 16
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _Function = Callable[..., object]  # one of the library's
@@ -45,18 +45,10 @@ class _Product(ctypes.Structure):
     """``Product`` in nf4.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
-    )
-
-
-class _Update(ctypes.Structure):
-    """``Update`` in nf4.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("A", "B", "down")),
-        ("rank", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "y", "weight", "A", "B", "down", "wide")),
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "rank")),
         ("scaling", ctypes.c_float),
+        ("threads", ctypes.c_int32),
     )
 
 
@@ -92,11 +84,6 @@ class Update(NamedTuple):
     lora_B: Tensor  # noqa: N815
     scaling: float
     down: Tensor
-
-    @property
-    def pointers(self) -> _Update:
-        rank = len(self.lora_A)
-        return _Update(self.lora_A.data_ptr(), self.lora_B.data_ptr(), self.down.data_ptr(), rank, self.scaling)
 
 
 # ---- the library -----------------------------------------------------------------------------------------------------
@@ -262,20 +249,20 @@ def matmul(x: Tensor, q: QuantizedWeight, bias: Tensor | None = None, update: Up
     library = _library()
     if library is None or not serves(x, q):
         return None
-    return _product(library.nf4_matmul, ctypes.byref(_weight(q)), x, tuple(q.shape), bias, update)
+    weight = _weight(q)
+    return _product(library.nf4_matmul, ctypes.addressof(weight), x, q.shape[0], bias, update)
 
 
 def serves_dense(x: Tensor, weight: Tensor) -> bool:
     """Whether ``dense_matmul`` takes this product and is the fastest way to do it (measured: ``benchmarks/LOG.md``)."""
     few = FEW_DENSE_ROWS.get(weight.dtype)
-    if few is None or weight.numel() < LEAST_DENSE or weight.device.type != "cpu" or torch.compiler.is_compiling():
+    if few is None or weight.numel() < LEAST_DENSE or not (weight.is_cpu and x.is_cpu) or torch.compiler.is_compiling():
         return False
     if type(x) is not Tensor or type(weight) not in (Tensor, torch.nn.Parameter):  # a subclass may have no memory to read
         return False
-    in_features = weight.shape[1]
-    fits = x.device.type == "cpu" and x.shape[-1:] == (in_features,) and x.numel() // in_features in few
-    readable = weight.is_contiguous() and in_features % COLUMNS == 0 and (x.dtype == torch.float32 or x.dtype == weight.dtype)
-    return fits and readable and _library() is not None
+    in_features, dtype = weight.shape[1], x.dtype
+    fits = x.shape[-1] == in_features and x.numel() // in_features in few and in_features % COLUMNS == 0
+    return fits and weight.is_contiguous() and (dtype == torch.float32 or dtype == weight.dtype) and _library() is not None
 
 
 def dense_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, update: Update | None = None) -> Tensor:
@@ -291,7 +278,7 @@ def dense_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, update: 
     library = _library()
     assert library is not None, "ask serves_dense first"
     function = library.fp32_matmul if weight.dtype == torch.float32 else library.bf16_matmul
-    return _product(function, _address(weight), x, tuple(weight.shape), bias, update)
+    return _product(function, weight.data_ptr(), x, weight.shape[0], bias, update)
 
 
 def serves_update(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
@@ -299,9 +286,10 @@ def serves_update(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     rank, in_features = lora_A.shape
     if type(x) is not Tensor or in_features % COLUMNS or not 0 < x.numel() <= FEW_ROWS * in_features or x.dtype not in FLOATS:
         return False
-    factors = all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in (lora_A, lora_B))
-    fits = factors and x.is_cpu and x.shape[-1:] == (in_features,) and lora_B.shape[1] == rank
-    return fits and not torch.compiler.is_compiling() and _library() is not None
+    fits = x.is_cpu and x.shape[-1] == in_features and lora_B.shape[1] == rank
+    plain = lora_A.is_cpu and lora_B.is_cpu and lora_A.is_contiguous() and lora_B.is_contiguous()
+    wide = lora_A.dtype == torch.float32 and lora_B.dtype == torch.float32
+    return fits and plain and wide and not torch.compiler.is_compiling() and _library() is not None
 
 
 def add_update_(y: Tensor, rows: Tensor, update: Update) -> Tensor:
@@ -312,25 +300,47 @@ def add_update_(y: Tensor, rows: Tensor, update: Update) -> Tensor:
     """
     library = _library()
     assert library is not None, "ask serves_update first"
-    count, in_features = rows.shape
-    product = _Product(rows.data_ptr(), None, y.data_ptr(), in_features, y.shape[1])
-    pointers = ctypes.byref(product), ctypes.byref(update.pointers)
-    library.lora_update(*pointers, ctypes.c_int64(count), torch.get_num_threads())
+    _call(library.lora_update, None, rows, y, None, update)
     return y
 
 
 def _product(
-    function: _Function, weight: object, x: Tensor, shape: tuple[int, ...], bias: Tensor | None, update: Update | None
+    function: _Function, weight: int, x: Tensor, out_features: int, bias: Tensor | None, update: Update | None
 ) -> Tensor:
-    out_features, in_features = shape
-    rows = x.detach().reshape(-1, in_features).to(torch.float32).contiguous()
-    y = torch.empty(len(rows), out_features, dtype=torch.float32)
-    wide_bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    pointers = (rows.data_ptr(), None if wide_bias is None else wide_bias.data_ptr(), y.data_ptr())
-    product = _Product(*pointers, in_features, out_features)
-    added = None if update is None else ctypes.byref(update.pointers)
-    function(ctypes.byref(product), weight, added, ctypes.c_int64(len(rows)), torch.get_num_threads())
-    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+    offset = None if bias is None else _plain_fp32(bias)
+    if x.dtype == torch.bfloat16 and x.is_contiguous():
+        y = torch.empty((*x.shape[:-1], out_features), dtype=torch.bfloat16)
+        _call(function, weight, x, y, offset, update, torch.empty(x.numel() + y.numel(), dtype=torch.float32))
+        return y
+    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32)
+    _call(function, weight, _plain_fp32(x), y, offset, update)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+def _plain_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.detach().to(torch.float32).contiguous()
+
+
+def _call(
+    function: _Function,
+    weight: int | None,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    update: Update | None,
+    wide: Tensor | None = None,
+) -> None:
+    """At one token this takes as long as a small product: nothing here is asked twice. The caller keeps ``weight`` alive."""
+    in_features = x.shape[-1]
+    A = B = down = None
+    rank, scaling = 0, 0.0
+    if update is not None:
+        A, B, down = update.lora_A.data_ptr(), update.lora_B.data_ptr(), update.down.data_ptr()
+        rank, scaling = update.lora_A.shape[0], update.scaling
+    offset, room = None if bias is None else bias.data_ptr(), None if wide is None else wide.data_ptr()
+    pointers = (x.data_ptr(), offset, y.data_ptr(), weight, A, B, down, room)
+    sizes = (x.numel() // in_features, in_features, y.shape[-1], rank)
+    function(ctypes.byref(_Product(*pointers, *sizes, scaling, torch.get_num_threads())))
 
 
 # ---- what became of an update ----------------------------------------------------------------------------------------

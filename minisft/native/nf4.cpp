@@ -190,6 +190,8 @@ void quantize_block(const float* x, int64_t length, float absmax, const float* m
 
 // ---- products of a few rows ----------------------------------------------------------------------------------------------
 
+inline Floats widened(const uint16_t* bf16) { return (Floats)(__builtin_convertvector(load<Halves>(bf16), Words) << 16); }
+
 // All kinds of weight are read the same way: visit(k, weights k to k + LANES - 1) along one row.
 
 template <class Visit>
@@ -206,8 +208,7 @@ inline void visit_row(const Weight& w, int64_t row, int64_t in, Visit visit) {
 
 template <class Visit>
 inline void visit_row(const uint16_t* bf16, int64_t row, int64_t in, Visit visit) {
-    for (int64_t k = 0; k < in; k += LANES)
-        visit(k, (Floats)(__builtin_convertvector(load<Halves>(bf16 + row * in + k), Words) << 16));
+    for (int64_t k = 0; k < in; k += LANES) visit(k, widened(bf16 + row * in + k));
 }
 
 template <class Visit>
@@ -215,18 +216,17 @@ inline void visit_row(const float* fp32, int64_t row, int64_t in, Visit visit) {
     for (int64_t k = 0; k < in; k += LANES) visit(k, load<Floats>(fp32 + row * in + k));
 }
 
+// y = x W^T + b, and what a low-rank adapter adds to it: scaling * (x A^T) B^T. native_nf4.py declares the same struct.
 struct Product {
-    const float *x, *bias;  // x: (rows, in); bias: (out,) or null
+    const float *x, *bias;  // (rows, in) and (out,); bias may be null
     float* y;               // (rows, out)
-    int64_t in, out;
-};
-
-// What a low-rank adapter adds to a product: scaling * (x A^T) B^T. native_nf4.py declares the same struct.
-struct Update {
-    const float *A, *B;  // (rank, in) and (out, rank)
-    float* down;         // (rows, rank): x A^T, for backward
-    int64_t rank;
+    const void* weight;     // (out, in): a Weight, or numbers in bf16 or fp32
+    const float *A, *B;     // (rank, in) and (out, rank); A is null where there is no adapter
+    float* down;            // (rows, rank): x A^T, for backward
+    float* wide;            // null where x and y are fp32; where they are bf16, room for both in fp32
+    int64_t rows, in, out, rank;
     float scaling;
+    int32_t threads;
 };
 
 template <int ROWS, class Matrix>
@@ -240,19 +240,19 @@ inline void product_column(const Product& p, const Matrix& weight, int64_t colum
 }
 
 template <int ROWS, class Matrix>
-void product(const Product& p, const Matrix& weight, int64_t rows, int threads) {
-    if (rows < ROWS) {
-        if constexpr (ROWS > 1) product<ROWS - 1>(p, weight, rows, threads);
+void product(const Product& p, const Matrix& weight) {
+    if (p.rows < ROWS) {
+        if constexpr (ROWS > 1) product<ROWS - 1>(p, weight);
         return;
     }
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(p.threads) schedule(static)
     for (int64_t column = 0; column < p.out; ++column) product_column<ROWS>(p, weight, column);
 }
 
 template <class Matrix>
-void all_rows(Product p, const Matrix& weight, int64_t rows, int threads) {
-    for (; rows > 0; rows -= MOST_ROWS) {
-        product<MOST_ROWS>(p, weight, rows, threads);
+void all_rows(Product p, const Matrix& weight) {
+    for (; p.rows > 0; p.rows -= MOST_ROWS) {
+        product<MOST_ROWS>(p, weight);
         p.x += MOST_ROWS * p.in;
         p.y += MOST_ROWS * p.out;
     }
@@ -268,19 +268,40 @@ inline float dot(const float* a, const float* b, int64_t length) {
 }
 
 // y += scaling * (x A^T) B^T. One row is not worth waking a thread for.
-void add_update(const Product& p, const Update& u, int64_t rows, int threads) {
-    if (rows == 1) threads = 1;
-    all_rows(Product{p.x, nullptr, u.down, p.in, u.rank}, u.A, rows, threads);
-#pragma omp parallel for num_threads(threads) schedule(static)
+void add_update(const Product& p) {
+    Product down = p;
+    down.y = p.down;
+    down.bias = nullptr;
+    down.out = p.rank;
+    if (p.rows == 1) down.threads = 1;
+    all_rows(down, p.A);
+#pragma omp parallel for num_threads(down.threads) schedule(static)
     for (int64_t column = 0; column < p.out; ++column)
-        for (int64_t row = 0; row < rows; ++row)
-            p.y[row * p.out + column] += u.scaling * dot(u.B + column * u.rank, u.down + row * u.rank, u.rank);
+        for (int64_t row = 0; row < p.rows; ++row)
+            p.y[row * p.out + column] += p.scaling * dot(p.B + column * p.rank, p.down + row * p.rank, p.rank);
 }
 
 template <class Matrix>
-void matmul(const Product& p, const Matrix& weight, const Update* update, int64_t rows, int threads) {
-    all_rows(p, weight, rows, threads);
-    if (update) add_update(p, *update, rows, threads);
+void matmul(const Product& p, const Matrix& weight) {
+    if (!p.wide) {
+        all_rows(p, weight);
+        if (p.A) add_update(p);
+        return;
+    }
+    Product wide = p;
+    wide.x = p.wide;
+    wide.y = p.wide + p.rows * p.in;
+    wide.wide = nullptr;
+    const uint16_t* x = reinterpret_cast<const uint16_t*>(p.x);
+    for (int64_t i = 0; i < p.rows * p.in; i += LANES) put(p.wide + i, widened(x + i));
+    matmul(wide, weight);
+    uint16_t* y = reinterpret_cast<uint16_t*>(p.y);
+    const int64_t size = p.rows * p.out;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) put(y + i, load<Floats>(wide.y + i));
+    uint16_t rest[LANES];
+    put(rest, load_some<Floats>(wide.y + i, 4 * (size - i)));
+    memcpy(y + i, rest, 2 * (size - i));
 }
 
 // ---- what became of an update --------------------------------------------------------------------------------------------
@@ -348,13 +369,13 @@ void nf4_quantize(const float* x, int64_t length, int64_t block_size, const floa
     }
 }
 
-// x W^T + b, and what ``u`` adds if there is one.
-void nf4_matmul(const Product* p, const Weight* w, const Update* u, int64_t rows, int threads) { matmul(*p, *w, u, rows, threads); }
-void fp32_matmul(const Product* p, const float* w, const Update* u, int64_t rows, int threads) { matmul(*p, w, u, rows, threads); }
-void bf16_matmul(const Product* p, const uint16_t* w, const Update* u, int64_t rows, int threads) { matmul(*p, w, u, rows, threads); }
+void nf4_matmul(const Product* p) { matmul(*p, *static_cast<const Weight*>(p->weight)); }
+void fp32_matmul(const Product* p) { matmul(*p, static_cast<const float*>(p->weight)); }
+void bf16_matmul(const Product* p) { matmul(*p, static_cast<const uint16_t*>(p->weight)); }
+void lora_update(const Product* p) { add_update(*p); }
+
 void merge_effect(const float* base, const float* delta, const float* stored, int64_t length, EffectSums* out) {
     *out = effect_sums(base, delta, stored, length);
 }
-void lora_update(const Product* p, const Update* u, int64_t rows, int threads) { add_update(*p, *u, rows, threads); }
 
 }
