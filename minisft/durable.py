@@ -153,6 +153,12 @@ def require_outside(target: Path, model: Path) -> None:
         raise UserError("config/out-in-model", what, where="output", found=visible(target), fix="choose a folder of its own")
 
 
+def require_new_folder(target: Path, model: Path) -> None:
+    """Both of the above: refuse a folder that cannot be written before minutes are spent on what would go into it."""
+    require_outside(target, model)
+    require_unused(target)
+
+
 def make_folder(path: Path) -> None:
     """``mkdir -p`` whose new names survive a crash."""
     if path.is_dir():

@@ -26,7 +26,7 @@ FLOORS = {
     4: "adapted_files certificate checkpoint choice combine compensate effect evaluate generate inspect_data lossplot merge "
     "merge_packed merge_page merge_stream optim run_data sweep verify_merge",
     5: "active_run plan rehearsal step train",
-    6: "__init__ cli flags quickstart",
+    6: "__init__ cli commands_answers commands_weights flags quickstart",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 
