@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 help:
 	@echo "make quickstart     fine-tune a small pretrained model and see what it learned"
 	@echo "make test           the whole test suite, oracles included"
-	@echo "make test-fast      without the slow tests"
+	@echo "make test-fast      the laws and the small parts, in a minute or two: for every edit"
 	@echo "make test-thorough  everything: the laws with 2000 examples each, every kernel for every GPU"
 	@echo "make oracle-peft    ask installed PEFT for the same laws of merging, and print which it breaks"
 	@echo "make mutants        plant known bugs one at a time and see that a named test fails for each"
@@ -48,7 +48,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not smollm2 and not exhaustive"
+	MINISFT_HYPOTHESIS=fast $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not smollm2 and not exhaustive"
 
 test-thorough: .venv/dev
 	MINISFT_HYPOTHESIS=thorough $(BIN)/python -m pytest -n 2 --dist worksteal -m ""

@@ -19,6 +19,7 @@ torch.set_num_threads(1)  # pytest-xdist fills the cores; one thread a process a
 _common = {"derandomize": True, "deadline": None, "suppress_health_check": [HealthCheck.too_slow], "database": None}
 settings.register_profile("default", max_examples=50, **_common)
 settings.register_profile("thorough", max_examples=2000, **_common)
+settings.register_profile("fast", max_examples=10, **_common)
 # Of another library it is enough to know that it breaks a law; the smallest case that does is not looked for.
 settings.register_profile("oracle", max_examples=100, phases=[Phase.generate], **_common)
 settings.load_profile(os.environ.get("MINISFT_HYPOTHESIS", "default"))

@@ -229,6 +229,7 @@ print("clean")
 """
 
 
+@pytest.mark.slow
 def test_every_module_imports_with_the_core_dependencies_alone():
     """In a process without Triton, plotting, GGUF, the hub, any oracle or a network; and no import changes the process."""
     absent = (

@@ -33,6 +33,8 @@ from minisft.merge_page import page
 from minisft.messages import read_dataset
 from minisft.surgery import adapters_off, apply_lora_, lora_modules
 
+pytestmark = pytest.mark.slow
+
 # Square q_proj: a transposed update has its shape.
 SQUARE = replace(CONFIG, num_kv_heads=4, tie_word_embeddings=False)
 Q, UP = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"

@@ -31,6 +31,8 @@ from minisft.manifest import UnusableError
 from minisft.runlog import MetricsLog
 from minisft.safe_json import JSON
 
+pytestmark = pytest.mark.slow
+
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8]
 IDENTITY: dict[str, JSON] = {"config": {"lr": 1e-4, "targets": ["q_proj"]}, "data": "ab" * 32, "base": None}

@@ -22,6 +22,8 @@ from minisft.config import LoRAConfig
 from minisft.formats import load_model, save_adapter
 from minisft.surgery import apply_lora_, lora_modules
 
+pytestmark = pytest.mark.slow
+
 
 class Shop:
     """A folder with a good model, adapter and data, copied for each test, and a command line to run there."""

@@ -23,6 +23,8 @@ from minisft.errors import UserError
 from minisft.formats import load_adapter_, load_model, save_adapter
 from minisft.surgery import apply_lora_, lora_modules
 
+pytestmark = pytest.mark.slow
+
 peft = pytest.importorskip("peft")
 
 sides = st.sampled_from([1, 2, 3, 7, 16, 33])

@@ -37,6 +37,8 @@ from minisft.nf4 import QuantizedWeight, codebook, dequantize, quantize, unpack
 from minisft.nf4_linear import NF4Linear
 from minisft.surgery import apply_lora_, lora_modules, nf4_modules, quantize_, weight_bytes
 
+pytestmark = pytest.mark.slow
+
 FITTED = ("feedback", "descent", "both")  # to text
 FIELDS = ("packed", "absmax", "absmax2", "offset", "levels")
 ROWS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7], [9, 3, 2, 3, 8, 4, 6, 2, 6, 4], [1], [20, 21, 22, 23, 24, 25, 26, 27, 28]]

@@ -28,6 +28,8 @@ from minisft.nf4 import QuantizedWeight, dequantize
 from minisft.nf4_linear import NF4Linear
 from minisft.surgery import apply_lora_, quantize_
 
+pytestmark = pytest.mark.slow
+
 # Ragged on purpose: 18 000 weights are 281 blocks of 64 and a quarter, so that the scales fill more than one block of 256.
 CONFIG = ModelConfig(
     model_type="llama", vocab_size=258, hidden_size=36, intermediate_size=500, num_layers=1, num_heads=2, num_kv_heads=1,

@@ -18,6 +18,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import kernel_builds as kb
 
+pytestmark = pytest.mark.slow
+
 BUILDS = kb.all_builds()
 NVIDIA = [target for target in kb.TARGETS if target.startswith("sm_")]
 

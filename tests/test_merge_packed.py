@@ -23,6 +23,8 @@ from minisft.messages import read_dataset
 from minisft.model import CausalLM
 from minisft.surgery import apply_lora_, lora_modules, nf4_modules
 
+pytestmark = pytest.mark.slow
+
 # Layers with enough inputs that errors can cancel, and rows of whole blocks.
 ROOMY = replace(CONFIG, hidden_size=64, intermediate_size=128, head_dim=16, num_layers=1)
 held_otherwise = pytest.mark.filterwarnings("ignore:.*held otherwise")

@@ -41,6 +41,8 @@ from minisft.nf4 import dequantize, quantize
 from minisft.surgery import apply_lora_, lora_modules
 from minisft.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[1, 5, 9, 3, 60, 2, 7, 8, 8, 30, 31, 0]])
 NF4 = QuantConfig()
 ODD = QuantConfig("fp4", 128, double_quant=False)

@@ -361,6 +361,7 @@ def test_forward_changes_nothing(family):
     assert_same(model.state_dict(), before, 0.0)
 
 
+@pytest.mark.slow
 def test_an_empty_model_costs_no_import_of_the_compiler():
     """On the meta device PyTorch draws random numbers through its compiler: its import takes longer than loading a model."""
     code = (

@@ -525,6 +525,7 @@ def test_one_openmp_runtime() -> None:
     assert len([path for path in mapped if re.search(r"/lib(gomp|omp|iomp5)[-.]", path)]) == 1
 
 
+@pytest.mark.slow
 def test_a_compiled_library_is_reused(cache: Path, built: list[Path]) -> None:
     assert load_anew().handle is not None
     assert built == []
@@ -559,6 +560,7 @@ def test_another_source_cpu_or_command_is_another_file(
     assert len(list(cache.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_two_at_once_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Path) -> None:
     monkeypatch.setenv("MINISFT_CACHE", str(tmp_path / "new" / "folder"))
     with ThreadPoolExecutor(2) as pool:
@@ -666,6 +668,7 @@ print(native_nf4.path())
         ("CXX", "/nowhere/c++", "PyTorch ([Errno 2] No such file or directory: '/nowhere/c++')"),
     ],
 )
+@pytest.mark.slow
 def test_without_it_everything_works_and_says_so(name: str, value: str, said: str, tmp_path: Path) -> None:
     environment = {**os.environ, "MINISFT_CACHE": str(tmp_path), name: value}
     run = subprocess.run(

@@ -24,6 +24,8 @@ from minisft.plan import NO_GAPS, plan, render
 from minisft.rehearsal import Meter, Shape, rehearse
 from minisft.surgery import nf4_modules
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 # ---- against processes that trained ----------------------------------------------------------------------------------
 

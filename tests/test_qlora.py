@@ -37,6 +37,8 @@ from minisft.surgery import apply_lora_, lora_modules, nf4_modules, num_paramete
 from minisft.tokenizer import Tokenizer
 from minisft.train import train
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

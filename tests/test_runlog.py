@@ -22,6 +22,8 @@ from minisft.lossplot import plot_loss, smooth
 from minisft.runlog import MetricsLog, Progress, duration, peak_memory_bytes, read_metrics
 from minisft.safe_json import JSON
 
+pytestmark = pytest.mark.slow
+
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 

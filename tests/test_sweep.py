@@ -20,6 +20,8 @@ from minisft.model import CausalLM
 from minisft.surgery import apply_lora_, lora_modules
 from minisft.sweep import PLOT, REPORT, Point, draw, interval, line, scaled, sweep
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [("1 + 1", "2"), ("2 + 1", "3"), ("2 + 2", "4"), ("4 + 1", "5"), ("first letter", "a"), ("second letter", "b")]
 
 

@@ -25,6 +25,8 @@ from minisft.formats import load_adapter_, load_model
 from minisft.runlog import read_metrics
 from minisft.train import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
