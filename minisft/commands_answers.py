@@ -47,6 +47,7 @@ def _load(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, ChatTempl
 
 
 def eval_command(arguments: argparse.Namespace) -> int:
+    """Score a model's answers, and write the score and every row."""
     from minisft.evaluate import evaluate, write
     from minisft.messages import read_dataset
 
@@ -72,6 +73,7 @@ def eval_command(arguments: argparse.Namespace) -> int:
 
 
 def sweep_command(arguments: argparse.Namespace) -> int:
+    """Task against general score as the adapter is dialled up."""
     from minisft.evaluate import EvalResult, Metric, evaluate, terminal_progress
     from minisft.messages import Example, read_dataset
     from minisft.sweep import REPORT, heading, line, sweep
@@ -138,6 +140,7 @@ def _prompt_messages(arguments: argparse.Namespace, text: str) -> tuple[Message,
 
 
 def generate_command(arguments: argparse.Namespace) -> int:
+    """Answer one prompt, token by token."""
     from minisft.chat import encode_chat, stop_ids
     from minisft.generate import stream_chat
 
@@ -162,6 +165,7 @@ def _show(piece: str) -> None:
 
 
 def chat_command(arguments: argparse.Namespace) -> int:
+    """Answer on and on, until an empty line."""
     from minisft.chat import encode_chat, stop_ids
     from minisft.generate import stream_chat
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def quantize_command(arguments: argparse.Namespace) -> int:
+    """Write a model whose linears are in 4 bits."""
     from minisft.formats import base_fingerprint, load_model, save_quantized
 
     dtype = DTYPES[arguments.dtype]
@@ -34,6 +35,7 @@ def quantize_command(arguments: argparse.Namespace) -> int:
 
 
 def merge_command(arguments: argparse.Namespace) -> int:
+    """Write a model with the adapter in its weights, and the certificate beside them."""
     from minisft.certificate import REPORT, certify, check
     from minisft.merge_stream import merge_folder
     from minisft.messages import read_dataset
@@ -62,6 +64,7 @@ def merge_command(arguments: argparse.Namespace) -> int:
 
 
 def combine_command(arguments: argparse.Namespace) -> int:
+    """Write one adapter that is a weighted sum of several."""
     from minisft.combine import combine_folders
 
     out = Path(arguments.out)
@@ -95,6 +98,7 @@ def _loss_words(combined: Combined) -> str:
 
 
 def verify_command(arguments: argparse.Namespace) -> int:
+    """Check that a folder is the merge that it is said to be."""
     from minisft.certificate import compare_models, judge
     from minisft.verify_merge import verify
 

@@ -42,6 +42,7 @@ typedef float HalfFloats __attribute__((vector_size(2 * LANES)));
 constexpr int64_t NESTED_BLOCK_SIZE = 256;
 constexpr float TINY = 1e-38f;  // as in nf4.py
 constexpr int MOST_ROWS = 8;    // rows of x in one pass: their sums stay in registers
+constexpr int64_t WORTH_A_THREAD = 1 << 16;  // multiplications; fewer are done before another thread has woken
 
 // One 4-bit weight; native_nf4.py declares the same struct. map is null where absmax holds fp32 scales, not 8-bit codes.
 struct Weight {
@@ -267,13 +268,13 @@ inline float dot(const float* a, const float* b, int64_t length) {
     return total;
 }
 
-// y += scaling * (x A^T) B^T. One row is not worth waking a thread for.
+// y += scaling * (x A^T) B^T.
 void add_update(const Product& p) {
     Product down = p;
     down.y = p.down;
     down.bias = nullptr;
     down.out = p.rank;
-    if (p.rows == 1) down.threads = 1;
+    if (p.rows * p.rank * (p.in + p.out) < WORTH_A_THREAD) down.threads = 1;
     all_rows(down, p.A);
 #pragma omp parallel for num_threads(down.threads) schedule(static)
     for (int64_t column = 0; column < p.out; ++column)
