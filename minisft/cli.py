@@ -7,7 +7,6 @@ came from. Progress goes to standard error, results to standard output.
 from __future__ import annotations
 
 import argparse
-import atexit
 import gc
 import json
 import sys
@@ -30,10 +29,8 @@ MEMORY_ADVICE = (
 
 
 def process() -> int:
-    """``main`` in a process of its own, which may decide how that ends."""
-    # The libraries stay until the end: collections need not walk through them, nor the last one through anything.
-    gc.freeze()
-    atexit.register(gc.freeze)
+    """``main`` in a process of its own."""
+    gc.freeze()  # the libraries stay until the end: no collection need walk through them, nor the last one, at exit
     return main()
 
 

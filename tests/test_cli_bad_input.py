@@ -531,6 +531,14 @@ def test_no_traceback_without_debug_in_a_real_process(shop: Shop) -> None:
     assert "Traceback" in traced.stderr
 
 
+def test_a_process_ends_without_a_word() -> None:
+    """Triton's bindings call everything a leak that the last collection may not take, and say so."""
+    pytest.importorskip("triton")
+    code = "import sys; sys.argv = ['minisft', '--version']; from minisft import cli; cli.process(); import triton._C.libtriton"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 def test_escape_sequences_in_names_are_shown_not_sent(shop: Shop) -> None:
     shop.lines('{"mess\\u001b[31mages": 1}')
     shop.refused(3, "data/unknown-form", "\\x1b[31m", argv=shop.train())
