@@ -86,7 +86,7 @@ class Effect:
 
 
 def _sums(w: Tensor, d: Tensor, after: Tensor) -> EffectSums:
-    """``effect_sums`` in PyTorch, for fp64."""
+    """``effect_sums`` in PyTorch, of numbers in fp64."""
     effect, asked = after - w, d != 0
     changed = (effect != 0).logical_and_(asked)
     counts = int(asked.count_nonzero()), int(changed.count_nonzero())

@@ -261,7 +261,7 @@ def serves_dense(x: Tensor, weight: Tensor) -> bool:
     if type(x) is not Tensor or type(weight) not in (Tensor, torch.nn.Parameter):  # a subclass may have no memory to read
         return False
     in_features, dtype = weight.shape[1], x.dtype
-    fits = x.shape[-1] == in_features and x.numel() // in_features in few and in_features % COLUMNS == 0
+    fits = x.numel() // in_features in few and x.shape[-1] == in_features and in_features % COLUMNS == 0
     return fits and weight.is_contiguous() and (dtype == torch.float32 or dtype == weight.dtype) and _library() is not None
 
 
@@ -286,7 +286,7 @@ def serves_update(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     rank, in_features = lora_A.shape
     if type(x) is not Tensor or in_features % COLUMNS or not 0 < x.numel() <= FEW_ROWS * in_features or x.dtype not in FLOATS:
         return False
-    fits = x.is_cpu and x.shape[-1] == in_features and lora_B.shape[1] == rank
+    fits = x.is_cpu and x.dim() > 0 and x.shape[-1] == in_features and lora_B.shape[1] == rank
     plain = lora_A.is_cpu and lora_B.is_cpu and lora_A.is_contiguous() and lora_B.is_contiguous()
     wide = lora_A.dtype == torch.float32 and lora_B.dtype == torch.float32
     return fits and plain and wide and not torch.compiler.is_compiling() and _library() is not None
