@@ -206,7 +206,7 @@ def test_a_mutated_page_disagrees(old: str, new: str) -> None:
 
 
 @triton.jit
-def _transpose_kernel(in_ptr, out_ptr, rows, columns, TILE: tl.constexpr, BUG: tl.constexpr):  # type: ignore[no-untyped-def]
+def _transpose_kernel(in_ptr, out_ptr, rows, columns, TILE: tl.constexpr, BUG: tl.constexpr):
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
     inside = (row < rows) & (column < columns)
@@ -233,9 +233,7 @@ def transposing(bug: str) -> Callable[[Tensor, Tensor], None]:
 
 
 @triton.jit
-def _blocks_kernel(  # type: ignore[no-untyped-def]
-    packed_ptr, absmax_ptr, levels_ptr, out_ptr, n, block_size, TILE: tl.constexpr, BUG: tl.constexpr
-):
+def _blocks_kernel(packed_ptr, absmax_ptr, levels_ptr, out_ptr, n, block_size, TILE: tl.constexpr, BUG: tl.constexpr):
     block, lane = tl.program_id(0), tl.arange(0, TILE)
     if BUG == "tile for block":
         i = block * TILE + lane
