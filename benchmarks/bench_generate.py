@@ -72,9 +72,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    from minisft.chat import encode_chat, resolve_template
+    from minisft.data.chat import encode_chat, resolve_template
+    from minisft.data.messages import Message
     from minisft.formats import load_model, save_model
-    from minisft.messages import Message
 
     model, tokenizer = load_model("smollm2-135m-instruct")
     template = resolve_template(tokenizer)

@@ -44,10 +44,10 @@ INSTRUCTION = (
 
 def make_rows(data: Path | None, num_rows: int, dtypes: list[str], folder: Path) -> Path:
     """Encode chat rows once for all contestants; save the model in each dtype, so that all of them read the same numbers."""
-    from minisft.chat import encode_dataset, resolve_template
+    from minisft.data.chat import encode_dataset, resolve_template
+    from minisft.data.messages import Example, Message
     from minisft.formats import load_model, save_model
-    from minisft.messages import Example, Message
-    from minisft.parcel_task import parcel_rows
+    from minisft.quickstart.parcel_task import parcel_rows
 
     for dtype in dtypes:
         model, tokenizer = load_model("smollm2-135m-instruct", dtype=DTYPES[dtype])
@@ -74,8 +74,8 @@ def make_rows(data: Path | None, num_rows: int, dtypes: list[str], folder: Path)
 
 class Minisft:
     def __init__(self, model_folder: str, dtype: str, quant: str, layout: str, rows: list[dict], pad_id: int) -> None:
-        from minisft.chat import Encoded
         from minisft.config import RunConfig
+        from minisft.data.chat import Encoded
         from minisft.formats import load_model
         from minisft.optim import MasterAdamW
         from minisft.step import prepare_method
@@ -146,7 +146,7 @@ def _base_in_4_bits(folder: str, dtype: torch.dtype) -> torch.nn.Module:
 
 def worker(contestant: str, dtype: str, quant: str, model_folder: str, rows_path: str, tuned: bool) -> None:
     if tuned:
-        from minisft.machine import tune_allocator
+        from minisft.common.machine import tune_allocator
 
         assert tune_allocator()
     data = json.loads(Path(rows_path).read_text())

@@ -22,23 +22,23 @@ import torch
 from harness import out_folder, provenance, save
 from torch import Tensor
 
-from minisft import native_nf4
-from minisft.certificate import SENTENCES, kl_divergence
-from minisft.chat import Encoded, encode_dataset, resolve_template
-from minisft.compensate import compensate_layer, output_error, requantize_compensated
 from minisft.config import QuantConfig, RunConfig
-from minisft.evaluate import evaluate
+from minisft.data.chat import Encoded, encode_dataset, resolve_template
+from minisft.data.messages import Example, read_dataset
+from minisft.data.template import ChatTemplate
+from minisft.data.tokenizer import Tokenizer
+from minisft.evaluation.evaluate import evaluate
 from minisft.formats import load_adapter_, load_model
+from minisft.kernels import native_nf4
 from minisft.merge import merge
-from minisft.messages import Example, read_dataset
+from minisft.merging.certificate import SENTENCES, kl_divergence
+from minisft.merging.compensate import compensate_layer, output_error, requantize_compensated
 from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight, decode_absmax, pack, quantize_absmax
 from minisft.nf4_linear import NF4Linear
-from minisft.quickstart import MODEL, write_data
+from minisft.quickstart.run import MODEL, write_data
 from minisft.surgery import adapters_off, lora_modules, nf4_modules, replace_module, weight_bytes
-from minisft.template import ChatTemplate
-from minisft.tokenizer import Tokenizer
-from minisft.train import train
+from minisft.training.train import train
 
 STEPS, TASK_ROWS, TEST_ROWS, SEED = 40, 24, 24, 0
 ANSWERING = ("plain", "dither", "both")

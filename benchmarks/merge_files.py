@@ -38,7 +38,7 @@ def prepare(model: str, rank: int, dtype: str, folder: Path) -> tuple[Path, Path
 
 def commands(base: Path, adapter: Path, dtype: str) -> dict[str, list[str]]:
     """What each library is asked to do; the output folder comes last."""
-    ours = f"-m minisft.cli merge --dtype {dtype} --no-check".split()
+    ours = f"-m minisft.cli.main merge --dtype {dtype} --no-check".split()
     peer = str(Path(__file__).with_name("peft_merge.py"))
     return {
         MINISFT: [sys.executable, *ours, "--model", str(base), "--adapter", str(adapter), "--out"],

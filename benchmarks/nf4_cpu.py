@@ -38,7 +38,8 @@ from nf4_cases import (
 )
 from torch import Tensor, nn
 
-from minisft import native_nf4, nf4
+from minisft import nf4
+from minisft.kernels import native_nf4
 from minisft.matmul import product_dtype
 from minisft.nf4 import QuantizedWeight
 from minisft.nf4_linear import NF4Linear

@@ -5,8 +5,8 @@
 environment variable or thread setting.
 """
 
+from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig, RunConfig
-from minisft.errors import UserError
 from minisft.formats import load_adapter_, load_model, save_adapter, save_model, save_quantized
 from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from minisft.model import CausalLM

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minisft.autograd import Context
+from minisft.common.autograd import Context
 from minisft.matmul import product_dtype
 
 # With bf16 instructions, up to this many keys, two batched products and a softmax beat the fused CPU kernel several times

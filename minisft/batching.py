@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from minisft.chat import Encoded
+from minisft.common.seeds import generator
+from minisft.data.chat import Encoded
 from minisft.loss import IGNORE_INDEX
-from minisft.seeds import generator
 
 # A shared beginning costs attention an explicit mask; below this share of the tokens saved it is not worth one.
 WORTH_SHARING = 0.1

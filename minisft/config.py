@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from minisft.errors import UserError, listing, nearest, visible
+from minisft.common.errors import UserError, listing, nearest, visible
 
 ALL_LINEAR = "all-linear"
 QUANT_LEVELS = ("nf4", "fp4", "int4")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minisft.autograd import Context
+from minisft.common.autograd import Context
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

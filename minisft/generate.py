@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minisft.errors import UserError, visible
+from minisft.common.errors import UserError, visible
+from minisft.common.seeds import derive_seed
+from minisft.data.tokenizer import Tokenizer
 from minisft.model import CausalLM, KVCache
-from minisft.seeds import derive_seed
-from minisft.tokenizer import Tokenizer
 
 WORTH_SHARING = 8  # tokens: a shorter common beginning is not worth a pass of its own
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no UTF-8 (yet)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minisft import native_nf4
-from minisft.autograd import Context
-from minisft.errors import UserError
+from minisft.common.autograd import Context
+from minisft.common.errors import UserError
+from minisft.kernels import native_nf4
+from minisft.kernels.native_nf4 import Update, add_update_, dense_matmul, serves_dense, serves_update
 from minisft.matmul import Linear, linear, product_dtype
-from minisft.native_nf4 import Update, add_update_, dense_matmul, serves_dense, serves_update
 from minisft.nf4 import SLAB
 from minisft.nf4_linear import NF4Linear, nf4_matmul, nf4_matmul_t
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from minisft.autograd import Context
+from minisft.common.autograd import Context
 from minisft.matmul import product_dtype
 
 IGNORE_INDEX = -100

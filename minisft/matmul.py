@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minisft.autograd import Context
-from minisft.native_nf4 import dense_matmul, serves_dense
+from minisft.common.autograd import Context
+from minisft.kernels.native_nf4 import dense_matmul, serves_dense
 
 
 @functools.cache

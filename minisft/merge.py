@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minisft import native_nf4
+from minisft.common.errors import UserError, listing, visible
 from minisft.config import ModelConfig
 from minisft.effect import Effect, LayerReport, MergeReport, Onto
-from minisft.errors import UserError, listing, visible
 from minisft.formats.stream import EMBEDDING, HEAD, empty_model, fill_
+from minisft.kernels import native_nf4
 from minisft.lora import LoRAEmbedding, LoRALinear, merged_weight
 from minisft.matmul import Linear
 from minisft.model import CausalLM

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from minisft import native_nf4
+from minisft.kernels import native_nf4
 from minisft.kernels.arguments import PackedWeight
 from minisft.matmul import product_dtype
 from minisft.nf4 import QuantizedWeight, dynamic_map

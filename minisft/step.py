@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minisft.batching import Batch
+from minisft.common.errors import UserError, listing
 from minisft.config import RunConfig
-from minisft.errors import UserError, listing
 from minisft.loss import head_loss_sum
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW

@@ -16,13 +16,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from minisft.common.errors import UserError, listing, nearest, visible
+from minisft.common.safe_json import JSON
+from minisft.common.seeds import generator
 from minisft.config import ALL_LINEAR, QUANT_LEVELS, LoRAConfig, QuantConfig
-from minisft.errors import UserError, listing, nearest, visible
 from minisft.lora import DoRALinear, FrozenLinear, LoRAEmbedding, LoRALinear, check_rank
 from minisft.nf4 import codebook
 from minisft.nf4_linear import NF4Linear
-from minisft.safe_json import JSON
-from minisft.seeds import generator
 
 T = TypeVar("T")
 

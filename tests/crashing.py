@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from minisft import durable
+from minisft.common import durable
 
 NAME_OPS = ("create", "mkdir", "rename", "unlink", "rmdir")
 
@@ -29,7 +29,7 @@ class Op:
 
 
 class Shim:
-    """``os`` for ``minisft.durable``: records every call that changes the disk; the call number ``fail_at`` fails."""
+    """``os`` for ``minisft.common.durable``: records every call that changes the disk; the call number ``fail_at`` fails."""
 
     def __init__(self, fail_at: int | None = None, code: int = errno.ENOSPC, short_writes: bool = False) -> None:
         self.ops: list[Op] = []

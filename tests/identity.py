@@ -1,7 +1,7 @@
 """Prints a hash of everything that a refactor must leave alone: ``python tests/identity.py > before.json``, and again after.
 
-Twenty training steps with seed 0 (LoRA, DoRA, NF4; full; packed and padded): adapter or model, optimizer, metrics. A merge onto each
-target: the weight files. ``--help`` of every command: its text. The numbers hold on one machine with one set of packages only.
+Twenty training steps with seed 0 (LoRA, DoRA, NF4; full; packed and padded): adapter or model, optimizer, metrics. A merge onto
+each target: the weight files. ``--help`` of every command: its text. The numbers hold on one machine with one set of packages.
 """
 
 from __future__ import annotations
@@ -18,10 +18,23 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import torch
-from tiny_folder import losses, quiet, run_config, write_shop
+import torch  # noqa: E402
+from tiny_folder import losses, quiet, run_config, write_shop  # noqa: E402
 
-COMMANDS = "train eval generate chat inspect quantize plan merge combine sweep verify quickstart".split()
+COMMANDS = [
+    "train",
+    "eval",
+    "generate",
+    "chat",
+    "inspect",
+    "quantize",
+    "plan",
+    "merge",
+    "combine",
+    "sweep",
+    "verify",
+    "quickstart",
+]
 RUNS: dict[str, dict[str, object]] = {
     "lora": {},
     "dora": {"use_dora": True},
@@ -65,7 +78,10 @@ def runs(shop: Path) -> dict[str, object]:
 
 def merges(shop: Path) -> dict[str, object]:
     found: dict[str, object] = {}
-    for adapter, targets in {"lora": ("dequantized",), "nf4": ("dequantized", "original", "requantized", "compensated")}.items():
+    for adapter, targets in {
+        "lora": ("dequantized",),
+        "nf4": ("dequantized", "original", "requantized", "compensated"),
+    }.items():
         for onto in targets:
             out = shop / f"merged-{adapter}-{onto}"
             words = ["--calibration", shop / "rows.jsonl"] if onto == "compensated" else []

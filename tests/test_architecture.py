@@ -1,7 +1,8 @@
-"""The map of the house, read off the source with ``ast``: floors, what may be imported where, and a clean import.
+"""The map of the package, read off the source with ``ast``: what lies flat, what may be imported where, and a clean import.
 
-A new module must be entered in ``FLOORS``. It may import from its own floor or from those below, and nothing may import in
-a circle, not even inside a function.
+The arithmetic lies flat in ``minisft/``; what serves it has a folder. A new module goes into a folder, and a new folder is
+entered in ``LEVELS``. A folder may import from its own level or from those below, and nothing may import in a circle, not even
+inside a function.
 """
 
 import ast
@@ -16,19 +17,41 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minisft"
 
-# A package (formats, kernels) is one room.
-FLOORS = {
-    0: "autograd config durable errors json_rows machine manifest messages metrics "
-    "parcel_phrases parcel_task probe runlog safe_json schedule seeds",
-    1: "attention control_text elementwise gguf_vocabulary kernels loss matmul native_build native_nf4 nf4 template tokenizer",
-    2: "chat lora model nf4_linear",
-    3: "batching formats surgery",
-    4: "adapted_files certificate checkpoint choice combine compensate effect evaluate generate inspect_data lossplot merge "
-    "merge_packed merge_page merge_stream optim run_data sweep verify_merge",
-    5: "active_run plan rehearsal step train",
-    6: "__init__ cli commands_answers commands_weights flags quickstart",
-}
-FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
+# The files that lie flat, in the order in which they are best read.
+FLAT = [
+    "config",
+    "model",
+    "attention",
+    "elementwise",
+    "matmul",
+    "generate",
+    "lora",
+    "surgery",
+    "nf4",
+    "nf4_linear",
+    "batching",
+    "loss",
+    "optim",
+    "schedule",
+    "step",
+    "merge",
+    "effect",
+]
+# A folder is one place, and so is a flat file.
+LEVELS = (
+    "common optim schedule",
+    "config data elementwise nf4",
+    "kernels",
+    "effect matmul",
+    "attention loss nf4_linear",
+    "batching lora model",
+    "generate step surgery",
+    "formats",
+    "evaluation merge",
+    "__init__ merging training",
+    "cli quickstart",
+)
+LEVEL_OF = {place: level for level, places in enumerate(LEVELS) for place in places.split()}
 
 CORE = {"torch", "numpy", "safetensors", "tokenizers", "jinja2"}
 LATE = {"triton", "gguf", "matplotlib", "tqdm", "huggingface_hub"}  # only inside the function that needs them
@@ -44,14 +67,14 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def room_of(module: str) -> str:
+def place_of(module: str) -> str:
     return module.split(".")[1] if "." in module else "__init__"
 
 
-def floor_of(module: str) -> int:
-    room = room_of(module)
-    assert room in FLOOR_OF, f"enter {room} in FLOORS"
-    return FLOOR_OF[room]
+def level_of(module: str) -> int:
+    place = place_of(module)
+    assert place in LEVEL_OF, f"enter {place} in LEVELS"
+    return LEVEL_OF[place]
 
 
 def imported(nodes: Iterator[ast.AST]) -> Iterator[str]:
@@ -91,22 +114,27 @@ def kernel_files() -> set[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_every_module_has_a_floor(module):
-    floor_of(module)
+def test_every_module_has_a_level(module):
+    level_of(module)
 
 
-def test_every_room_on_the_map_exists():
-    assert {room_of(module) for module in MODULES} == set(FLOOR_OF)
-    assert sum(len(rooms.split()) for rooms in FLOORS.values()) == len(FLOOR_OF)  # on one floor only
+def test_every_place_in_the_levels_exists():
+    assert {place_of(module) for module in MODULES} == set(LEVEL_OF)
+    assert sum(len(places.split()) for places in LEVELS) == len(LEVEL_OF)  # on one level only
+
+
+def test_only_the_arithmetic_lies_flat():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", *FLAT}
+    assert set(FLAT) < set(LEVEL_OF)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_down(module):
-    floor = floor_of(module)
+    level = level_of(module)
     for name in imported(ast.walk(MODULES[module])):
         if name.split(".")[0] == "minisft":
             assert name in MODULES, f"{module} imports {name}, which does not exist"
-            assert floor_of(name) <= floor, f"{module} (floor {floor}) imports {name} (floor {floor_of(name)})"
+            assert level_of(name) <= level, f"{module} (level {level}) imports {name} (level {level_of(name)})"
 
 
 def test_nothing_imports_in_a_circle():
@@ -114,12 +142,12 @@ def test_nothing_imports_in_a_circle():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
-def test_rooms_do_not_import_each_other_in_a_circle():
+def test_places_do_not_import_each_other_in_a_circle():
     """Not even through different files of a package."""
     graph: dict[str, set[str]] = {}
     for module, tree in MODULES.items():
-        rooms = {room_of(name) for name in imported(ast.walk(tree)) if name in MODULES}
-        graph.setdefault(room_of(module), set()).update(rooms - {room_of(module)})
+        places = {place_of(name) for name in imported(ast.walk(tree)) if name in MODULES}
+        graph.setdefault(place_of(module), set()).update(places - {place_of(module)})
     graphlib.TopologicalSorter(graph).prepare()
 
 
@@ -138,7 +166,7 @@ def test_third_party_imports(module):
 
 
 def test_only_kernels_need_triton():
-    assert {room_of(module) for module in kernel_files()} <= {"kernels"}
+    assert {place_of(module) for module in kernel_files()} <= {"kernels"}
     assert "minisft.kernels" not in kernel_files()
 
 

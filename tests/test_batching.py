@@ -22,7 +22,7 @@ from minisft.batching import (
     shared_prefix,
     step_rows,
 )
-from minisft.chat import Encoded
+from minisft.data.chat import Encoded
 from minisft.loss import IGNORE_INDEX, head_loss_sum
 
 PAD = VOCAB - 1

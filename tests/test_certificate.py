@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_folder import CONFIG, write_model, write_rows
 
-from minisft import certificate
-from minisft.certificate import PAGE, PLOT, REPORT, ModelReport, judge, kl_divergence
-from minisft.chat import resolve_template
-from minisft.cli import main
+from minisft.cli.main import main
 from minisft.config import LoRAConfig, QuantConfig
+from minisft.data.chat import resolve_template
+from minisft.data.messages import read_dataset
 from minisft.effect import LayerReport
-from minisft.evaluate import evaluate
+from minisft.evaluation.evaluate import evaluate
 from minisft.formats import load_adapter_, load_model, save_adapter
 from minisft.formats.hf import SINGLE
 from minisft.merge import merge
-from minisft.merge_page import page
-from minisft.messages import read_dataset
+from minisft.merging import certificate
+from minisft.merging.certificate import PAGE, PLOT, REPORT, ModelReport, judge, kl_divergence
+from minisft.merging.merge_page import page
 from minisft.surgery import adapters_off, apply_lora_, lora_modules
 
 pytestmark = pytest.mark.slow

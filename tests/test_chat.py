@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import CONTROL, GENERATION, LLAMA3, byte_tokenizer, smollm2_tokenizer
 
-from minisft.chat import Encoded, Turns, encode_chat, encode_dataset, fit, resolve_template, stop_ids
-from minisft.errors import UserError
-from minisft.messages import Example, Message
-from minisft.template import ChatTemplate
-from minisft.tokenizer import Tokenizer
+from minisft.common.errors import UserError
+from minisft.data.chat import Encoded, Turns, encode_chat, encode_dataset, fit, resolve_template, stop_ids
+from minisft.data.messages import Example, Message
+from minisft.data.template import ChatTemplate
+from minisft.data.tokenizer import Tokenizer
 
 END = "<|im_end|>"
 NAMES = {"bos_token": "<|im_start|>", "eos_token": END}

@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minisft import checkpoint, safe_json
-from minisft.checkpoint import Checkpoint, RunLock, check_identity, load_latest, load_step, save_checkpoint
-from minisft.errors import UserError
-from minisft.manifest import UnusableError
-from minisft.runlog import MetricsLog
-from minisft.safe_json import JSON
+from minisft.common import safe_json
+from minisft.common.errors import UserError
+from minisft.common.safe_json import JSON
+from minisft.training import checkpoint
+from minisft.training.checkpoint import Checkpoint, RunLock, check_identity, load_latest, load_step, save_checkpoint
+from minisft.training.manifest import UnusableError
+from minisft.training.runlog import MetricsLog
 
 pytestmark = pytest.mark.slow
 
@@ -319,7 +320,7 @@ def test_none_valid_lists_every_reason(tmp_path: Path) -> None:
 
 def _reseal(newest: Path, change: Callable[[dict[str, JSON]], object]) -> None:
     """Rewrite a manifest with a valid seal, as a later version or somebody hostile would."""
-    from minisft.manifest import _seal
+    from minisft.training.manifest import _seal
 
     document = safe_json.loads((newest / "manifest.json").read_bytes())
     assert isinstance(document, dict)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_folder import CONFIG, rows, write_model, write_rows
 
-from minisft.cli import main
+from minisft.cli.main import main
 from minisft.config import LoRAConfig
 from minisft.formats import load_model, save_adapter
 from minisft.surgery import apply_lora_, lora_modules
@@ -480,7 +480,8 @@ def test_51_changed_data_and_base(stopped: Shop) -> None:
 
 
 def test_52_another_process_holds_the_run(stopped: Shop) -> None:
-    holder = "import sys; from minisft.checkpoint import RunLock\nwith RunLock(sys.argv[1]): print('held', flush=True); input()"
+    lock = "import sys; from minisft.training.checkpoint import RunLock"
+    holder = f"{lock}\nwith RunLock(sys.argv[1]): print('held', flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", holder, str(stopped.out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -491,7 +492,7 @@ def test_52_another_process_holds_the_run(stopped: Shop) -> None:
 
 
 def test_53_newer_format(stopped: Shop) -> None:
-    from minisft import manifest
+    from minisft.training import manifest
 
     path = stopped.out / "checkpoints" / "step-2" / "manifest.json"
     document = json.loads(path.read_text())
@@ -501,7 +502,7 @@ def test_53_newer_format(stopped: Shop) -> None:
 
 
 def test_54_disk_full(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minisft import durable
+    from minisft.common import durable
 
     monkeypatch.setattr(durable, "_free_bytes", lambda folder: 10)
     shop.refused(7, "disk/full", "no checkpoint has been saved yet", argv=shop.train("--save-every", 1, "--steps", 4))
@@ -522,7 +523,7 @@ def test_55_non_finite_loss(shop: Shop) -> None:
 
 
 def test_no_traceback_without_debug_in_a_real_process(shop: Shop) -> None:
-    argv = [sys.executable, "-m", "minisft.cli", *(str(x) for x in shop.train("--rank", "0"))]
+    argv = [sys.executable, "-m", "minisft.cli.main", *(str(x) for x in shop.train("--rank", "0"))]
     run = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2
     assert run.stderr.startswith("error[config/bad-value]")
@@ -534,7 +535,8 @@ def test_no_traceback_without_debug_in_a_real_process(shop: Shop) -> None:
 def test_a_process_ends_without_a_word() -> None:
     """Triton's bindings call everything a leak that the last collection may not take, and say so."""
     pytest.importorskip("triton")
-    code = "import sys; sys.argv = ['minisft', '--version']; from minisft import cli; cli.process(); import triton._C.libtriton"
+    code = "import sys; sys.argv = ['minisft', '--version']; from minisft.cli.main import process; process()"
+    code += "; import triton._C.libtriton"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stderr) == (0, "")
 

@@ -16,11 +16,11 @@ from test_formats_adapter import logits, randomise_, tiny_llama
 from tiny import assert_close, randn
 from torch import Tensor, nn
 
-from minisft.cli import main
-from minisft.combine import Combined, Update, add_updates, combine, combine_folders, lower_rank, read_stored
+from minisft.cli.main import main
+from minisft.common.errors import UserError
 from minisft.config import LoRAConfig
-from minisft.errors import UserError
 from minisft.formats import load_adapter_, load_model, save_adapter
+from minisft.merging.combine import Combined, Update, add_updates, combine, combine_folders, lower_rank, read_stored
 from minisft.surgery import apply_lora_, lora_modules
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,12 @@ from tiny import LLAMA, LLAMA_BIASES, assert_close, build, randn
 from tiny_folder import CONFIG, write_model
 from torch import Tensor
 
-from minisft.compensate import (
+from minisft.common.errors import UserError
+from minisft.config import LoRAConfig, ModelConfig, QuantConfig
+from minisft.formats import load_model, save_quantized
+from minisft.lora import LoRALinear
+from minisft.merge import merge
+from minisft.merging.compensate import (
     DAMPING,
     WAYS,
     Grid,
@@ -27,11 +32,6 @@ from minisft.compensate import (
     output_error,
     requantize_compensated,
 )
-from minisft.config import LoRAConfig, ModelConfig, QuantConfig
-from minisft.errors import UserError
-from minisft.formats import load_model, save_quantized
-from minisft.lora import LoRALinear
-from minisft.merge import merge
 from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight, codebook, dequantize, quantize, unpack
 from minisft.nf4_linear import NF4Linear

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import LLAMA
 
+from minisft.common.errors import UserError
 from minisft.config import (
     ALL_LINEAR,
     QUANT_BLOCK_SIZES,
@@ -22,7 +23,6 @@ from minisft.config import (
     read_toml,
     run_config,
 )
-from minisft.errors import UserError
 from minisft.nf4 import BLOCK_SIZES, codebook
 
 REQUIRED = {"model": "m", "data": "d.jsonl", "out": "o"}

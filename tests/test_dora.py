@@ -14,8 +14,8 @@ from test_lora import DTYPES, batches, make_linear, make_nf4, seeds, sizes
 from tiny import FAMILIES, LLAMA, QWEN2, assert_close, build, randn
 from torch import Tensor, nn
 
+from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, QuantConfig, RunConfig
-from minisft.errors import UserError
 from minisft.formats import load_adapter_, save_adapter
 from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear, merged_weight
 from minisft.nf4 import SLAB

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from crashing import Shim, crash_states, install, materialize, snapshot
 
-from minisft import durable
-from minisft.durable import (
+from minisft.common import durable
+from minisft.common.durable import (
     create_durably,
     disk_errors,
     make_folder,
@@ -23,7 +23,7 @@ from minisft.durable import (
     staged_folder,
     write_durably,
 )
-from minisft.errors import UserError
+from minisft.common.errors import UserError
 
 PARTS = [b"first", memoryview(b""), memoryview(b"second" * 1000)]
 WHOLE = b"first" + b"second" * 1000

@@ -9,15 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import minisft.evaluate
-from minisft.chat import Encoded
-from minisft.choice import make_question, option_log_probs
+from minisft.common.errors import UserError
 from minisft.config import ModelConfig
-from minisft.errors import UserError
-from minisft.evaluate import EvalResult, RowResult, evaluate, write
+from minisft.data.chat import Encoded
+from minisft.data.messages import Example, Message
+from minisft.evaluation import evaluate as evaluate_module
+from minisft.evaluation.choice import make_question, option_log_probs
+from minisft.evaluation.evaluate import EvalResult, RowResult, evaluate, write
+from minisft.evaluation.metrics import Z_95, exact_match, is_json, json_equal, json_match, token_f1, wilson
 from minisft.generate import generate
-from minisft.messages import Example, Message
-from minisft.metrics import Z_95, exact_match, is_json, json_equal, json_match, token_f1, wilson
 from minisft.model import CausalLM
 
 END = 0
@@ -57,8 +57,8 @@ def encode(messages, *, turns="last", add_generation_prompt=False, row=0) -> Enc
 
 @pytest.fixture(autouse=True)
 def char_chat(monkeypatch):
-    monkeypatch.setattr(minisft.evaluate, "stop_ids", lambda tokenizer, template: tokenizer.eos_ids)
-    monkeypatch.setattr(minisft.evaluate, "encode_chat", lambda tokenizer, template, messages, **kw: encode(messages, **kw))
+    monkeypatch.setattr(evaluate_module, "stop_ids", lambda tokenizer, template: tokenizer.eos_ids)
+    monkeypatch.setattr(evaluate_module, "encode_chat", lambda tokenizer, template, messages, **kw: encode(messages, **kw))
 
 
 @pytest.fixture(scope="module")

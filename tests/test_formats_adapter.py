@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, QuantConfig
-from minisft.errors import UserError
 from minisft.formats import load_adapter_, save_adapter
 from minisft.formats.source import Origin, set_origin_
 from minisft.surgery import apply_lora_, lora_modules, quantize_

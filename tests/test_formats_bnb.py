@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from tiny_folder import write_model, write_tokenizer
 from torch import Tensor, nn
 
-from minisft.cli import main
+from minisft.cli.main import main
+from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
-from minisft.errors import UserError
 from minisft.formats import Tokenizer, bnb, load_model, save_model, save_quantized, stream
 from minisft.formats.fields import Fields
 from minisft.model import CausalLM

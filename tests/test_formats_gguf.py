@@ -15,8 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minisft.common.errors import UserError
 from minisft.config import ModelConfig
-from minisft.errors import UserError
 from minisft.formats import fingerprint, load_model
 from minisft.formats.gguf_file import file_dtype, gguf_config, hugging_face_name, load_gguf
 from minisft.formats.gguf_header import read_gguf

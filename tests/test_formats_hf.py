@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
+from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, ModelConfig, RopeScaling
-from minisft.errors import UserError
 from minisft.formats import Tokenizer, fingerprint, hf, load_model, save_model, stream
 from minisft.formats.hf import load_folder
 from minisft.formats.hf_config import read_config

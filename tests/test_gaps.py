@@ -9,19 +9,19 @@ import tiny
 import torch
 from tiny_folder import write_model, write_rows
 
-import minisft.evaluate
+import minisft.evaluation.evaluate
 from minisft.batching import collate, micro_batches, step_rows
-from minisft.chat import Encoded, resolve_template
+from minisft.common.seeds import derive_seed
 from minisft.config import LoRAConfig, RunConfig
-from minisft.evaluate import evaluate
+from minisft.data.chat import Encoded, resolve_template
+from minisft.data.messages import Example, Message
+from minisft.evaluation.evaluate import evaluate
 from minisft.formats import load_adapter_, load_model
-from minisft.messages import Example, Message
 from minisft.optim import MasterAdamW
-from minisft.run_data import prepare_data
-from minisft.seeds import derive_seed
 from minisft.step import prepare_method, train_step
 from minisft.surgery import lora_modules
-from minisft.train import train
+from minisft.training.run_data import prepare_data
+from minisft.training.train import train
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -44,8 +44,8 @@ def test_an_end_token_is_no_part_of_the_answer(tmp_path: Path, monkeypatch: pyte
     """Decoding drops control tokens anyway, so this takes an end token that is ordinary text."""
     model, tokenizer = load_model(write_model(tmp_path / "model", tmp_path / "scratch"))
     said, _ = tokenizer.encode_with_offsets("yes.", control=False)
-    monkeypatch.setattr(minisft.evaluate, "stop_ids", lambda tokenizer, template: said[-1:])
-    monkeypatch.setattr(minisft.evaluate, "generate", lambda model, prompts, **settings: [said for _ in prompts])
+    monkeypatch.setattr(minisft.evaluation.evaluate, "stop_ids", lambda tokenizer, template: said[-1:])
+    monkeypatch.setattr(minisft.evaluation.evaluate, "generate", lambda model, prompts, **settings: [said for _ in prompts])
     example = Example((Message("user", "?"), Message("assistant", "yes")), 1, {})
     (row,) = evaluate(model, tokenizer, resolve_template(tokenizer), [example], "exact_match").rows
     assert (row.prediction, row.score, row.extra["stopped"]) == ("yes", 1.0, True)

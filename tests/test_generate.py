@@ -9,8 +9,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from minisft.common.errors import UserError
 from minisft.config import ModelConfig
-from minisft.errors import UserError
 from minisft.generate import Sampling, TextStream, generate, no_dropout, read_prompts, safe_text, stream_chat
 from minisft.model import CausalLM
 

@@ -7,11 +7,11 @@ import re
 import pytest
 from texts import byte_tokenizer
 
-from minisft.chat import EncodedDataset, encode_dataset, resolve_template
-from minisft.errors import UserError
-from minisft.inspect_data import Report, check, inspect_dataset, render
-from minisft.messages import Dataset, Example, Message
-from minisft.template import ChatTemplate
+from minisft.common.errors import UserError
+from minisft.data.chat import EncodedDataset, encode_dataset, resolve_template
+from minisft.data.inspect_data import Report, check, inspect_dataset, render
+from minisft.data.messages import Dataset, Example, Message
+from minisft.data.template import ChatTemplate
 
 LIMIT = 64
 

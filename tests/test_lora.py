@@ -11,8 +11,8 @@ from tiny import LLAMA, QWEN2, assert_close, build, randn
 from torch import Tensor, nn
 
 from minisft import matmul
+from minisft.common.errors import UserError
 from minisft.config import LoRAConfig
-from minisft.errors import UserError
 from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.matmul import Linear
 from minisft.nf4_linear import NF4Linear

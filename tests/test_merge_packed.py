@@ -11,15 +11,15 @@ import pytest
 import torch
 from tiny_folder import CONFIG, write_model, write_rows
 
-from minisft import merge_packed
-from minisft.adapted_files import open_adapted
-from minisft.certificate import PAGE, PLOT, REPORT, compare_models, judge
-from minisft.chat import encode_dataset, resolve_template
-from minisft.cli import main
-from minisft.compensate import requantize_compensated
+from minisft.cli.main import main
 from minisft.config import LoRAConfig, QuantConfig
+from minisft.data.chat import encode_dataset, resolve_template
+from minisft.data.messages import read_dataset
 from minisft.formats import load_adapter_, load_model, save_adapter, save_quantized
-from minisft.messages import read_dataset
+from minisft.merging import merge_packed
+from minisft.merging.adapted_files import open_adapted
+from minisft.merging.certificate import PAGE, PLOT, REPORT, compare_models, judge
+from minisft.merging.compensate import requantize_compensated
 from minisft.model import CausalLM
 from minisft.surgery import apply_lora_, lora_modules, nf4_modules
 

@@ -22,11 +22,10 @@ from test_formats_gguf import tiny as random_model
 from test_formats_gguf import write as write_gguf
 from tiny_folder import CONFIG, write_model
 
-from minisft import adapted_files
-from minisft.adapted_files import MARK, row_ranges
+from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
+from minisft.data.tokenizer import Tokenizer
 from minisft.effect import SURVIVAL_FLOOR
-from minisft.errors import UserError
 from minisft.formats import load_adapter_, load_model, save_adapter, save_model, save_quantized
 from minisft.formats.gguf_file import load_gguf
 from minisft.formats.gguf_header import read_gguf
@@ -35,11 +34,12 @@ from minisft.formats.pieces import In4Bits, open_model
 from minisft.formats.shard_writer import TensorSpec, write_shards
 from minisft.formats.source import resolve
 from minisft.merge import merge
-from minisft.merge_stream import merge_folder
+from minisft.merging import adapted_files
+from minisft.merging.adapted_files import MARK, row_ranges
+from minisft.merging.merge_stream import merge_folder
 from minisft.model import CausalLM
 from minisft.nf4 import dequantize, quantize
 from minisft.surgery import apply_lora_, lora_modules
-from minisft.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -342,7 +342,7 @@ CHILD = """
 import sys
 import torch
 torch.set_num_threads(1)
-from minisft.merge_stream import merge_folder
+from minisft.merging.merge_stream import merge_folder
 
 def kib(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))

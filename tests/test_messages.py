@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisft.errors import UserError
-from minisft.messages import Dataset, Example, Message, read_dataset, split
+from minisft.common.errors import UserError
+from minisft.data.messages import Dataset, Example, Message, read_dataset, split
 
 Write = Callable[..., Path]
 PAIR = {"prompt": "q", "completion": "a"}

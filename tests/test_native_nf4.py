@@ -29,8 +29,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minisft import effect, native_build, native_nf4, nf4
-from minisft.errors import UserError
+from minisft import effect, nf4
+from minisft.common.errors import UserError
+from minisft.kernels import native_build, native_nf4
 from minisft.lora import LoRALinear
 from minisft.matmul import Linear
 
@@ -660,7 +661,8 @@ def test_a_library_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) 
 
 WITHOUT = """
 import torch
-from minisft import native_nf4, nf4
+from minisft import nf4
+from minisft.kernels import native_nf4
 from minisft.nf4_linear import NF4Linear
 torch.manual_seed(0)
 layer = NF4Linear.from_linear(torch.nn.Linear(64, 32))
@@ -705,7 +707,7 @@ def test_other_instructions(options: str, tmp_path: Path) -> None:
     assert int(passed[1]) >= 12, run.stdout[-2000:]
     assert "skipped" not in run.stdout, run.stdout[-2000:]
     said = subprocess.run(
-        [sys.executable, "-c", "from minisft import native_nf4; print(native_nf4.path())"],
+        [sys.executable, "-c", "from minisft.kernels import native_nf4; print(native_nf4.path())"],
         env=environment, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert said.stdout.strip() == "native code (portable)"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisft import nf4
-from minisft.errors import UserError
+from minisft.common.errors import UserError
 from minisft.nf4 import BLOCK_SIZES, QuantizedWeight, codebook, decode_absmax, dequantize, dynamic_map, pack, quantize, unpack
 
 PUBLISHED_NF4 = [  # QLoRA, appendix E, with the digits of its fp32 constants

@@ -17,8 +17,8 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from minisft import native_nf4
-from minisft.errors import UserError
+from minisft.common.errors import UserError
+from minisft.kernels import native_nf4
 from minisft.nf4 import QuantizedWeight, dequantize, quantize
 from minisft.nf4_linear import NF4Linear, nf4_matmul, nf4_matmul_t
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisft.parcel_phrases import TEST, TRAIN, Phrasebook
-from minisft.parcel_task import INSTRUCTION, INTENTS, PHRASEBOOKS, parcel_rows
+from minisft.quickstart.parcel_phrases import TEST, TRAIN, Phrasebook
+from minisft.quickstart.parcel_task import INSTRUCTION, INTENTS, PHRASEBOOKS, parcel_rows
 
 
 def parts(book: Phrasebook) -> dict[str, list[str]]:

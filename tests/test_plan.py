@@ -15,14 +15,14 @@ import tiny
 import tiny_folder
 import torch
 
-from minisft.cli import main
+from minisft.cli.main import main
 from minisft.config import ModelConfig, QuantConfig, RunConfig
 from minisft.formats import load_model
 from minisft.formats.hf_config import read_config
 from minisft.formats.stream import empty_model, expected_shapes
-from minisft.plan import NO_GAPS, plan, render
-from minisft.rehearsal import Meter, Shape, rehearse
 from minisft.surgery import nf4_modules
+from minisft.training.plan import NO_GAPS, plan, render
+from minisft.training.rehearsal import Meter, Shape, rehearse
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ CASES = {
 PLANNING = """
 import json, sys, torch
 from minisft.config import RunConfig
-from minisft.plan import plan
+from minisft.training.plan import plan
 torch.set_num_threads(1)
 print(json.dumps({name: plan(RunConfig(**run)).to_dict() for name, run in json.loads(sys.argv[1]).items()}))
 """
@@ -51,7 +51,7 @@ from pathlib import Path
 from minisft.batching import Batch
 from minisft.config import RunConfig
 from minisft.formats import load_model
-from minisft.machine import tune_allocator
+from minisft.common.machine import tune_allocator
 from minisft.optim import MasterAdamW
 from minisft.step import prepare_method, train_step
 tune_allocator()
@@ -168,7 +168,7 @@ def test_a_straight_line_through_few_layers_gives_what_all_layers_give(
     """The amounts to the byte; the peak up to 1 %, because which operator has it may change where two moments are close."""
     run, shape = run_of(batch_size=2, **{"max_length": 8, **changes}), shape_of(replace(tiny.LLAMA, num_layers=6))
     line = rehearse(run, shape, CPU)
-    monkeypatch.setattr("minisft.rehearsal.REHEARSED", (6, 7))  # all six, one by one
+    monkeypatch.setattr("minisft.training.rehearsal.REHEARSED", (6, 7))  # all six, one by one
     each = rehearse(run, shape, CPU)
     assert each.whole == line.whole
     assert sum(line.at_peak.values()) == pytest.approx(sum(each.at_peak.values()), rel=0.01)

@@ -23,10 +23,11 @@ from tiny_folder import CONFIG, digest, losses, quiet, run_config, write_model, 
 from torch import Tensor, nn
 
 from minisft.batching import micro_batches
-from minisft.chat import Encoded
-from minisft.cli import main
+from minisft.cli.main import main
+from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig, RunConfig
-from minisft.errors import UserError
+from minisft.data.chat import Encoded
+from minisft.data.tokenizer import Tokenizer
 from minisft.formats import load_adapter_, load_model, save_adapter, save_model, save_quantized, stream
 from minisft.formats.gguf_file import load_gguf
 from minisft.formats.gguf_header import read_gguf
@@ -34,8 +35,7 @@ from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight, quantize
 from minisft.step import batch_loss_sum
 from minisft.surgery import apply_lora_, lora_modules, nf4_modules, num_parameters, quantize_, weight_bytes
-from minisft.tokenizer import Tokenizer
-from minisft.train import train
+from minisft.training.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -186,7 +186,7 @@ import torch
 from minisft.config import QuantConfig
 from minisft.formats import load_model
 from minisft.nf4_linear import NF4Linear
-from minisft.runlog import peak_memory_bytes
+from minisft.training.runlog import peak_memory_bytes
 from minisft.surgery import weight_bytes
 
 torch.set_num_threads(1)

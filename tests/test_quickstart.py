@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from minisft.errors import UserError
-from minisft.evaluate import EvalResult
-from minisft.messages import read_dataset
-from minisft.quickstart import QuickstartResult, Scores, general_rows, next_commands, report, run_quickstart, write_data
-from minisft.train import TrainResult
+from minisft.common.errors import UserError
+from minisft.data.messages import read_dataset
+from minisft.evaluation.evaluate import EvalResult
+from minisft.quickstart.run import QuickstartResult, Scores, general_rows, next_commands, report, run_quickstart, write_data
+from minisft.training.train import TrainResult
 
 
 def questions() -> list[dict]:
-    return json.loads((importlib.resources.files("minisft") / "general_questions.json").read_text())
+    return json.loads((importlib.resources.files("minisft.quickstart") / "general_questions.json").read_text())
 
 
 def test_the_questions_have_one_shape():

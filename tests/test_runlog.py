@@ -16,11 +16,11 @@ from crashing import Shim, crash_states, install, materialize, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisft import runlog
-from minisft.errors import UserError
-from minisft.lossplot import plot_loss, smooth
-from minisft.runlog import MetricsLog, Progress, duration, peak_memory_bytes, read_metrics
-from minisft.safe_json import JSON
+from minisft.common.errors import UserError
+from minisft.common.safe_json import JSON
+from minisft.training import runlog
+from minisft.training.lossplot import plot_loss, smooth
+from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_bytes, read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -253,12 +253,12 @@ def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
     write_rows(tmp_path / "m", 5)
     code = f"""
 import sys
-import minisft.lossplot, minisft.runlog
+import minisft.training.lossplot, minisft.training.runlog
 assert "matplotlib" not in sys.modules
 import matplotlib
 settings = lambda: {{key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}}  # reading it sets it
 before = settings()
-minisft.lossplot.plot_loss({str(tmp_path / "m")!r}, {str(tmp_path / "a.png")!r}, "t")
+minisft.training.lossplot.plot_loss({str(tmp_path / "m")!r}, {str(tmp_path / "a.png")!r}, "t")
 assert "matplotlib.pyplot" not in sys.modules
 assert before == settings()
 """
@@ -285,7 +285,7 @@ def test_smoothing_does_not_lag(count: int, start: float, slope: float, radius: 
 
 def test_peak_memory_follows_an_allocation() -> None:
     code = """
-from minisft.runlog import peak_memory_bytes
+from minisft.training.runlog import peak_memory_bytes
 before = peak_memory_bytes()
 block = b"x" * 200_000_000
 del block

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisft.errors import EXIT_CODES, UserError, listing, nearest, visible
-from minisft.safe_json import MAX_DEPTH, MAX_DIGITS, loads
+from minisft.common.errors import EXIT_CODES, UserError, listing, nearest, visible
+from minisft.common.safe_json import MAX_DEPTH, MAX_DIGITS, loads
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 documents = st.recursive(

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisft.batching import micro_batches, step_rows
-from minisft.chat import Encoded
+from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, RunConfig
-from minisft.errors import UserError
+from minisft.data.chat import Encoded
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.step import (

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, LLAMA, LLAMA3_ROPE, assert_close, build, build_with_lora, shared_with_lora
 from torch import nn
 
+from minisft.common.errors import UserError
+from minisft.common.seeds import derive_seed, generator
 from minisft.config import LoRAConfig, QuantConfig
-from minisft.errors import UserError
 from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.nf4 import codebook, dequantize, quantize
 from minisft.nf4_linear import NF4Linear
-from minisft.seeds import derive_seed, generator
 from minisft.surgery import (
     adapters_off,
     apply_lora_,
@@ -444,7 +444,7 @@ def test_a_dense_weight_is_let_go_before_the_next_is_quantized(monkeypatch):
         alive.append(sum(weight() is not None for weight in weights))
         return quantize(*arguments, **options)
 
-    monkeypatch.setattr("minisft.native_nf4.quantize", watched)
+    monkeypatch.setattr("minisft.kernels.native_nf4.quantize", watched)
     quantize_(model, QuantConfig())
     assert alive == [5, 4, 3, 2, 1]
     assert not any(weight() is not None for weight in weights)

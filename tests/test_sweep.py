@@ -11,14 +11,14 @@ import torch
 from tiny import LLAMA, build_with_lora
 from tiny_folder import write_model, write_rows
 
-from minisft.cli import main
+from minisft.cli.main import main
+from minisft.common.errors import UserError
 from minisft.config import LoRAConfig
-from minisft.errors import UserError
-from minisft.evaluate import EvalResult
+from minisft.evaluation.evaluate import EvalResult
+from minisft.evaluation.sweep import PLOT, REPORT, Point, draw, interval, line, scaled, sweep
 from minisft.formats import load_model, save_adapter
 from minisft.model import CausalLM
 from minisft.surgery import apply_lora_, lora_modules
-from minisft.sweep import PLOT, REPORT, Point, draw, interval, line, scaled, sweep
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import GENERATION, LLAMA3
 
-from minisft.errors import UserError
-from minisft.messages import Message
-from minisft.template import CHATML, PLAIN, ChatTemplate
+from minisft.common.errors import UserError
+from minisft.data.messages import Message
+from minisft.data.template import CHATML, PLAIN, ChatTemplate
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 DEFAULT_SYSTEM = (

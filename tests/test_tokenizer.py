@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from texts import CONTROL, byte_metadata, byte_tokenizer, smollm2_metadata, smollm2_tokenizer
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
-from minisft.errors import UserError
-from minisft.gguf_vocabulary import RULES, build_bpe
-from minisft.tokenizer import Tokenizer
+from minisft.common.errors import UserError
+from minisft.data.gguf_vocabulary import RULES, build_bpe
+from minisft.data.tokenizer import Tokenizer
 
 TEXTS = [
     "Hello, world!",

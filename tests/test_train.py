@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_folder import digest, losses, quiet, run_config, write_shop
 
-from minisft.cli import main
+from minisft.cli.main import main
 from minisft.config import RunConfig
 from minisft.formats import load_adapter_, load_model
-from minisft.runlog import read_metrics
-from minisft.train import train
+from minisft.training.runlog import read_metrics
+from minisft.training.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +100,7 @@ def test_a_signal_ends_the_step_and_saves(shop: Path, tmp_path: Path, number: si
     argv = [
         sys.executable,
         "-m",
-        "minisft.cli",
+        "minisft.cli.main",
         "train",
         "--model",
         shop / "model",

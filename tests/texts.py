@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import pre_tokenizers
 
-from minisft.tokenizer import Tokenizer
+from minisft.data.tokenizer import Tokenizer
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA3 = (

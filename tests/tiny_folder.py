@@ -11,9 +11,9 @@ import tokenizers
 import torch
 
 from minisft.config import ModelConfig, RunConfig
+from minisft.data.tokenizer import Tokenizer
 from minisft.formats import save_model
-from minisft.runlog import read_metrics
-from minisft.tokenizer import Tokenizer
+from minisft.training.runlog import read_metrics
 
 TIMES = ("tokens_per_s", "peak_memory_bytes")  # the only columns that may differ between two equal runs
 CONTROL = ("<|im_start|>", "<|im_end|>")

@@ -8,7 +8,7 @@
 #     after: []
 #     contract:
 #       greedy: minisft.generate.generate
-#       log_probs: minisft.choice.option_log_probs
+#       log_probs: minisft.evaluation.choice.option_log_probs
 #     refs: [ouyang2022training, allal2025smollm2, rafailov2023direct, shao2024deepseekmath,
 #            zhou2023lima, gekhman2024does, holtzman2019curious]
 # ---
@@ -39,10 +39,10 @@ import torch.nn.functional as F
 
 import shared
 from minisft import CausalLM, ModelConfig, load_model
-from minisft.chat import encode_chat, resolve_template
-from minisft.choice import option_log_probs
+from minisft.data.chat import encode_chat, resolve_template
+from minisft.data.messages import Message
+from minisft.evaluation.choice import option_log_probs
 from minisft.generate import generate
-from minisft.messages import Message
 
 shared.start("01", seed=0)
 
@@ -457,7 +457,7 @@ shared.say(
 # ## The same as the library
 #
 # `minisft.generate.generate` reads the prompt once, keeps keys and values of what it has read, and works on many prompts at a
-# time. `minisft.choice.option_log_probs` scores many answers to one prompt, and reads the prompt and common beginnings once,
+# time. `minisft.evaluation.choice.option_log_probs` scores many answers to one prompt, and reads the prompt and common beginnings once,
 # like a tree. Yours are ten lines and six. They agree: every token of every reply, and each log-probability up to rounding (the
 # library adds in another order).
 

@@ -7,7 +7,7 @@
 #     needs: smollm2
 #     after: ["01"]
 #     contract:
-#       render: minisft.chat.encode_chat
+#       render: minisft.data.chat.encode_chat
 #       make_batch: minisft.batching.collate
 #       loss_sum: minisft.loss.cross_entropy_sum
 #     refs: [ouyang2022training, shi2024instruction]
@@ -38,10 +38,10 @@ import torch.nn.functional as F
 import shared
 from minisft import CausalLM, ModelConfig, load_model
 from minisft.batching import collate
-from minisft.chat import encode_chat, resolve_template
+from minisft.data.chat import encode_chat, resolve_template
+from minisft.data.messages import Message
 from minisft.generate import generate
 from minisft.loss import cross_entropy_sum
-from minisft.messages import Message
 
 shared.start("02", seed=0)
 
@@ -544,7 +544,7 @@ shared.grade(check_targets_of, targets_of)
 # %% [markdown]
 # ## What was not shown
 #
-# - Other templates. Llama, Mistral and Qwen write roles in other ways. `minisft.chat.encode_chat` runs the model's own
+# - Other templates. Llama, Mistral and Qwen write roles in other ways. `minisft.data.chat.encode_chat` runs the model's own
 #   program and finds the answers in its output; `minisft inspect` prints any data set token by token, as in the first
 #   picture.
 # - Tools, images and reasoning blocks in a chat: minisft does not read them.

@@ -10,7 +10,7 @@
 #       dynamic_map: minisft.nf4.dynamic_map
 #       quantize_absmax: minisft.nf4.quantize_absmax
 #       decode_absmax: minisft.nf4.decode_absmax
-#       bill: minisft.rehearsal.rehearse
+#       bill: minisft.training.rehearsal.rehearse
 #     refs: [dettmers2023qlora, dettmers2021eightbit, rajbhandari2019zero]
 # ---
 
@@ -43,10 +43,10 @@ from minisft.config import ModelConfig, RunConfig
 from minisft.formats.stream import empty_model, expected_shapes, nf4_bytes
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
-from minisft.plan import size
-from minisft.rehearsal import Shape, rehearse
 from minisft.step import batch_loss_sum, prepare_method, train_step
 from minisft.surgery import lora_modules, nf4_modules, quantization_targets, quantize_
+from minisft.training.plan import size
+from minisft.training.rehearsal import Shape, rehearse
 
 shared.start("06", seed=0)
 

@@ -347,8 +347,8 @@ shared.say(f'"The lighthouse of Varnholm is painted ..." Before: "{before}". Wit
 # adapter did. (KL grows with the square of a change, and at most half of an update may be lost.) Good merges stay far below.
 
 # %%
-from minisft.certificate import certify, check
-from minisft.merge_stream import merge_folder
+from minisft.merging.certificate import certify, check
+from minisft.merging.merge_stream import merge_folder
 
 certificates = {}
 with tempfile.TemporaryDirectory() as folder:
@@ -720,7 +720,7 @@ shared.grade(check_merge_two, merge_two)
 # ## What was not shown
 #
 # - **A fourth target.** A merge back to 4 bits can be taught to keep the adapter: the codes are chosen so that the layer's *outputs*
-#   on some text stay what they were, instead of each weight for itself. `minisft/compensate.py` compares ways to do it.
+#   on some text stay what they were, instead of each weight for itself. `minisft/merging/compensate.py` compares ways to do it.
 #   Others change the training so that the merge is exact in 4 bits (QA-LoRA), or start the adapter so that it makes up for the
 #   quantization from the first step (LoftQ).
 # - **DoRA**, where merging also stretches the rows, and **embeddings**, whose factors lie the other way round.

@@ -46,8 +46,8 @@ import minisft.batching
 import minisft.schedule
 import minisft.step
 import shared
-from minisft.chat import Encoded
 from minisft.config import ModelConfig
+from minisft.data.chat import Encoded
 from minisft.elementwise import rotate
 from minisft.model import CausalLM, rope_angles
 from minisft.optim import MasterAdamW

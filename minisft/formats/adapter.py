@@ -17,9 +17,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minisft.common.durable import disk_errors, staged_folder
+from minisft.common.errors import UserError, visible
+from minisft.common.probe import failure
+from minisft.common.safe_json import JSON
 from minisft.config import LoRAConfig
-from minisft.durable import disk_errors, staged_folder
-from minisft.errors import UserError, visible
 from minisft.formats.adapter_config import CONFIG_FILE, adapter_config, needs_patterns, read_adapter_config
 from minisft.formats.adapter_tensors import (
     PREFIX,
@@ -37,8 +39,6 @@ from minisft.formats.safetensors_file import Header, read_header, read_tensors, 
 from minisft.formats.source import base_fingerprint, origin_of, regular_file
 from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from minisft.nf4_linear import NF4Linear
-from minisft.probe import failure
-from minisft.safe_json import JSON
 from minisft.surgery import (
     apply_lora_,
     lora_modules,

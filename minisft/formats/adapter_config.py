@@ -17,12 +17,12 @@ from typing import TypeVar
 
 from torch import nn
 
+from minisft.common.errors import UserError, visible
+from minisft.common.safe_json import JSON
 from minisft.config import ALL_LINEAR, LoRAConfig
-from minisft.errors import UserError, visible
 from minisft.formats.fields import Fields, read_json_object
 from minisft.formats.source import regular_file
 from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
-from minisft.safe_json import JSON
 from minisft.surgery import matches
 
 T = TypeVar("T", int, float)

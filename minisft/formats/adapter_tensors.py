@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minisft.errors import UserError, listing, visible
+from minisft.common.errors import UserError, listing, visible
 from minisft.formats.safetensors_file import Header, read_tensors
 from minisft.nf4_linear import NF4Linear
 

@@ -31,13 +31,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisft import safe_json
+from minisft.common import safe_json
+from minisft.common.errors import UserError, listing, visible
+from minisft.common.safe_json import JSON
 from minisft.config import QuantConfig
-from minisft.errors import UserError, listing, visible
 from minisft.formats.fields import Fields
 from minisft.formats.safetensors_file import Entry, Header, read_tensors
 from minisft.nf4 import BLOCK_SIZES, NESTED_BLOCK_SIZE, QuantizedWeight, codebook, decode_absmax, dynamic_map
-from minisft.safe_json import JSON
 
 ABSMAX, MAP, ABSMAX2, MAP2 = "absmax", "quant_map", "nested_absmax", "nested_quant_map"
 LEVELS = ("nf4", "fp4")

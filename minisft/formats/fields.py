@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisft import safe_json
-from minisft.errors import UserError, visible
-from minisft.safe_json import JSON
+from minisft.common import safe_json
+from minisft.common.errors import UserError, visible
+from minisft.common.safe_json import JSON
 
 MAX_JSON_BYTES = 2**20
 

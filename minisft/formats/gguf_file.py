@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minisft.common.errors import UserError, listing, visible
 from minisft.config import ModelConfig, QuantConfig, RopeScaling
-from minisft.errors import UserError, listing, visible
 from minisft.formats.fields import Fields
 from minisft.formats.gguf_header import GGUF, Scalar, TensorInfo
 from minisft.formats.stream import (

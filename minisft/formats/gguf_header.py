@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from minisft.errors import UserError, listing, visible
+from minisft.common.errors import UserError, listing, visible
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

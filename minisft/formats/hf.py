@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minisft.common.errors import UserError, listing, visible
 from minisft.config import ModelConfig, QuantConfig
-from minisft.errors import UserError, listing, visible
 from minisft.formats.bnb import QUANTIZED_FROM, StoredWeight, check_quantized, read_quantized, require_same
 from minisft.formats.fields import read_json_object
 from minisft.formats.hf_config import read_config

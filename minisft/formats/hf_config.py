@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
+from minisft.common.errors import UserError, listing, visible
+from minisft.common.safe_json import JSON
 from minisft.config import ModelConfig, RopeScaling
-from minisft.errors import UserError, listing, visible
 from minisft.formats.fields import Fields, read_json_object
 from minisft.formats.source import regular_file
-from minisft.safe_json import JSON
 
 
 @dataclass(frozen=True)

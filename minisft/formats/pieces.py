@@ -23,15 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft import native_nf4
+from minisft.common.errors import UserError, visible
 from minisft.config import ModelConfig, QuantConfig
-from minisft.errors import UserError, visible
 from minisft.formats.bnb import StoredWeight, read_tables
 from minisft.formats.gguf_file import check_gguf, file_dtype, interleaved_heads, our_order, read_tensor
 from minisft.formats.gguf_header import GGUF, TensorInfo, read_gguf
 from minisft.formats.hf import CheckedFolder, check_folder
 from minisft.formats.safetensors_file import DTYPES, Header
 from minisft.formats.source import Source
+from minisft.kernels import native_nf4
 from minisft.nf4 import QuantizedWeight, codebook, decode_absmax, quantize_absmax
 
 PIECE = 2**18  # numbers held at a time: 1 MiB in fp32, so that a dozen temporaries of that size stay small

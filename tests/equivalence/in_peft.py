@@ -9,7 +9,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from laws import BASES, Case, bits
 from torch import Tensor, nn
 
-from minisft.errors import UserError
+from minisft.common.errors import UserError
 
 _ours = Case.model  # the suite may be told to ask PEFT's layer instead
 

@@ -15,9 +15,9 @@ from laws import Case, assert_within, bits, exact, roundoff, underflow, weight_o
 from tiny import randn
 from torch import nn
 
-from minisft.combine import Update, add_updates
-from minisft.errors import UserError
+from minisft.common.errors import UserError
 from minisft.merge import merge_, unmerge_
+from minisft.merging.combine import Update, add_updates
 
 peft = pytest.importorskip("peft")
 in_peft = pytest.importorskip("in_peft", exc_type=ModuleNotFoundError)  # and bitsandbytes, which it imports

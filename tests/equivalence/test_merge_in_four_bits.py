@@ -14,8 +14,8 @@ from laws import BASES, IN_4_BITS, IN_FP64, PATTERNED, Case, adapted, bits, dige
 from tiny import FAMILIES, LLAMA, assert_close, build
 from torch import Tensor
 
+from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, QuantConfig
-from minisft.errors import UserError
 from minisft.lora import LoRALinear
 from minisft.merge import merge, merge_, merge_layer
 from minisft.nf4 import QuantizedWeight, dequantize, quantize

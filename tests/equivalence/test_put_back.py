@@ -10,8 +10,8 @@ from laws import BASES, DENSE, IN_4_BITS, LAYERS, PATTERNED, SIDES, Case, adapte
 from tiny import FAMILIES, LLAMA, LLAMA_BIASES, MISTRAL
 from torch import nn
 
+from minisft.common.errors import UserError
 from minisft.config import LoRAConfig
-from minisft.errors import UserError
 from minisft.merge import merge, merge_, unmerge_
 from minisft.model import CausalLM
 from minisft.surgery import adapters_off, lora_modules

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pages import mutants_test, page, wrong_answers_test
 from torch import Tensor
 
-from minisft.choice import option_log_probs
 from minisft.config import ModelConfig
+from minisft.evaluation.choice import option_log_probs
 from minisft.formats import load_model
 from minisft.generate import Sampling, generate
 from minisft.model import CausalLM

@@ -17,11 +17,11 @@ from texts import CONTROL, byte_tokenizer, smollm2_tokenizer
 from torch import Tensor
 
 from minisft.batching import collate
-from minisft.chat import Encoded, encode_chat, resolve_template
+from minisft.data.chat import Encoded, encode_chat, resolve_template
+from minisft.data.messages import Message
+from minisft.data.template import ChatTemplate
+from minisft.data.tokenizer import Tokenizer
 from minisft.loss import IGNORE_INDEX, cross_entropy_sum
-from minisft.messages import Message
-from minisft.template import ChatTemplate
-from minisft.tokenizer import Tokenizer
 
 PAGE = page("02_chat_template_and_loss_mask")
 BUILD = PAGE.build()

@@ -19,9 +19,9 @@ from minisft.config import ModelConfig, RunConfig
 from minisft.formats.stream import empty_model, expected_shapes, nf4_bytes
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
-from minisft.rehearsal import DTYPES, Shape, rehearse
 from minisft.step import batch_loss_sum, prepare_method, train_step
 from minisft.surgery import quantization_targets, quantize_
+from minisft.training.rehearsal import DTYPES, Shape, rehearse
 
 PAGE = page("06_double_quantization")
 BUILD = PAGE.build()

@@ -17,8 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from minisft.attention import Segments, attend
 from minisft.batching import collate, micro_batches, pack
-from minisft.chat import Encoded
 from minisft.config import LoRAConfig
+from minisft.data.chat import Encoded
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.schedule import learning_rate

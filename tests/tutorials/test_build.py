@@ -12,7 +12,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_output
 from pages import builder
 
-from minisft.errors import UserError
+from minisft.common.errors import UserError
 
 FRONT = """# ---
 # jupyter:

@@ -1,0 +1,191 @@
+"""The commands that ask a model: ``eval``, ``sweep``, ``generate`` and ``chat``.
+
+Each loads the model and its adapter the same way and is a few lines over the rooms below; see ``cli`` for errors and output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from minisft.common.durable import require_new_folder
+from minisft.common.errors import UserError, visible
+from minisft.common.machine import pick_device
+from minisft.config import QuantConfig
+from minisft.data.messages import Message
+
+if TYPE_CHECKING:
+    from minisft.data.template import ChatTemplate
+    from minisft.data.tokenizer import Tokenizer
+    from minisft.generate import Sampling
+    from minisft.model import CausalLM
+
+
+def _load(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, ChatTemplate]:
+    from minisft.data.chat import resolve_template
+    from minisft.formats import load_adapter_, load_model
+    from minisft.surgery import scale_adapters_
+
+    device = pick_device(arguments.device)
+    wide = arguments.dtype == "fp32" or (arguments.dtype == "auto" and device.type == "cpu")
+    quant = QuantConfig(arguments.quant, double_quant=arguments.double_quant) if arguments.quant != "none" else None
+    model, tokenizer = load_model(arguments.model, torch.float32 if wide else torch.bfloat16, device, quant)
+    choice = arguments.template
+    if arguments.adapter is not None:
+        load_adapter_(model, arguments.adapter)
+        saved = Path(arguments.adapter) / "chat_template.jinja"  # an adapter is used with the template it was trained with
+        choice = choice or (str(saved) if saved.is_file() else None)
+    if arguments.scale != 1.0:
+        scale_adapters_(model, arguments.scale)
+    return model.eval(), tokenizer, resolve_template(tokenizer, choice)
+
+
+def eval_command(arguments: argparse.Namespace) -> int:
+    """Score a model's answers, and write the score and every row."""
+    from minisft.data.messages import read_dataset
+    from minisft.evaluation.evaluate import evaluate, write
+
+    _check_positive(arguments, "max_new_tokens", "limit", "batch_size")
+    dataset = read_dataset(arguments.data, tuple(arguments.map), keep_duplicates=True)
+    for note in dataset.notes:
+        print(note)
+    model, tokenizer, template = _load(arguments)
+    result = evaluate(
+        model,
+        tokenizer,
+        template,
+        dataset.examples,
+        arguments.metric,
+        max_new_tokens=arguments.max_new_tokens,
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        system=arguments.system,
+    )
+    rows = write(result, arguments.out)
+    print(f"{result.metric} {result.score:.4f} over {result.n} rows; {visible(arguments.out)}, rows in {visible(rows)}")
+    return 0
+
+
+def sweep_command(arguments: argparse.Namespace) -> int:
+    """Task against general score as the adapter is dialled up."""
+    from minisft.data.messages import Example, read_dataset
+    from minisft.evaluation.evaluate import EvalResult, Metric, evaluate, terminal_progress
+    from minisft.evaluation.sweep import REPORT, heading, line, sweep
+
+    _check_positive(arguments, "max_new_tokens", "limit", "batch_size")
+    out, model_path = Path(arguments.out), Path(arguments.model)
+    require_new_folder(out, model_path)
+    if arguments.adapter is None:
+        raise UserError("adapter/none", "there is no adapter to scale", where="--adapter", fix="give the adapter's folder")
+    task = read_dataset(arguments.data, tuple(arguments.map), keep_duplicates=True).examples
+    general = read_dataset(arguments.general, keep_duplicates=True).examples
+    model, tokenizer, template = _load(arguments)
+
+    def score(examples: Sequence[Example], metric: Metric) -> Callable[[CausalLM], EvalResult]:
+        def ask(model: CausalLM) -> EvalResult:
+            with terminal_progress(metric) as progress:
+                return evaluate(
+                    model,
+                    tokenizer,
+                    template,
+                    examples,
+                    metric,
+                    max_new_tokens=arguments.max_new_tokens,
+                    limit=arguments.limit,
+                    batch_size=arguments.batch_size,
+                    system=arguments.system,
+                    progress=progress,
+                )
+
+        return ask
+
+    print(heading(arguments.metric, "choice"))
+    asked = score(task, arguments.metric), score(general, "choice")
+    points = sweep(model, arguments.scales, *asked, out, lambda point: print(line(point), flush=True))
+    print(visible(out))
+    if errors := [point.error for point in points if point.error]:
+        what = f"{len(errors)} of {len(points)} scales could not be scored"
+        raise UserError("numeric/sweep-incomplete", what, where=visible(out / REPORT), found=errors[0])
+    return 0
+
+
+def _check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(
+                "config/bad-value",
+                "a setting is out of range",
+                where="--" + name.replace("_", "-"),
+                found=str(value),
+                expected="at least 1",
+            )
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling:
+    from minisft.generate import Sampling
+
+    return Sampling(arguments.temperature, arguments.top_p, arguments.top_k, arguments.seed)
+
+
+def _prompt_messages(arguments: argparse.Namespace, text: str) -> tuple[Message, ...]:
+    system = () if arguments.system is None else (Message("system", arguments.system),)
+    return (*system, Message("user", text))
+
+
+def generate_command(arguments: argparse.Namespace) -> int:
+    """Answer one prompt, token by token."""
+    from minisft.data.chat import encode_chat, stop_ids
+    from minisft.generate import stream_chat
+
+    sampling = _sampling(arguments)
+    model, tokenizer, template = _load(arguments)
+    prompt = encode_chat(tokenizer, template, _prompt_messages(arguments, arguments.prompt), add_generation_prompt=True)
+    stream_chat(
+        model,
+        tokenizer,
+        prompt.input_ids,
+        _show,
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        eos_ids=stop_ids(tokenizer, template),
+    )
+    print()
+    return 0
+
+
+def _show(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def chat_command(arguments: argparse.Namespace) -> int:
+    """Answer on and on, until an empty line."""
+    from minisft.data.chat import encode_chat, stop_ids
+    from minisft.generate import stream_chat
+
+    sampling = _sampling(arguments)
+    model, tokenizer, template = _load(arguments)
+    stops = stop_ids(tokenizer, template)
+    print("An empty line or Ctrl-D ends the chat.", file=sys.stderr)
+    history: tuple[Message, ...] = ()
+    while text := _ask():
+        history = (*history, Message("user", text)) if history else _prompt_messages(arguments, text)
+        prompt = encode_chat(tokenizer, template, history, add_generation_prompt=True)
+        answer = stream_chat(
+            model, tokenizer, prompt.input_ids, _show, max_new_tokens=arguments.max_new_tokens, sampling=sampling, eos_ids=stops
+        )
+        print()
+        history = (*history, Message("assistant", answer))
+    return 0
+
+
+def _ask() -> str:
+    with contextlib.suppress(EOFError):
+        return input("> " if sys.stdin.isatty() else "").strip()
+    return ""

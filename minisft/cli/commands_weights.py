@@ -1,0 +1,116 @@
+"""The commands that make new weights: ``quantize``, ``merge`` and ``combine``; and ``verify``, which checks some.
+
+Each is a few lines over the rooms below; see ``cli`` for errors and output.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minisft.common.durable import require_new_folder
+from minisft.common.errors import UserError, visible
+from minisft.common.machine import DTYPES
+from minisft.config import QuantConfig
+
+if TYPE_CHECKING:
+    from minisft.merging.combine import Combined
+
+
+def quantize_command(arguments: argparse.Namespace) -> int:
+    """Write a model whose linears are in 4 bits."""
+    from minisft.formats import base_fingerprint, load_model, save_quantized
+
+    dtype = DTYPES[arguments.dtype]
+    quant = QuantConfig(block_size=arguments.block_size, double_quant=arguments.double_quant)
+    require_new_folder(Path(arguments.out), Path(arguments.model))
+    model, tokenizer = load_model(arguments.model, dtype, quant=quant)
+    sizes = save_quantized(model, tokenizer, arguments.out, quantized_from=base_fingerprint(model))
+    print(
+        f"{visible(arguments.out)}: {sizes.num_quantized} linears in 4 bits, {sizes.num_dense} dense; "
+        f"{sizes.dense_bytes / 1e6:,.1f} MB in {arguments.dtype}, {sizes.stored_bytes / 1e6:,.1f} MB as stored"
+    )
+    return 0
+
+
+def merge_command(arguments: argparse.Namespace) -> int:
+    """Write a model with the adapter in its weights, and the certificate beside them."""
+    from minisft.data.messages import read_dataset
+    from minisft.merging.certificate import REPORT, certify, check
+    from minisft.merging.merge_stream import merge_folder
+
+    out, data = Path(arguments.out), arguments.data
+    require_new_folder(out, Path(arguments.model or arguments.adapter))
+    for path in (data, arguments.calibration):
+        if path is not None:
+            read_dataset(path)  # what is wrong with it is said before minutes are spent
+    merged = merge_folder(
+        arguments.adapter,
+        out,
+        arguments.model,
+        arguments.onto,
+        DTYPES.get(arguments.dtype),  # None: auto
+        scale=arguments.scale,
+        force=arguments.force,
+        calibration=arguments.calibration,
+    )
+    verdict = certify(merged, None)
+    print(merged.summary)
+    models = check(merged, data) if arguments.check else None
+    verdict = certify(merged, models) if models is not None else verdict
+    print(f"{verdict}{'' if models is not None else ', the models were not compared'}; {visible(out / REPORT)}")
+    return 0
+
+
+def combine_command(arguments: argparse.Namespace) -> int:
+    """Write one adapter that is a weighted sum of several."""
+    from minisft.merging.combine import combine_folders
+
+    out = Path(arguments.out)
+    combined = combine_folders([_weighted(word) for word in arguments.adapter], out, arguments.rank)
+    ranks = sorted({update.rank for update in combined.updates.values()})
+    shown = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+    print(f"{visible(out)}: {len(combined.updates)} modules of {shown}, {_loss_words(combined)}")
+    return 0
+
+
+def _weighted(word: str) -> tuple[str, float]:
+    """``DIR:WEIGHT`` or ``DIR``, whose name may hold a colon too."""
+    folder, colon, weight = word.rpartition(":")
+    if not colon or Path(word).is_dir():
+        return word, 1.0
+    try:
+        return folder, float(weight)
+    except ValueError:
+        raise UserError(
+            "config/bad-value", "an adapter's weight is no number", where="--adapter", found=visible(word),
+            expected="DIR or DIR:WEIGHT",
+        ) from None  # fmt: skip
+
+
+def _loss_words(combined: Combined) -> str:
+    if not combined.errors:
+        return "the exact sum"
+    worst = max(combined.errors, key=lambda path: combined.errors[path])
+    most = f"at most {combined.errors[worst]:.3g} in {visible(worst)}"
+    return f"the nearest of this rank: relative error {combined.error:.3g} in all, {most}"
+
+
+def verify_command(arguments: argparse.Namespace) -> int:
+    """Check that a folder is the merge that it is said to be."""
+    from minisft.merging.certificate import compare_models, judge
+    from minisft.merging.verify_merge import verify
+
+    onto = arguments.onto
+    found = verify(arguments.merged, arguments.adapter, arguments.model, onto, arguments.scale, arguments.calibration)
+    print(found.summary)
+    found.require()
+    asked = arguments.data is not None or onto == "compensated"  # there only the answers can tell
+    models = compare_models(found.files, Path(arguments.merged), arguments.data) if asked else None
+    verdict = judge(found.adapted, models, onto)
+    print(verdict)
+    if not verdict.good:
+        where = visible(found.merged)
+        raise UserError("numeric/not-this-merge", "the folder is not this merge", where=where, found=str(verdict))
+    return 0

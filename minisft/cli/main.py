@@ -1,0 +1,162 @@
+"""The front door: ``minisft`` and a command (``minisft --help`` lists them), each a few lines over the rooms below.
+
+An error that the user can mend is one line on standard error and an exit status from its family; ``--debug`` shows where it
+came from. Progress goes to standard error, results to standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from minisft import __version__
+from minisft.cli import commands_answers, commands_weights
+from minisft.cli.flags import parse
+from minisft.common.errors import UserError, visible
+from minisft.common.machine import tune_allocator
+from minisft.config import read_toml, run_config
+
+MEMORY_ADVICE = (
+    "use a smaller --micro-batch-size (same result), then --checkpointing selective or full, a shorter --max-length, "
+    "fewer --targets"
+)
+
+
+def process() -> int:
+    """``main`` in a process of its own."""
+    gc.freeze()  # the libraries stay until the end: no collection need walk through them, nor the last one, at exit
+    return main()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    warnings.showwarning = _show_warning
+    try:
+        arguments = parse(words)
+        if arguments.version or arguments.command is None:
+            print(f"minisft {__version__}" if arguments.version else "minisft: give a command; minisft --help lists them")
+            return 0 if arguments.version else 2
+        tune_allocator()
+        return COMMANDS[arguments.command](arguments)
+    except UserError as error:
+        return _report(error, words)
+    except torch.OutOfMemoryError as error:
+        return _report(UserError("memory/device", "the GPU's memory is full", found=visible(error), fix=MEMORY_ADVICE), words)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        return _report(UserError("memory/host", "the memory is full", found=visible(error), fix=MEMORY_ADVICE), words)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output went away: not our error
+        sys.stderr.close()
+        return 141
+
+
+def _report(error: UserError, words: list[str]) -> int:
+    if "--debug" in words:
+        raise error
+    print(error, file=sys.stderr)
+    return error.exit_code
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {visible(message, 500)}", file=sys.stderr)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from minisft.training.train import train
+
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "version", "debug", "config", "resume")}
+    resume = getattr(arguments, "resume", False)
+    values: dict[str, object] = {}
+    if resume and "out" in given:
+        values |= _saved_settings(Path(str(given["out"])))
+    where = "command line"
+    if config := getattr(arguments, "config", None):
+        values |= {key.replace("-", "_"): value for key, value in read_toml(Path(config)).items()}
+        where = visible(config)
+    result = train(run_config(values | given, where), resume)
+    return 0 if result.signal is None else 128 + result.signal
+
+
+def _saved_settings(out: Path) -> dict[str, object]:
+    """The settings that a run was started with; none when it never got that far."""
+    path = out / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            "checkpoint/bad-config", "the run's settings cannot be read", where=visible(path), found=visible(error)
+        ) from None
+    return dict(values)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from minisft.data.chat import encode_dataset, resolve_template
+    from minisft.data.inspect_data import check, inspect_dataset, render
+    from minisft.data.messages import read_dataset
+    from minisft.formats import load_tokenizer
+
+    dataset = read_dataset(arguments.data, tuple(arguments.map))
+    tokenizer = load_tokenizer(arguments.model)
+    template = resolve_template(tokenizer, arguments.template)
+    encoded = encode_dataset(
+        dataset.examples,
+        tokenizer,
+        template,
+        arguments.max_length,
+        turns=arguments.turns,
+        allow_control_tokens=arguments.allow_control_tokens,
+        path=arguments.data,
+    )
+    report = inspect_dataset(dataset, encoded, tokenizer, arguments.max_length, arguments.rows)
+    print(render(report, color=sys.stdout.isatty()))
+    check(encoded, tokenizer, arguments.max_length)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from minisft.training.plan import plan, render
+
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "version", "debug", "json")}
+    bill = plan(run_config({"data": "", "out": "", **given}, "command line"))
+    print(json.dumps(bill.to_dict(), indent=2) if arguments.json else render(bill))
+    return 0
+
+
+def _quickstart(arguments: argparse.Namespace) -> int:
+    from minisft.quickstart.run import run_quickstart
+
+    run_quickstart(Path(arguments.out), arguments.seed)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": _train,
+    "eval": commands_answers.eval_command,
+    "generate": commands_answers.generate_command,
+    "chat": commands_answers.chat_command,
+    "inspect": _inspect,
+    "quantize": commands_weights.quantize_command,
+    "plan": _plan,
+    "merge": commands_weights.merge_command,
+    "combine": commands_weights.combine_command,
+    "sweep": commands_answers.sweep_command,
+    "verify": commands_weights.verify_command,
+    "quickstart": _quickstart,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(process())

@@ -1,0 +1,1 @@
+"""Files and chats to token ids: what is read, rendered, masked and reported."""

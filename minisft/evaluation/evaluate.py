@@ -1,0 +1,357 @@
+"""Score a model on rows with a known answer: the last assistant turn is the reference, everything before it the prompt.
+
+Five metrics. ``exact_match``, ``json`` and ``f1`` let the model answer greedily and compare texts; ``choice`` compares the
+probabilities of fixed options, so there is nothing to parse; ``loss`` is the training loss on unseen rows. Prompts are
+rendered and tokenized by the same ``encode_chat`` that training uses. BLEU, ROUGE and benchmark suites are left to
+sacrebleu, rouge-score and lm-eval.
+
+The idea to take home: a score is an estimate. It comes with n, a 95 % interval and every single row, so that two models
+can be compared row by row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from minisft.batching import collate
+from minisft.common.durable import make_folder, write_durably
+from minisft.common.errors import UserError, visible
+from minisft.common.safe_json import JSON
+from minisft.data.chat import Encoded, Turns, encode_chat, stop_ids
+from minisft.data.messages import Example, Message
+from minisft.data.template import ChatTemplate
+from minisft.data.tokenizer import Tokenizer
+from minisft.evaluation.choice import Question, make_question, option_log_probs
+from minisft.evaluation.metrics import exact_match, is_json, json_match, token_f1, wilson
+from minisft.generate import generate, no_dropout
+from minisft.loss import head_loss_sum
+from minisft.model import CausalLM
+
+Metric = Literal["exact_match", "json", "f1", "choice", "loss"]
+Progress = Callable[[int, int], None]  # rows done, rows in all
+OPTIONS_AT_ONCE = 256  # rows of the option batch: enough to fill the matrix units, little enough for the KV cache
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """One row: its number in the file, what the model said, what was right, its score, and what the metric adds."""
+
+    row: int
+    prediction: str
+    reference: str
+    score: float
+    extra: dict[str, JSON] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """The mean ``score`` over ``n`` rows (for ``loss``: over tokens); ``extra`` depends on the metric."""
+
+    score: float
+    n: int
+    metric: str
+    extra: dict[str, JSON]
+    rows: list[RowResult]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What every metric needs: the model, how to turn messages into ids, how much at once, and whom to tell."""
+
+    model: CausalLM
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    max_new_tokens: int
+    batch_size: int
+    progress: Progress | None
+
+    def tell(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total)
+
+    def encode(
+        self, example: Example, messages: Sequence[Message], *, open_ended: bool = False, turns: Turns = "last"
+    ) -> Encoded:
+        """``messages`` as ids; ``open_ended``: ready for the model to answer.
+
+        Raises:
+            UserError: it does not fit the model's context.
+        """
+        encoded = encode_chat(
+            self.tokenizer, self.template, messages, turns=turns, add_generation_prompt=open_ended, row=example.row
+        )
+        context = self.model.config.max_position_embeddings
+        if len(encoded.input_ids) + open_ended > context:
+            raise UserError(
+                "data/row-too-long",
+                "a row does not fit the model's context",
+                where=f"row {example.row}",
+                found=f"{len(encoded.input_ids)} tokens",
+                expected=f"at most {context}",
+            )
+        return encoded
+
+
+def evaluate(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    examples: Sequence[Example],
+    metric: Metric,
+    *,
+    max_new_tokens: int = 128,
+    limit: int | None = None,
+    batch_size: int = 16,
+    system: str | None = None,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Score ``model`` on the first ``limit`` examples.
+
+    Metrics:
+        exact_match: the answer equals the reference, but for white space around it.
+        json: the answer, as a whole, is a JSON document equal to the reference (keys in any order, 1 equals 1.0 but not
+            true); one code fence around it is allowed, other text is not. Broken JSON counts as wrong, and as
+            ``unparsable``.
+        f1: harmonic mean of token precision and recall, after SQuAD's normalisation (Rajpurkar et al. 2016,
+            arXiv:1606.05250).
+        choice: the option with the highest log p(option, end of turn | prompt) is the reference. Options: the row's
+            ``choices``, or all distinct references of ``examples``. ``score`` is lm-eval's acc (sum over the option's
+            tokens); ``acc_norm`` divides by the option's bytes.
+        loss: mean -log p per supervised token (all assistant turns that train); ``perplexity`` is its exponential.
+
+    Args:
+        batch_size: rows computed at once; never changes a result (but for rounding).
+        system: put before rows that have no system turn.
+        progress: called with (rows done, rows in all).
+
+    Raises:
+        UserError: no rows, a row without a reference answer or too long for the model, choices that lack the reference.
+    """
+    if metric not in get_args(Metric):
+        raise UserError("config/bad-value", "unknown metric", found=visible(metric), expected=" or ".join(get_args(Metric)))
+    if limit is not None and limit < 1:
+        raise UserError("config/bad-value", "a setting is out of range", where="limit", found=str(limit), expected="at least 1")
+    examples = [_with_system(_with_reference(example), system) for example in examples]
+    chosen = examples[:limit]
+    if not chosen:
+        raise UserError("data/no-rows", "there is nothing to score", found="0 rows")
+    scorer = Scorer(model, tokenizer, template, max_new_tokens, batch_size, progress)
+    with no_dropout(model):
+        if metric == "loss":
+            return _loss(scorer, chosen)
+        if metric == "choice":
+            return _choice(scorer, chosen, _all_references(examples))
+        return _answers(scorer, chosen, metric)
+
+
+def _with_reference(example: Example) -> Example:
+    if len(example.messages) < 2 or example.messages[-1].role != "assistant":
+        raise UserError(
+            "data/no-reference",
+            "a row has no answer to compare with",
+            where=f"row {example.row}",
+            found=f"roles {visible([m.role for m in example.messages])}",
+            expected="a prompt, then an assistant turn at the end",
+        )
+    return example
+
+
+def _with_system(example: Example, system: str | None) -> Example:
+    if system is None or example.messages[0].role == "system":
+        return example
+    return replace(example, messages=(Message("system", system), *example.messages))
+
+
+def _reference(example: Example) -> str:
+    return example.messages[-1].content
+
+
+def _all_references(examples: Sequence[Example]) -> list[str]:
+    return sorted({_reference(example) for example in examples})
+
+
+def _by_length(encoded: Sequence[Encoded]) -> list[int]:
+    """Longest first: a batch of similar lengths has little padding, and running out of memory shows at once."""
+    return sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
+
+
+def _summary(metric: str, rows: list[RowResult], extra: dict[str, JSON]) -> EvalResult:
+    return EvalResult(sum(row.score for row in rows) / len(rows), len(rows), metric, extra, rows)
+
+
+# --- answers that are written out
+
+
+def _answers(scorer: Scorer, examples: Sequence[Example], metric: str) -> EvalResult:
+    """exact_match, json, f1: greedy answers, compared as text."""
+    compare = {"exact_match": exact_match, "json": json_match, "f1": token_f1}[metric]
+    if metric == "json":
+        _require_json_references(examples)
+    prompts = [scorer.encode(example, example.messages[:-1], open_ended=True) for example in examples]
+    eos_ids = stop_ids(scorer.tokenizer, scorer.template)
+    rows: dict[int, RowResult] = {}
+    order = _by_length(prompts)
+    for start in range(0, len(order), scorer.batch_size):
+        batch = order[start : start + scorer.batch_size]
+        for i, (text, stopped) in zip(
+            batch, _write_answers(scorer, [prompts[i].input_ids for i in batch], eos_ids), strict=True
+        ):
+            reference = _reference(examples[i])
+            rows[i] = RowResult(examples[i].row, text, reference, compare(text, reference), {"stopped": stopped})
+        scorer.tell(len(rows), len(order))
+    return _answer_summary(metric, [rows[i] for i in range(len(rows))])
+
+
+def _write_answers(scorer: Scorer, prompts: list[list[int]], eos_ids: Collection[int]) -> Iterator[tuple[str, bool]]:
+    """(text, whether the model ended it by itself) for each prompt."""
+    length, size = scorer.max_new_tokens, scorer.batch_size
+    for ids in generate(scorer.model, prompts, max_new_tokens=length, eos_ids=eos_ids, batch_size=size):
+        stopped = ids[-1] in eos_ids
+        yield scorer.tokenizer.decode(ids[:-1] if stopped else ids), stopped
+
+
+def _answer_summary(metric: str, rows: list[RowResult]) -> EvalResult:
+    extra: dict[str, JSON] = {"not_stopped": sum(not row.extra["stopped"] for row in rows)}
+    if metric == "json":
+        extra["unparsable"] = sum(not is_json(row.prediction) for row in rows)
+    result = _summary(metric, rows, extra)
+    if metric != "f1":  # a mean of fractions is no share, Wilson's formula does not apply
+        extra["interval_95"] = list(wilson(result.score, result.n))
+    return result
+
+
+def _require_json_references(examples: Collection[Example]) -> None:
+    for example in examples:
+        if not is_json(_reference(example)):
+            raise UserError(
+                "data/reference-not-json",
+                "the answer in the file is not JSON, so nothing can equal it",
+                where=f"row {example.row}",
+                found=visible(_reference(example), 40),
+                fix="use --metric exact_match or f1",
+            )
+
+
+# --- options that are compared
+
+
+def _choice(scorer: Scorer, examples: Sequence[Example], labels: list[str]) -> EvalResult:
+    questions = [make_question(example, labels, scorer.encode) for example in examples]
+    order = sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt))
+    group = max(1, OPTIONS_AT_ONCE // max(len(q.options) for q in questions))
+    rows: dict[int, RowResult] = {}
+    for start in range(0, len(order), group):
+        batch = order[start : start + group]
+        log_probs = option_log_probs(scorer.model, [(questions[i].prompt, questions[i].tails) for i in batch])
+        rows |= {i: _choice_row(questions[i], scores) for i, scores in zip(batch, log_probs, strict=True)}
+        scorer.tell(len(rows), len(order))
+    in_order = [rows[i] for i in range(len(rows))]
+    result = _summary("choice", in_order, {})
+    norm = sum(row.extra["prediction_norm"] == row.reference for row in in_order) / len(in_order)
+    chance = sum(1 / len(question.options) for question in questions) / len(questions)
+    interval: list[JSON] = list(wilson(result.score, result.n))
+    return replace(result, extra={"acc_norm": norm, "chance": chance, "interval_95": interval})
+
+
+def _choice_row(question: Question, log_probs: list[float]) -> RowResult:
+    by_sum = dict(zip(question.options, log_probs, strict=True))
+    by_byte = {option: total / max(1, len(option.encode())) for option, total in by_sum.items()}
+    prediction, prediction_norm = max(by_sum, key=by_sum.__getitem__), max(by_byte, key=by_byte.__getitem__)
+    right = question.reference
+    extra: dict[str, JSON] = {
+        "prediction_norm": prediction_norm,
+        "log_prob": by_sum[prediction],
+        "log_prob_reference": by_sum[right],
+    }
+    return RowResult(question.example.row, prediction, right, float(prediction == right), extra)
+
+
+# --- loss
+
+
+@torch.inference_mode()
+def _loss(scorer: Scorer, examples: Sequence[Example]) -> EvalResult:
+    encoded = [scorer.encode(example, example.messages, turns="all") for example in examples]
+    num_targets = [sum(row.supervised[1:]) for row in encoded]  # nothing predicts a row's first token
+    if not any(num_targets):
+        raise UserError("data/no-targets", "no token of the data is supervised", found=f"{len(encoded)} rows")
+    sums: dict[int, float] = {}
+    order = _by_length(encoded)
+    for start in range(0, len(order), scorer.batch_size):
+        batch = order[start : start + scorer.batch_size]
+        losses = _row_losses(scorer.model, [encoded[i] for i in batch], scorer.tokenizer.pad_id)
+        sums.update(zip(batch, losses, strict=True))
+        scorer.tell(len(sums), len(order))
+    return _loss_result(examples, [sums[i] for i in range(len(sums))], num_targets)
+
+
+def _row_losses(model: CausalLM, rows: Sequence[Encoded], pad_id: int) -> list[float]:
+    """The loss of each row, summed over its supervised tokens."""
+    batch = collate(rows, pad_id).to(model.model.norm.weight.device)
+    hidden_BTD = model.hidden(batch.input_ids, segment_ids=batch.segment_ids)
+    return [float(head_loss_sum(h, model.lm_head, ids)) for h, ids in zip(hidden_BTD, batch.target_ids, strict=True)]
+
+
+def _loss_result(examples: Sequence[Example], sums: list[float], num_targets: list[int]) -> EvalResult:
+    mean = sum(sums) / sum(num_targets)
+    if not math.isfinite(mean):
+        raise UserError("numeric/non-finite-loss", "the loss is not finite", found=str(mean), fix="check the model's weights")
+    rows = [
+        RowResult(example.row, "", _reference(example), total / max(1, n), {"tokens": n})
+        for example, total, n in zip(examples, sums, num_targets, strict=True)
+    ]
+    perplexity = math.exp(min(mean, 700.0))  # e^710 is no float any more
+    return EvalResult(mean, len(rows), "loss", {"perplexity": perplexity, "tokens": sum(num_targets)}, rows)
+
+
+# --- files
+
+
+@contextlib.contextmanager
+def terminal_progress(title: str) -> Iterator[Progress | None]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit="row", leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def write(result: EvalResult, out_path: str | Path) -> Path:
+    """Write the scores to ``out_path`` (one JSON object) and every row to ``<stem>.rows.jsonl`` beside it.
+
+    Returns:
+        the path of the rows.
+
+    Raises:
+        OSError: from the disk; neither file is ever half written.
+    """
+    out_path = Path(out_path)
+    rows_path = out_path.with_name(out_path.stem + ".rows.jsonl")
+    head: dict[str, JSON] = {"score": result.score, "n": result.n, "metric": result.metric}
+    head |= {**result.extra, "rows": rows_path.name}
+    make_folder(out_path.absolute().parent)
+    write_durably(rows_path, "".join(_row_line(row) for row in result.rows).encode())
+    write_durably(out_path, (json.dumps(head, indent=2, ensure_ascii=False) + "\n").encode())
+    return rows_path
+
+
+def _row_line(row: RowResult) -> str:
+    shown = {"row": row.row, "score": row.score, "prediction": row.prediction, "reference": row.reference, **row.extra}
+    return json.dumps(shown, ensure_ascii=False) + "\n"

@@ -1,0 +1,76 @@
+"""Comparing an answer with the right one, as text; and how far a share of right answers can be trusted.
+
+Pure functions of strings and numbers; each score lies in [0, 1]. The idea to take home: decide how strict equality is
+before looking at any model, and write it down here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+
+from minisft.common.safe_json import JSON, loads
+
+Z_95 = 1.959964  # the normal distribution's 97.5 % point
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    return float(prediction.strip() == reference.strip())
+
+
+def json_match(prediction: str, reference: str) -> float:
+    """1.0 if both are JSON documents of equal value."""
+    try:
+        return float(json_equal(loads(_unfenced(prediction)), loads(_unfenced(reference))))
+    except ValueError:
+        return 0.0
+
+
+def json_equal(first: JSON, second: JSON) -> bool:
+    """Equal as JSON values. (In Python ``True == 1``; in JSON it is not.)"""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(json_equal(first[key], second[key]) for key in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(json_equal, first, second))
+    return isinstance(first, bool) == isinstance(second, bool) and first == second
+
+
+def _unfenced(text: str) -> str:
+    fenced = re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", text.strip(), re.DOTALL)
+    return fenced.group(1) if fenced else text.strip()
+
+
+def is_json(text: str) -> bool:
+    try:
+        loads(_unfenced(text))
+    except ValueError:
+        return False
+    return True
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """2 P R / (P + R) over the multiset of words; 1.0 when both have none."""
+    said, right = Counter(_words(prediction)), Counter(_words(reference))
+    if not said or not right:
+        return float(said == right)
+    shared = (said & right).total()
+    return 2 * shared / (said.total() + right.total())
+
+
+def _words(text: str) -> list[str]:
+    """SQuAD's normalisation: lower case, no punctuation, no articles."""
+    bare = "".join(c for c in text.lower() if c not in string.punctuation)
+    return [word for word in bare.split() if word not in ("a", "an", "the")]
+
+
+def wilson(score: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share ``score`` of ``n``: never leaves [0, 1], and is honest near 0 and 1.
+
+    Ref: Wilson 1927, J. Am. Stat. Assoc. 22(158), eq. 5.
+    """
+    spread = Z_95**2 / n
+    centre = (score + spread / 2) / (1 + spread)
+    half = Z_95 * math.sqrt(score * (1 - score) / n + spread / (4 * n)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)

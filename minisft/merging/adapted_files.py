@@ -1,0 +1,226 @@
+"""A base and an adapter over it, in their files: checked against each other, with no weight of the base in memory.
+
+``open_adapted`` finds the base that the adapter names, has ``load_adapter_`` check and adapt a model whose weights have
+shapes but no memory, and offers each weight as the files hold it and as training held it. What it refuses: all that loading
+refuses, and a base that this adapter has been merged into. The idea to take home: checking needs names and shapes, adding
+needs a few rows; nothing needs the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minisft.common.errors import UserError, visible
+from minisft.config import QUANT_LEVELS, ModelConfig, QuantConfig
+from minisft.data.chat import resolve_template
+from minisft.data.template import ChatTemplate
+from minisft.data.tokenizer import Tokenizer
+from minisft.effect import Target
+from minisft.formats import load_adapter_, load_model
+from minisft.formats.adapter import BASE_WEIGHT, TEMPLATE_FILE, WEIGHTS_FILE, recorded_base, recorded_base_name
+from minisft.formats.pieces import PIECE, In4Bits, Pieces, StoredModel, open_model, read_flat
+from minisft.formats.safetensors_file import read_header
+from minisft.formats.source import Origin, file_sha256, regular_file, resolve, set_origin_
+from minisft.formats.stream import EMBEDDING, empty_model, expected_shapes
+from minisft.merge import Adapter
+from minisft.model import CausalLM
+from minisft.nf4 import QuantizedWeight, codebook
+from minisft.nf4_linear import NF4Linear
+from minisft.surgery import lora_modules, quantization_targets, replace_module, scale_adapters_
+
+MARK = "minisft_adapter"  # in the headers of merged weights: sha256 of the adapter's weights
+ROW_STEP = 16  # a multiple of what matrix products are cut into, so that a few rows get the bits of the whole product
+
+
+@dataclass(frozen=True)
+class AdaptedFiles:
+    """A base and an adapter over it, checked against each other; no weight of the base is in memory.
+
+    Args:
+        stored: the base, as the files hold it.
+        adapters: by path, their bases without memory.
+        quant: how training held the linears in ``in_4_bits`` in 4 bits, where the files hold them dense.
+        in_4_bits: names of those weights.
+        folder, scale: of the adapter, and a further factor on its updates.
+        digest: sha256 of the adapter's weights.
+    """
+
+    folder: Path
+    scale: float
+    stored: StoredModel
+    adapters: dict[str, Adapter]
+    quant: QuantConfig | None
+    in_4_bits: frozenset[str]
+    digest: str
+
+    @property
+    def held(self) -> str:
+        """How the base was held in training, in words."""
+        form = self.quant or next(iter(self.stored.in_4_bits.values()), None)
+        if form is None:
+            return "dense"
+        return f"{form.levels}, blocks of {form.block_size}, {'double' if form.double_quant else 'single'} quantization"
+
+    def trained_on(self, name: str) -> Pieces:
+        """The weight ``name`` as it was in training. A head that is tied is the embedding."""
+        dense = self.stored_weight(name)
+        return In4Bits(name, dense, self.quant) if self.quant is not None and name in self.in_4_bits else dense
+
+    def stored_weight(self, name: str) -> Pieces:
+        """The weight ``name`` as the files hold it."""
+        return self.stored.open[name if name in self.stored.open else EMBEDDING]()
+
+
+def open_adapted(adapter: str | Path, model: str | None = None, scale: float = 1.0) -> AdaptedFiles:
+    """Find the base of an adapter and check that they belong together.
+
+    Args:
+        adapter: PEFT's layout, ours or theirs.
+        model: the base; by default the one that the adapter's files name.
+        scale: a further factor on every update.
+
+    Raises:
+        UserError: no such base, everything that ``load_adapter_`` refuses, or a base into which this adapter is merged.
+    """
+    folder = Path(adapter)
+    stored = open_model(resolve(model or recorded_base_name(folder)))
+    quant = recorded_quantization(folder) if not stored.in_4_bits else None
+    in_4_bits = frozenset() if quant is None else _quantized_names(stored.config, quant)
+    digest = file_sha256(regular_file(folder, WEIGHTS_FILE, "adapter/no-weights"))
+    if stored.metadata.get(MARK) == digest:
+        raise UserError(
+            "adapter/already-merged",
+            "the adapter is merged into this model already",
+            where=visible(stored.source.name),
+            found=f"{visible(folder)} ({digest[:16]})",
+            fix="give the base model that the adapter was trained on",
+        )
+    stand_in = _stand_in(stored, quant, in_4_bits, _named_bases(folder))
+    load_adapter_(stand_in, folder)
+    scale_adapters_(stand_in, scale)
+    return AdaptedFiles(folder, scale, stored, lora_modules(stand_in), quant, in_4_bits, digest)
+
+
+def load_unmerged(files: AdaptedFiles, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, Tokenizer]:
+    """The model that was trained, in memory: the base as training held it, with the adapter."""
+    model, tokenizer = load_model(files.stored.source.path, dtype, quant=files.quant)
+    load_adapter_(model, files.folder)
+    scale_adapters_(model, files.scale)
+    return model, tokenizer
+
+
+def held_in_4_bits(files: AdaptedFiles) -> AdaptedFiles:
+    """The same with the base in 4 bits: as training held it, or, if it was dense in training, as QLoRA would hold it."""
+    if files.quant is not None or files.stored.in_4_bits:
+        return files
+    quant = QuantConfig()
+    return dataclasses.replace(files, quant=quant, in_4_bits=_quantized_names(files.stored.config, quant))
+
+
+def _quantized_names(config: ModelConfig, quant: QuantConfig) -> frozenset[str]:
+    return frozenset(f"{path}.weight" for path in quantization_targets(empty_model(config), quant))
+
+
+def template_of(files: AdaptedFiles, tokenizer: Tokenizer) -> ChatTemplate:
+    """An adapter is used with the template that it was trained with."""
+    saved = files.folder / TEMPLATE_FILE
+    return resolve_template(tokenizer, str(saved) if saved.is_file() else None)
+
+
+def recorded_quantization(folder: Path) -> QuantConfig | None:
+    """How the adapter's files say that the base's linears were held in training; None for dense, or if nothing is said.
+
+    Raises:
+        UserError: a form that cannot be asked for again.
+    """
+    base = recorded_base(folder)
+    if base is None or base.values.get("quantization") is None:
+        return None
+    form = base.inner("quantization")
+    if form.values.get("levels") not in QUANT_LEVELS:
+        raise form.error("levels", " or ".join(QUANT_LEVELS), "unsupported")
+    return QuantConfig(form.text("levels"), form.integer("block_size"), form.flag("double_quant"))
+
+
+def _named_bases(folder: Path) -> list[str]:
+    """Weights of the base that the adapter's own file repeats (PEFT does so for embeddings)."""
+    names = read_header(regular_file(folder, WEIGHTS_FILE, "adapter/no-weights"), "adapter").entries
+    return [name.removesuffix(BASE_WEIGHT) + ".weight" for name in names if name.endswith(BASE_WEIGHT)]
+
+
+def _stand_in(stored: StoredModel, quant: QuantConfig | None, in_4_bits: frozenset[str], repeated: list[str]) -> CausalLM:
+    """A model for ``load_adapter_`` to check and adapt whose weights have shapes but, each, the memory of one number.
+
+    Args:
+        repeated: names of weights (as the adapter's file has them) that are compared, and so must be real.
+    """
+    model = empty_model(stored.config)
+    forms = {**stored.in_4_bits, **(dict.fromkeys(in_4_bits, quant) if quant is not None else {})}
+    for name, shape in expected_shapes(model).items():
+        owner, _, leaf = name.rpartition(".")
+        if name in forms:
+            replace_module(model, owner, NF4Linear(_weightless(forms[name], shape)))
+        elif any(wanted.endswith("." + name) for wanted in repeated):
+            whole = torch.cat(list(read_flat(stored.open[name]()))).view(shape)
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(whole))
+        else:
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(torch.zeros(()).expand(shape)))
+    if stored.config.tie_word_embeddings:
+        model.tie()
+    source = stored.source
+    set_origin_(model, Origin(source.name, str(source.path), source.kind, stored.file_dtype))
+    return model
+
+
+def _weightless(form: QuantConfig, shape: tuple[int, ...]) -> QuantizedWeight:
+    length = shape[0] * shape[1]
+    byte, number = torch.zeros((), dtype=torch.uint8), torch.zeros(())
+    blocks = -(-length // form.block_size)
+    return QuantizedWeight(
+        packed=byte.expand(-(-length // 2)),
+        absmax=byte.expand(blocks) if form.double_quant else number.expand(blocks),
+        absmax2=number.expand(1) if form.double_quant else None,
+        offset=number if form.double_quant else None,
+        levels=codebook(form.levels),
+        block_size=form.block_size,
+        shape=torch.Size(shape),
+        dtype=torch.float32,
+    )
+
+
+def check_onto(files: AdaptedFiles, onto: Target) -> None:
+    """Refuse a target that this base cannot have."""
+    if onto in ("dequantized", "compensated"):
+        return
+    if files.quant is None and not files.stored.in_4_bits:
+        raise UserError(
+            "adapter/base-not-quantized",
+            "the adapter was trained on dense weights: the base is the only weight to merge onto",
+            where="--onto",
+            found=onto,
+            fix="leave --onto away",
+        )
+    if onto == "original" and files.stored.in_4_bits:
+        raise UserError(
+            "model/not-dense",
+            "this base is stored in 4 bits: the weights before that are not in it",
+            where=visible(files.stored.source.name),
+            fix="leave --onto away, or give the dense model with --model",
+        )
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of a matrix, about ``PIECE`` numbers each, that begin at multiples of ``ROW_STEP``; none is tiny."""
+    rows, columns = shape
+    step = max(ROW_STEP, PIECE // columns // ROW_STEP * ROW_STEP)
+    begins = list(range(0, max(1, rows - ROW_STEP + 1), step))
+    yield from zip(begins, [*begins[1:], rows], strict=True)

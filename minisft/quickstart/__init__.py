@@ -1,0 +1,1 @@
+"""The quickstart and the task that it makes on the spot."""

@@ -1,0 +1,375 @@
+"""Checkpoints that are whole or absent.
+
+``<run>/checkpoints/step-N/`` holds one safetensors file for each named group of tensors, ``state.json``, whatever the caller
+adds, and ``manifest.json`` with the size and sha256 of every other file (``manifest.py``). A checkpoint is written under
+a hidden name, synced, and renamed once (``durable.staged_folder``), so a name ``step-N`` means a finished save. Nothing points
+at the latest one: it is found by looking, newest first, for one that verifies, and what was passed over is reported.
+
+Saving needs the run's lock; loading needs nothing and changes nothing. This room knows nothing of training: named tensors and
+JSON go in and come out bit for bit. It uses no pickle, and it saves no random state, because minisft has none (``seeds.py``).
+Tensors that share storage are saved as separate copies; which of them to save is the caller's decision.
+
+The one idea: *a checkpoint is what verifies*, not what has the highest number.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minisft.common import durable, safe_json
+from minisft.common.errors import UserError, listing, visible
+from minisft.common.safe_json import JSON
+from minisft.formats.safetensors_file import DTYPES
+from minisft.training.manifest import (
+    FORMAT,
+    MANIFEST,
+    Manifest,
+    NewerFormatError,
+    UnusableError,
+    as_object,
+    json_bytes,
+    read_manifest,
+    read_small,
+    record,
+)
+
+STATE = "state.json"
+_CHUNK_BYTES = 2**20
+_STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+_GROUP_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """One loaded checkpoint; ``skipped`` names the newer ones that did not verify, each with its reason."""
+
+    path: Path
+    step: int
+    groups: dict[str, dict[str, Tensor]]
+    state: dict[str, JSON]
+    identity: dict[str, JSON]
+    skipped: tuple[str, ...]
+
+
+class RunLock:
+    """At most one process writes to a run folder.
+
+    ``with RunLock(run_dir): ...`` makes the folder if need be, takes ``flock`` on ``<run>/.lock`` and clears away what
+    interrupted saves left behind: holding the lock proves that nobody is still writing it. The kernel frees the lock when the
+    process ends, however it ends, so there is no stale lock to delete by hand.
+
+    Raises:
+        UserError: ``checkpoint/locked`` with the holder's process id.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir)
+        self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        with durable.disk_errors(self.run_dir):
+            durable.make_folder(self.run_dir)
+            self._descriptor = os.open(self.run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                self._take()
+            except BaseException:
+                os.close(self._descriptor)
+                raise
+        durable.remove_hidden(self.run_dir / "checkpoints", "step-")
+        return self
+
+    def _take(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = visible(os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip()) or "unknown"
+            raise UserError(
+                "checkpoint/locked",
+                "another process is using this run",
+                where=visible(self.run_dir),
+                found=f"process {holder}",
+                fix="wait for it, stop it, or give another folder",
+            ) from None
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._descriptor)
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    step: int,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, JSON],
+    identity: Mapping[str, JSON],
+    *,
+    keep_last: int = 2,
+    protect: Collection[int] = (),
+    write_extra: Callable[[Path], None] | None = None,
+) -> Path:
+    """Save one checkpoint, then remove the ones that are no longer kept. Hold the ``RunLock``.
+
+    When this returns, the checkpoint survives a crash and a power cut.
+
+    Args:
+        run_dir: the run's folder.
+        step: optimizer steps done.
+        groups: file name (without suffix) -> tensor name -> tensor; every dtype is kept, tensors may lie on any device.
+        state: JSON that the run needs to go on. Finite numbers only: write ``None`` where there is no best loss yet.
+        identity: JSON that says what the run is (settings, data, base model), for ``check_identity``.
+        keep_last: how many newest checkpoints stay, at least 1.
+        protect: steps that stay whatever their age (the best one).
+        write_extra: called with the staging folder first of all, to put files or folders of its own beside the groups.
+
+    Raises:
+        UserError: ``checkpoint/exists``; ``disk/full`` or ``disk/write-failed``, in which case no trace of this save is left
+            and the earlier checkpoints are untouched.
+        ValueError: an impossible argument.
+
+    Cost: one more copy of the largest tensor in memory; two passes over the bytes (write, hash) and one re-reading of each
+        kept checkpoint.
+    """
+    if step < 0 or keep_last < 1:
+        raise ValueError(f"step {step} and keep_last {keep_last}: expected at least 0 and at least 1")
+    folder = Path(run_dir) / "checkpoints"
+    target = folder / f"step-{step}"
+    payload_bytes = sum(t.numel() * t.element_size() for group in groups.values() for t in group.values())
+    with durable.disk_errors(folder, payload_bytes, lambda: _last_good(folder)):
+        durable.make_folder(folder)
+        durable.require_space(folder, payload_bytes)
+        _clear_name(target, step)
+        with durable.staged_folder(target) as staging:
+            _fill(staging, step, groups, state, identity, write_extra)
+        _rotate(folder, keep_last, {step, *protect})
+    return target
+
+
+def _last_good(folder: Path) -> str:
+    for step, path in _step_folders(folder):
+        try:
+            _verify(path, step)
+        except UnusableError:
+            continue
+        return f"{path.name} is the last good checkpoint and is untouched"
+    return "no checkpoint has been saved yet"
+
+
+def _clear_name(target: Path, step: int) -> None:
+    """A broken ``step-N`` that the run has fallen back from makes way when the run reaches step N again."""
+    if not target.exists():
+        return
+    try:
+        _verify(target, step)
+    except NewerFormatError:
+        raise _newer_format_error(target) from None
+    except UnusableError:
+        durable.remove_folder(target)
+    else:
+        raise UserError(
+            "checkpoint/exists",
+            "this step is saved already",
+            where=visible(target),
+            fix="resume the run, or name another folder",
+        )
+
+
+def _fill(
+    staging: Path,
+    step: int,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, JSON],
+    identity: Mapping[str, JSON],
+    write_extra: Callable[[Path], None] | None,
+) -> None:
+    if write_extra is not None:
+        write_extra(staging)
+    files = {path.relative_to(staging).as_posix(): record(path) for path in sorted(staging.rglob("*")) if path.is_file()}
+    for name, tensors in groups.items():
+        if not _GROUP_NAME.fullmatch(name):
+            raise ValueError(f"group name {name!r}: expected 1 to 64 letters, digits, _ or -")
+        files[f"{name}.safetensors"] = durable.create_durably(staging / f"{name}.safetensors", _tensor_file(tensors))
+    files[STATE] = durable.create_durably(staging / STATE, [json_bytes(dict(state))])
+    manifest = Manifest(step, dict(identity), tuple(groups), files)
+    durable.create_durably(staging / MANIFEST, [manifest.render()])
+
+
+def _tensor_file(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The pieces of a safetensors file: header length (8 bytes, little-endian), JSON header, tensors back to back.
+
+    Wider elements come first, so that every tensor starts at a multiple of its element size. Written here rather than by the
+    library because its writer neither streams nor syncs, and gives every file mode 0600.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, JSON] = {}
+    end = 0
+    for name, tensor in ordered:
+        if tensor.dtype not in _DTYPE_NAMES or name == "__metadata__":
+            raise ValueError(f"tensor {name!r} of {tensor.dtype} cannot be saved")
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(data), _CHUNK_BYTES):
+            yield data[start : start + _CHUNK_BYTES]
+
+
+def _rotate(folder: Path, keep_last: int, protected: set[int]) -> None:
+    """Remove the checkpoints that have ``keep_last`` newer ones, each of them read again and found whole."""
+    num_whole = 0
+    for step, path in _step_folders(folder):
+        if num_whole >= keep_last and step not in protected:
+            durable.remove_folder(path)
+            continue
+        try:
+            _verify(path, step)
+        except UnusableError:
+            continue  # not counted: an older one stays in its place
+        num_whole += 1
+
+
+def load_latest(run_dir: str | Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies, on the CPU; ``None`` when there is none at all. Reads only.
+
+    Raises:
+        UserError: ``checkpoint/none-valid`` (every one with its reason) or ``checkpoint/newer-format``.
+    """
+    skipped: list[str] = []
+    for step, path in _step_folders(Path(run_dir) / "checkpoints"):
+        try:
+            return _load(path, step, tuple(skipped))
+        except NewerFormatError:
+            raise _newer_format_error(path) from None
+        except UnusableError as reason:
+            skipped.append(f"{path.name}: {reason}")
+    if not skipped:
+        return None
+    raise UserError(
+        "checkpoint/none-valid",
+        "no checkpoint can be used",
+        where=visible(run_dir),
+        found=" | ".join(skipped),
+        fix="restore one from a copy, or start a new run in another folder",
+    )
+
+
+def load_step(run_dir: str | Path, step: int) -> Checkpoint:
+    """The checkpoint of one step. Reads only.
+
+    Raises:
+        UserError: ``checkpoint/unusable``, with the reason; ``checkpoint/newer-format``.
+    """
+    path = Path(run_dir) / "checkpoints" / f"step-{step}"
+    try:
+        return _load(path, step, ())
+    except NewerFormatError:
+        raise _newer_format_error(path) from None
+    except UnusableError as reason:
+        raise UserError(
+            "checkpoint/unusable", "this checkpoint cannot be used", where=visible(path), found=visible(reason)
+        ) from None
+
+
+def _load(folder: Path, step: int, skipped: tuple[str, ...]) -> Checkpoint:
+    manifest = _verify(folder, step)
+    try:
+        groups = {name: _read_group(folder / f"{name}.safetensors") for name in manifest.groups}
+        state = as_object(safe_json.loads(read_small(folder / STATE)))
+    except (OSError, ValueError, SafetensorError) as error:  # whole but not ours: a forged manifest, or files gone meanwhile
+        raise UnusableError(f"cannot be read: {visible(error)}") from None
+    return Checkpoint(folder, step, groups, state, manifest.identity, skipped)
+
+
+def _read_group(path: Path) -> dict[str, Tensor]:
+    # Copies, because the library maps the file, and a mapped file would keep its disk space after rotation.
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+def _verify(folder: Path, step: int) -> Manifest:
+    """Read every byte of a checkpoint and compare it with its manifest.
+
+    Raises:
+        UnusableError: the reason.
+    """
+    try:
+        manifest = read_manifest(folder / MANIFEST)
+        if manifest.step != step:
+            raise UnusableError(f"{MANIFEST} is of step {manifest.step}")
+        if STATE not in manifest.files:
+            raise UnusableError(f"{MANIFEST} does not list {STATE}")
+        manifest.check_files(folder)
+    except OSError as error:
+        raise UnusableError(f"cannot be read: {error.strerror}") from None
+    return manifest
+
+
+def _newer_format_error(folder: Path) -> UserError:
+    return UserError(
+        "checkpoint/newer-format",
+        "this checkpoint was written by a newer minisft",
+        where=visible(folder),
+        expected=f"format {FORMAT} or older",
+        fix="upgrade minisft",
+    )
+
+
+def _step_folders(folder: Path) -> list[tuple[int, Path]]:
+    """Every ``step-N`` in ``folder``, newest first."""
+    if not folder.is_dir():
+        return []
+    named = ((_STEP_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted(((int(match[1]), path) for match, path in named if match and path.is_dir()), reverse=True)
+
+
+def check_identity(saved: Mapping[str, JSON], current: Mapping[str, JSON], allowed: Collection[str] = ()) -> None:
+    """Refuse to go on with a run whose settings, data or base model have changed.
+
+    Nested values are compared leaf by leaf under dotted names such as ``config.lr``; a tuple equals the list it was saved as.
+
+    Args:
+        allowed: dotted names (a name covers everything below it) that may differ.
+
+    Raises:
+        UserError: ``checkpoint/changed``: every key that differs, with the old and the new value.
+    """
+    old, new = _leaves(saved), _leaves(current)
+    changed = {
+        key: f"{visible(old.get(key, 'absent'))} before, {visible(new.get(key, 'absent'))} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(key == name or key.startswith(f"{name}.") for name in allowed)
+    }
+    if changed:
+        raise UserError(
+            "checkpoint/changed",
+            "the run was started with something else",
+            where=listing(changed),
+            found=" | ".join(f"{visible(key)}: {values}" for key, values in changed.items()),
+            fix="resume with what it was started with, or start a new run in another folder",
+        )
+
+
+def _leaves(value: Mapping[str, JSON], prefix: str = "") -> dict[str, str]:
+    """Dotted name -> JSON text of every value that is not itself a non-empty object."""
+    leaves: dict[str, str] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            leaves |= _leaves(item, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = json.dumps(item)
+    return leaves

@@ -1,0 +1,231 @@
+"""The memory bill of a training run, before a weight is loaded.
+
+Shapes come from the headers of the model's files, what a step occupies from its rehearsal, the interpreter's share from this
+very process. The lines are bytes altogether and bytes alive at the moment of the peak, because not everything lives at once:
+activations go as gradients come. The bill refuses nothing that is only too large; it says so, and what to change.
+
+Blocks are counted; the gaps between them are an estimate. The command line keeps all blocks in glibc's heap (``machine.py``),
+where a freed large block is often not reused as a whole, likely because small long-lived ones have settled in it. A newcomer
+leaves with one idea: ask before you load.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from minisft.common.errors import UserError, visible
+from minisft.common.machine import DTYPES, pick_device, tunes_allocator
+from minisft.common.safe_json import JSON
+from minisft.config import ModelConfig, QuantConfig, RunConfig
+from minisft.formats.bnb import require_same
+from minisft.formats.gguf_file import gguf_config
+from minisft.formats.gguf_header import read_gguf
+from minisft.formats.hf import check_folder
+from minisft.formats.source import Source, resolve
+from minisft.formats.stream import available_bytes, empty_model, expected_shapes, nf4_bytes
+from minisft.matmul import product_dtype
+from minisft.model import CausalLM
+from minisft.optim import MasterAdamW
+from minisft.step import prepare_method, train_step
+from minisft.surgery import quantization_targets
+from minisft.training.rehearsal import Shape, full_batch, rehearse
+
+Kind = Literal["none", "selective", "full"]
+CHECKPOINTING: tuple[Kind, ...] = ("none", "selective", "full")
+HEAP_GAPS = 0.17  # of the peak, with the allocator tuned: 12 to 24 % in our runs (benchmarks/LOG.md)
+NO_GAPS = "MALLOC_MMAP_THRESHOLD_=262144"  # a mapping of its own for each block from 256 KiB, given back when it is freed
+# What the rehearsal counts, as the bill calls it.
+NAMES = {
+    "weights": "dense weights",
+    "adapters": "adapters, fp32",
+    "optimizer": "optimizer: moments, fp32 masters",
+    "gradients": "gradients",
+    "activations": "activations kept for backward",
+    "temporary": "temporary",
+}
+
+
+# ---- the bill --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line: bytes of it altogether, and bytes alive at the moment of the peak."""
+
+    name: str
+    whole: int
+    at_peak: int
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a run will occupy, in bytes.
+
+    Attributes:
+        title: what was asked.
+        items: the lines, with the run's own checkpointing.
+        checkpointing: the run's own.
+        kept, peaks: activations kept for backward, and the peak of a step, by kind of checkpointing.
+        loading: peak while the model is loaded: what is held of it and the largest tensor once more in fp32.
+        free: what this machine can give to the run now; None if it does not say.
+    """
+
+    title: str
+    items: tuple[Item, ...]
+    checkpointing: str
+    kept: Mapping[str, int]
+    peaks: Mapping[str, int]
+    loading: int
+    free: int | None
+
+    @property
+    def total(self) -> int:
+        """The most that is alive at one moment."""
+        return max(self.loading, self.peaks[self.checkpointing])
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.free is None else self.total <= self.free
+
+    def to_dict(self) -> dict[str, JSON]:
+        """The bill as JSON, bytes throughout."""
+        items: dict[str, JSON] = {i.name: {"whole": i.whole, "at_peak": i.at_peak} for i in self.items}
+        kinds: dict[str, JSON] = {kind: {"kept": self.kept[kind], "peak": self.peaks[kind]} for kind in CHECKPOINTING}
+        facts: dict[str, JSON] = {"title": self.title, "items": items, "checkpointing": self.checkpointing, "by_kind": kinds}
+        return facts | {"loading": self.loading, "total": self.total, "free": self.free, "fits": self.fits}
+
+
+def render(bill: Bill) -> str:
+    """The bill as lines for people."""
+    wide = max(len(item.name) for item in bill.items)
+    lines = [bill.title, "", f"{'':{wide}}  {'altogether':>12}  {'at the peak':>12}"]
+    lines += [f"{item.name:{wide}}  {size(item.whole):>12}  {size(item.at_peak):>12}" for item in bill.items]
+    lines += [f"{'peak of a step':{wide}}  {'':>12}  {size(bill.peaks[bill.checkpointing]):>12}"]
+    lines += [f"{'peak while loading':{wide}}  {'':>12}  {size(bill.loading):>12}", ""]
+    lines += [f"{'--checkpointing':{wide}}  {'activations':>12}  {'peak':>12}"]
+    for kind in CHECKPOINTING:
+        mark = "  <- this run" if kind == bill.checkpointing else ""
+        lines.append(f"{kind:{wide}}  {size(bill.kept[kind]):>12}  {size(bill.peaks[kind]):>12}{mark}")
+    lines += ["", *_verdict(bill)]
+    return "\n".join(lines)
+
+
+def _verdict(bill: Bill) -> Iterable[str]:
+    if bill.items[-1].at_peak:
+        yield f"{NO_GAPS} in the environment avoids most of the gaps, and costs speed."
+    if bill.free is None:
+        yield f"needed: {size(bill.total)}; this machine does not say what is free"
+    else:
+        yield f"needed: {size(bill.total)}; free on this machine: {size(bill.free)}; {'fits' if bill.fits else 'DOES NOT FIT'}"
+    if bill.fits is False:
+        smaller = [
+            f"--checkpointing {kind} ({size(bill.peaks[kind])})" for kind in CHECKPOINTING if bill.peaks[kind] < bill.total
+        ]
+        yield f"to change: {', '.join(['a smaller --micro-batch-size (same result)', *smaller, '--quant nf4', '--dtype bf16'])}"
+
+
+def size(num_bytes: int) -> str:
+    """1536 MiB and more in GiB, the rest in MiB."""
+    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 1.5 * 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def plan(run: RunConfig) -> Bill:
+    """The memory bill of ``run``; its data and output folder are not looked at.
+
+    Raises:
+        UserError: a model that cannot be read, targets or a rank that do not fit it, full training of 4-bit weights.
+
+    Cost: some seconds, whatever the size of the model.
+    """
+    device, source = pick_device(run.device), resolve(run.model)
+    libraries = _process_bytes(run) if device.type == "cpu" else 0
+    shape = read_shape(source, run.quantization)
+    if shape.in_4_bits and run.method == "full":
+        raise UserError(
+            "config/quantized-base", "weights in 4 bits cannot be trained in full", where="--method full",
+            found=f"{len(shape.in_4_bits)} linears in 4 bits", fix="train adapters on them: --method lora",
+        )  # fmt: skip
+    fixed = _fixed_items(shape, run, device, libraries)
+    always = sum(item.at_peak for item in fixed)
+    steps = {kind: rehearse(replace(run, checkpointing=kind), shape, device) for kind in CHECKPOINTING}
+    own = steps[run.checkpointing]
+    share = HEAP_GAPS if device.type == "cpu" and tunes_allocator() else 0.0
+    gaps = round(share * (always + sum(own.at_peak.values())))
+    rows = run.micro_batch_size or run.batch_size
+    free = available_bytes(device)
+    return Bill(
+        title=f"{visible(run.model)}, {run.method}, {run.dtype}, {rows} x {run.max_length} tokens at once, on {device}",
+        items=(
+            *fixed,
+            *(Item(name, round(own.whole[kind]), round(own.at_peak[kind])) for kind, name in NAMES.items()),
+            Item("gaps in the heap, estimated", gaps, gaps),
+        ),
+        checkpointing=run.checkpointing,
+        kept={kind: round(step.whole["activations"]) for kind, step in steps.items()},
+        peaks={kind: round((1 + share) * (always + sum(step.at_peak.values()))) for kind, step in steps.items()},
+        loading=libraries + sum(item.whole for item in fixed[1:3]) + _loading_bytes(shape, run),
+        free=None if free is None else free + libraries,  # which this process gives back when it ends
+    )
+
+
+def _fixed_items(shape: Shape, run: RunConfig, device: torch.device, libraries: int) -> list[Item]:
+    """What the rehearsal does not see: the process itself, and what belongs to weights in 4 bits."""
+    numbers = {name: math.prod(shape.tensors[name]) for name in shape.in_4_bits}
+    codes = sum(-(-n // 2) for n in numbers.values())
+    scales = sum(nf4_bytes(n, shape.in_4_bits[name]) for name, n in numbers.items()) - codes
+    wide = product_dtype(torch.empty(0, dtype=DTYPES[run.dtype], device=device))
+    workspace = max(numbers.values(), default=0) * wide.itemsize
+    lines = {
+        "interpreter and libraries": libraries,
+        "4-bit codes": codes,
+        "their scales": scales,
+        "one 4-bit weight, made dense": workspace,
+    }
+    return [Item(name, amount, amount) for name, amount in lines.items()]
+
+
+def _loading_bytes(shape: Shape, run: RunConfig) -> int:
+    numbers = {name: math.prod(s) for name, s in shape.tensors.items()}
+    dense = sum(n for name, n in numbers.items() if name not in shape.in_4_bits) * DTYPES[run.dtype].itemsize
+    return dense + max(numbers.values()) * 4
+
+
+# ---- what the files say ----------------------------------------------------------------------------------------------
+
+
+def read_shape(source: Source, quant: QuantConfig | None) -> Shape:
+    """What the headers of a model say, checked as when it is loaded."""
+    if source.kind == "gguf":
+        config, stored = gguf_config(read_gguf(source.path)), {}
+    else:
+        checked = check_folder(source.path)
+        config, stored = checked.config, {name: weight.form for name, weight in checked.in_4_bits.items()}
+        if quant is not None:
+            require_same(checked.in_4_bits, quant, source.path)
+    model = empty_model(config)
+    chosen = {} if quant is None else {f"{path}.weight": quant for path in quantization_targets(model, quant)}
+    return Shape(config, expected_shapes(model), chosen | stored)
+
+
+# ---- this process ----------------------------------------------------------------------------------------------------
+
+
+def _process_bytes(run: RunConfig) -> int:
+    """Resident bytes of this process after a real step of a toy model: the interpreter, the libraries and their buffers."""
+    toy = ModelConfig("llama", 256, 256, 512, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=64)
+    small = replace(run, batch_size=1, micro_batch_size=1, max_length=256, method="full", quant="none")
+    model = CausalLM(toy).to(DTYPES[run.dtype])
+    optimizer = MasterAdamW(prepare_method(model, small), betas=(0.9, 0.999), weight_decay=0.0)
+    train_step(model, optimizer, [full_batch(small, torch.device("cpu"))], lr=0.0)
+    del model, optimizer
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux: not known
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))

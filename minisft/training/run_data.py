@@ -1,0 +1,116 @@
+"""What a run learns from: rows read, split, encoded and checked, and the facts about them that are kept with the run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from minisft.common.safe_json import JSON
+from minisft.config import RunConfig
+from minisft.data.chat import Encoded, EncodedDataset, encode_dataset, resolve_template
+from minisft.data.inspect_data import check
+from minisft.data.messages import Dataset, Example, read_dataset, split
+from minisft.data.template import ChatTemplate
+from minisft.data.tokenizer import Tokenizer
+
+RECORDED_PACKAGES = ("minisft", "torch", "numpy", "safetensors", "tokenizers", "triton", "jinja2", "gguf")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Encoded rows to train and validate on, what identifies them, and facts for ``data.json``."""
+
+    train: tuple[Encoded, ...]
+    validation: tuple[Encoded, ...]
+    identity: dict[str, JSON]
+    facts: dict[str, JSON]
+
+
+def prepare_data(run: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> tuple[ChatTemplate, RunData]:
+    """Read, split and encode the rows of a run.
+
+    Raises:
+        UserError: bad rows, no usable row, data on which training would be broken.
+    """
+    template = resolve_template(tokenizer, run.template)
+    dataset = read_dataset(run.data, run.map)
+    held_out = read_dataset(run.eval_data, run.map) if run.eval_data else None
+    if held_out is None:
+        train, validation = split(dataset.examples, run.validation_share, run.seed)
+    else:
+        train, validation = dataset.examples, held_out.examples
+
+    def encode(examples: Sequence[Example], path: str) -> EncodedDataset:
+        return encode_dataset(
+            examples,
+            tokenizer,
+            template,
+            run.max_length,
+            turns=run.turns,
+            allow_control_tokens=run.allow_control_tokens,
+            strict=run.strict,
+            path=path,
+        )
+
+    encoded, encoded_validation = encode(train, run.data), encode(validation, run.eval_data or run.data)
+    check(encoded, tokenizer, run.max_length)
+    for note in (*dataset.notes, *tokenizer.notes, *_losses(encoded, "training"), *_losses(encoded_validation, "validation")):
+        say(note)
+    say(f"{len(encoded.rows)} rows to train on, {len(encoded_validation.rows)} to validate on")
+    identity: dict[str, JSON] = {"train": dataset.sha256, "eval": held_out.sha256 if held_out else None}
+    facts: dict[str, JSON] = {
+        "train": _facts(dataset, encoded),
+        "validation": _facts(held_out or dataset, encoded_validation),
+    }
+    return template, RunData(encoded.rows, encoded_validation.rows, identity, facts)
+
+
+def _losses(encoded: EncodedDataset, use: str) -> list[str]:
+    """What became of rows that were not used as they are; one sentence each, nothing when there were none."""
+    counted = {
+        "prompts lost their beginning to --max-length": len(encoded.truncated),
+        "rows dropped: the answer does not fit --max-length": len(encoded.too_long),
+        "rows dropped: no turn in them is trained": len(encoded.untrained),
+        "control tokens spelt out in the data, read as plain text": encoded.control_tokens,
+    }
+    return [f"{use}: {number} {what}" for what, number in counted.items() if number]
+
+
+def _facts(dataset: Dataset, encoded: EncodedDataset) -> dict[str, JSON]:
+    lengths = sorted(len(row.input_ids) for row in encoded.rows)
+    num_tokens, num_supervised = sum(lengths), sum(sum(row.supervised) for row in encoded.rows)
+    return {
+        "path": dataset.path,
+        "sha256": dataset.sha256,
+        "form": dataset.form,
+        "file_counts": dict(dataset.counts),
+        "encoding_counts": dict(encoded.counts),
+        "rows": len(lengths),
+        "tokens": num_tokens,
+        "supervised_tokens": num_supervised,
+        "supervised_share": round(num_supervised / num_tokens, 4) if num_tokens else None,
+        "longest_row": lengths[-1] if lengths else None,
+        "median_row": lengths[len(lengths) // 2] if lengths else None,
+    }
+
+
+def environment(device: torch.device) -> dict[str, JSON]:
+    """Versions and machine, for ``env.json``."""
+    versions: dict[str, JSON] = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
