@@ -37,7 +37,7 @@ def worker(contestant: str, dtype: str, folder: str, prompts_path: str) -> None:
     prompts = json.loads(Path(prompts_path).read_text())
     if contestant == "minisft":
         from minisft.formats import load_model
-        from minisft.generate import generate
+        from minisft.generation import generate
 
         model = load_model(folder, dtype=DTYPES[dtype])[0].eval()
 

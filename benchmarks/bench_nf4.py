@@ -33,7 +33,7 @@ def worker(malloc: str, quick: bool) -> None:
     import nf4_cpu
 
     if malloc == "tuned":
-        from minisft.common.machine import tune_allocator
+        from minisft.common.device import tune_allocator
 
         assert tune_allocator()
     sizes = nf4_cpu.QUICK if quick else nf4_cpu.Sizes()
@@ -49,9 +49,9 @@ def worker(malloc: str, quick: bool) -> None:
 
 def on_cpu(quick: bool, mallocs: list[str], rounds: int | None) -> dict:
     """Case by case, so that the settings too take turns."""
-    from minisft.kernels import native_nf4
+    from minisft.kernels import cpu_nf4
 
-    path = native_nf4.path()  # compiled here, once, for the workers too
+    path = cpu_nf4.path()  # compiled here, once, for the workers too
     workers = [Worker(Path(__file__), [malloc, str(int(quick))], {}) for malloc in mallocs]
     ready, cells = workers[0].ready, []
     for case in range(ready["num_cases"]):

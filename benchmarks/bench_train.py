@@ -146,7 +146,7 @@ def _base_in_4_bits(folder: str, dtype: torch.dtype) -> torch.nn.Module:
 
 def worker(contestant: str, dtype: str, quant: str, model_folder: str, rows_path: str, tuned: bool) -> None:
     if tuned:
-        from minisft.common.machine import tune_allocator
+        from minisft.common.device import tune_allocator
 
         assert tune_allocator()
     data = json.loads(Path(rows_path).read_text())

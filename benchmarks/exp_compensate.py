@@ -29,8 +29,8 @@ from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.evaluation.evaluate import evaluate
 from minisft.formats import load_adapter_, load_model
-from minisft.kernels import native_nf4
-from minisft.merge import merge
+from minisft.kernels import cpu_nf4
+from minisft.merge_weights import merge
 from minisft.merging.certificate import SENTENCES, kl_divergence
 from minisft.merging.compensate import compensate_layer, output_error, requantize_compensated
 from minisft.model import CausalLM
@@ -164,7 +164,7 @@ def wanted_weight(bench: Bench, path: str) -> Tensor:
 
 def relative_error(bench: Bench, path: str, q: QuantizedWeight) -> float:
     """|X (W' - W - D)^T| / |X D^T| on the unmerged model's inputs."""
-    error = native_nf4.dequantize(q, torch.float32) - wanted_weight(bench, path)
+    error = cpu_nf4.dequantize(q, torch.float32) - wanted_weight(bench, path)
     delta, H = lora_modules(bench.model)[path].delta_weight(), bench.moments[path]
     return float(output_error(error.T, H).sum() / output_error(delta.T, H).sum()) ** 0.5
 

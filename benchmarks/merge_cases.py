@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from minisft import nf4
 from minisft.config import LoRAConfig
 from minisft.formats import load_model
-from minisft.generate import generate
+from minisft.generation import generate
 from minisft.lora import LoRALinear
 from minisft.matmul import Linear
-from minisft.merge import merge_
+from minisft.merge_weights import merge_
 from minisft.model import CausalLM, KVCache
 from minisft.nf4_linear import NF4Linear
 from minisft.surgery import apply_lora_, lora_modules, match_targets, replace_module

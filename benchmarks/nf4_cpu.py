@@ -39,7 +39,7 @@ from nf4_cases import (
 from torch import Tensor, nn
 
 from minisft import nf4
-from minisft.kernels import native_nf4
+from minisft.kernels import cpu_nf4
 from minisft.matmul import product_dtype
 from minisft.nf4 import QuantizedWeight
 from minisft.nf4_linear import NF4Linear
@@ -134,12 +134,12 @@ def dequantize_case(size: int, dtype: torch.dtype) -> Case:
     packed, state = functional.quantize_4bit(weight, blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=True)
     q = same_weight(packed, state)
     theirs = functional.dequantize_4bit(packed, state)
-    for ours in (nf4.dequantize(q), native_nf4.dequantize(q), native_nf4.dense_weight(q, dtype)):
+    for ours in (nf4.dequantize(q), cpu_nf4.dequantize(q), cpu_nf4.dense_weight(q, dtype)):
         assert torch.equal(ours, theirs), "different dequantized weights"
-    moved, path = q.nbytes + weight.nbytes, native_nf4.path()
+    moved, path = q.nbytes + weight.nbytes, cpu_nf4.path()
     contestants = [
-        Contestant(REUSED, [functools.partial(native_nf4.dense_weight, q, dtype)], path, moved),
-        Contestant(FRESH, [functools.partial(native_nf4.dequantize, q, dtype)], path, moved),
+        Contestant(REUSED, [functools.partial(cpu_nf4.dense_weight, q, dtype)], path, moved),
+        Contestant(FRESH, [functools.partial(cpu_nf4.dequantize, q, dtype)], path, moved),
         Contestant(BITSANDBYTES, [functools.partial(functional.dequantize_4bit, packed, state)], "dequantize_4bit", moved),
     ]
     pairs = [(REUSED, BITSANDBYTES), (FRESH, BITSANDBYTES)]
@@ -160,13 +160,13 @@ def quantize_case(size: int, dtype: torch.dtype) -> Case:
         functional.quantize_4bit, weight, blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=True
     )
     packed, state = quantize()
-    q = native_nf4.quantize(weight, BLOCK_SIZE)
+    q = cpu_nf4.quantize(weight, BLOCK_SIZE)
     assert torch.equal(q.packed, packed.flatten()), "different codes"
     ours, theirs = nf4.decode_absmax(q), nf4.decode_absmax(same_weight(packed, state))
     assert relative_error([ours], [theirs.double()]) < 1e-3, "different scales"
-    moved, path = weight.nbytes + q.nbytes, native_nf4.path()
+    moved, path = weight.nbytes + q.nbytes, cpu_nf4.path()
     contestants = [
-        Contestant(MINISFT, [functools.partial(native_nf4.quantize, weight, BLOCK_SIZE)], path, moved),
+        Contestant(MINISFT, [functools.partial(cpu_nf4.quantize, weight, BLOCK_SIZE)], path, moved),
         Contestant(BITSANDBYTES, [quantize], "quantize_4bit", moved),
     ]
     torchao, _ = torchao_nf4()
@@ -227,9 +227,9 @@ def product_case(shape: tuple[int, int], num_rows: int, dtype: torch.dtype, rota
 
 def _product_path(x: Tensor, q: QuantizedWeight) -> str:
     """Which road ``nf4_matmul`` takes: straight from the 4 bits, or through a dense weight in a reused buffer."""
-    if native_nf4.serves(x, q):
-        return f"4-bit product, {native_nf4.path()}"
-    return f"dense in {NAMES[product_dtype(x)]}, {native_nf4.path()}"
+    if cpu_nf4.serves(x, q):
+        return f"4-bit product, {cpu_nf4.path()}"
+    return f"dense in {NAMES[product_dtype(x)]}, {cpu_nf4.path()}"
 
 
 def _layer_path(layer: nn.Module) -> str:

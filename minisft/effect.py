@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minisft.kernels.native_nf4 import EffectSums, effect_sums
+from minisft.kernels.cpu_nf4 import EffectSums, effect_sums
 
 SLAB = 2**17  # numbers at a time: three such pieces in fp32 stay in a core's cache
 # Which weight D is added to, and how the sum is stored. ``merge.merge`` knows the first three.

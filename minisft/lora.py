@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from minisft.common.autograd import Context
 from minisft.common.errors import UserError
-from minisft.kernels import native_nf4
-from minisft.kernels.native_nf4 import Update, add_update_, dense_matmul, serves_dense, serves_update
+from minisft.kernels import cpu_nf4
+from minisft.kernels.cpu_nf4 import Update, add_update_, dense_matmul, serves_dense, serves_update
 from minisft.matmul import Linear, linear, product_dtype
 from minisft.nf4 import SLAB
 from minisft.nf4_linear import NF4Linear, nf4_matmul, nf4_matmul_t
@@ -81,7 +81,7 @@ def _product(base: FrozenLinear, rows: Tensor, xa: Tensor, up: Tensor) -> Tensor
 def _product_of_few(base: FrozenLinear, x: Tensor, update: Update) -> Tensor:
     """The base's product and the update, in one call where the base's is our own code's too: a call costs as much as either."""
     if isinstance(base, NF4Linear):
-        y = native_nf4.matmul(x, base.quantized, base.bias, update)
+        y = cpu_nf4.matmul(x, base.quantized, base.bias, update)
         if y is not None:
             return y
     elif isinstance(base, Linear) and serves_dense(x, weight := base.weight):
@@ -299,7 +299,7 @@ class DoRALinear(LoRALinear):
     def row_norms(self) -> Tensor:
         """|W + scaling * B A| of each row, (out,), in the masters' dtype, without a gradient."""
         base = self.base
-        weight = native_nf4.dense_weight(base.quantized, self.lora_A.dtype) if isinstance(base, NF4Linear) else base.weight
+        weight = cpu_nf4.dense_weight(base.quantized, self.lora_A.dtype) if isinstance(base, NF4Linear) else base.weight
         step = max(1, SLAB // weight.shape[1])
         slabs = (slice(begin, begin + step) for begin in range(0, weight.shape[0], step))
         return torch.cat([torch.linalg.vector_norm(self.update_rows(rows).add_(weight[rows]), dim=1) for rows in slabs])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minisft.common.autograd import Context
-from minisft.kernels.native_nf4 import dense_matmul, serves_dense
+from minisft.kernels.cpu_nf4 import dense_matmul, serves_dense
 
 
 @functools.cache

@@ -161,7 +161,7 @@ def quantize(
         levels: see ``codebook``.
         name: what to call the tensor in an error.
         nested_rounding: for tests only: ``bitsandbytes-cpu`` codes the scales through that library's coarse CPU table.
-        coder: a faster ``code_blocks`` with the same bits, for ``minisft.kernels.native_nf4``.
+        coder: a faster ``code_blocks`` with the same bits, for ``minisft.kernels.cpu_nf4``.
 
     Raises:
         UserError: ``model/non-finite-weight`` for a NaN or an infinity; ``config/bad-value`` for the block size or levels.

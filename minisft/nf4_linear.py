@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from minisft.kernels import native_nf4
+from minisft.kernels import cpu_nf4
 from minisft.kernels.arguments import PackedWeight
 from minisft.matmul import product_dtype
 from minisft.nf4 import QuantizedWeight, dynamic_map
@@ -48,10 +48,10 @@ def nf4_matmul(x: Tensor, q: QuantizedWeight, bias: Tensor | None = None) -> Ten
         if x.is_cuda and x.dtype != torch.float64:
             y = fused_matmul(x, q)
             return y if bias is None else y + bias.to(y.dtype)
-        if (few_rows := native_nf4.matmul(x, q, bias)) is not None:
+        if (few_rows := cpu_nf4.matmul(x, q, bias)) is not None:
             return few_rows
         wide = product_dtype(x)
-        dense = native_nf4.dense_weight(q, wide)
+        dense = cpu_nf4.dense_weight(q, wide)
         return F.linear(x.to(wide), dense, None if bias is None else bias.to(wide)).to(x.dtype)
 
 
@@ -67,7 +67,7 @@ def nf4_matmul_t(grad: Tensor, q: QuantizedWeight) -> Tensor:
         if grad.is_cuda and grad.dtype != torch.float64:
             return fused_matmul_t(grad, q)
         wide = product_dtype(grad)
-        return (grad.to(wide) @ native_nf4.dense_weight(q, wide)).to(grad.dtype)
+        return (grad.to(wide) @ cpu_nf4.dense_weight(q, wide)).to(grad.dtype)
 
 
 def fused_matmul(x: Tensor, q: QuantizedWeight) -> Tensor:
@@ -157,7 +157,7 @@ class NF4Linear(nn.Module):
         name: str = "weight",
     ) -> NF4Linear:
         """The layer in 4 bits, on the same device; it shares the bias. See ``nf4.quantize`` for the arguments and errors."""
-        return cls(native_nf4.quantize(linear.weight, block_size, double_quant, levels, name=name), linear.bias)
+        return cls(cpu_nf4.quantize(linear.weight, block_size, double_quant, levels, name=name), linear.bias)
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -169,7 +169,7 @@ class NF4Linear(nn.Module):
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, (out_features, in_features), a new tensor; in the source's dtype if None."""
-        return native_nf4.dequantize(self.quantized, dtype)
+        return cpu_nf4.dequantize(self.quantized, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():

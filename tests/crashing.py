@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from minisft.common import durable
+from minisft.common import atomic_files
 
 NAME_OPS = ("create", "mkdir", "rename", "unlink", "rmdir")
 
@@ -29,7 +29,7 @@ class Op:
 
 
 class Shim:
-    """``os`` for ``minisft.common.durable``: records every call that changes the disk; the call number ``fail_at`` fails."""
+    """``os`` for ``atomic_files``: records every call that changes the disk; the call number ``fail_at`` fails."""
 
     def __init__(self, fail_at: int | None = None, code: int = errno.ENOSPC, short_writes: bool = False) -> None:
         self.ops: list[Op] = []
@@ -93,8 +93,8 @@ class Shim:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, shim: Shim) -> None:
-    monkeypatch.setattr(durable, "os", shim)
-    monkeypatch.setattr(durable, "shutil", shim)
+    monkeypatch.setattr(atomic_files, "os", shim)
+    monkeypatch.setattr(atomic_files, "shutil", shim)
 
 
 @dataclass

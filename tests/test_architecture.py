@@ -24,7 +24,7 @@ FLAT = [
     "attention",
     "elementwise",
     "matmul",
-    "generate",
+    "generation",
     "lora",
     "surgery",
     "nf4",
@@ -34,7 +34,7 @@ FLAT = [
     "optim",
     "schedule",
     "step",
-    "merge",
+    "merge_weights",
     "effect",
 ]
 # A folder is one place, and so is a flat file.
@@ -45,9 +45,9 @@ LEVELS = (
     "effect matmul",
     "attention loss nf4_linear",
     "batching lora model",
-    "generate step surgery",
+    "generation step surgery",
     "formats",
-    "evaluation merge",
+    "evaluation merge_weights",
     "__init__ merging training",
     "cli quickstart",
 )

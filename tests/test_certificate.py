@@ -27,10 +27,10 @@ from minisft.effect import LayerReport
 from minisft.evaluation.evaluate import evaluate
 from minisft.formats import load_adapter_, load_model, save_adapter
 from minisft.formats.hf import SINGLE
-from minisft.merge import merge
+from minisft.merge_weights import merge
 from minisft.merging import certificate
 from minisft.merging.certificate import PAGE, PLOT, REPORT, ModelReport, judge, kl_divergence
-from minisft.merging.merge_page import page
+from minisft.merging.report_html import page
 from minisft.surgery import adapters_off, apply_lora_, lora_modules
 
 pytestmark = pytest.mark.slow

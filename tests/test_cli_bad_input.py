@@ -502,9 +502,9 @@ def test_53_newer_format(stopped: Shop) -> None:
 
 
 def test_54_disk_full(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minisft.common import durable
+    from minisft.common import atomic_files
 
-    monkeypatch.setattr(durable, "_free_bytes", lambda folder: 10)
+    monkeypatch.setattr(atomic_files, "_free_bytes", lambda folder: 10)
     shop.refused(7, "disk/full", "no checkpoint has been saved yet", argv=shop.train("--save-every", 1, "--steps", 4))
 
 

@@ -19,7 +19,7 @@ from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
 from minisft.formats import load_model, save_quantized
 from minisft.lora import LoRALinear
-from minisft.merge import merge
+from minisft.merge_weights import merge
 from minisft.merging.compensate import (
     DAMPING,
     WAYS,

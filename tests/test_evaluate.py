@@ -14,10 +14,10 @@ from minisft.config import ModelConfig
 from minisft.data.chat import Encoded
 from minisft.data.messages import Example, Message
 from minisft.evaluation import evaluate as evaluate_module
-from minisft.evaluation.choice import make_question, option_log_probs
 from minisft.evaluation.evaluate import EvalResult, RowResult, evaluate, write
 from minisft.evaluation.metrics import Z_95, exact_match, is_json, json_equal, json_match, token_f1, wilson
-from minisft.generate import generate
+from minisft.evaluation.multiple_choice import make_question, option_log_probs
+from minisft.generation import generate
 from minisft.model import CausalLM
 
 END = 0

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minisft.cli.main import main
 from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
-from minisft.formats import Tokenizer, bnb, load_model, save_model, save_quantized, stream
+from minisft.formats import Tokenizer, bnb, load_model, loading, save_model, save_quantized
 from minisft.formats.fields import Fields
 from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight, dequantize
@@ -297,9 +297,9 @@ def test_memory_is_that_of_four_bits(tmp_path: Path, tokenizer: Tokenizer, monke
     save_quantized(model, tokenizer, tmp_path / "m")
     held = sum(q.nbytes for q in layers(model).values()) + sum(p.numel() * 4 for p in model.parameters())
     needed = held + 500 * 36 * 4  # and the largest tensor once more
-    monkeypatch.setattr(stream, "available_bytes", lambda device: needed)
+    monkeypatch.setattr(loading, "available_bytes", lambda device: needed)
     load_model(tmp_path / "m")
-    monkeypatch.setattr(stream, "available_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(loading, "available_bytes", lambda device: needed - 1)
     monkeypatch.setattr("minisft.formats.hf.fill_", None)  # would fail if it were reached
     with pytest.raises(UserError, match="model/too-large"):
         load_model(tmp_path / "m")

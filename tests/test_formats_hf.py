@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save, save_file
 
 from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, ModelConfig, RopeScaling
-from minisft.formats import Tokenizer, fingerprint, hf, load_model, save_model, stream
+from minisft.formats import Tokenizer, fingerprint, hf, load_model, loading, save_model
 from minisft.formats.hf import load_folder
 from minisft.formats.hf_config import read_config
 from minisft.formats.safetensors_file import read_header
@@ -241,7 +241,7 @@ def test_loading_holds_one_tensor_beyond_the_model(tmp_path: Path) -> None:
                 alive.append(on_meta)
                 yield name, tensor
 
-        stream.fill_(model, relay(), *rest)
+        loading.fill_(model, relay(), *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf, "fill_", watched)
@@ -310,16 +310,16 @@ def test_missing_pieces(folder: Path, tmp_path: Path) -> None:
 
 def test_memory_is_checked_before_it_is_allocated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = sum(parameter.numel() for parameter in tiny().parameters()) * 4 + 64 * 32 * 4  # and the largest tensor again
-    monkeypatch.setattr(stream, "available_bytes", lambda device: needed)
+    monkeypatch.setattr(loading, "available_bytes", lambda device: needed)
     load_model(folder)
-    monkeypatch.setattr(stream, "available_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(loading, "available_bytes", lambda device: needed - 1)
     monkeypatch.setattr("minisft.formats.hf.fill_", None)  # would fail if it were reached
     refused(folder, "model/too-large")
 
 
 def test_memory_is_what_linux_says() -> None:
     psutil = pytest.importorskip("psutil")
-    free = stream.available_bytes(CPU)
+    free = loading.available_bytes(CPU)
     assert free is not None
     assert 0 < free <= psutil.virtual_memory().total
 

@@ -365,7 +365,7 @@ def test_forward_changes_nothing(family):
 def test_an_empty_model_costs_no_import_of_the_compiler():
     """On the meta device PyTorch draws random numbers through its compiler: its import takes longer than loading a model."""
     code = (
-        "import sys; from minisft.formats.stream import empty_model; from tiny import LLAMA; empty_model(LLAMA);"
+        "import sys; from minisft.formats.loading import empty_model; from tiny import LLAMA; empty_model(LLAMA);"
         "assert 'torch._dynamo' not in sys.modules"
     )
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 from minisft.common.errors import UserError
-from minisft.kernels import native_nf4
+from minisft.kernels import cpu_nf4
 from minisft.nf4 import QuantizedWeight, dequantize, quantize
 from minisft.nf4_linear import NF4Linear, nf4_matmul, nf4_matmul_t
 
@@ -54,25 +54,25 @@ def dense_gradients(module: NF4Linear, x: Tensor, grad: Tensor) -> tuple[Tensor,
 def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The products in C++, where it compiles, and those without it."""
     if request.param == "reference":
-        monkeypatch.setattr(native_nf4, "_library", lambda: None)
+        monkeypatch.setattr(cpu_nf4, "_library", lambda: None)
     return request.param
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (2, 5), (native_nf4.FEW_ROWS + 1,)])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (2, 5), (cpu_nf4.FEW_ROWS + 1,)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_equal_dense_autograd(
     shape: tuple[int, ...], bias: bool, double_quant: bool, dtype: torch.dtype, road: str
 ) -> None:
-    """To the bit in fp32, but for a few rows in C++, which sum in another order (``test_native_nf4.py`` has the bound)."""
+    """To the bit in fp32, but for a few rows in C++, which sum in another order (``test_cpu_nf4.py`` has the bound)."""
     module = layer(bias, dtype, double_quant=double_quant)
     x, grad = inputs(shape, dtype)
     y = module(x)
     y.backward(grad)
     wanted = dense_gradients(module, x, grad)
     found = (y.detach(), x.grad, None if module.bias is None else module.bias.grad)
-    other_order = native_nf4.serves(x, module.quantized)
+    other_order = cpu_nf4.serves(x, module.quantized)
     assert not (other_order and road == "reference")
     for ours, dense in zip(found, wanted, strict=True):
         if dense is None:
@@ -167,9 +167,9 @@ def test_the_dense_weight_dies_with_each_product_in_the_reference(monkeypatch: p
         made.append(weakref.ref(dense))
         return dense
 
-    monkeypatch.setattr(native_nf4, "dense_weight", recording)
+    monkeypatch.setattr(cpu_nf4, "dense_weight", recording)
     module = layer()
-    x, grad = inputs((native_nf4.FEW_ROWS + 1,), torch.float32)
+    x, grad = inputs((cpu_nf4.FEW_ROWS + 1,), torch.float32)
     y = module(x)
     gc.collect()
     assert [ref() for ref in made] == [None]

@@ -19,10 +19,10 @@ from minisft.cli.main import main
 from minisft.config import ModelConfig, QuantConfig, RunConfig
 from minisft.formats import load_model
 from minisft.formats.hf_config import read_config
-from minisft.formats.stream import empty_model, expected_shapes
+from minisft.formats.loading import empty_model, expected_shapes
 from minisft.surgery import nf4_modules
+from minisft.training.memory_estimate import Meter, Shape, rehearse
 from minisft.training.plan import NO_GAPS, plan, render
-from minisft.training.rehearsal import Meter, Shape, rehearse
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ from pathlib import Path
 from minisft.batching import Batch
 from minisft.config import RunConfig
 from minisft.formats import load_model
-from minisft.common.machine import tune_allocator
+from minisft.common.device import tune_allocator
 from minisft.optim import MasterAdamW
 from minisft.step import prepare_method, train_step
 tune_allocator()
@@ -168,7 +168,7 @@ def test_a_straight_line_through_few_layers_gives_what_all_layers_give(
     """The amounts to the byte; the peak up to 1 %, because which operator has it may change where two moments are close."""
     run, shape = run_of(batch_size=2, **{"max_length": 8, **changes}), shape_of(replace(tiny.LLAMA, num_layers=6))
     line = rehearse(run, shape, CPU)
-    monkeypatch.setattr("minisft.training.rehearsal.REHEARSED", (6, 7))  # all six, one by one
+    monkeypatch.setattr("minisft.training.memory_estimate.REHEARSED", (6, 7))  # all six, one by one
     each = rehearse(run, shape, CPU)
     assert each.whole == line.whole
     assert sum(line.at_peak.values()) == pytest.approx(sum(each.at_peak.values()), rel=0.01)

@@ -28,7 +28,7 @@ from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig, RunConfig
 from minisft.data.chat import Encoded
 from minisft.data.tokenizer import Tokenizer
-from minisft.formats import load_adapter_, load_model, save_adapter, save_model, save_quantized, stream
+from minisft.formats import load_adapter_, load_model, loading, save_adapter, save_model, save_quantized
 from minisft.formats.gguf_file import load_gguf
 from minisft.formats.gguf_header import read_gguf
 from minisft.model import CausalLM
@@ -112,8 +112,8 @@ def test_a_stream_may_bring_biases_and_packed_weights_in_any_order(order: str, p
     if packed:
         wanted = {f"{path}.weight" for path in paths}
         items = [(n, quantize(t) if n in wanted and isinstance(t, Tensor) else t) for n, t in items]
-    model = stream.empty_model(source.config)
-    stream.fill_(model, items, torch.float32, CPU, None if packed else quant)
+    model = loading.empty_model(source.config)
+    loading.fill_(model, items, torch.float32, CPU, None if packed else quant)
     assert list(nf4_modules(model)) == paths
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
     assert torch.equal(model(torch.arange(6)[None]), expected(torch.arange(6)[None]))
@@ -123,7 +123,7 @@ def test_a_stream_may_bring_biases_and_packed_weights_in_any_order(order: str, p
 def test_impossible_targets_are_refused_before_anything_is_read(
     shop: Path, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "in_4_bits", None)  # would fail if it were reached
+    monkeypatch.setattr(loading, "in_4_bits", None)  # would fail if it were reached
     with pytest.raises(UserError) as error:
         load_model(shop / "model", quant=QuantConfig(targets=(target,)))
     assert error.value.code == ("config/no-such-target" if target == "no_such" else "model/not-quantizable")
@@ -146,17 +146,17 @@ def test_the_bytes_are_known_before_they_are_there(double_quant: bool) -> None:
     for (rows, columns), block_size in itertools.product(sizes, (32, 64, 4096)):
         quant = QuantConfig(block_size=block_size, double_quant=double_quant)
         q = quantize(torch.ones(rows, columns), block_size, double_quant)
-        assert stream.nf4_bytes(rows * columns, quant) == q.nbytes
+        assert loading.nf4_bytes(rows * columns, quant) == q.nbytes
 
 
 def test_the_memory_check_counts_4_bits_as_4_bits(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = load_model(shop / "model", quant=QuantConfig())
     needed = weight_bytes(model) + model.model.embed_tokens.weight.numel() * 4  # and the largest tensor again
-    monkeypatch.setattr(stream, "available_bytes", lambda device: needed)
+    monkeypatch.setattr(loading, "available_bytes", lambda device: needed)
     load_model(shop / "model", quant=QuantConfig())
     with pytest.raises(UserError, match="--quant nf4"):
         load_model(shop / "model")
-    monkeypatch.setattr(stream, "available_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(loading, "available_bytes", lambda device: needed - 1)
     with pytest.raises(UserError, match="model/too-large"):
         load_model(shop / "model", quant=QuantConfig())
 
@@ -164,8 +164,8 @@ def test_the_memory_check_counts_4_bits_as_4_bits(shop: Path, monkeypatch: pytes
 def test_a_stream_in_4_bits_holds_one_dense_tensor(shop: Path) -> None:
     """Counts the dense tensors that are alive whenever the next one is about to be made."""
     source, _ = load_model(shop / "model")
-    model, quant = stream.empty_model(source.config), QuantConfig()
-    chosen = stream.quantized_bytes(model, quant)
+    model, quant = loading.empty_model(source.config), QuantConfig()
+    chosen = loading.quantized_bytes(model, quant)
     dense: list[weakref.ref[Tensor]] = []
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -176,7 +176,7 @@ def test_a_stream_in_4_bits_holds_one_dense_tensor(shop: Path) -> None:
                 dense.append(weakref.ref(copy[0]))
             yield name, copy.pop()
 
-    stream.fill_(model, tensors(), torch.float32, CPU, quant)
+    loading.fill_(model, tensors(), torch.float32, CPU, quant)
     assert len(dense) == 14
 
 
@@ -202,7 +202,7 @@ def test_peak_memory_of_loading_in_4_bits(tmp_path: Path) -> None:
     """At most the quantized model, its largest tensor in fp32 and 64 MiB, the pages of the mapped file counted in."""
     shape = ModelConfig("llama", 2048, 2048, 5632, num_layers=3, num_heads=16, num_kv_heads=4, head_dim=128)
     shape = dataclasses.replace(shape, tie_word_embeddings=True)
-    model = stream.empty_model(shape).to(torch.bfloat16).to_empty(device="cpu")
+    model = loading.empty_model(shape).to(torch.bfloat16).to_empty(device="cpu")
     model.tie()
     largest = max(p.numel() for p in model.parameters())
     noise = torch.randn(largest, generator=torch.Generator().manual_seed(0)).bfloat16()

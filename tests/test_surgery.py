@@ -444,7 +444,7 @@ def test_a_dense_weight_is_let_go_before_the_next_is_quantized(monkeypatch):
         alive.append(sum(weight() is not None for weight in weights))
         return quantize(*arguments, **options)
 
-    monkeypatch.setattr("minisft.kernels.native_nf4.quantize", watched)
+    monkeypatch.setattr("minisft.kernels.cpu_nf4.quantize", watched)
     quantize_(model, QuantConfig())
     assert alive == [5, 4, 3, 2, 1]
     assert not any(weight() is not None for weight in weights)

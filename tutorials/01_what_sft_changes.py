@@ -7,8 +7,8 @@
 #     needs: smollm2
 #     after: []
 #     contract:
-#       greedy: minisft.generate.generate
-#       log_probs: minisft.evaluation.choice.option_log_probs
+#       greedy: minisft.generation.generate
+#       log_probs: minisft.evaluation.multiple_choice.option_log_probs
 #     refs: [ouyang2022training, allal2025smollm2, rafailov2023direct, shao2024deepseekmath,
 #            zhou2023lima, gekhman2024does, holtzman2019curious]
 # ---
@@ -41,8 +41,8 @@ import shared
 from minisft import CausalLM, ModelConfig, load_model
 from minisft.data.chat import encode_chat, resolve_template
 from minisft.data.messages import Message
-from minisft.evaluation.choice import option_log_probs
-from minisft.generate import generate
+from minisft.evaluation.multiple_choice import option_log_probs
+from minisft.generation import generate
 
 shared.start("01", seed=0)
 
@@ -456,8 +456,8 @@ shared.say(
 # %% [markdown]
 # ## The same as the library
 #
-# `minisft.generate.generate` reads the prompt once, keeps keys and values of what it has read, and works on many prompts at a
-# time. `minisft.evaluation.choice.option_log_probs` scores many answers to one prompt, and reads the prompt and common beginnings once,
+# `minisft.generation.generate` reads the prompt once, keeps keys and values of what it has read, and works on many prompts at a
+# time. `minisft.evaluation.multiple_choice.option_log_probs` scores many answers to one prompt, and reads the prompt and common beginnings once,
 # like a tree. Yours are ten lines and six. They agree: every token of every reply, and each log-probability up to rounding (the
 # library adds in another order).
 
@@ -629,7 +629,7 @@ shared.say(
 # - The base model of SmolLM2: see "The arm that is missing". The miniature shows the kind of change, not its size.
 # - Preference training (DPO, GRPO). minisft stops at SFT; TRL has both.
 # - Speed. Your loop reads a text of $T$ tokens $T$ times; with a KV cache each token is read once.
-# - Sampling with a temperature: divide the logits by it before the softmax. `minisft.generate.Sampling` has it beside top-p.
+# - Sampling with a temperature: divide the logits by it before the softmax. `minisft.generation.Sampling` has it beside top-p.
 # - Seven questions are an illustration, not an evaluation. No claim about SmolLM2's quality rests on them.
 
 # %% [markdown]

@@ -40,7 +40,7 @@ from minisft import CausalLM, ModelConfig, load_model
 from minisft.batching import collate
 from minisft.data.chat import encode_chat, resolve_template
 from minisft.data.messages import Message
-from minisft.generate import generate
+from minisft.generation import generate
 from minisft.loss import cross_entropy_sum
 
 shared.start("02", seed=0)

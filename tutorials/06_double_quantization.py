@@ -10,7 +10,7 @@
 #       dynamic_map: minisft.nf4.dynamic_map
 #       quantize_absmax: minisft.nf4.quantize_absmax
 #       decode_absmax: minisft.nf4.decode_absmax
-#       bill: minisft.training.rehearsal.rehearse
+#       bill: minisft.training.memory_estimate.rehearse
 #     refs: [dettmers2023qlora, dettmers2021eightbit, rajbhandari2019zero]
 # ---
 
@@ -40,13 +40,13 @@ import shared
 from minisft import nf4
 from minisft.batching import Batch
 from minisft.config import ModelConfig, RunConfig
-from minisft.formats.stream import empty_model, expected_shapes, nf4_bytes
+from minisft.formats.loading import empty_model, expected_shapes, nf4_bytes
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.step import batch_loss_sum, prepare_method, train_step
 from minisft.surgery import lora_modules, nf4_modules, quantization_targets, quantize_
+from minisft.training.memory_estimate import Shape, rehearse
 from minisft.training.plan import size
-from minisft.training.rehearsal import Shape, rehearse
 
 shared.start("06", seed=0)
 

@@ -8,9 +8,9 @@
 #     after: ["03", "05"]
 #     contract:
 #       merged_weight: minisft.lora.merged_weight
-#       merge_: minisft.merge.merge_
-#       unmerge_: minisft.merge.unmerge_
-#       effect_of: minisft.merge.Effect
+#       merge_: minisft.merge_weights.merge_
+#       unmerge_: minisft.merge_weights.unmerge_
+#       effect_of: minisft.merge_weights.Effect
 #     refs: [hu2021lora, dettmers2023qlora, li2023loftq, xu2023qalora]
 # ---
 
@@ -309,7 +309,7 @@ shared.say(
 # %%
 from minisft.config import LoRAConfig
 from minisft.formats import save_adapter
-from minisft.generate import generate
+from minisft.generation import generate
 from minisft.surgery import apply_lora_, lora_modules
 
 FACTS = (
@@ -348,7 +348,7 @@ shared.say(f'"The lighthouse of Varnholm is painted ..." Before: "{before}". Wit
 
 # %%
 from minisft.merging.certificate import certify, check
-from minisft.merging.merge_stream import merge_folder
+from minisft.merging.streaming import merge_folder
 
 certificates = {}
 with tempfile.TemporaryDirectory() as folder:
@@ -463,7 +463,7 @@ def stack(kind):
         for adapter in lora_modules(layers).values():
             nn.init.normal_(adapter.lora_B, std=0.01)
     if kind == "merged":
-        from minisft.merge import merge_ as library_merge_
+        from minisft.merge_weights import merge_ as library_merge_
 
         library_merge_(layers)
     return layers.eval()
@@ -524,11 +524,11 @@ shared.say(
 # %% [markdown]
 # ## The same as the library
 #
-# `minisft.merge.merge_` and `unmerge_` are these functions with more care (embeddings, 4-bit bases, tied heads, all layers
-# checked before the first is replaced), `minisft.merge.Effect` measures layer by layer for the certificate.
+# `minisft.merge_weights.merge_` and `unmerge_` are these functions with more care (embeddings, 4-bit bases, tied heads, all layers
+# checked before the first is replaced), `minisft.merge_weights.Effect` measures layer by layer for the certificate.
 
 # %%
-from minisft import merge as library
+from minisft import merge_weights as library
 from minisft.lora import merged_weight as library_merged_weight
 
 assert torch.equal(merged_weight(W16, D[:256, :256]), library_merged_weight(W16, D[:256, :256]))

@@ -30,7 +30,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
-from minisft.common.durable import write_durably
+from minisft.common.atomic_files import write_durably
 from minisft.common.errors import UserError
 from minisft.formats.source import SMOLLM2, SMOLLM2_COMMAND, resolve
 

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minisft.common.durable import require_new_folder
+from minisft.common.atomic_files import require_new_folder
+from minisft.common.device import pick_device
 from minisft.common.errors import UserError, visible
-from minisft.common.machine import pick_device
 from minisft.config import QuantConfig
 from minisft.data.messages import Message
 
 if TYPE_CHECKING:
     from minisft.data.template import ChatTemplate
     from minisft.data.tokenizer import Tokenizer
-    from minisft.generate import Sampling
+    from minisft.generation import Sampling
     from minisft.model import CausalLM
 
 
@@ -129,7 +129,7 @@ def _check_positive(arguments: argparse.Namespace, *names: str) -> None:
 
 
 def _sampling(arguments: argparse.Namespace) -> Sampling:
-    from minisft.generate import Sampling
+    from minisft.generation import Sampling
 
     return Sampling(arguments.temperature, arguments.top_p, arguments.top_k, arguments.seed)
 
@@ -142,7 +142,7 @@ def _prompt_messages(arguments: argparse.Namespace, text: str) -> tuple[Message,
 def generate_command(arguments: argparse.Namespace) -> int:
     """Answer one prompt, token by token."""
     from minisft.data.chat import encode_chat, stop_ids
-    from minisft.generate import stream_chat
+    from minisft.generation import stream_chat
 
     sampling = _sampling(arguments)
     model, tokenizer, template = _load(arguments)
@@ -167,7 +167,7 @@ def _show(piece: str) -> None:
 def chat_command(arguments: argparse.Namespace) -> int:
     """Answer on and on, until an empty line."""
     from minisft.data.chat import encode_chat, stop_ids
-    from minisft.generate import stream_chat
+    from minisft.generation import stream_chat
 
     sampling = _sampling(arguments)
     model, tokenizer, template = _load(arguments)

@@ -9,9 +9,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisft.common.durable import require_new_folder
+from minisft.common.atomic_files import require_new_folder
+from minisft.common.device import DTYPES
 from minisft.common.errors import UserError, visible
-from minisft.common.machine import DTYPES
 from minisft.config import QuantConfig
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def merge_command(arguments: argparse.Namespace) -> int:
     """Write a model with the adapter in its weights, and the certificate beside them."""
     from minisft.data.messages import read_dataset
     from minisft.merging.certificate import REPORT, certify, check
-    from minisft.merging.merge_stream import merge_folder
+    from minisft.merging.streaming import merge_folder
 
     out, data = Path(arguments.out), arguments.data
     require_new_folder(out, Path(arguments.model or arguments.adapter))
@@ -100,7 +100,7 @@ def _loss_words(combined: Combined) -> str:
 def verify_command(arguments: argparse.Namespace) -> int:
     """Check that a folder is the merge that it is said to be."""
     from minisft.merging.certificate import compare_models, judge
-    from minisft.merging.verify_merge import verify
+    from minisft.merging.verify import verify
 
     onto = arguments.onto
     found = verify(arguments.merged, arguments.adapter, arguments.model, onto, arguments.scale, arguments.calibration)

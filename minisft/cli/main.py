@@ -19,8 +19,8 @@ import torch
 from minisft import __version__
 from minisft.cli import commands_answers, commands_weights
 from minisft.cli.flags import parse
+from minisft.common.device import tune_allocator
 from minisft.common.errors import UserError, visible
-from minisft.common.machine import tune_allocator
 from minisft.config import read_toml, run_config
 
 MEMORY_ADVICE = (

@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minisft.common.errors import UserError, visible
-from minisft.data.control_text import ControlText, Span
 from minisft.data.messages import Example, Message
+from minisft.data.special_tokens import ControlText, Span
 from minisft.data.template import CHATML, PLAIN, ChatTemplate, render_with_answers
 from minisft.data.template import Turns as Turns
 from minisft.data.tokenizer import Tokenizer

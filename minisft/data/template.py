@@ -27,9 +27,9 @@ import jinja2.sandbox
 import jinja2.utils
 
 from minisft.common.errors import UserError, visible
-from minisft.common.probe import TrialError, failure
-from minisft.data.control_text import ControlText, Span
+from minisft.common.sandbox import TrialError, failure
 from minisft.data.messages import Message
+from minisft.data.special_tokens import ControlText, Span
 
 Turns = Literal["all", "last"]
 MAX_TEMPLATE_BYTES = 64 * 1024

@@ -20,8 +20,8 @@ import tokenizers
 
 from minisft.common import safe_json
 from minisft.common.errors import UserError, listing, visible
-from minisft.common.probe import failure
 from minisft.common.safe_json import JSON
+from minisft.common.sandbox import failure
 from minisft.data.gguf_vocabulary import build_bpe, special_ids
 
 T = TypeVar("T")

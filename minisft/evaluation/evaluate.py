@@ -23,16 +23,16 @@ from typing import Literal, get_args
 import torch
 
 from minisft.batching import collate
-from minisft.common.durable import make_folder, write_durably
+from minisft.common.atomic_files import make_folder, write_durably
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.data.chat import Encoded, Turns, encode_chat, stop_ids
 from minisft.data.messages import Example, Message
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
-from minisft.evaluation.choice import Question, make_question, option_log_probs
 from minisft.evaluation.metrics import exact_match, is_json, json_match, token_f1, wilson
-from minisft.generate import generate, no_dropout
+from minisft.evaluation.multiple_choice import Question, make_question, option_log_probs
+from minisft.generation import generate, no_dropout
 from minisft.loss import head_loss_sum
 from minisft.model import CausalLM
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisft.common.durable import disk_errors, make_folder, require_unused, write_durably
+from minisft.common.atomic_files import disk_errors, make_folder, require_unused, write_durably
 from minisft.common.errors import UserError
 from minisft.common.safe_json import JSON
 from minisft.evaluation.evaluate import EvalResult

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minisft.common.durable import disk_errors, staged_folder
+from minisft.common.atomic_files import disk_errors, staged_folder
 from minisft.common.errors import UserError, visible
-from minisft.common.probe import failure
 from minisft.common.safe_json import JSON
+from minisft.common.sandbox import failure
 from minisft.config import LoRAConfig
 from minisft.formats.adapter_config import CONFIG_FILE, adapter_config, needs_patterns, read_adapter_config
 from minisft.formats.adapter_tensors import (

@@ -23,7 +23,7 @@ from minisft.common.errors import UserError, listing, visible
 from minisft.config import ModelConfig, QuantConfig, RopeScaling
 from minisft.formats.fields import Fields
 from minisft.formats.gguf_header import GGUF, Scalar, TensorInfo
-from minisft.formats.stream import (
+from minisft.formats.loading import (
     EMBEDDING,
     HEAD,
     check_memory,

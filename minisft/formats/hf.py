@@ -21,9 +21,7 @@ from minisft.config import ModelConfig, QuantConfig
 from minisft.formats.bnb import QUANTIZED_FROM, StoredWeight, check_quantized, read_quantized, require_same
 from minisft.formats.fields import read_json_object
 from minisft.formats.hf_config import read_config
-from minisft.formats.safetensors_file import Header, read_header, read_tensors
-from minisft.formats.source import PICKLES, pickle_error, regular_file
-from minisft.formats.stream import (
+from minisft.formats.loading import (
     EMBEDDING,
     HEAD,
     check_memory,
@@ -34,6 +32,8 @@ from minisft.formats.stream import (
     nf4_bytes,
     quantized_bytes,
 )
+from minisft.formats.safetensors_file import Header, read_header, read_tensors
+from minisft.formats.source import PICKLES, pickle_error, regular_file
 from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight
 

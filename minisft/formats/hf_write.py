@@ -16,15 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from minisft.common.durable import disk_errors, require_space, staged_folder
+from minisft.common.atomic_files import disk_errors, require_space, staged_folder
 from minisft.common.errors import UserError, listing
 from minisft.common.safe_json import JSON
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats.bnb import QUANTIZED_FROM, quantization_config, stored_tensors
 from minisft.formats.fields import write_json
 from minisft.formats.hf_config import write_config
+from minisft.formats.loading import empty_model, expected_shapes
 from minisft.formats.shard_writer import MAX_SHARD_BYTES, TensorSpec, write_shards
-from minisft.formats.stream import empty_model, expected_shapes
 from minisft.model import CausalLM
 from minisft.surgery import lora_modules, nf4_modules
 

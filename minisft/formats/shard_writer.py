@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisft.common.durable import FileRecord, create_durably
+from minisft.common.atomic_files import FileRecord, create_durably
 from minisft.common.safe_json import JSON
 from minisft.formats.fields import write_json
 from minisft.formats.hf import INDEX, SINGLE

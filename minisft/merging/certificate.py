@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisft.common.durable import FileRecord, disk_errors, write_durably
+from minisft.common.atomic_files import FileRecord, disk_errors, write_durably
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.data.chat import encode_dataset
@@ -32,9 +32,9 @@ from minisft.effect import SURVIVAL_FLOOR, LayerReport, Target
 from minisft.evaluation.evaluate import evaluate
 from minisft.formats import load_model
 from minisft.formats.source import file_sha256, fingerprint
-from minisft.merging.adapted_files import AdaptedFiles, load_unmerged, template_of
-from minisft.merging.merge_page import draw_layers, page
-from minisft.merging.merge_stream import Merged
+from minisft.merging.base_and_adapter import AdaptedFiles, load_unmerged, template_of
+from minisft.merging.report_html import draw_layers, page
+from minisft.merging.streaming import Merged
 from minisft.model import CausalLM
 from minisft.surgery import adapters_off
 

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisft.common.durable import disk_errors, staged_folder
+from minisft.common.atomic_files import disk_errors, staged_folder
 from minisft.common.errors import UserError, listing, visible
-from minisft.common.probe import failure
 from minisft.common.safe_json import JSON
+from minisft.common.sandbox import failure
 from minisft.config import LoRAConfig
 from minisft.formats.adapter import FACTS_FILE, TEMPLATE_FILE, WEIGHTS_FILE, recorded_base, recorded_base_name
 from minisft.formats.adapter_config import CONFIG_FILE, config_of_modules, read_adapter_config

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from minisft.common.errors import UserError, visible
 from minisft.common.seeds import generator
 from minisft.effect import Effect, LayerReport
-from minisft.generate import no_dropout
-from minisft.kernels import native_nf4
+from minisft.generation import no_dropout
+from minisft.kernels import cpu_nf4
 from minisft.lora import LoRALinear, merged_weight
-from minisft.merge import base_weight, merge
+from minisft.merge_weights import base_weight, merge
 from minisft.model import CausalLM
 from minisft.nf4 import TINY, QuantizedWeight, decode_absmax, midpoints_of, pack, unpack
 from minisft.nf4_linear import NF4Linear
@@ -246,7 +246,7 @@ def compensate_layer(
     target, grid = merged_weight(trained, delta).T.contiguous(), Grid.of(base)
     draw = generator(seed, f"dither/{path}", device=moments.device)
     codes = choose_codes(grid, target, moments, way, draw) if bool(delta.any()) else grid.codes
-    rounded = native_nf4.dequantize(plain, torch.float32).T
+    rounded = cpu_nf4.dequantize(plain, torch.float32).T
     weights = (grid.values(grid.codes), grid.values(codes), rounded)
     size, ours, plainly = (float(output_error(weight - target, moments).sum()) for weight in weights)
     fall_back = plainly < ours and way != "dither"

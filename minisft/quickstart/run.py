@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisft.common.durable import make_folder, write_durably
+from minisft.common.atomic_files import make_folder, write_durably
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON, loads
 from minisft.config import RunConfig

@@ -2,8 +2,8 @@
 
 ``<run>/checkpoints/step-N/`` holds one safetensors file for each named group of tensors, ``state.json``, whatever the caller
 adds, and ``manifest.json`` with the size and sha256 of every other file (``manifest.py``). A checkpoint is written under
-a hidden name, synced, and renamed once (``durable.staged_folder``), so a name ``step-N`` means a finished save. Nothing points
-at the latest one: it is found by looking, newest first, for one that verifies, and what was passed over is reported.
+a hidden name, synced, and renamed once (``atomic_files.staged_folder``), so a name ``step-N`` means a finished save. Nothing
+points at the latest one: it is found by looking, newest first, for one that verifies, and what was passed over is reported.
 
 Saving needs the run's lock; loading needs nothing and changes nothing. This room knows nothing of training: named tensors and
 JSON go in and come out bit for bit. It uses no pickle, and it saves no random state, because minisft has none (``seeds.py``).
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minisft.common import durable, safe_json
+from minisft.common import atomic_files, safe_json
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.formats.safetensors_file import DTYPES
@@ -80,15 +80,15 @@ class RunLock:
         self._descriptor = -1
 
     def __enter__(self) -> Self:
-        with durable.disk_errors(self.run_dir):
-            durable.make_folder(self.run_dir)
+        with atomic_files.disk_errors(self.run_dir):
+            atomic_files.make_folder(self.run_dir)
             self._descriptor = os.open(self.run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 self._take()
             except BaseException:
                 os.close(self._descriptor)
                 raise
-        durable.remove_hidden(self.run_dir / "checkpoints", "step-")
+        atomic_files.remove_hidden(self.run_dir / "checkpoints", "step-")
         return self
 
     def _take(self) -> None:
@@ -148,11 +148,11 @@ def save_checkpoint(
     folder = Path(run_dir) / "checkpoints"
     target = folder / f"step-{step}"
     payload_bytes = sum(t.numel() * t.element_size() for group in groups.values() for t in group.values())
-    with durable.disk_errors(folder, payload_bytes, lambda: _last_good(folder)):
-        durable.make_folder(folder)
-        durable.require_space(folder, payload_bytes)
+    with atomic_files.disk_errors(folder, payload_bytes, lambda: _last_good(folder)):
+        atomic_files.make_folder(folder)
+        atomic_files.require_space(folder, payload_bytes)
         _clear_name(target, step)
-        with durable.staged_folder(target) as staging:
+        with atomic_files.staged_folder(target) as staging:
             _fill(staging, step, groups, state, identity, write_extra)
         _rotate(folder, keep_last, {step, *protect})
     return target
@@ -177,7 +177,7 @@ def _clear_name(target: Path, step: int) -> None:
     except NewerFormatError:
         raise _newer_format_error(target) from None
     except UnusableError:
-        durable.remove_folder(target)
+        atomic_files.remove_folder(target)
     else:
         raise UserError(
             "checkpoint/exists",
@@ -201,10 +201,10 @@ def _fill(
     for name, tensors in groups.items():
         if not _GROUP_NAME.fullmatch(name):
             raise ValueError(f"group name {name!r}: expected 1 to 64 letters, digits, _ or -")
-        files[f"{name}.safetensors"] = durable.create_durably(staging / f"{name}.safetensors", _tensor_file(tensors))
-    files[STATE] = durable.create_durably(staging / STATE, [json_bytes(dict(state))])
+        files[f"{name}.safetensors"] = atomic_files.create_durably(staging / f"{name}.safetensors", _tensor_file(tensors))
+    files[STATE] = atomic_files.create_durably(staging / STATE, [json_bytes(dict(state))])
     manifest = Manifest(step, dict(identity), tuple(groups), files)
-    durable.create_durably(staging / MANIFEST, [manifest.render()])
+    atomic_files.create_durably(staging / MANIFEST, [manifest.render()])
 
 
 def _tensor_file(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -235,7 +235,7 @@ def _rotate(folder: Path, keep_last: int, protected: set[int]) -> None:
     num_whole = 0
     for step, path in _step_folders(folder):
         if num_whole >= keep_last and step not in protected:
-            durable.remove_folder(path)
+            atomic_files.remove_folder(path)
             continue
         try:
             _verify(path, step)

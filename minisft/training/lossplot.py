@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisft.common.durable import disk_errors, write_durably
+from minisft.common.atomic_files import disk_errors, write_durably
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.training.runlog import NONFINITE_SUFFIX, read_metrics

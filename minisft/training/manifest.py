@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minisft.common import safe_json
-from minisft.common.durable import FileRecord
+from minisft.common.atomic_files import FileRecord
 from minisft.common.errors import visible
 from minisft.common.safe_json import JSON
 

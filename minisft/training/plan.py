@@ -4,7 +4,7 @@ Shapes come from the headers of the model's files, what a step occupies from its
 very process. The lines are bytes altogether and bytes alive at the moment of the peak, because not everything lives at once:
 activations go as gradients come. The bill refuses nothing that is only too large; it says so, and what to change.
 
-Blocks are counted; the gaps between them are an estimate. The command line keeps all blocks in glibc's heap (``machine.py``),
+Blocks are counted; the gaps between them are an estimate. The command line keeps all blocks in glibc's heap (``device.py``),
 where a freed large block is often not reused as a whole, likely because small long-lived ones have settled in it. A newcomer
 leaves with one idea: ask before you load.
 """
@@ -19,22 +19,22 @@ from typing import Literal
 
 import torch
 
+from minisft.common.device import DTYPES, pick_device, tunes_allocator
 from minisft.common.errors import UserError, visible
-from minisft.common.machine import DTYPES, pick_device, tunes_allocator
 from minisft.common.safe_json import JSON
 from minisft.config import ModelConfig, QuantConfig, RunConfig
 from minisft.formats.bnb import require_same
 from minisft.formats.gguf_file import gguf_config
 from minisft.formats.gguf_header import read_gguf
 from minisft.formats.hf import check_folder
+from minisft.formats.loading import available_bytes, empty_model, expected_shapes, nf4_bytes
 from minisft.formats.source import Source, resolve
-from minisft.formats.stream import available_bytes, empty_model, expected_shapes, nf4_bytes
 from minisft.matmul import product_dtype
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.step import prepare_method, train_step
 from minisft.surgery import quantization_targets
-from minisft.training.rehearsal import Shape, full_batch, rehearse
+from minisft.training.memory_estimate import Shape, full_batch, rehearse
 
 Kind = Literal["none", "selective", "full"]
 CHECKPOINTING: tuple[Kind, ...] = ("none", "selective", "full")

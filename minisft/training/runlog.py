@@ -23,7 +23,7 @@ from typing import Protocol, Self, TextIO
 import torch
 
 from minisft.common import safe_json
-from minisft.common.durable import disk_errors, replace_durably
+from minisft.common.atomic_files import disk_errors, replace_durably
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 

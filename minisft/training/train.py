@@ -17,20 +17,20 @@ from pathlib import Path
 
 import torch
 
-from minisft.common.durable import require_outside, require_unused, write_durably
+from minisft.common.atomic_files import require_outside, require_unused, write_durably
+from minisft.common.device import DTYPES, pick_device
 from minisft.common.errors import UserError, visible
-from minisft.common.machine import DTYPES, pick_device
 from minisft.common.safe_json import JSON
 from minisft.config import RunConfig
 from minisft.formats import load_model
-from minisft.kernels import native_nf4
+from minisft.kernels import cpu_nf4
 from minisft.schedule import learning_rate
 from minisft.surgery import nf4_modules, num_parameters, weight_bytes
-from minisft.training.active_run import ActiveRun
 from minisft.training.checkpoint import Checkpoint, RunLock, load_latest
 from minisft.training.lossplot import plot_loss
 from minisft.training.run_data import RunData, environment, prepare_data
 from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_bytes
+from minisft.training.trainer import ActiveRun
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def train(run: RunConfig, resume: bool = False, say: Callable[[str], None] = pri
         dense, held = weight_bytes(model, DTYPES[run.dtype]), weight_bytes(model)
         say(f"base: {len(in_4_bits)} linears in 4 bits, {held:,} bytes instead of {dense:,} in {run.dtype}")
         if device.type == "cpu":
-            say(f"4-bit arithmetic on this CPU: {native_nf4.path()}")
+            say(f"4-bit arithmetic on this CPU: {cpu_nf4.path()}")
     template, data = prepare_data(run, tokenizer, say)
     going = ActiveRun(run, model, tokenizer, template, data)
     with RunLock(out):  # from here on something is written

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
 from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from minisft.matmul import Linear, product_dtype
-from minisft.merge import Adapter, merge_
+from minisft.merge_weights import Adapter, merge_
 from minisft.model import CausalLM
 from minisft.nf4_linear import NF4Linear
 from minisft.surgery import apply_lora_, lora_modules, quantize_

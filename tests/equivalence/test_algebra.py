@@ -13,7 +13,7 @@ from tiny import randn
 from torch import Tensor, nn
 
 from minisft.lora import merged_weight
-from minisft.merge import merge_
+from minisft.merge_weights import merge_
 
 seeds = st.integers(0, 2**20)
 

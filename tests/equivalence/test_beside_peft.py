@@ -16,7 +16,7 @@ from tiny import randn
 from torch import nn
 
 from minisft.common.errors import UserError
-from minisft.merge import merge_, unmerge_
+from minisft.merge_weights import merge_, unmerge_
 from minisft.merging.combine import Update, add_updates
 
 peft = pytest.importorskip("peft")

@@ -18,7 +18,7 @@ from minisft import effect as effect_module
 from minisft.effect import LayerReport
 from minisft.lora import LoRALinear
 from minisft.matmul import Linear
-from minisft.merge import merge_, merge_layer
+from minisft.merge_weights import merge_, merge_layer
 
 
 def measured(W: Tensor, D: Tensor, after: Tensor) -> LayerReport:

@@ -16,7 +16,7 @@ from tiny import FAMILIES, LLAMA, VOCAB, assert_close
 
 from minisft.config import LoRAConfig
 from minisft.formats import Tokenizer, load_adapter_, load_model, save_adapter, save_model
-from minisft.merge import merge, merge_, splits_tie
+from minisft.merge_weights import merge, merge_, splits_tie
 from minisft.surgery import adapters_off, lora_modules
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -17,7 +17,7 @@ from torch import Tensor
 from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, QuantConfig
 from minisft.lora import LoRALinear
-from minisft.merge import merge, merge_, merge_layer
+from minisft.merge_weights import merge, merge_, merge_layer
 from minisft.nf4 import QuantizedWeight, dequantize, quantize
 from minisft.surgery import adapters_off, apply_lora_, lora_modules, nf4_modules, quantize_
 

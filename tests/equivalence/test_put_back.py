@@ -12,7 +12,7 @@ from torch import nn
 
 from minisft.common.errors import UserError
 from minisft.config import LoRAConfig
-from minisft.merge import merge, merge_, unmerge_
+from minisft.merge_weights import merge, merge_, unmerge_
 from minisft.model import CausalLM
 from minisft.surgery import adapters_off, lora_modules
 

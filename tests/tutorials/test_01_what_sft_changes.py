@@ -15,9 +15,9 @@ from pages import mutants_test, page, wrong_answers_test
 from torch import Tensor
 
 from minisft.config import ModelConfig
-from minisft.evaluation.choice import option_log_probs
+from minisft.evaluation.multiple_choice import option_log_probs
 from minisft.formats import load_model
-from minisft.generate import Sampling, generate
+from minisft.generation import Sampling, generate
 from minisft.model import CausalLM
 
 PAGE = page("01_what_sft_changes")

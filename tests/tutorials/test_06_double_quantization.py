@@ -16,12 +16,12 @@ from torch import Tensor
 from minisft import nf4
 from minisft.batching import Batch
 from minisft.config import ModelConfig, RunConfig
-from minisft.formats.stream import empty_model, expected_shapes, nf4_bytes
+from minisft.formats.loading import empty_model, expected_shapes, nf4_bytes
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.step import batch_loss_sum, prepare_method, train_step
 from minisft.surgery import quantization_targets, quantize_
-from minisft.training.rehearsal import DTYPES, Shape, rehearse
+from minisft.training.memory_estimate import DTYPES, Shape, rehearse
 
 PAGE = page("06_double_quantization")
 BUILD = PAGE.build()

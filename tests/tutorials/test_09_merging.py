@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pages import page, wrong_answers_test
 from torch import Tensor, nn
 
-from minisft import lora, merge
+from minisft import lora, merge_weights
 from minisft.lora import LoRALinear
 
 PAGE = "09_merging"
@@ -71,7 +71,7 @@ def agrees_merge_(namespace: Namespace, model: nn.Sequential, dtype: torch.dtype
     ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
     untouched = ours[1]
     kept = namespace["merge_"](ours, dtype)
-    merge.merge_(theirs, dtype)
+    merge_weights.merge_(theirs, dtype)
     assert same_bits(dict(ours.state_dict()), dict(theirs.state_dict()))
     assert list(kept) == ["0", "2.inner"]
     assert ours[1] is untouched
@@ -92,8 +92,8 @@ def agrees_unmerge_(namespace: Namespace, model: nn.Sequential) -> None:
     theirs = copy.deepcopy(model)
     for _ in range(3):
         namespace["unmerge_"](model, namespace["merge_"](model))
-        merge.merge_(theirs)
-        merge.unmerge_(theirs)
+        merge_weights.merge_(theirs)
+        merge_weights.unmerge_(theirs)
     assert same_bits(dict(model.state_dict()), before)
     assert same_bits(dict(theirs.state_dict()), before)
     assert dict(model.named_modules()) == modules
@@ -107,7 +107,7 @@ def test_unmerge__equals_the_library(outputs: int, inputs: int, dtype: torch.dty
 
 def agrees_effect_of(namespace: Namespace, base: Tensor, delta: Tensor, stored: Tensor) -> None:
     """Up to the order of sums in fp64."""
-    measure = merge.Effect()
+    measure = merge_weights.Effect()
     measure.add(base, delta, stored)
     report = measure.report("")
     wanted = report.delta_ratio, report.swallowed, report.effect_error, report.survival

@@ -442,13 +442,13 @@ def test_names_lead_to_what_they_mean() -> None:
         "minisft.nf4": "module",
         "minisft.nf4.quantize": "function",
         "minisft.model": "module",
-        "minisft.kernels.native_nf4.quantize": "function",
+        "minisft.kernels.cpu_nf4.quantize": "function",
         "minisft.surgery.apply_lora_": "function",
         "minisft.model.KVCache.max_length": "property",
     }
     names = extension("links").Names(kinds)
     assert names.meaning("nf4.quantize", "minisft.model") == "minisft.nf4.quantize"
-    assert names.meaning("quantize", "minisft.kernels.native_nf4") == "minisft.kernels.native_nf4.quantize"
+    assert names.meaning("quantize", "minisft.kernels.cpu_nf4") == "minisft.kernels.cpu_nf4.quantize"
     assert names.meaning("apply_lora_", "minisft.model") == "minisft.surgery.apply_lora_"
     assert names.meaning("model.py", "") == "minisft.model"
     assert names.room("nf4") == "minisft.nf4"

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-SOURCE = Path(__file__).parent / "native" / "nf4.cpp"
+SOURCE = Path(__file__).parent / "cpu_nf4.cpp"
 # -ffp-contract=off: a fused multiply-add has other bits. -nodefaultlibs: no C++ runtime, no second OpenMP runtime.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-exceptions", "-Wno-psabi", "-fPIC"]
 FLAGS += ["-shared", "-nodefaultlibs"]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from crashing import Shim, crash_states, install, materialize, snapshot
 
-from minisft.common import durable
-from minisft.common.durable import (
+from minisft.common import atomic_files
+from minisft.common.atomic_files import (
     create_durably,
     disk_errors,
     make_folder,
@@ -36,7 +36,7 @@ def names(folder: Path) -> list[str]:
 def test_create_returns_what_it_wrote(tmp_path: Path) -> None:
     record = create_durably(tmp_path / "a", PARTS)
     assert (tmp_path / "a").read_bytes() == WHOLE
-    assert record == durable.FileRecord(len(WHOLE), hashlib.sha256(WHOLE).hexdigest())
+    assert record == atomic_files.FileRecord(len(WHOLE), hashlib.sha256(WHOLE).hexdigest())
 
 
 def test_create_refuses_an_existing_file(tmp_path: Path) -> None:

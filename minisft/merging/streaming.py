@@ -19,22 +19,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisft.common.durable import FileRecord, disk_errors, require_space, staged_folder
+from minisft.common.atomic_files import FileRecord, disk_errors, require_space, staged_folder
 from minisft.common.errors import visible
 from minisft.effect import Effect, LayerReport, MergeReport, Target
 from minisft.formats import load_tokenizer
 from minisft.formats.adapter import TEMPLATE_FILE
 from minisft.formats.hf_config import write_config
 from minisft.formats.hf_write import write_settings
-from minisft.formats.pieces import Pieces, StoredModel, read_flat, read_rows
+from minisft.formats.lazy_weights import Pieces, StoredModel, read_flat, read_rows
+from minisft.formats.loading import HEAD, empty_model, expected_shapes
 from minisft.formats.shard_writer import MAX_SHARD_BYTES, TensorSpec, write_shards
 from minisft.formats.source import regular_file
-from minisft.formats.stream import HEAD, empty_model, expected_shapes
 from minisft.lora import merged_weight
-from minisft.merge import Adapter, rounded, splits_tie
-from minisft.merging.adapted_files import MARK, AdaptedFiles, check_onto, open_adapted, row_ranges
+from minisft.merge_weights import Adapter, rounded, splits_tie
+from minisft.merging.base_and_adapter import MARK, AdaptedFiles, check_onto, open_adapted, row_ranges
 from minisft.merging.compensate import CompensationReport
-from minisft.merging.merge_packed import check_calibration, write_compensated, write_requantized
+from minisft.merging.four_bits import check_calibration, write_compensated, write_requantized
 
 SWALLOWED_LIMIT = 0.05  # share of an update's entries; beyond it a wider dtype is worth its bytes
 NOISE_LIMIT = 0.5  # effect error; a W that is off the dtype's grid (from 4 bits) is moved, where one on it swallows

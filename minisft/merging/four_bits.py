@@ -22,9 +22,9 @@ from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.effect import SURVIVAL_FLOOR, MergeReport, Target
 from minisft.formats import save_quantized
-from minisft.formats.pieces import read_rows
-from minisft.merge import merge
-from minisft.merging.adapted_files import AdaptedFiles, held_in_4_bits, load_unmerged, template_of
+from minisft.formats.lazy_weights import read_rows
+from minisft.merge_weights import merge
+from minisft.merging.base_and_adapter import AdaptedFiles, held_in_4_bits, load_unmerged, template_of
 from minisft.merging.compensate import CompensationReport, requantize_compensated
 from minisft.model import CausalLM
 

@@ -24,11 +24,11 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.effect import Target
 from minisft.formats import load_adapter_, load_model
 from minisft.formats.adapter import BASE_WEIGHT, TEMPLATE_FILE, WEIGHTS_FILE, recorded_base, recorded_base_name
-from minisft.formats.pieces import PIECE, In4Bits, Pieces, StoredModel, open_model, read_flat
+from minisft.formats.lazy_weights import PIECE, In4Bits, Pieces, StoredModel, open_model, read_flat
+from minisft.formats.loading import EMBEDDING, empty_model, expected_shapes
 from minisft.formats.safetensors_file import read_header
 from minisft.formats.source import Origin, file_sha256, regular_file, resolve, set_origin_
-from minisft.formats.stream import EMBEDDING, empty_model, expected_shapes
-from minisft.merge import Adapter
+from minisft.merge_weights import Adapter
 from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight, codebook
 from minisft.nf4_linear import NF4Linear

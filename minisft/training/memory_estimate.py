@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minisft.batching import Batch
-from minisft.common.machine import DTYPES
+from minisft.common.device import DTYPES
 from minisft.config import ModelConfig, QuantConfig, RunConfig
-from minisft.formats.stream import empty_model, expected_shapes
+from minisft.formats.loading import empty_model, expected_shapes
 from minisft.matmul import product_dtype
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW

@@ -16,8 +16,8 @@ from minisft.config import LoRAConfig, QuantConfig
 from minisft.data.chat import encode_dataset, resolve_template
 from minisft.data.messages import read_dataset
 from minisft.formats import load_adapter_, load_model, save_adapter, save_quantized
-from minisft.merging import merge_packed
-from minisft.merging.adapted_files import open_adapted
+from minisft.merging import four_bits
+from minisft.merging.base_and_adapter import open_adapted
 from minisft.merging.certificate import PAGE, PLOT, REPORT, compare_models, judge
 from minisft.merging.compensate import requantize_compensated
 from minisft.model import CausalLM
@@ -157,10 +157,10 @@ def test_unchecked_is_said_to_be_not_compared(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_text_beyond_the_limit_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge_packed, "MAX_CALIBRATION_TOKENS", 50)
+    monkeypatch.setattr(four_bits, "MAX_CALIBRATION_TOKENS", 50)
     shop = Shop(tmp_path, QuantConfig())
     tokenizer = load_model(shop.base)[1]
-    found = merge_packed.calibration_rows(shop.text, tokenizer, resolve_template(tokenizer), 512)
+    found = four_bits.calibration_rows(shop.text, tokenizer, resolve_template(tokenizer), 512)
     assert list(chain.from_iterable(found)) == list(chain.from_iterable(rows(shop)))[:50]
 
 

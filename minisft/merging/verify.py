@@ -23,13 +23,13 @@ from torch import Tensor
 from minisft.common.errors import UserError, listing, visible
 from minisft.effect import SURVIVAL_FLOOR, Effect, LayerReport, Target
 from minisft.formats import load_model
-from minisft.formats.pieces import Packed, Pieces, StoredModel, open_model, read_rows
+from minisft.formats.lazy_weights import Packed, Pieces, StoredModel, open_model, read_rows
+from minisft.formats.loading import EMBEDDING, HEAD, empty_model, expected_shapes
 from minisft.formats.source import resolve
-from minisft.formats.stream import EMBEDDING, HEAD, empty_model, expected_shapes
 from minisft.lora import DoRALinear, LoRAEmbedding, merged_weight
-from minisft.merge import Adapter, splits_tie
-from minisft.merging.adapted_files import AdaptedFiles, check_onto, held_in_4_bits, open_adapted, row_ranges
-from minisft.merging.merge_packed import check_calibration, merge_compensated
+from minisft.merge_weights import Adapter, splits_tie
+from minisft.merging.base_and_adapter import AdaptedFiles, check_onto, held_in_4_bits, open_adapted, row_ranges
+from minisft.merging.four_bits import check_calibration, merge_compensated
 from minisft.nf4 import unpack
 from minisft.surgery import nf4_modules
 
@@ -140,7 +140,7 @@ def verify(
 
     Args:
         merged: the folder (or GGUF file) to check.
-        adapter, model, onto, scale: as for ``merge_stream.merge_folder``.
+        adapter, model, onto, scale: as for ``streaming.merge_folder``.
         calibration: for ``compensated``; without it nothing is said of the codes of adapted layers.
 
     Raises:

@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minisft import effect, nf4
 from minisft.common.errors import UserError
-from minisft.kernels import native_build, native_nf4
+from minisft.kernels import cpu_build, cpu_nf4
 from minisft.lora import LoRALinear
 from minisft.matmul import Linear
 
@@ -46,11 +46,11 @@ ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 
 def needs_native() -> None:
     """Skips where there is nothing to compile with; a build that fails is a failure."""
-    reason = native_build.load().reason
+    reason = cpu_build.load().reason
     if reason in ("no C++ compiler found", "MINISFT_NATIVE=0"):
         pytest.skip(f"needs the compiled library: {reason}")
     assert reason == ""
-    assert native_nf4.path().startswith("native code"), native_nf4.path()
+    assert cpu_nf4.path().startswith("native code"), cpu_nf4.path()
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def test_dequantize(size: int, block_size: int, nested: bool, levels: str, dtype
     needs_native()
     q = nf4.quantize(gaussian(size, seed=seed), block_size, nested, levels)
     with threads(count):
-        assert same_bits(native_nf4.dequantize(q, dtype), nf4.dequantize(q, dtype))
+        assert same_bits(cpu_nf4.dequantize(q, dtype), nf4.dequantize(q, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -94,7 +94,7 @@ def test_dequantize_scales_of_every_kind(dtype: torch.dtype) -> None:
     packed = torch.arange(256, dtype=torch.uint8).repeat(len(scales) * 32 // 256 + 1)[: len(scales) * 32]
     shape, table = torch.Size((len(scales) * 64,)), nf4.codebook("int4")
     q = nf4.QuantizedWeight(packed, scales, None, None, table, 64, shape, dtype)
-    ours, wanted = native_nf4.dequantize(q), nf4.dequantize(q)
+    ours, wanted = cpu_nf4.dequantize(q), nf4.dequantize(q)
     assert torch.equal(ours.isnan(), wanted.isnan())
     assert same_bits(ours.nan_to_num(7.0), wanted.nan_to_num(7.0))
 
@@ -104,7 +104,7 @@ def test_quantize(size: int, block_size: int, nested: bool, levels: str, dtype: 
     needs_native()
     weight = gaussian(size, seed=seed, dtype=dtype)
     with threads(count):
-        ours, wanted = (f(weight, block_size, nested, levels) for f in (native_nf4.quantize, nf4.quantize))
+        ours, wanted = (f(weight, block_size, nested, levels) for f in (cpu_nf4.quantize, nf4.quantize))
     assert same_bits(ours.packed, wanted.packed)
     assert same_bits(ours.absmax, wanted.absmax)
     assert (ours.shape, ours.dtype, ours.block_size) == (wanted.shape, wanted.dtype, wanted.block_size)
@@ -115,7 +115,7 @@ def test_quantize_any_bit_pattern(patterns: list[int]) -> None:
     """Subnormals, both zeros and the largest numbers; what is not finite is refused in the reference's words."""
     needs_native()
     weight = torch.tensor(patterns, dtype=torch.int64).to(torch.int32).view(torch.float32)
-    found = [_result_or_words(f, weight) for f in (native_nf4.quantize, nf4.quantize)]
+    found = [_result_or_words(f, weight) for f in (cpu_nf4.quantize, nf4.quantize)]
     assert found[0] == found[1]
 
 
@@ -133,7 +133,7 @@ def test_quantize_on_and_beside_the_midpoints(levels: str) -> None:
     midpoints, _ = nf4.midpoints_of(nf4.codebook(levels))
     beside = [torch.nextafter(midpoints, torch.full_like(midpoints, side)) for side in (-2.0, 2.0)]
     weight = torch.cat([torch.ones(1), midpoints, *beside])
-    ours, wanted = (f(weight, 64, False, levels) for f in (native_nf4.quantize, nf4.quantize))
+    ours, wanted = (f(weight, 64, False, levels) for f in (cpu_nf4.quantize, nf4.quantize))
     assert same_bits(ours.packed, wanted.packed)
 
 
@@ -143,35 +143,35 @@ def test_a_weight_that_is_not_finite_is_named(bad: float, at: int) -> None:
     weight = torch.ones(72)
     weight[at] = bad
     with pytest.raises(UserError, match=rf"layers\.0\[{at}\]"):
-        native_nf4.quantize(weight, name="layers.0")
+        cpu_nf4.quantize(weight, name="layers.0")
 
 
 def test_more_than_one_slab() -> None:
     needs_native()
     weight = gaussian(2 * nf4.SLAB + 101, dtype=torch.bfloat16)
-    ours, wanted = native_nf4.quantize(weight), nf4.quantize(weight)
+    ours, wanted = cpu_nf4.quantize(weight), nf4.quantize(weight)
     assert same_bits(ours.packed, wanted.packed)
-    assert same_bits(native_nf4.dequantize(ours), nf4.dequantize(wanted))
+    assert same_bits(cpu_nf4.dequantize(ours), nf4.dequantize(wanted))
 
 
 def test_a_weight_that_is_not_contiguous() -> None:
     needs_native()
     base = gaussian(48, 100)
     for view in (base.T, base[:, 3:90:2], base[1:2].expand(5, 100)):
-        ours, wanted = native_nf4.quantize(view), nf4.quantize(view)
+        ours, wanted = cpu_nf4.quantize(view), nf4.quantize(view)
         assert same_bits(ours.packed, wanted.packed)
-        assert same_bits(native_nf4.dequantize(ours), nf4.dequantize(wanted))
+        assert same_bits(cpu_nf4.dequantize(ours), nf4.dequantize(wanted))
 
 
 def test_out_is_filled_or_refused() -> None:
     q = nf4.quantize(gaussian(6, 50))
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         out = torch.full((6, 50), torch.nan, dtype=dtype)
-        assert native_nf4.dequantize(q, dtype, out) is out
+        assert cpu_nf4.dequantize(q, dtype, out) is out
         assert same_bits(out, nf4.dequantize(q, dtype))
     for bad in (torch.empty(50, 6), torch.empty(50, 6).T, torch.empty(6, 50, dtype=torch.float64)):
         with pytest.raises(ValueError, match="out must be"):
-            native_nf4.dequantize(q, torch.float32, bad)
+            cpu_nf4.dequantize(q, torch.float32, bad)
 
 
 # ---- nothing is read that is not there -------------------------------------------------------------------------------
@@ -197,9 +197,9 @@ def test_a_weight_laid_out_otherwise_is_left_to_the_reference(
     change: Callable[[nf4.QuantizedWeight], nf4.QuantizedWeight],
 ) -> None:
     q = nf4.quantize(gaussian(5, 96))
-    assert native_nf4._is_plain(q)
-    assert not native_nf4._is_plain(change(q))
-    assert not native_nf4.serves(torch.zeros(1, 96), change(q))
+    assert cpu_nf4._is_plain(q)
+    assert not cpu_nf4._is_plain(change(q))
+    assert not cpu_nf4.serves(torch.zeros(1, 96), change(q))
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def within_bound(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> b
 
 
 PRODUCTS = {
-    "num_rows": st.integers(1, native_nf4.FEW_ROWS),
+    "num_rows": st.integers(1, cpu_nf4.FEW_ROWS),
     "groups": st.integers(1, 12),
     "outputs": st.integers(1, 9),
     "dtype": FEW_FLOATS,
@@ -243,9 +243,9 @@ def test_few_rows(
     q = nf4.quantize(gaussian(outputs, 16 * groups, seed=seed), block_size, nested)
     x = gaussian(num_rows, 16 * groups, seed=seed + 1, dtype=dtype)
     bias = gaussian(outputs, seed=seed + 2, dtype=dtype) if with_bias else None
-    assert native_nf4.serves(x, q)
+    assert cpu_nf4.serves(x, q)
     with threads(count):
-        y = native_nf4.matmul(x, q, bias)
+        y = cpu_nf4.matmul(x, q, bias)
     assert (y.dtype, y.shape) == (dtype, (num_rows, outputs))
     assert within_bound(y, x, nf4.dequantize(q, torch.float64), bias)
 
@@ -267,7 +267,7 @@ def test_few_rows_with_a_dense_weight(
     x = gaussian(num_rows, 16 * groups, seed=seed + 1, dtype=dtype)
     bias = gaussian(outputs, seed=seed + 2, dtype=dtype) if with_bias else None
     with threads(count):
-        y = native_nf4.dense_matmul(x, weight, bias)
+        y = cpu_nf4.dense_matmul(x, weight, bias)
     assert (y.dtype, y.shape) == (dtype, (num_rows, outputs))
     assert within_bound(y, x, weight, bias)
 
@@ -277,30 +277,30 @@ def test_products_keep_the_batch_shape(shape: tuple[int, ...]) -> None:
     needs_native()
     q, weight = nf4.quantize(gaussian(5, 48)), gaussian(5, 48, dtype=torch.bfloat16)
     x = gaussian(*shape, seed=3)
-    assert native_nf4.matmul(x, q).shape == native_nf4.dense_matmul(x, weight).shape == (*shape[:-1], 5)
-    assert within_bound(native_nf4.matmul(x, q), x, nf4.dequantize(q), None)
+    assert cpu_nf4.matmul(x, q).shape == cpu_nf4.dense_matmul(x, weight).shape == (*shape[:-1], 5)
+    assert within_bound(cpu_nf4.matmul(x, q), x, nf4.dequantize(q), None)
 
 
 def test_an_input_that_is_not_contiguous() -> None:
     needs_native()
     q, base = nf4.quantize(gaussian(7, 32)), gaussian(32, 64, seed=1)
     for x in (base[:, :5].T, base[:4, ::2], base[:1, :32].expand(6, 32), base[:3, 1:33]):
-        assert torch.equal(native_nf4.matmul(x, q), native_nf4.matmul(x.clone(memory_format=torch.contiguous_format), q))
+        assert torch.equal(cpu_nf4.matmul(x, q), cpu_nf4.matmul(x.clone(memory_format=torch.contiguous_format), q))
 
 
 def test_what_is_not_served() -> None:
     q, odd = nf4.quantize(gaussian(4, 32)), nf4.quantize(gaussian(4, 24))
     refused = [
         (torch.zeros(1, 32, dtype=torch.float64), q),
-        (torch.zeros(native_nf4.FEW_ROWS + 1, 32), q),
+        (torch.zeros(cpu_nf4.FEW_ROWS + 1, 32), q),
         (torch.zeros(0, 32), q),
         (torch.zeros(2, 16), q),
         (torch.zeros(1, 32, device="meta"), q),
         (torch.zeros(1, 24), odd),
     ]
     for x, weight in refused:
-        assert not native_nf4.serves(x, weight)
-        assert native_nf4.matmul(x, weight) is None
+        assert not cpu_nf4.serves(x, weight)
+        assert cpu_nf4.matmul(x, weight) is None
 
 
 @pytest.mark.parametrize("weight", ["fp32", "bf16", "nf4", "none"])
@@ -313,20 +313,20 @@ def test_an_update_is_added_to_a_product_or_in_place(weight: str, rank: int, cou
         gaussian(*shape, seed=seed)
         for seed, shape in enumerate(((count, 21), (count, width), (rank, width), (21, rank), (21, width)))
     )
-    assert native_nf4.serves_update(rows, lora_A, lora_B)
+    assert cpu_nf4.serves_update(rows, lora_A, lora_B)
     down = rows.double() @ lora_A.double().T
     added = 1.5 * down @ lora_B.double().T
-    update = native_nf4.Update(lora_A, lora_B, 1.5, torch.empty(count, rank))
+    update = cpu_nf4.Update(lora_A, lora_B, 1.5, torch.empty(count, rank))
     with threads(2):
         if weight == "none":
-            before, after = y.clone(), native_nf4.add_update_(y, rows, update)
+            before, after = y.clone(), cpu_nf4.add_update_(y, rows, update)
             assert after is y
         elif weight == "nf4":
             q = nf4.quantize(W)
-            before, after = native_nf4.matmul(rows, q), native_nf4.matmul(rows, q, update=update)
+            before, after = cpu_nf4.matmul(rows, q), cpu_nf4.matmul(rows, q, update=update)
         else:
             W = W.bfloat16() if weight == "bf16" else W
-            before, after = native_nf4.dense_matmul(rows, W), native_nf4.dense_matmul(rows, W, update=update)
+            before, after = cpu_nf4.dense_matmul(rows, W), cpu_nf4.dense_matmul(rows, W, update=update)
     # Sums of width and of rank products in fp32, the factor, and the sum with what was there before.
     unit = 2.0**-24
     off_down = (width + 2) * unit * (rows.double().abs() @ lora_A.double().abs().T)
@@ -339,7 +339,7 @@ def test_an_update_is_added_to_a_product_or_in_place(weight: str, rank: int, cou
 def test_which_updates_are_served() -> None:
     needs_native()
     rows, lora_A, lora_B = torch.zeros(2, 32), torch.zeros(4, 32), torch.zeros(5, 4)
-    assert native_nf4.serves_update(rows, lora_A, lora_B)
+    assert cpu_nf4.serves_update(rows, lora_A, lora_B)
     refused = [
         (torch.zeros(0, 32), lora_A, lora_B),
         (torch.zeros(()), lora_A, lora_B),
@@ -354,16 +354,16 @@ def test_which_updates_are_served() -> None:
     ]
     with FakeTensorMode():
         refused.append((torch.zeros(2, 32), torch.zeros(4, 32), torch.zeros(5, 4)))
-    assert not any(native_nf4.serves_update(*tensors) for tensors in refused)
+    assert not any(cpu_nf4.serves_update(*tensors) for tensors in refused)
 
 
 def test_which_dense_products_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     needs_native()
-    monkeypatch.setattr(native_nf4, "LEAST_DENSE", 64)
+    monkeypatch.setattr(cpu_nf4, "LEAST_DENSE", 64)
     for dtype, most in ((torch.float32, 8), (torch.bfloat16, 16)):
         weight = torch.zeros(4, 32, dtype=dtype)
-        assert native_nf4.serves_dense(torch.zeros(1, 32), weight)
-        assert native_nf4.serves_dense(torch.zeros(1, most, 32, dtype=dtype), weight)
+        assert cpu_nf4.serves_dense(torch.zeros(1, 32), weight)
+        assert cpu_nf4.serves_dense(torch.zeros(1, most, 32, dtype=dtype), weight)
         refused = [
             (torch.zeros(0, 32), weight),
             (torch.zeros(()), weight),
@@ -378,7 +378,7 @@ def test_which_dense_products_are_served(monkeypatch: pytest.MonkeyPatch) -> Non
         ]
         with FakeTensorMode(allow_non_fake_inputs=True):
             refused += [(torch.zeros(2, 32), weight), (torch.zeros(2, 32), torch.zeros(4, 32, dtype=dtype))]
-        assert not any(native_nf4.serves_dense(x, w) for x, w in refused)
+        assert not any(cpu_nf4.serves_dense(x, w) for x, w in refused)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
@@ -388,7 +388,7 @@ def test_a_layer_gives_one_answer_with_and_without_gradients(
 ) -> None:
     """Served or not depends on shapes alone; a fresh adapter then changes no bit, and the gradient is the dense one."""
     needs_native()
-    monkeypatch.setattr(native_nf4, "LEAST_DENSE", 64)
+    monkeypatch.setattr(cpu_nf4, "LEAST_DENSE", 64)
     layer = Linear(32, 6, bias=bias).to(weight_dtype).requires_grad_(False)
     x = gaussian(3, 32, dtype=weight_dtype)
     with torch.no_grad():
@@ -417,7 +417,7 @@ def test_effect_sums(size: int, scale: float, dtype: torch.dtype, begin: int, se
     base, delta, noise = scale * gaussian(3, begin + size, seed=seed)[:, begin:]
     delta = torch.where(noise > 0, 1e-3 * delta, 0.0)
     stored = (base + delta).to(dtype).float()
-    found = native_nf4.effect_sums(base, delta, stored)
+    found = cpu_nf4.effect_sums(base, delta, stored)
     assert found is not None
     w, d, after = (t.double().tolist() for t in (base, delta, stored))
     change = [a - b for a, b in zip(after, w, strict=True)]
@@ -442,7 +442,7 @@ def test_effect_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     base, delta = 1e-25 * gaussian(2, 500)
     piece = (base, delta, (base + delta).bfloat16())
     reports = []
-    for function in (native_nf4.effect_sums, lambda *_: None):
+    for function in (cpu_nf4.effect_sums, lambda *_: None):
         monkeypatch.setattr(effect, "effect_sums", function)
         measure = effect.Effect()
         measure.add(*piece)
@@ -457,9 +457,9 @@ def test_effect_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_effect_of_other_tensors_is_left_to_the_reference(change: Callable[[Tensor], Tensor]) -> None:
     needs_native()
     plain = [gaussian(64, seed=seed) for seed in range(3)]
-    assert native_nf4.effect_sums(*plain) is not None
+    assert cpu_nf4.effect_sums(*plain) is not None
     for index in range(3):
-        assert native_nf4.effect_sums(*(change(t) if i == index else t for i, t in enumerate(plain))) is None
+        assert cpu_nf4.effect_sums(*(change(t) if i == index else t for i, t in enumerate(plain))) is None
 
 
 # ---- the buffer ------------------------------------------------------------------------------------------------------
@@ -468,9 +468,9 @@ def test_effect_of_other_tensors_is_left_to_the_reference(change: Callable[[Tens
 def test_one_buffer_serves_all_weights_of_a_thread() -> None:
     needs_native()
     large, small = nf4.quantize(gaussian(64, 96)), nf4.quantize(gaussian(8, 96, seed=1))
-    first = native_nf4.dense_weight(large, torch.float32)
+    first = cpu_nf4.dense_weight(large, torch.float32)
     assert same_bits(first, nf4.dequantize(large, torch.float32))
-    second = native_nf4.dense_weight(small, torch.float32)
+    second = cpu_nf4.dense_weight(small, torch.float32)
     assert second.data_ptr() == first.data_ptr()
     assert same_bits(second, nf4.dequantize(small, torch.float32))
 
@@ -478,8 +478,8 @@ def test_one_buffer_serves_all_weights_of_a_thread() -> None:
 def test_each_thread_has_a_buffer_of_its_own() -> None:
     needs_native()
     q, other = nf4.quantize(gaussian(8, 96)), nf4.quantize(gaussian(8, 96, seed=1))
-    ours = native_nf4.dense_weight(q, torch.bfloat16)
-    thread = threading.Thread(target=native_nf4.dense_weight, args=(other, torch.bfloat16))
+    ours = cpu_nf4.dense_weight(q, torch.bfloat16)
+    thread = threading.Thread(target=cpu_nf4.dense_weight, args=(other, torch.bfloat16))
     thread.start()
     thread.join()
     assert same_bits(ours, nf4.dequantize(q, torch.bfloat16))
@@ -488,8 +488,8 @@ def test_each_thread_has_a_buffer_of_its_own() -> None:
 # ---- compiling, loading, refusing ------------------------------------------------------------------------------------
 
 
-def load_anew() -> native_build.Native:
-    return native_build.load.__wrapped__()
+def load_anew() -> cpu_build.Native:
+    return cpu_build.load.__wrapped__()
 
 
 @pytest.fixture(scope="module")
@@ -523,7 +523,7 @@ def built(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         shutil.copy2(library_in(compiled), path)
         return ""
 
-    monkeypatch.setattr(native_build, "_build", build)
+    monkeypatch.setattr(cpu_build, "_build", build)
     return made
 
 
@@ -567,7 +567,7 @@ def test_another_source_cpu_or_command_is_another_file(
     if name == "SOURCE":
         value = tmp_path / "nf4.cpp"
         value.write_text("int main() {}")
-    monkeypatch.setattr(native_build, name, value)
+    monkeypatch.setattr(cpu_build, name, value)
     assert load_anew().handle is not None
     assert len(built) == 1
     assert len(list(cache.iterdir())) == 2
@@ -651,27 +651,27 @@ def test_a_library_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     """As if the compiler had been told to be fast and loose: here the functions do nothing at all."""
     names = ("nf4_quantize", "nf4_dequantize_float32", "nf4_dequantize_bfloat16")
     library = SimpleNamespace(**{name: lambda *_: None for name in names}, nf4_instructions=SimpleNamespace())
-    monkeypatch.setattr(native_build, "load", lambda: native_build.Native(library, ""))
-    monkeypatch.setattr(native_nf4, "_gives_our_bits", native_nf4._gives_our_bits.__wrapped__)
-    assert native_nf4.path() == "PyTorch (the compiled code gave wrong bits)"
-    q = native_nf4.quantize(gaussian(100))
-    assert same_bits(native_nf4.dequantize(q), nf4.dequantize(nf4.quantize(gaussian(100))))
-    assert not native_nf4.serves(torch.zeros(1, 32), nf4.quantize(gaussian(4, 32)))
+    monkeypatch.setattr(cpu_build, "load", lambda: cpu_build.Native(library, ""))
+    monkeypatch.setattr(cpu_nf4, "_gives_our_bits", cpu_nf4._gives_our_bits.__wrapped__)
+    assert cpu_nf4.path() == "PyTorch (the compiled code gave wrong bits)"
+    q = cpu_nf4.quantize(gaussian(100))
+    assert same_bits(cpu_nf4.dequantize(q), nf4.dequantize(nf4.quantize(gaussian(100))))
+    assert not cpu_nf4.serves(torch.zeros(1, 32), nf4.quantize(gaussian(4, 32)))
 
 
 WITHOUT = """
 import torch
 from minisft import nf4
-from minisft.kernels import native_nf4
+from minisft.kernels import cpu_nf4
 from minisft.nf4_linear import NF4Linear
 torch.manual_seed(0)
 layer = NF4Linear.from_linear(torch.nn.Linear(64, 32))
 x = torch.randn(3, 64, requires_grad=True)
 layer(x).sum().backward()
 dense = nf4.dequantize(layer.quantized)
-assert torch.equal(native_nf4.dequantize(layer.quantized), dense) and torch.equal(x.grad, torch.ones(3, 32) @ dense)
+assert torch.equal(cpu_nf4.dequantize(layer.quantized), dense) and torch.equal(x.grad, torch.ones(3, 32) @ dense)
 assert torch.equal(layer(x), torch.nn.functional.linear(x, dense, layer.bias))
-print(native_nf4.path())
+print(cpu_nf4.path())
 """
 
 
@@ -707,7 +707,7 @@ def test_other_instructions(options: str, tmp_path: Path) -> None:
     assert int(passed[1]) >= 12, run.stdout[-2000:]
     assert "skipped" not in run.stdout, run.stdout[-2000:]
     said = subprocess.run(
-        [sys.executable, "-c", "from minisft.kernels import native_nf4; print(native_nf4.path())"],
+        [sys.executable, "-c", "from minisft.kernels import cpu_nf4; print(cpu_nf4.path())"],
         env=environment, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert said.stdout.strip() == "native code (portable)"

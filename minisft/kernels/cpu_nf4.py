@@ -2,7 +2,7 @@
 
 ``dequantize`` and ``quantize`` give the bits of ``minisft.nf4``; ``matmul`` multiplies and sums in fp32; ``effect_sums``
 measures a merge in one pass over its numbers. The work is done by
-``native/nf4.cpp``, which ``native_build`` compiles at the first call. Where that does not succeed, and for what the C++ does
+``cpu_nf4.cpp``, which ``cpu_build`` compiles at the first call. Where that does not succeed, and for what the C++ does
 not do (fp64, another device, tensors that are not laid out plainly), the reference serves, so a caller need not ask.
 
 A newcomer leaves with one idea: few rows are limited by memory, and 4 bits are an eighth of fp32, so reading them directly is
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minisft import nf4
-from minisft.kernels import native_build
+from minisft.kernels import cpu_build
 from minisft.nf4 import NESTED_BLOCK_SIZE, SLAB, QuantizedWeight
 
 FEW_ROWS = 16  # measured on AVX2: at 32, decoding the weight once and the dense product are faster for small weights
@@ -92,20 +92,20 @@ class Update(NamedTuple):
 
 def path() -> str:
     """Which code runs, for people: "native code (AVX2)" or "PyTorch (no C++ compiler found)". Compiles if nobody has yet."""
-    library, reason = native_build.load()
+    library, reason = cpu_build.load()
     if library is None or not _gives_our_bits():
         return f"PyTorch ({reason or 'the compiled code gave wrong bits'})"
     return f"native code ({library.nf4_instructions().decode()})"
 
 
 def _library() -> ctypes.CDLL | None:
-    return native_build.load().handle if _gives_our_bits() else None
+    return cpu_build.load().handle if _gives_our_bits() else None
 
 
 @functools.cache
 def _gives_our_bits() -> bool:
     """Whether a small weight comes out as it does in PyTorch; a compiler that was told to be fast and loose fails here."""
-    library = native_build.load().handle
+    library = cpu_build.load().handle
     if library is None:
         return False
     library.nf4_instructions.restype = ctypes.c_char_p

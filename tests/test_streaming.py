@@ -30,13 +30,13 @@ from minisft.formats import load_adapter_, load_model, save_adapter, save_model,
 from minisft.formats.gguf_file import load_gguf
 from minisft.formats.gguf_header import read_gguf
 from minisft.formats.hf import INDEX, SINGLE
-from minisft.formats.pieces import In4Bits, open_model
+from minisft.formats.lazy_weights import In4Bits, open_model
 from minisft.formats.shard_writer import TensorSpec, write_shards
 from minisft.formats.source import resolve
-from minisft.merge import merge
-from minisft.merging import adapted_files
-from minisft.merging.adapted_files import MARK, row_ranges
-from minisft.merging.merge_stream import merge_folder
+from minisft.merge_weights import merge
+from minisft.merging import base_and_adapter
+from minisft.merging.base_and_adapter import MARK, row_ranges
+from minisft.merging.streaming import merge_folder
 from minisft.model import CausalLM
 from minisft.nf4 import dequantize, quantize
 from minisft.surgery import apply_lora_, lora_modules
@@ -59,7 +59,7 @@ SMALL_PIECES = 2048
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapted_files, "PIECE", SMALL_PIECES)
+    monkeypatch.setattr(base_and_adapter, "PIECE", SMALL_PIECES)
 
 
 def train_(model: CausalLM, size: float = 0.05) -> None:
@@ -342,7 +342,7 @@ CHILD = """
 import sys
 import torch
 torch.set_num_threads(1)
-from minisft.merging.merge_stream import merge_folder
+from minisft.merging.streaming import merge_folder
 
 def kib(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))

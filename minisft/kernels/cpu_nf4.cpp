@@ -44,7 +44,7 @@ constexpr float TINY = 1e-38f;  // as in nf4.py
 constexpr int MOST_ROWS = 8;    // rows of x in one pass: their sums stay in registers
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // multiplications; fewer are done before another thread has woken
 
-// One 4-bit weight; native_nf4.py declares the same struct. map is null where absmax holds fp32 scales, not 8-bit codes.
+// One 4-bit weight; cpu_nf4.py declares the same struct. map is null where absmax holds fp32 scales, not 8-bit codes.
 struct Weight {
     const uint8_t* packed;
     const void* absmax;
@@ -217,7 +217,7 @@ inline void visit_row(const float* fp32, int64_t row, int64_t in, Visit visit) {
     for (int64_t k = 0; k < in; k += LANES) visit(k, load<Floats>(fp32 + row * in + k));
 }
 
-// y = x W^T + b, and what a low-rank adapter adds to it: scaling * (x A^T) B^T. native_nf4.py declares the same struct.
+// y = x W^T + b, and what a low-rank adapter adds to it: scaling * (x A^T) B^T. cpu_nf4.py declares the same struct.
 struct Product {
     const float *x, *bias;  // (rows, in) and (out,); bias may be null
     float* y;               // (rows, out)
@@ -307,7 +307,7 @@ void matmul(const Product& p, const Matrix& weight) {
 
 // ---- what became of an update --------------------------------------------------------------------------------------------
 
-// With E = W' - W as stored and D as trained; native_nf4.py declares the same struct.
+// With E = W' - W as stored and D as trained; cpu_nf4.py declares the same struct.
 struct EffectSums {
     double base, delta, error, dot;  // sums of W^2, D^2, (E - D)^2 and E D
     int64_t asked, changed;          // how many entries of D are not zero, and how many of those changed W

@@ -17,7 +17,7 @@ import torch
 from minisft.common.errors import UserError, visible
 from minisft.data.chat import Encoded
 from minisft.data.messages import Example, Message
-from minisft.generate import read_prompts
+from minisft.generation import read_prompts
 from minisft.model import CausalLM
 
 Encode = Callable[[Example, Sequence[Message]], Encoded]

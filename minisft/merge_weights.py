@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from minisft.common.errors import UserError, listing, visible
 from minisft.config import ModelConfig
 from minisft.effect import Effect, LayerReport, MergeReport, Onto
-from minisft.formats.stream import EMBEDDING, HEAD, empty_model, fill_
-from minisft.kernels import native_nf4
+from minisft.formats.loading import EMBEDDING, HEAD, empty_model, fill_
+from minisft.kernels import cpu_nf4
 from minisft.lora import LoRAEmbedding, LoRALinear, merged_weight
 from minisft.matmul import Linear
 from minisft.model import CausalLM
@@ -85,7 +85,7 @@ def merge_layer(
     if onto == "requantized":
         rounded(path, exact, exact.dtype)
         q = _requantized(path, adapter, exact, keep=not bool(delta.any()))
-        effect.add(base, delta, native_nf4.dequantize(q, torch.float32))
+        effect.add(base, delta, cpu_nf4.dequantize(q, torch.float32))
         return q, effect.report(path)
     stored = rounded(path, exact, dtype)
     effect.add(base, delta, stored, None if original is None else trained)
@@ -106,7 +106,7 @@ def _requantized(path: str, adapter: Adapter, weight: Tensor, keep: bool) -> Qua
         return copy.deepcopy(q)
     assert facts is not None
     levels = facts["levels"] if isinstance(facts["levels"], str) else q.levels
-    again = native_nf4.quantize(weight, q.block_size, q.absmax2 is not None, levels, name=path)
+    again = cpu_nf4.quantize(weight, q.block_size, q.absmax2 is not None, levels, name=path)
     return dataclasses.replace(again, dtype=q.dtype)
 
 

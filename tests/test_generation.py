@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minisft.common.errors import UserError
 from minisft.config import ModelConfig
-from minisft.generate import Sampling, TextStream, generate, no_dropout, read_prompts, safe_text, stream_chat
+from minisft.generation import Sampling, TextStream, generate, no_dropout, read_prompts, safe_text, stream_chat
 from minisft.model import CausalLM
 
 VOCAB = 23

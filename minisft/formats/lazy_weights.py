@@ -31,7 +31,7 @@ from minisft.formats.gguf_header import GGUF, TensorInfo, read_gguf
 from minisft.formats.hf import CheckedFolder, check_folder
 from minisft.formats.safetensors_file import DTYPES, Header
 from minisft.formats.source import Source
-from minisft.kernels import native_nf4
+from minisft.kernels import cpu_nf4
 from minisft.nf4 import QuantizedWeight, codebook, decode_absmax, quantize_absmax
 
 PIECE = 2**18  # numbers held at a time: 1 MiB in fp32, so that a dozen temporaries of that size stay small
@@ -133,7 +133,7 @@ class Packed:
         first, last = _around(begin, end, self.form.shape.numel(), self.form.block_size)
         codes = _read_bytes(self.path, self.begin + first // 2, -(-last // 2) - first // 2)
         piece = _blocks(self.form, codes, self.scales, first, last)
-        return native_nf4.dequantize(piece, torch.float32)[begin - first : end - first]
+        return cpu_nf4.dequantize(piece, torch.float32)[begin - first : end - first]
 
 
 def _blocks(form: QuantizedWeight, codes: Tensor, scales: Tensor, first: int, last: int) -> QuantizedWeight:
@@ -226,9 +226,9 @@ class In4Bits:
     def read(self, begin: int, end: int) -> Tensor:
         size = self.quant.block_size
         first, last = _around(begin, end, math.prod(self.shape), size)
-        q = native_nf4.quantize(self.dense.read(first, last), size, False, self.quant.levels, name=self.name)
+        q = cpu_nf4.quantize(self.dense.read(first, last), size, False, self.quant.levels, name=self.name)
         piece = _blocks(q, q.packed, self.scales, first, last)
-        return native_nf4.dequantize(piece, torch.float32)[begin - first : end - first]
+        return cpu_nf4.dequantize(piece, torch.float32)[begin - first : end - first]
 
 
 # ---- whole models ----------------------------------------------------------------------------------------------------
