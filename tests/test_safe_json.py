@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisft.common.errors import EXIT_CODES, UserError, listing, nearest, visible
+from minisft.common.errors import FAMILIES, UserError, listing, nearest, visible
 from minisft.common.safe_json import MAX_DEPTH, MAX_DIGITS, loads
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -114,12 +114,12 @@ def test_visible(text, shown):
     assert visible(text) == shown
 
 
-@pytest.mark.parametrize("family", EXIT_CODES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_error_is_one_line_in_one_order(family):
     error = UserError(f"{family}/slug", "what", where="where", found="this", expected="that", fix="do it")
     assert str(error) == f"error[{family}/slug] what: where; found this; expected that; fix: do it"
     assert str(UserError(f"{family}/slug", "what")) == f"error[{family}/slug] what"
-    assert error.exit_code == EXIT_CODES[family]
+    assert error.exit_code == FAMILIES[family].exit_code
     assert isinstance(error, ValueError)
 
 
@@ -129,7 +129,7 @@ def test_an_unknown_family_is_our_own_mistake():
 
 
 def test_exit_codes_never_mean_success_or_a_traceback():
-    assert min(EXIT_CODES.values()) > 1
+    assert min(kind.exit_code for kind in FAMILIES.values()) > 1
 
 
 def test_listing_and_nearest():

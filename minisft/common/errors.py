@@ -1,34 +1,27 @@
 """One shape for every message that a user's own input can cause.
 
-An error says what is wrong, where, what was found, what was expected and how to mend it, in that order, on one line. Its
-code is ``family/slug``; the family decides the exit status of the command line. Nothing here prints or exits.
+An error says what is wrong, where, what was found, what was expected and how to fix it, in that order, on one line. Its
+code is ``family/slug``; the family decides the exception's class and the exit status of the command line:
+``UserError("data/...")`` is a ``DataError``. Nothing here prints or exits.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-EXIT_CODES = {
-    "config": 2,
-    "data": 3,
-    "model": 4,
-    "adapter": 4,
-    "tokenizer": 4,
-    "checkpoint": 5,
-    "numeric": 6,
-    "memory": 7,
-    "disk": 7,
-}
 _BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 class UserError(ValueError):
     """Bad input from outside: a file, a flag, a model. ``str(error)`` is the whole message.
 
+    Calling this class makes an exception of the family's own class, so that a caller can catch one family or all.
+
     Args:
-        code: ``family/slug``, for instance ``data/bad-json``; the family is a key of ``EXIT_CODES``.
+        code: ``family/slug``, for instance ``data/bad-json``; the family is a key of ``FAMILIES``.
         what: what is wrong, in a few words.
         where: file and line, byte, tensor or flag.
         found: the offending value.
@@ -36,14 +29,85 @@ class UserError(ValueError):
         fix: what to do, a command where there is one.
     """
 
+    exit_code = 1
+
+    def __new__(cls, code: str, *_: object, **__: object) -> UserError:
+        """An exception of the class that the code's family has."""
+        return super().__new__(FAMILIES[code.split("/", 1)[0]], code)
+
     def __init__(self, code: str, what: str, *, where: str = "", found: str = "", expected: str = "", fix: str = "") -> None:
         self.code = code
-        self.exit_code = EXIT_CODES[code.split("/", 1)[0]]
+        self._call = functools.partial(UserError, code, what, where=where, found=found, expected=expected, fix=fix)
         head = f"error[{code}] {what}" + (f": {where}" if where else "")
         labelled = [f"{label} {text}" for label, text in (("found", found), ("expected", expected)) if text]
         if fix:
             labelled.append(f"fix: {fix}")
         super().__init__("; ".join([head, *labelled]))
+
+    def __reduce__(self) -> tuple[Callable[[], UserError], tuple[()]]:
+        """How a copy is made, in this process or in another one."""
+        return self._call, ()
+
+
+class ConfigError(UserError):
+    """A flag, a setting or a combination of them: ``config/...``, exit status 2."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Rows: ``data/...``, exit status 3."""
+
+    exit_code = 3
+
+
+class ModelError(UserError):
+    """A model's files: ``model/...``, exit status 4."""
+
+    exit_code = 4
+
+
+class AdapterError(UserError):
+    """An adapter's files: ``adapter/...``, exit status 4."""
+
+    exit_code = 4
+
+
+class TokenizerError(UserError):
+    """A tokenizer or chat template: ``tokenizer/...``, exit status 4."""
+
+    exit_code = 4
+
+
+class CheckpointError(UserError):
+    """A run's folder: ``checkpoint/...``, exit status 5."""
+
+    exit_code = 5
+
+
+class NumericError(UserError):
+    """Numbers that are not finite, or not what they are said to be: ``numeric/...``, exit status 6."""
+
+    exit_code = 6
+
+
+class ResourceError(UserError):
+    """Full memory or a full disk: ``memory/...`` and ``disk/...``, exit status 7."""
+
+    exit_code = 7
+
+
+FAMILIES: dict[str, type[UserError]] = {
+    "config": ConfigError,
+    "data": DataError,
+    "model": ModelError,
+    "adapter": AdapterError,
+    "tokenizer": TokenizerError,
+    "checkpoint": CheckpointError,
+    "numeric": NumericError,
+    "memory": ResourceError,
+    "disk": ResourceError,
+}
 
 
 def visible(text: object, limit: int = 200) -> str:
