@@ -1,38 +1,123 @@
 """minisft: supervised fine-tuning with LoRA, from scratch.
 
-``load_model`` reads a pretrained model, ``quantize_`` holds its linears in 4 bits, ``apply_lora_`` adds adapters,
-``save_adapter`` and ``load_adapter_`` exchange them with the field's tools. Importing this package touches no GPU, network,
-environment variable or thread setting.
+``load_model`` reads a pretrained model, ``quantize_`` stores its linears in 4 bits, ``apply_lora_`` adds adapters, ``train`` is
+a whole run from data to adapter, ``generate`` and ``evaluate`` ask a model, ``merge`` folds adapters into weights,
+``save_adapter`` and ``load_adapter_`` exchange them with other programs. Every command of ``minisft`` is one call here;
+``api.py`` lists them.
+
+Importing this package imports no PyTorch and touches no GPU, network, environment variable or thread setting. The first use of
+a name that needs PyTorch loads it, and with it the rest of the package.
 """
 
-from minisft.common.errors import UserError
+from typing import TYPE_CHECKING
+
+from minisft.common.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    NumericError,
+    ResourceError,
+    TokenizerError,
+    UserError,
+)
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig, RunConfig
-from minisft.formats import load_adapter_, load_model, save_adapter, save_model, save_quantized
-from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
-from minisft.model import CausalLM
-from minisft.nf4_linear import NF4Linear
-from minisft.surgery import adapters_off, apply_lora_, lora_modules, quantize_, scale_adapters_
+
+if TYPE_CHECKING:
+    from minisft.api import (
+        CausalLM,
+        DoRALinear,
+        EvalResult,
+        LoRAEmbedding,
+        LoRALinear,
+        MergeReport,
+        NF4Linear,
+        Tokenizer,
+        TrainResult,
+        adapters_off,
+        apply_lora_,
+        combine_folders,
+        evaluate,
+        generate,
+        inspect_rows,
+        load_adapter_,
+        load_model,
+        load_tokenizer,
+        lora_modules,
+        merge,
+        merge_,
+        merge_folder,
+        plan,
+        quantize_,
+        save_adapter,
+        save_model,
+        save_quantized,
+        scale_adapters_,
+        sweep,
+        train,
+        unmerge_,
+        verify,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterError",
     "CausalLM",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
     "DoRALinear",
+    "EvalResult",
     "LoRAConfig",
     "LoRAEmbedding",
     "LoRALinear",
+    "MergeReport",
     "ModelConfig",
+    "ModelError",
     "NF4Linear",
+    "NumericError",
     "QuantConfig",
+    "ResourceError",
     "RunConfig",
+    "Tokenizer",
+    "TokenizerError",
+    "TrainResult",
     "UserError",
     "adapters_off",
     "apply_lora_",
+    "combine_folders",
+    "evaluate",
+    "generate",
+    "inspect_rows",
     "load_adapter_",
     "load_model",
+    "load_tokenizer",
     "lora_modules",
+    "merge",
+    "merge_",
+    "merge_folder",
+    "plan",
     "quantize_",
     "save_adapter",
     "save_model",
     "save_quantized",
     "scale_adapters_",
+    "sweep",
+    "train",
+    "unmerge_",
+    "verify",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """A public name that needs PyTorch, at its first use (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from minisft import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", *(name for name in globals() if name.startswith("__"))]

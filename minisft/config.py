@@ -371,3 +371,50 @@ def read_toml(path: Path) -> dict[str, object]:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:  # the last: nested a thousand deep
         raise UserError("config/bad-toml", "the settings are not TOML", where=visible(path), found=visible(error)) from None
+
+
+# ---- checks that need no tensor, so that the command line can make them before PyTorch is loaded ------------------------
+
+
+def check_sampling(temperature: float, top_p: float, top_k: int, prefix: str = "") -> None:
+    """Refuse sampling settings that choose no token.
+
+    Args:
+        temperature: divides the logits; 0 for the likeliest token.
+        top_p: share of the probability that is sampled from.
+        top_k: how many tokens are sampled from; 0 for all.
+        prefix: how the caller's settings begin: ``--`` for flags.
+
+    Raises:
+        UserError: ``config/bad-value``.
+    """
+    finite = math.isfinite(temperature) and temperature >= 0
+    _require(finite, f"{prefix}temperature", temperature, "zero or more", "0 takes the likeliest token, 1 samples as it is")
+    name = "top-p" if prefix else "top_p"
+    _require(0 < top_p <= 1, prefix + name, top_p, "a share in (0, 1]", "1 keeps every token")
+    name = "top-k" if prefix else "top_k"
+    _require(top_k >= 0, prefix + name, top_k, "zero (off) or more", "0 keeps every token")
+
+
+def check_calibration(onto: str, calibration: str | Path | None) -> None:
+    """Refuse ``compensated`` without text, and text that nothing would read.
+
+    Raises:
+        UserError: ``config/no-calibration``, ``config/unused-calibration``.
+    """
+    if onto == "compensated" and calibration is None:
+        raise UserError(
+            "config/no-calibration",
+            "codes are fitted to text, and none is given",
+            where="--onto compensated",
+            expected="--calibration F.jsonl",
+            fix="give rows like those that the model will be asked, for instance some of those it was trained on",
+        )
+    if onto != "compensated" and calibration is not None:
+        raise UserError(
+            "config/unused-calibration",
+            "only codes that are fitted need text",
+            where="--calibration",
+            found=f"--onto {onto}",
+            fix="give --onto compensated, or leave --calibration away",
+        )

@@ -10,7 +10,6 @@ where no query looks, and the random number of a draw is a function of (seed, pr
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from minisft.common.errors import UserError, visible
 from minisft.common.seeds import derive_seed
+from minisft.config import check_sampling
 from minisft.data.tokenizer import Tokenizer
 from minisft.model import CausalLM, KVCache
 
@@ -45,9 +45,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "zero or more")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "a share in (0, 1]")
-        _require(self.top_k >= 0, "top_k", self.top_k, "zero (off) or more")
+        check_sampling(self.temperature, self.top_p, self.top_k)
 
     def choose(self, logits_BV: Tensor, prompts: Sequence[int], step: int) -> Tensor:
         """One token for each row.
@@ -82,9 +80,10 @@ class Sampling:
         return probabilities / probabilities.sum(-1, keepdim=True), ids
 
 
-def _require(ok: bool, name: str, found: object, expected: str) -> None:
-    if not ok:
-        raise UserError("config/bad-value", "a setting is out of range", where=name, found=visible(found), expected=expected)
+def _require_positive(name: str, value: int) -> None:
+    if value < 1:
+        what, expected = "a setting is out of range", "at least 1"
+        raise UserError("config/bad-value", what, where=name, found=str(value), expected=expected, fix="give a larger number")
 
 
 def generate(
@@ -116,8 +115,8 @@ def generate(
     Cost: a KV cache of 2 * layers * kv heads * head_dim values for each of the batch's tokens.
     """
     sampling = Sampling(temperature, top_p, top_k, seed)
-    _require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
-    _require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+    _require_positive("max_new_tokens", max_new_tokens)
+    _require_positive("batch_size", batch_size)
     _check_prompts(model, prompts)
     answers: list[list[int]] = [[] for _ in prompts]
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # neighbours of one length: little padding
@@ -260,7 +259,7 @@ def stream_chat(
     Raises:
         UserError: the prompt is empty or leaves no room in the context.
     """
-    _require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
+    _require_positive("max_new_tokens", max_new_tokens)
     _check_prompts(model, [prompt])
     stream, pieces = TextStream(tokenizer), []
     for _, token in _tokens(model, {0: prompt}, max_new_tokens, eos_ids, sampling):

@@ -37,6 +37,8 @@ FLAT = [
     "merge_weights",
     "effect",
 ]
+# And those that are no arithmetic: how Python and the shell get at it all.
+FRONT = ["__init__", "api", "__main__"]
 # A folder is one place, and so is a flat file.
 LEVELS = (
     "common optim schedule",
@@ -48,8 +50,12 @@ LEVELS = (
     "generation step surgery",
     "formats",
     "evaluation merge_weights",
-    "__init__ merging training",
-    "cli quickstart",
+    "merging training",
+    "quickstart",
+    "api",
+    "__init__",
+    "cli",
+    "__main__",
 )
 LEVEL_OF = {place: level for level, places in enumerate(LEVELS) for place in places.split()}
 
@@ -124,7 +130,7 @@ def test_every_place_in_the_levels_exists():
 
 
 def test_only_the_arithmetic_lies_flat():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", *FLAT}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*FRONT, *FLAT}
     assert set(FLAT) < set(LEVEL_OF)
 
 

@@ -57,6 +57,8 @@ def complaints(node: ast.ClassDef | Function) -> list[str]:
     doc = ast.get_docstring(node)
     if any(isinstance(d, ast.Attribute) and d.attr in ("setter", "deleter") for d in node.decorator_list):
         return []
+    if any(isinstance(d, ast.Name) and d.id == "overload" for d in node.decorator_list):  # the function itself is documented
+        return []
     if doc is None:
         is_forward = node.name in ("forward", "backward", "extra_repr", "setup_context")
         return [] if is_forward else [f"{node.name}: no docstring"]

@@ -1,6 +1,7 @@
 """The commands that ask a model: ``eval``, ``sweep``, ``generate`` and ``chat``.
 
-Each loads the model and its adapter the same way and is a few lines over the rooms below; see ``cli`` for errors and output.
+Each loads the model and its adapter the same way and is a few lines over the modules below; see ``cli.main`` for errors and
+output.
 """
 
 from __future__ import annotations
@@ -12,15 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
+from minisft.cli.libraries import load_libraries
 from minisft.common.atomic_files import require_new_folder
-from minisft.common.device import pick_device
 from minisft.common.errors import UserError, visible
 from minisft.config import QuantConfig
-from minisft.data.messages import Message
 
 if TYPE_CHECKING:
+    from minisft.data.messages import Message
     from minisft.data.template import ChatTemplate
     from minisft.data.tokenizer import Tokenizer
     from minisft.generation import Sampling
@@ -28,14 +27,17 @@ if TYPE_CHECKING:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, ChatTemplate]:
+    import torch
+
+    from minisft.common.device import pick_device
     from minisft.data.chat import resolve_template
     from minisft.formats import load_adapter_, load_model
     from minisft.surgery import scale_adapters_
 
     device = pick_device(arguments.device)
-    wide = arguments.dtype == "fp32" or (arguments.dtype == "auto" and device.type == "cpu")
+    in_fp32 = arguments.dtype == "fp32" or (arguments.dtype == "auto" and device.type == "cpu")
     quant = QuantConfig(arguments.quant, double_quant=arguments.double_quant) if arguments.quant != "none" else None
-    model, tokenizer = load_model(arguments.model, torch.float32 if wide else torch.bfloat16, device, quant)
+    model, tokenizer = load_model(arguments.model, torch.float32 if in_fp32 else torch.bfloat16, device, quant)
     choice = arguments.template
     if arguments.adapter is not None:
         load_adapter_(model, arguments.adapter)
@@ -48,10 +50,10 @@ def _load(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, ChatTempl
 
 def eval_command(arguments: argparse.Namespace) -> int:
     """Score a model's answers, and write the score and every row."""
+    load_libraries()
     from minisft.data.messages import read_dataset
     from minisft.evaluation.evaluate import evaluate, write
 
-    _check_positive(arguments, "max_new_tokens", "limit", "batch_size")
     dataset = read_dataset(arguments.data, tuple(arguments.map), keep_duplicates=True)
     for note in dataset.notes:
         print(note)
@@ -73,16 +75,16 @@ def eval_command(arguments: argparse.Namespace) -> int:
 
 
 def sweep_command(arguments: argparse.Namespace) -> int:
-    """Task against general score as the adapter is dialled up."""
-    from minisft.data.messages import Example, read_dataset
-    from minisft.evaluation.evaluate import EvalResult, Metric, evaluate, terminal_progress
-    from minisft.evaluation.sweep import REPORT, heading, line, sweep
-
-    _check_positive(arguments, "max_new_tokens", "limit", "batch_size")
+    """Task score against general score, at several scales of the adapter."""
     out, model_path = Path(arguments.out), Path(arguments.model)
     require_new_folder(out, model_path)
     if arguments.adapter is None:
         raise UserError("adapter/none", "there is no adapter to scale", where="--adapter", fix="give the adapter's folder")
+    load_libraries()
+    from minisft.data.messages import Example, read_dataset
+    from minisft.evaluation.evaluate import EvalResult, Metric, evaluate, terminal_progress
+    from minisft.evaluation.sweep import REPORT, heading, line, sweep
+
     task = read_dataset(arguments.data, tuple(arguments.map), keep_duplicates=True).examples
     general = read_dataset(arguments.general, keep_duplicates=True).examples
     model, tokenizer, template = _load(arguments)
@@ -115,19 +117,6 @@ def sweep_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_positive(arguments: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(
-                "config/bad-value",
-                "a setting is out of range",
-                where="--" + name.replace("_", "-"),
-                found=str(value),
-                expected="at least 1",
-            )
-
-
 def _sampling(arguments: argparse.Namespace) -> Sampling:
     from minisft.generation import Sampling
 
@@ -135,12 +124,15 @@ def _sampling(arguments: argparse.Namespace) -> Sampling:
 
 
 def _prompt_messages(arguments: argparse.Namespace, text: str) -> tuple[Message, ...]:
+    from minisft.data.messages import Message
+
     system = () if arguments.system is None else (Message("system", arguments.system),)
     return (*system, Message("user", text))
 
 
 def generate_command(arguments: argparse.Namespace) -> int:
     """Answer one prompt, token by token."""
+    load_libraries()
     from minisft.data.chat import encode_chat, stop_ids
     from minisft.generation import stream_chat
 
@@ -166,7 +158,9 @@ def _show(piece: str) -> None:
 
 def chat_command(arguments: argparse.Namespace) -> int:
     """Answer on and on, until an empty line."""
+    load_libraries()
     from minisft.data.chat import encode_chat, stop_ids
+    from minisft.data.messages import Message
     from minisft.generation import stream_chat
 
     sampling = _sampling(arguments)

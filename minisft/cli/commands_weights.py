@@ -1,6 +1,6 @@
 """The commands that make new weights: ``quantize``, ``merge`` and ``combine``; and ``verify``, which checks some.
 
-Each is a few lines over the rooms below; see ``cli`` for errors and output.
+Each is a few lines over the modules below; see ``cli.main`` for errors and output.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minisft.cli.libraries import load_libraries
 from minisft.common.atomic_files import require_new_folder
-from minisft.common.device import DTYPES
 from minisft.common.errors import UserError, visible
 from minisft.config import QuantConfig
 
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 def quantize_command(arguments: argparse.Namespace) -> int:
     """Write a model whose linears are in 4 bits."""
-    from minisft.formats import base_fingerprint, load_model, save_quantized
-
-    dtype = DTYPES[arguments.dtype]
     quant = QuantConfig(block_size=arguments.block_size, double_quant=arguments.double_quant)
     require_new_folder(Path(arguments.out), Path(arguments.model))
-    model, tokenizer = load_model(arguments.model, dtype, quant=quant)
+    load_libraries()
+    from minisft.common.device import DTYPES
+    from minisft.formats import base_fingerprint, load_model, save_quantized
+
+    model, tokenizer = load_model(arguments.model, DTYPES[arguments.dtype], quant=quant)
     sizes = save_quantized(model, tokenizer, arguments.out, quantized_from=base_fingerprint(model))
     print(
         f"{visible(arguments.out)}: {sizes.num_quantized} linears in 4 bits, {sizes.num_dense} dense; "
@@ -36,12 +37,14 @@ def quantize_command(arguments: argparse.Namespace) -> int:
 
 def merge_command(arguments: argparse.Namespace) -> int:
     """Write a model with the adapter in its weights, and the certificate beside them."""
+    out, data = Path(arguments.out), arguments.data
+    require_new_folder(out, Path(arguments.model or arguments.adapter))
+    load_libraries()
+    from minisft.common.device import DTYPES
     from minisft.data.messages import read_dataset
     from minisft.merging.certificate import REPORT, certify, check
     from minisft.merging.streaming import merge_folder
 
-    out, data = Path(arguments.out), arguments.data
-    require_new_folder(out, Path(arguments.model or arguments.adapter))
     for path in (data, arguments.calibration):
         if path is not None:
             read_dataset(path)  # what is wrong with it is said before minutes are spent
@@ -65,10 +68,11 @@ def merge_command(arguments: argparse.Namespace) -> int:
 
 def combine_command(arguments: argparse.Namespace) -> int:
     """Write one adapter that is a weighted sum of several."""
+    out, adapters = Path(arguments.out), [_weighted(word) for word in arguments.adapter]
+    load_libraries()
     from minisft.merging.combine import combine_folders
 
-    out = Path(arguments.out)
-    combined = combine_folders([_weighted(word) for word in arguments.adapter], out, arguments.rank)
+    combined = combine_folders(adapters, out, arguments.rank)
     ranks = sorted({update.rank for update in combined.updates.values()})
     shown = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
     print(f"{visible(out)}: {len(combined.updates)} modules of {shown}, {_loss_words(combined)}")
@@ -85,7 +89,7 @@ def _weighted(word: str) -> tuple[str, float]:
     except ValueError:
         raise UserError(
             "config/bad-value", "an adapter's weight is no number", where="--adapter", found=visible(word),
-            expected="DIR or DIR:WEIGHT",
+            expected="DIR or DIR:WEIGHT", fix="write the weight as a number, for instance runs/a/adapter:0.5",
         ) from None  # fmt: skip
 
 
@@ -99,6 +103,7 @@ def _loss_words(combined: Combined) -> str:
 
 def verify_command(arguments: argparse.Namespace) -> int:
     """Check that a folder is the merge that it is said to be."""
+    load_libraries()
     from minisft.merging.certificate import compare_models, judge
     from minisft.merging.verify import verify
 

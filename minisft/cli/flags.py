@@ -1,7 +1,7 @@
 """The command line's flags: ``train``'s are generated from ``RunConfig``, the others are listed here.
 
-An unknown flag is answered with the nearest known one, and every message goes through ``UserError``, so the exit status is
-2 and there is no usage dump to search through.
+Nothing here needs PyTorch. An unknown flag is answered with the nearest known one, and every message goes through
+``UserError``, so the exit status is 2 and there is no usage dump to search through.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import NoReturn
 
 from minisft.common.errors import UserError, nearest, visible
-from minisft.config import RunConfig, field_type, flag_name
+from minisft.config import RunConfig, check_calibration, check_sampling, field_type, flag_name
 
 # The settings of a run that decide its memory.
 PLANNED = (
     "model", "max_length", "method", "rank", "dropout", "use_dora", "targets", "quant", "double_quant", "batch_size",
     "micro_batch_size", "dtype", "checkpointing", "device",
 )  # fmt: skip
+COUNTS = ("max_new_tokens", "limit", "batch_size", "micro_batch_size", "max_length", "rank")
 METRICS = ("exact_match", "json", "f1", "choice", "loss")
 
 
@@ -34,7 +36,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Parse a command line.
 
     Raises:
-        UserError: an unknown command or flag (names the nearest), a missing or malformed value.
+        UserError: an unknown command or flag (names the nearest), a missing or malformed value, flags that contradict.
     """
     parser, commands = build_parser()
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
@@ -51,7 +53,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
             "config/unknown-flag", "unknown flag", where=command.prog, found=visible(flag),
             fix=nearest(flag, known) or f"{command.prog} --help",
         )  # fmt: skip
+    _check_values(arguments)
     return arguments
+
+
+def _check_values(arguments: argparse.Namespace) -> None:
+    """Refuse values that no command could use; the settings of a run are checked by ``RunConfig``."""
+    given = vars(arguments)
+    for name in COUNTS:
+        value = given.get(name)
+        if isinstance(value, int) and value < 1:
+            raise _out_of_range(flag_name(name), value, "at least 1", "give a larger number")
+    device = given.get("device", "auto")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise _out_of_range("--device", device, "cpu, cuda or auto", "--device auto takes a GPU where there is one")
+    if not math.isfinite(given.get("scale", 1.0)):
+        raise _out_of_range("--scale", given["scale"], "a finite number", "1 merges the adapter as it was trained")
+    if "temperature" in given:
+        check_sampling(given["temperature"], given["top_p"], given["top_k"], "--")
+    if "calibration" in given:
+        check_calibration(given["onto"], given["calibration"])
+
+
+def _out_of_range(flag: str, value: object, expected: str, fix: str) -> UserError:
+    what = "a setting is out of range"
+    return UserError("config/bad-value", what, where=flag, found=visible(value), expected=expected, fix=fix)
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:

@@ -1,25 +1,23 @@
-"""The front door: ``minisft`` and a command (``minisft --help`` lists them), each a few lines over the rooms below.
+"""The command line: ``minisft`` and a command (``minisft --help`` lists them), each a few lines over the modules below.
 
-An error that the user can mend is one line on standard error and an exit status from its family; ``--debug`` shows where it
+Everything that can be checked without PyTorch is checked before it is loaded, so that a mistyped flag is answered at once.
+An error that the user can correct is one line on standard error and an exit status from its family; ``--debug`` shows where it
 came from. Progress goes to standard error, results to standard output.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from minisft import __version__
 from minisft.cli import commands_answers, commands_weights
 from minisft.cli.flags import parse
-from minisft.common.device import tune_allocator
+from minisft.cli.libraries import load_libraries
 from minisft.common.errors import UserError, visible
 from minisft.config import read_toml, run_config
 
@@ -30,9 +28,8 @@ MEMORY_ADVICE = (
 
 
 def process() -> int:
-    """``main`` in a process of its own."""
-    gc.freeze()  # the libraries stay until the end: no collection need walk through them, nor the last one, at exit
-    return main()
+    """``main`` with the words that this process was started with: what the installed command calls."""
+    return main(sys.argv[1:])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,21 +41,31 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.version or arguments.command is None:
             print(f"minisft {__version__}" if arguments.version else "minisft: give a command; minisft --help lists them")
             return 0 if arguments.version else 2
-        tune_allocator()
         return COMMANDS[arguments.command](arguments)
     except UserError as error:
         return _report(error, words)
-    except torch.OutOfMemoryError as error:
-        return _report(UserError("memory/device", "the GPU's memory is full", found=visible(error), fix=MEMORY_ADVICE), words)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        full = _memory_error(error)
+        if full is None:
             raise
-        return _report(UserError("memory/host", "the memory is full", found=visible(error), fix=MEMORY_ADVICE), words)
+        return _report(full, words)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away: not our error
         sys.stderr.close()
         return 141
+
+
+def _memory_error(error: MemoryError | RuntimeError) -> UserError | None:
+    """What to say of an error that means full memory; None of any other."""
+    if isinstance(error, RuntimeError):
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            return UserError("memory/device", "the GPU's memory is full", found=visible(error), fix=MEMORY_ADVICE)
+        if "can't allocate memory" not in str(error):
+            return None
+    return UserError("memory/host", "the memory is full", found=visible(error), fix=MEMORY_ADVICE)
 
 
 def _report(error: UserError, words: list[str]) -> int:
@@ -73,8 +80,6 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from minisft.training.train import train
-
     given = {k: v for k, v in vars(arguments).items() if k not in ("command", "version", "debug", "config", "resume")}
     resume = getattr(arguments, "resume", False)
     values: dict[str, object] = {}
@@ -84,7 +89,11 @@ def _train(arguments: argparse.Namespace) -> int:
     if config := getattr(arguments, "config", None):
         values |= {key.replace("-", "_"): value for key, value in read_toml(Path(config)).items()}
         where = visible(config)
-    result = train(run_config(values | given, where), resume)
+    run = run_config(values | given, where)
+    load_libraries()
+    from minisft.training.train import train
+
+    result = train(run, resume)
     return 0 if result.signal is None else 128 + result.signal
 
 
@@ -97,12 +106,17 @@ def _saved_settings(out: Path) -> dict[str, object]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
-            "checkpoint/bad-config", "the run's settings cannot be read", where=visible(path), found=visible(error)
+            "checkpoint/bad-config",
+            "the run's settings cannot be read",
+            where=visible(path),
+            found=visible(error),
+            fix="start a new run in another folder",
         ) from None
     return dict(values)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    load_libraries()
     from minisft.data.chat import encode_dataset, resolve_template
     from minisft.data.inspect_data import check, inspect_dataset, render
     from minisft.data.messages import read_dataset
@@ -127,15 +141,18 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "version", "debug", "json")}
+    run = run_config({"data": "", "out": "", **given}, "command line")
+    load_libraries()
     from minisft.training.plan import plan, render
 
-    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "version", "debug", "json")}
-    bill = plan(run_config({"data": "", "out": "", **given}, "command line"))
+    bill = plan(run)
     print(json.dumps(bill.to_dict(), indent=2) if arguments.json else render(bill))
     return 0
 
 
 def _quickstart(arguments: argparse.Namespace) -> int:
+    load_libraries()
     from minisft.quickstart.run import run_quickstart
 
     run_quickstart(Path(arguments.out), arguments.seed)

@@ -20,7 +20,7 @@ from minisft.data.chat import encode_dataset
 from minisft.data.messages import read_dataset
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
-from minisft.effect import SURVIVAL_FLOOR, MergeReport, Target
+from minisft.effect import SURVIVAL_FLOOR, MergeReport
 from minisft.formats import save_quantized
 from minisft.formats.lazy_weights import read_rows
 from minisft.merge_weights import merge
@@ -29,30 +29,6 @@ from minisft.merging.compensate import CompensationReport, requantize_compensate
 from minisft.model import CausalLM
 
 MAX_CALIBRATION_TOKENS = 2**15  # about 21 for each input of SmolLM2's widest layer, 2 for each of an 8B Llama's
-
-
-def check_calibration(onto: Target, calibration: str | Path | None) -> None:
-    """Refuse ``compensated`` without text, and text that nothing would read.
-
-    Raises:
-        UserError: ``config/no-calibration``, ``config/unused-calibration``.
-    """
-    if onto == "compensated" and calibration is None:
-        raise UserError(
-            "config/no-calibration",
-            "codes are fitted to text, and none is given",
-            where="--onto compensated",
-            expected="--calibration F.jsonl",
-            fix="give rows like those that the model will be asked, for instance some of those it was trained on",
-        )
-    if onto != "compensated" and calibration is not None:
-        raise UserError(
-            "config/unused-calibration",
-            "only codes that are fitted need text",
-            where="--calibration",
-            found=f"--onto {onto}",
-            fix="give --onto compensated, or leave --calibration away",
-        )
 
 
 def write_requantized(files: AdaptedFiles, folder: Path, dtype: torch.dtype, force: bool) -> MergeReport:

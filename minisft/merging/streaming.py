@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minisft.common.atomic_files import FileRecord, disk_errors, require_space, staged_folder
 from minisft.common.errors import visible
+from minisft.config import check_calibration
 from minisft.effect import Effect, LayerReport, MergeReport, Target
 from minisft.formats import load_tokenizer
 from minisft.formats.adapter import TEMPLATE_FILE
@@ -34,7 +35,7 @@ from minisft.lora import merged_weight
 from minisft.merge_weights import Adapter, rounded, splits_tie
 from minisft.merging.base_and_adapter import MARK, AdaptedFiles, check_onto, open_adapted, row_ranges
 from minisft.merging.compensate import CompensationReport
-from minisft.merging.four_bits import check_calibration, write_compensated, write_requantized
+from minisft.merging.four_bits import write_compensated, write_requantized
 
 SWALLOWED_LIMIT = 0.05  # share of an update's entries; beyond it a wider dtype is worth its bytes
 NOISE_LIMIT = 0.5  # effect error; a W that is off the dtype's grid (from 4 bits) is moved, where one on it swallows
