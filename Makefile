@@ -74,6 +74,7 @@ bench: .venv/dev
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_nf4.py
 	$(BIN)/python benchmarks/bench_merge.py
+	$(BIN)/python benchmarks/bench_wait_policy.py
 
 tutorials: .venv/tutorials
 	$(BIN)/python tutorials/build.py

@@ -55,3 +55,15 @@ def test_bench_nf4_measures_every_case_and_writes_results_and_plot(tmp_path: Pat
     assert {"bitsandbytes"} <= peers["dequantize"] & peers["quantize"]
     assert peers["QLoRA linear, forward + backward"] == {"peft + bitsandbytes"}
     assert peers["decode product"] == {"bitsandbytes", "dense bf16", "dense fp32"}
+
+
+@pytest.mark.slow
+def test_bench_wait_policy_measures_both_policies_alone_and_beside(tmp_path: Path, smollm2_path: Path) -> None:
+    printed = run("bench_wait_policy.py", "--quick", "--out", str(tmp_path))
+    result = json.loads((tmp_path / "wait_policy.json").read_text())
+    cells = {(cell["setting"], cell["policy"]): cell for cell in result["cells"]}
+    assert set(cells) == {(s, p) for s in ("alone", "beside") for p in ("default", "passive")}
+    for (setting, policy), cell in cells.items():
+        assert f"{setting:7} {policy:8}" in printed
+        assert cell["busy_processes"] == (setting == "beside")
+        assert 0 < cell["tokens_per_s"]["median"] < math.inf
