@@ -1,4 +1,4 @@
-"""Small tokenizers and templates for the tests of the text rooms."""
+"""Small tokenizers and templates for the tests of the data modules."""
 
 from __future__ import annotations
 
