@@ -148,8 +148,8 @@ def generate(
         token if and only if the text ended by itself.
 
     Raises:
-        UserError: a setting is out of range, a message is none, the model has no chat template, the prompt is empty or leaves
-            no room in the context.
+        UserError: a setting is out of range, a message is none, the model has no chat template, the prompt is empty or
+            fills the context.
     """
     is_ids = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], int)
     if is_ids:

@@ -1,7 +1,7 @@
 """Write text with a model: many prompts at once, greedily or by sampling, one token a step through a KV cache.
 
 A step reads every weight once, whatever the number of rows, so prompts are grouped into batches; a row that is done leaves
-its batch. This room offers no beam search, penalties or stop strings (vLLM and transformers have them).
+its batch. There is no beam search, and there are no penalties or stop strings (vLLM and transformers have them).
 
 The idea to take home: nothing a row says depends on its neighbours. Rows of a batch cannot see each other, padding stands
 where no query looks, and the random number of a draw is a function of (seed, prompt, step) alone.
@@ -22,7 +22,7 @@ from minisft.config import check_sampling
 from minisft.data.tokenizer import Tokenizer
 from minisft.model import CausalLM, KVCache
 
-WORTH_SHARING = 8  # tokens: a shorter common beginning is not worth a pass of its own
+MIN_SHARED_PROMPT = 8  # tokens: a shorter shared prefix is not worth a pass of its own
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no UTF-8 (yet)
 
 
@@ -102,7 +102,11 @@ def generate(
     """Continue each prompt until it says one of ``eos_ids``, has ``max_new_tokens`` more, or fills the model's context.
 
     Args:
+        model: with or without adapters; dropout is off meanwhile.
         prompts: token ids; of any lengths, none empty.
+        max_new_tokens: the most tokens to write for each prompt.
+        eos_ids: tokens that end a row; may be empty.
+        temperature, top_p, top_k, seed: how a token is chosen, see ``Sampling``.
         batch_size: rows computed at once; never changes a row's result (but for rounding).
         on_token: called with (index of the prompt, token) as tokens come.
 
@@ -110,7 +114,7 @@ def generate(
         the new ids of each prompt; the last one is an eos if and only if the row stopped by itself.
 
     Raises:
-        UserError: a setting is out of range, a prompt is empty or leaves no room in the context.
+        UserError: a setting is out of range, a prompt is empty or fills the context.
 
     Cost: a KV cache of 2 * layers * kv heads * head_dim values for each of the batch's tokens.
     """
@@ -156,24 +160,29 @@ def _tokens(
             tokens = sampling.choose(model.head(hidden_BD), rows, step)
             chosen = tokens.tolist()
             yield from zip(rows, chosen, strict=True)
-            going = [r for r, i in enumerate(rows) if chosen[r] not in eos_ids and step + 1 < limits[i]]
-            if not going:
+            active = [r for r, i in enumerate(rows) if chosen[r] not in eos_ids and step + 1 < limits[i]]
+            if not active:
                 return
-            if len(going) < len(rows):
-                keep = torch.tensor(going, device=tokens.device)
-                rows, tokens, cache = [rows[r] for r in going], tokens[keep], cache.select(keep)
+            if len(active) < len(rows):
+                keep = torch.tensor(active, device=tokens.device)
+                rows, tokens, cache = [rows[r] for r in active], tokens[keep], cache.select(keep)
             hidden_BD = model.hidden(tokens[:, None], cache=cache)[:, 0]
 
 
-def read_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], room: int) -> tuple[KVCache, Tensor]:
-    """Run prompts through the model once; a beginning that all of them share is computed for all of them together.
+def read_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], num_new: int) -> tuple[KVCache, Tensor]:
+    """Run prompts through the model once; a prefix that all of them share is computed for all of them together.
+
+    Args:
+        model: the decoder.
+        prompts: token ids, none empty.
+        num_new: how many more tokens a row the cache must hold.
 
     Returns:
-        a KV cache with space for ``room`` more tokens a row, and the hidden state (B, D) at each prompt's last token.
+        a KV cache with space for ``num_new`` more tokens a row, and the hidden state (B, D) at each prompt's last token.
     """
     device = model.model.norm.weight.device
-    longest, P = max(map(len, prompts)), _common_beginning(prompts)
-    cache = KVCache(model.config, 1 if P else len(prompts), longest + room, model.dtype, device)
+    longest, P = max(map(len, prompts)), _shared_prefix(prompts)
+    cache = KVCache(model.config, 1 if P else len(prompts), longest + num_new, model.dtype, device)
     if P:
         model.hidden(torch.tensor([prompts[0][:P]], device=device), cache=cache)
         cache = cache.select(torch.zeros(len(prompts), dtype=torch.int64, device=device))
@@ -184,11 +193,11 @@ def read_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], room: int) -
     return cache, hidden_BTD[torch.arange(len(prompts)), lengths - 1]
 
 
-def _common_beginning(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with, leaving each at least one of its own; 0 where sharing them saves little."""
+def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Length of the prefix that all prompts share, leaving each at least one token of its own; 0 where it saves little."""
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     length = next((i for i, tokens in enumerate(columns) if len(set(tokens)) > 1), min(map(len, prompts)) - 1)
-    return length if len(prompts) > 1 and length >= WORTH_SHARING else 0
+    return length if len(prompts) > 1 and length >= MIN_SHARED_PROMPT else 0
 
 
 @contextlib.contextmanager
@@ -253,11 +262,20 @@ def stream_chat(
 ) -> str:
     """Answer one prompt, handing pieces of text to ``show`` as they come, made safe for a terminal.
 
+    Args:
+        model: with or without adapters.
+        tokenizer: turns the new ids into text.
+        prompt: token ids.
+        show: called with each piece of text.
+        max_new_tokens: the most tokens to write.
+        eos_ids: tokens that end the answer.
+        sampling: how a token is chosen.
+
     Returns:
         the whole answer, as the model said it (not made safe): what belongs into the next turn's history.
 
     Raises:
-        UserError: the prompt is empty or leaves no room in the context.
+        UserError: the prompt is empty or fills the context.
     """
     _require_positive("max_new_tokens", max_new_tokens)
     _check_prompts(model, [prompt])

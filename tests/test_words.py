@@ -35,7 +35,8 @@ INSTEAD = {
     r"wish(es)?|knows the whole day": "target, a plain description",
 }
 BANNED = re.compile("|".join(f"(?P<w{i}>(?<![\\w])(?:{words})(?![\\w]))" for i, words in enumerate(INSTEAD)))
-SOURCES = sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.cpp")])
+DATA = PACKAGE / "quickstart" / "parcel_phrases.py"  # what customers write; a street in it is a street
+SOURCES = sorted({*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.cpp")} - {DATA})
 
 
 def found(text: str) -> list[tuple[int, str, str]]:

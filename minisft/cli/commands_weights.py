@@ -111,7 +111,7 @@ def verify_command(arguments: argparse.Namespace) -> int:
     found = verify(arguments.merged, arguments.adapter, arguments.model, onto, arguments.scale, arguments.calibration)
     print(found.summary)
     found.require()
-    asked = arguments.data is not None or onto == "compensated"  # there only the answers can tell
+    asked = arguments.data is not None or onto == "compensated"  # there only the answers decide
     models = compare_models(found.files, Path(arguments.merged), arguments.data) if asked else None
     verdict = judge(found.adapted, models, onto)
     print(verdict)

@@ -29,6 +29,7 @@ class Parser(argparse.ArgumentParser):
     """``ArgumentParser`` that raises ``UserError`` instead of printing usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
+        """Refuse a command line: ``config/usage``."""
         raise UserError("config/usage", visible(message), where=self.prog, fix=f"{self.prog} --help")
 
 
@@ -250,7 +251,7 @@ def _merge_flags(parser: Parser) -> None:
         "--check",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="load both models afterwards and compare what they say (default yes)",
+        help="load both models afterwards and compare their answers (default yes)",
     )
     parser.add_argument("--force", action="store_true", default=False, help="write a merge that lost its adapter")
 

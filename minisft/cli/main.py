@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _memory_error(error: MemoryError | RuntimeError) -> UserError | None:
-    """What to say of an error that means full memory; None of any other."""
+    """The user's error for one that means full memory; None for any other."""
     if isinstance(error, RuntimeError):
         import torch
 

@@ -2,7 +2,7 @@
 
 The kernel may write data and names to the disk in any order until it is told to ``fsync``. So everything here is written
 under a name nobody reads (``.tmp-…``), synced, renamed in one step to its real name, and the folder that holds the name is
-synced last. This room knows nothing of formats or of training, never overwrites a file in place and never removes a folder
+synced last. This module knows nothing of formats or of training, never overwrites a file in place and never removes a folder
 that holds something: a target that is in use is refused.
 
 The one idea: *write elsewhere, sync, rename, sync the folder*. Ref: Pillai et al., OSDI 2014, "All File Systems Are Not
@@ -210,6 +210,12 @@ def disk_errors(folder: Path, payload_bytes: int = 0, note: Callable[[], str] = 
         folder: where the body writes.
         payload_bytes: how much, if it is known; shown with the margin of ``require_space``.
         note: called on an error; says what is still safe. (The default, ``str``, says nothing.)
+
+    Yields:
+        nothing.
+
+    Raises:
+        UserError: in the place of the ``OSError``.
     """
     try:
         yield

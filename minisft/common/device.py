@@ -50,8 +50,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(
-            "config/bad-value", "unknown device", where="--device", found=visible(name), expected="cpu, cuda or auto"
-        ) from None
+            "config/bad-value", "unknown device", where="--device", found=visible(name), expected="cpu, cuda or auto",
+            fix="auto takes a GPU where there is one",
+        ) from None  # fmt: skip
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise UserError(
             "config/no-device", "this device is not here", where="--device", found=visible(name), fix="--device cpu"

@@ -1,6 +1,6 @@
 """Run something untrusted once, in a child process that cannot do harm.
 
-A chat template or a tokenizer's regular expression comes from a stranger and can loop, allocate without end or abort the
+A chat template or a tokenizer's regular expression comes with an untrusted file and can loop, allocate without end or abort the
 process. So its first run happens in a forked child with hard limits on CPU time and memory; only when the child comes back
 is the same thing done here. The one idea: what the operating system limits cannot be argued out of, a ``try`` can.
 """
@@ -32,6 +32,9 @@ def failure(task: Callable[[], object], cpu_seconds: int = CPU_SECONDS, memory_b
         task: what to try. Its result is dropped, and so is all it changed: the child is a copy.
         cpu_seconds: CPU time, enforced by the kernel (RLIMIT_CPU), C code included.
         memory_bytes: address space beyond what this process already has (RLIMIT_AS).
+
+    Returns:
+        None, or what went wrong: too long, too much memory, an exception, or how the process died.
     """
     reader, writer = os.pipe()
     child = os.fork()

@@ -1,4 +1,4 @@
-"""What customers of the parcel task may say: the phrases that train messages are made of, and those of test messages.
+"""The phrases of the parcel task's customers: those that train messages are made of, and those of test messages.
 
 Data only; ``parcel_task.py`` puts it together. No phrase, name, city or product stands on both sides.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Phrasebook:
-    """Everything one side may say. ``bodies`` maps an intent to its templates; ``{item}`` stands for a product."""
+    """The phrases of one split. ``bodies`` maps an intent to its templates; ``{item}`` stands for a product."""
 
     greetings: tuple[str, ...]
     intros: tuple[str, ...]

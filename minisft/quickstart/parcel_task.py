@@ -21,7 +21,7 @@ INTENTS = ("where_is", "damaged", "wrong_address", "return")
 INSTRUCTION = "Answer with one JSON object: intent, order, name, urgent."
 
 URGENT_SHARE = 0.4
-CALM_SHARE = 0.35  # of the others, which say that there is no hurry; the rest says nothing
+CALM_SHARE = 0.35  # of the others, with a sentence that there is no hurry; the rest leaves it open
 TYPO_SHARE = 0.2
 CASING_SHARE = 0.2
 PHRASEBOOKS: dict[Split, Phrasebook] = {"train": TRAIN, "test": TEST}
@@ -32,6 +32,14 @@ def parcel_rows(split: Split, count: int, seed: int = 0) -> list[dict[str, JSON]
 
     The four intents take turns, so any first n rows are balanced. The system turn states the keys (and takes the place of
     the longer default one that some chat templates insert); the answer is one line of compact JSON.
+
+    Args:
+        split: whose phrases, names, cities and order numbers; the two share none.
+        count: how many rows.
+        seed: decides every draw.
+
+    Returns:
+        rows with one key, ``messages``: system, user, assistant.
     """
     return [_row(split, index, seed) for index in range(count)]
 

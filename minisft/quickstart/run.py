@@ -69,6 +69,7 @@ def run_quickstart(
     Args:
         out: gets ``data/`` (the rows), ``run/`` (the run folder, with the adapter) and ``eval/`` (scores, row by row).
         seed: decides the data and the training.
+        train_rows, test_rows: how many parcel messages are made for each.
         say: where the sentences and the table go; bars go to standard error, on a terminal only.
 
     Returns:
@@ -115,7 +116,16 @@ def training_settings(out: Path, seed: int) -> RunConfig:
 
 
 def write_data(folder: Path, seed: int, train_rows: int, test_rows: int) -> dict[str, JSON]:
-    """Write ``train.jsonl``, ``test.jsonl`` and ``general.jsonl``; returns the first training row."""
+    """Write ``train.jsonl``, ``test.jsonl`` and ``general.jsonl``.
+
+    Args:
+        folder: where they go; made if it is not there.
+        seed: decides the parcel messages.
+        train_rows, test_rows: how many of them; the general questions are always the same.
+
+    Returns:
+        the first training row.
+    """
     train, test = parcel_rows("train", train_rows, seed), parcel_rows("test", test_rows, seed)
     make_folder(folder)
     for name, rows in (("train", train), ("test", test), ("general", general_rows())):
