@@ -1,7 +1,7 @@
 """The Python calls: everything that a command of ``minisft`` does, one function each.
 
-Most stand where they are made and are only listed here; ``generate``, ``evaluate`` and ``inspect_rows`` join what a command
-joins: template, tokens, model. ``import minisft`` gives all of them and loads this module when one is first used.
+Most stand where they are made and are only listed here; ``generate``, ``evaluate``, ``inspect_rows`` and ``certify`` join what
+a command joins: template, tokens, model. ``import minisft`` gives all of them and loads this module when one is first used.
 
 | command | call |
 |---|---|
@@ -11,8 +11,9 @@ joins: template, tokens, model. ``import minisft`` gives all of them and loads t
 | ``inspect`` | ``inspect_rows`` |
 | ``quantize`` | ``load_model(..., quant=QuantConfig())`` and ``save_quantized`` |
 | ``plan`` | ``plan(RunConfig(...))`` |
-| ``merge`` | ``merge_folder`` from files to files; ``merge``, ``merge_`` and ``unmerge_`` in memory |
+| ``merge`` | ``merge_folder`` and ``certify``, from files to files; ``merge``, ``merge_`` and ``unmerge_`` in memory |
 | ``verify``, ``combine``, ``sweep`` | ``verify``, ``combine_folders``, ``sweep`` |
+| ``quickstart`` | ``run_quickstart`` |
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ from minisft.evaluation.sweep import sweep
 from minisft.formats import load_adapter_, load_model, load_tokenizer, save_adapter, save_model, save_quantized
 from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from minisft.merge_weights import merge, merge_, unmerge_
+from minisft.merging import certificate
+from minisft.merging.certificate import Verdict
 from minisft.merging.combine import combine_folders
-from minisft.merging.streaming import merge_folder
+from minisft.merging.streaming import Merged, merge_folder
 from minisft.merging.verify import verify
 from minisft.model import CausalLM
 from minisft.nf4_linear import NF4Linear
+from minisft.quickstart.run import run_quickstart
 from minisft.surgery import adapters_off, apply_lora_, lora_modules, quantize_, scale_adapters_
 from minisft.training.plan import plan
 from minisft.training.train import TrainResult, train
@@ -56,6 +60,7 @@ __all__ = [
     "TrainResult",
     "adapters_off",
     "apply_lora_",
+    "certify",
     "combine_folders",
     "evaluate",
     "generate",
@@ -69,6 +74,7 @@ __all__ = [
     "merge_folder",
     "plan",
     "quantize_",
+    "run_quickstart",
     "save_adapter",
     "save_model",
     "save_quantized",
@@ -272,3 +278,22 @@ def inspect_rows(
         dataset.examples, tokenizer, _template(tokenizer, template), max_length, turns=turns, path=str(data)
     )
     return inspect_dataset(dataset, encoded, tokenizer, max_length, rows)
+
+
+def certify(merged: Merged, data: str | Path | None = None, *, compare: bool = True) -> Verdict:
+    """Compare a merge with the unmerged model and write its certificate beside the weights, as ``minisft merge`` does.
+
+    Args:
+        merged: what ``merge_folder`` returned.
+        data: rows to compare the models on; by default a few built-in sentences.
+        compare: load both models and compare their answers; without, only what is known of each layer is judged.
+
+    Returns:
+        the verdict; ``merge_report.json``, ``.html`` and ``.svg`` in the merged folder say how it came about.
+
+    Raises:
+        UserError: rows that cannot be read, a full disk.
+    """
+    verdict = certificate.certify(merged, None)  # written before the comparison, which may fail
+    models = certificate.check(merged, data) if compare else None
+    return verdict if models is None else certificate.certify(merged, models)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_architecture import MODULES, PACKAGE, kernel_files
 from tiny_folder import write_model, write_rows
 
@@ -140,3 +142,36 @@ def test_inspect_lists_rows(loaded: Loaded, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl")
     report = minisft.inspect_rows(tmp_path / "rows.jsonl", loaded[1], rows=1)
     assert len(report.shown) == 1
+
+
+def test_merging_files_from_python(tmp_path: Path) -> None:
+    """``merge_folder`` and ``certify`` give the weights of ``merge`` and the files of the command."""
+    write_model(tmp_path / "model", tmp_path / "scratch")
+    model, _ = minisft.load_model(tmp_path / "model")
+    minisft.apply_lora_(model, minisft.LoRAConfig(rank=2))
+    with torch.no_grad():
+        for adapter in minisft.lora_modules(model).values():
+            adapter.lora_B.normal_(std=0.1)
+    minisft.save_adapter(model, tmp_path / "adapter")
+    merged = minisft.merge_folder(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
+    assert str(minisft.certify(merged, compare=False)).startswith("equivalent")
+    assert json.loads((tmp_path / "merged" / "merge_report.json").read_text())["model"] == "not checked"
+    verdict = minisft.certify(merged)
+    assert str(verdict).startswith("equivalent")
+    assert json.loads((tmp_path / "merged" / "merge_report.json").read_text())["model"] != "not checked"
+    in_memory, _ = minisft.merge(model)
+    again, _ = minisft.load_model(tmp_path / "merged")
+    for name, weight in in_memory.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+    minisft.verify(tmp_path / "merged", tmp_path / "adapter").require()
+
+
+def test_every_command_is_a_call() -> None:
+    """The table in ``api.py`` lists every command, and every call in it is a public name."""
+    from minisft import api
+    from minisft.cli.main import COMMANDS
+
+    rows = [line.split("|")[1:3] for line in (api.__doc__ or "").splitlines() if line.startswith("| ``")]
+    assert {name for commands, _ in rows for name in re.findall(r"``(\w+)``", commands)} == set(COMMANDS)
+    for _, calls in rows:
+        assert set(re.findall(r"``(\w+)", calls)) <= set(minisft.__all__)
