@@ -3,17 +3,19 @@
 Most stand where they are made and are only listed here; ``generate``, ``evaluate``, ``inspect_rows`` and ``certify`` join what
 a command joins: template, tokens, model. ``import minisft`` gives all of them and loads this module when one is first used.
 
-| command | call |
-|---|---|
-| ``train`` | ``train(RunConfig(...))`` |
-| ``eval`` | ``evaluate`` |
-| ``generate``, ``chat`` | ``generate`` |
-| ``inspect`` | ``inspect_rows`` |
-| ``quantize`` | ``load_model(..., quant=QuantConfig())`` and ``save_quantized`` |
-| ``plan`` | ``plan(RunConfig(...))`` |
-| ``merge`` | ``merge_folder`` and ``certify``, from files to files; ``merge``, ``merge_`` and ``unmerge_`` in memory |
-| ``verify``, ``combine``, ``sweep`` | ``verify``, ``combine_folders``, ``sweep`` |
-| ``quickstart`` | ``run_quickstart`` |
+The commands, and the calls that do the same:
+
+- ``train``: ``train(RunConfig(...))``
+- ``eval``: ``evaluate``
+- ``generate``, ``chat``: ``generate``
+- ``inspect``: ``inspect_rows``
+- ``quantize``: ``load_model(..., quant=QuantConfig())`` and ``save_quantized``
+- ``plan``: ``plan(RunConfig(...))``
+- ``merge``: ``merge_folder`` and ``certify`` from files to files; ``merge``, ``merge_`` and ``unmerge_`` in memory
+- ``verify``: ``verify``
+- ``combine``: ``combine_folders``
+- ``sweep``: ``sweep``
+- ``quickstart``: ``run_quickstart``
 """
 
 from __future__ import annotations

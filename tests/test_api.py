@@ -33,6 +33,7 @@ print(json.dumps({name: [thing.__name__, isinstance(thing, types.ModuleType)] fo
 """
 
 
+@pytest.mark.slow
 def test_a_public_name_is_its_function_whatever_was_imported_before() -> None:
     """A module of the same name would take its place as soon as anybody imports it."""
     command = [sys.executable, "-c", AFTER_EVERYTHING, json.dumps(sorted(set(MODULES) - kernel_files()))]
@@ -144,6 +145,7 @@ def test_inspect_lists_rows(loaded: Loaded, tmp_path: Path) -> None:
     assert len(report.shown) == 1
 
 
+@pytest.mark.slow
 def test_merging_files_from_python(tmp_path: Path) -> None:
     """``merge_folder`` and ``certify`` give the weights of ``merge`` and the files of the command."""
     write_model(tmp_path / "model", tmp_path / "scratch")
@@ -167,11 +169,11 @@ def test_merging_files_from_python(tmp_path: Path) -> None:
 
 
 def test_every_command_is_a_call() -> None:
-    """The table in ``api.py`` lists every command, and every call in it is a public name."""
+    """The list in ``api.py`` names every command, and every call in it is a public name."""
     from minisft import api
     from minisft.cli.main import COMMANDS
 
-    rows = [line.split("|")[1:3] for line in (api.__doc__ or "").splitlines() if line.startswith("| ``")]
+    rows = [line[2:].split(": ", 1) for line in (api.__doc__ or "").splitlines() if line.startswith("- ``")]
     assert {name for commands, _ in rows for name in re.findall(r"``(\w+)``", commands)} == set(COMMANDS)
     for _, calls in rows:
         assert set(re.findall(r"``(\w+)", calls)) <= set(minisft.__all__)

@@ -72,6 +72,7 @@ def test_every_command_in_readme_parses() -> None:
         parse(shlex.split(line, comments=True)[1:])
 
 
+@pytest.mark.slow
 def test_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every block, in order, in one session, with a tiny model in the place of the pretrained one."""
     write_model(tmp_path / "model", tmp_path / "scratch")
