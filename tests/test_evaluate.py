@@ -3,6 +3,8 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from minisft.config import ModelConfig
 from minisft.data.chat import Encoded
 from minisft.data.messages import Example, Message
 from minisft.evaluation import evaluate as evaluate_module
+from minisft.evaluation import references
 from minisft.evaluation.evaluate import EvalResult, RowResult, evaluate, write
 from minisft.evaluation.metrics import Z_95, exact_match, is_json, json_equal, json_match, token_f1, wilson
 from minisft.evaluation.multiple_choice import make_question, option_log_probs
@@ -35,14 +38,18 @@ CONFIG = ModelConfig(
 
 
 class CharTokenizer:
+    special_tokens: ClassVar[dict[str, int]] = {}
     eos_ids = (END, 1)
     pad_id = END
 
     def decode(self, ids, skip_special=True):
         return "".join(map(chr, ids))
 
+    def encode(self, text, control=False):
+        return [*map(ord, text)]
 
-def encode(messages, *, turns="last", add_generation_prompt=False, row=0) -> Encoded:
+
+def encode(messages, *, turns="last", add_generation_prompt=False, row=0, where="") -> Encoded:
     """A chat format of one id per character: role initial, text, END and a line break after it."""
     ids, supervised = [], []
     for place, message in enumerate(messages):
@@ -59,6 +66,7 @@ def encode(messages, *, turns="last", add_generation_prompt=False, row=0) -> Enc
 def char_chat(monkeypatch):
     monkeypatch.setattr(evaluate_module, "stop_ids", lambda tokenizer, template: tokenizer.eos_ids)
     monkeypatch.setattr(evaluate_module, "encode_chat", lambda tokenizer, template, messages, **kw: encode(messages, **kw))
+    monkeypatch.setattr(references, "answer_text", lambda tokenizer, template, example: example.messages[-1].content)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +80,7 @@ def model() -> CausalLM:
 
 
 def score(model, examples, metric, **settings) -> EvalResult:
-    return evaluate(model, CharTokenizer(), None, examples, metric, **settings)
+    return evaluate(model, CharTokenizer(), SimpleNamespace(generation_prompt="A"), examples, metric, **settings)
 
 
 def chat(prompt: str, answer: str, row: int = 1, **reference) -> Example:

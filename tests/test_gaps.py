@@ -15,7 +15,9 @@ from minisft.common.seeds import derive_seed
 from minisft.config import LoRAConfig, RunConfig
 from minisft.data.chat import Encoded, resolve_template
 from minisft.data.messages import Example, Message
+from minisft.data.template import ChatTemplate
 from minisft.evaluation.evaluate import evaluate
+from minisft.evaluation.metrics import Metric
 from minisft.formats import load_adapter_, load_model
 from minisft.optim import MasterAdamW
 from minisft.step import prepare_method, train_step
@@ -49,6 +51,40 @@ def test_an_end_token_is_no_part_of_the_answer(tmp_path: Path, monkeypatch: pyte
     example = Example((Message("user", "?"), Message("assistant", "yes")), 1, {})
     (row,) = evaluate(model, tokenizer, resolve_template(tokenizer), [example], "exact_match").rows
     assert (row.prediction, row.score, row.extra["stopped"]) == ("yes", 1.0, True)
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "json", "f1"])
+@pytest.mark.parametrize(
+    ("said", "answer", "score"),
+    [
+        ("<think>\n\n</think>\n\n[1]", "[1]", 1.0),
+        ("<think>so [2]?</think>[1]", "[1]", 1.0),
+        ("[1]", "[1]", 1.0),
+        ("<think>[1]</think>[2]", "[1]", 0.0),
+        ("<think>[1]", "[1]", 0.0),
+        ("<think>x</think>[1]", "<think>y</think>[1]", 1.0),
+    ],
+)
+def test_a_thinking_block_is_no_part_of_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric, said: str, answer: str, score: float
+) -> None:
+    model, tokenizer = load_model(write_model(tmp_path / "model", tmp_path / "scratch"))
+    source = THINKING.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    template = ChatTemplate(source, tokenizer.special_names)
+    ids = [*tokenizer.encode(said), 257]
+    monkeypatch.setattr(minisft.evaluation.evaluate, "generate", lambda model, prompts, **settings: [ids for _ in prompts])
+    example = Example((Message("user", "?"), Message("assistant", answer)), 1, {})
+    (row,) = evaluate(model, tokenizer, template, [example], metric).rows
+    if metric == "f1" and said == "<think>[1]":
+        assert row.score < 1
+    else:
+        assert (row.score, row.reference) == (score, "[1]")
 
 
 def quiet(text: str) -> None:

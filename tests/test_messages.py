@@ -81,6 +81,33 @@ def test_each_form_gives_the_same_kind_of_messages(
     assert dataset.notes[0].startswith(f"form: {form} (")
 
 
+def test_a_system_column_beside_messages_is_the_first_message(write: Write) -> None:
+    assert only(read_dataset(write({**chat_row(), "system": "s"}))) == (SYSTEM, *CHAT)
+    assert only(read_dataset(write({**chat_row(), "instructions": "s"}), ("system=instructions",))) == (SYSTEM, *CHAT)
+
+
+def test_further_texts_of_a_message_are_kept(write: Write) -> None:
+    row = chat_row(reasoning_content="r", name="n", id=7)
+    fields = (("reasoning_content", "r"), ("name", "n"))
+    assert only(read_dataset(write(row))) == (CHAT[0], Message("assistant", "a", fields=fields))
+
+
+def test_what_is_null_or_empty_is_not_there(write: Write) -> None:
+    nothing: list[object] = [None, "", [], {}]
+    for empty in nothing:
+        names = ("tools", "images", "functions", "source")
+        row = {**chat_row(reasoning_content=empty, thinking=empty, tool_calls=empty, function_call=empty), "tools": empty}
+        dataset = read_dataset(write(row | dict.fromkeys(names, empty)))
+        assert only(dataset) == CHAT
+        assert len(dataset.notes) == 1
+    assert only(read_dataset(write({**chat_row(), "tools": "[]"}))) == CHAT
+
+
+def test_columns_that_nothing_reads_are_listed_once(write: Write) -> None:
+    rows = [{**PAIR, "id": 1, "choices": ["a", "b"]}, {"prompt": "r", "completion": "b", "source": "x", "empty": None}]
+    assert [note for note in read_dataset(write(*rows)).notes if "not used" in note] == ["columns not used: id, source"]
+
+
 def test_mapping_names_other_columns(write: Write) -> None:
     row = {"text": "q", "label": "a", "options": ["a", "b"]}
     dataset = read_dataset(write(row), ("prompt=text", "completion=label"))
@@ -130,9 +157,17 @@ BAD_ROWS = [
     (chat_row(content=[{"type": "text"}]), "data/content-type", "join the parts"),
     (chat_row(train="no"), "data/bad-train-flag", "message 2"),
     (chat_row(tool_calls=[1]), "data/tool-calls", "message 2"),
+    (chat_row(function_call={"name": "f"}), "data/function-call", "message 2: function_call"),
+    (chat_row(images=["a.png"]), "data/images", "message 2: images"),
+    (chat_row(reasoning_content=3), "data/content-type", "message 2: reasoning_content"),
+    ({**chat_row(), "tools": [{"name": "f"}]}, "data/tools", ":2: tools"),
+    ({**chat_row(), "tools": '[{"name": "f"}]'}, "data/tools", ":2: tools"),
+    ({**chat_row(), "image": "a.png"}, "data/image", ":2: image"),
+    ({"messages": talk("role", "content", ("system", "s"), ("gpt", "a")), "system": "t"}, "data/two-systems", ":2: system"),
+    ({"messages": [{"from": "user", "value": "q"}]}, "data/message-keys", "--map role=from content=value"),
     ({"messages": [{"role": "user", "content": "q"}]}, "data/no-assistant", "nothing to train on"),
     ({"messages": "q"}, "data/not-a-list", "string"),
-    ({"messages": [{"role": "user"}]}, "data/message-keys", "content"),
+    ({"messages": [{"role": "user", "text": "q"}]}, "data/message-keys", "--map role=role content=text"),
     (b'{"messages": "\xff"}', "data/bad-utf8", "byte"),
     (b'{"messages": "\\ud800"}', "data/bad-value", "surrogate"),
     (b'{"messages": 1, "messages": 2}', "data/bad-value", "duplicate key"),

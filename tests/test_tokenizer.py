@@ -280,3 +280,11 @@ def test_tokens_without_an_embedding_row_are_named() -> None:
     tokenizer.check_embedding(tokenizer.vocab_size)
     with pytest.raises(UserError, match=r"261 'Ġyes'.*expected ids below 261"):
         tokenizer.check_embedding(261)
+
+
+@pytest.mark.parametrize(("pre", "guessed"), [(None, True), ("default", True), ("smollm", False), ("llama-bpe", False)])
+def test_a_gguf_that_names_no_splitting_rule_is_reported(pre: str | None, guessed: bool) -> None:
+    metadata = {key: value for key, value in byte_metadata(pre or "smollm").items() if pre or key != "tokenizer.ggml.pre"}
+    notes = [note for note in Tokenizer.from_gguf(metadata).notes if "tokenizer.ggml.pre" in note]
+    assert len(notes) == guessed
+    assert all(len(note) < 200 for note in notes)  # or the end, which says what helps, is cut where notes are shown

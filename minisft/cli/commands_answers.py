@@ -55,9 +55,9 @@ def eval_command(arguments: argparse.Namespace) -> int:
     from minisft.evaluation.evaluate import evaluate, write
 
     dataset = read_dataset(arguments.data, tuple(arguments.map), keep_duplicates=True)
-    for note in dataset.notes:
-        print(note)
     model, tokenizer, template = _load(arguments)
+    for note in (*dataset.notes, *tokenizer.notes):
+        print(note)
     result = evaluate(
         model,
         tokenizer,

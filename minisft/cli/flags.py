@@ -11,10 +11,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from minisft.common.errors import UserError, nearest, visible
 from minisft.config import RunConfig, check_calibration, check_sampling, field_type, flag_name
+from minisft.evaluation.metrics import Metric
 
 # The settings of a run that decide its memory.
 PLANNED = (
@@ -22,7 +23,7 @@ PLANNED = (
     "micro_batch_size", "dtype", "checkpointing", "device",
 )  # fmt: skip
 COUNTS = ("max_new_tokens", "limit", "batch_size", "micro_batch_size", "max_length", "rank")
-METRICS = ("exact_match", "json", "f1", "choice", "loss")
+METRICS = get_args(Metric)
 
 
 class Parser(argparse.ArgumentParser):

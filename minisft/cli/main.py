@@ -121,6 +121,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from minisft.data.inspect_data import check, inspect_dataset, render
     from minisft.data.messages import read_dataset
     from minisft.formats import load_tokenizer
+    from minisft.training.untrained_tokens import untrained_tokens_of
 
     dataset = read_dataset(arguments.data, tuple(arguments.map))
     tokenizer = load_tokenizer(arguments.model)
@@ -136,6 +137,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     )
     report = inspect_dataset(dataset, encoded, tokenizer, arguments.max_length, arguments.rows)
     print(render(report, color=sys.stdout.isatty()))
+    for note in untrained_tokens_of(arguments.model, tokenizer, encoded.rows):
+        print(f"note: {note}\n")
     check(encoded, tokenizer, arguments.max_length)
     return 0
 

@@ -44,6 +44,11 @@ class UserError(ValueError):
             labelled.append(f"fix: {fix}")
         super().__init__("; ".join([head, *labelled]))
 
+    def at(self, where: str) -> UserError:
+        """The same error with ``where`` (a file and line) before the position that it names already."""
+        given = self._call.keywords
+        return UserError(*self._call.args, **{**given, "where": ": ".join(filter(None, (where, given["where"])))})
+
     def __reduce__(self) -> tuple[Callable[[], UserError], tuple[()]]:
         """How a copy is made, in this process or in another one."""
         return self._call, ()

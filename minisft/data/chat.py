@@ -1,29 +1,30 @@
 """A chat becomes token ids, each flagged as a target to learn or as context.
 
-One function, ``encode_chat``, serves training, evaluation and generation, so that what is trained is what is later asked.
-The flags come from the rendering: the character spans that the assistant writes, read from the template's
-``{% generation %}`` blocks or from rendering ever longer parts of the chat. The whole text is encoded at once and the spans
-are laid over the tokens' offsets, so no answer is glued on in a way the model would never see.
+Training, evaluation and generation use one function, ``encode_chat``, so that what is trained is what is later asked.
+The flags come from the rendering: the character spans that the assistant writes (``answer_spans``). The whole text is encoded
+at once and the spans are laid over the tokens' offsets, so no answer is glued on in a way the model would never see.
 
 The border rule: a token is a target when it covers at least one character of the answer. With SmolLM2, ``"Answer: "`` +
 ``"yes"`` makes the single token ``" yes"``, which straddles the border and is trained; otherwise the answer would lose its
 first word.
 
-Text in the data never becomes a control token. It refuses templates whose parts do not fit together, by name. The one idea:
-the assistant's end-of-turn token is a target like any other; a model that is not taught to stop does not stop.
+Text in the data never becomes a special token. The one idea: the assistant's end-of-turn token is a target like any other; a
+model that is not taught to stop does not stop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from minisft.common.errors import UserError, visible
-from minisft.data.messages import Example, Message
-from minisft.data.special_tokens import ControlText, Span
-from minisft.data.template import CHATML, PLAIN, ChatTemplate, render_with_answers
+from minisft.data.answer_spans import render_with_answers
+from minisft.data.answer_text import stop_ids as stop_ids
+from minisft.data.examples import Example, Message
+from minisft.data.special_tokens import Span, SpecialTokenText
+from minisft.data.template import ChatTemplate
 from minisft.data.template import Turns as Turns
+from minisft.data.template import resolve_template as resolve_template
 from minisft.data.tokenizer import Tokenizer
 
 
@@ -35,7 +36,7 @@ class Encoded:
         input_ids: the token ids.
         supervised: True where the token is a target to learn.
         row: the row of the data file, from 1.
-        control_tokens_in_text: control tokens that the messages spell out, encoded as plain text.
+        control_tokens_in_text: special tokens that the messages spell out, encoded as plain text.
         prompt_length: number of tokens before the first supervised one; all of them when there is none.
         straddling: targets that also cover characters outside the answer.
     """
@@ -49,51 +50,8 @@ class Encoded:
 
     @property
     def num_targets(self) -> int:
+        """How many tokens are targets."""
         return sum(self.supervised)
-
-
-def resolve_template(tokenizer: Tokenizer, choice: str | None = None) -> ChatTemplate:
-    """The chat template to use: the model's own, ``chatml``, ``plain`` (for base models), or a ``.jinja`` file.
-
-    Raises:
-        UserError: ``tokenizer/no-template`` when the model has none and none is chosen; ``tokenizer/no-eos`` for ``plain``
-            without an end token; ``tokenizer/template`` for one that fails.
-    """
-    special = tokenizer.special_names
-    if choice == "chatml":
-        return ChatTemplate(CHATML, special, trusted=True)
-    if choice == "plain":
-        if "eos_token" not in special:
-            fix = "take a tokenizer whose config names its eos_token"
-            raise UserError("tokenizer/no-eos", "plain needs an end token to close the answers", found="no eos_token", fix=fix)
-        bos = "{{ bos_token }}" if tokenizer.adds_bos and "bos_token" in special else ""
-        return ChatTemplate(bos + PLAIN, special, trusted=True)
-    if choice is not None:
-        return ChatTemplate(_read_template(Path(choice)), special)
-    if tokenizer.chat_template is None:
-        expected = "a chat template in the model folder"
-        fix = "--template plain for a base model, --template chatml, or a .jinja file"
-        raise UserError("tokenizer/no-template", "the model has no chat template", expected=expected, fix=fix)
-    return ChatTemplate(tokenizer.chat_template, special)
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        found = error.strerror if isinstance(error, OSError) and error.strerror else visible(error)
-        expected = "chatml, plain or a .jinja file"
-        raise UserError(
-            "config/bad-template", "cannot read the template", where=visible(path), found=found, expected=expected
-        ) from None
-
-
-def stop_ids(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]:
-    """Ids that end an answer: every eos of the tokenizer and the control token that this template closes a turn with."""
-    encoded = encode_chat(tokenizer, template, (Message("user", "Hello?"), Message("assistant", "Hello!")))
-    last = max((i for i, flag in enumerate(encoded.supervised) if flag), default=None)
-    closing = [encoded.input_ids[last]] if last is not None and encoded.input_ids[last] in tokenizer.control_ids else []
-    return tuple(dict.fromkeys([*tokenizer.eos_ids, *closing]))
 
 
 def encode_chat(
@@ -105,6 +63,7 @@ def encode_chat(
     add_generation_prompt: bool = False,
     allow_control_tokens: bool = False,
     row: int = 0,
+    where: str = "",
 ) -> Encoded:
     """Render a chat, encode it, and flag the assistant's tokens.
 
@@ -113,39 +72,61 @@ def encode_chat(
         template: see ``resolve_template``.
         messages: the chat. Assistant messages with ``train`` False are context.
         turns: flag every assistant turn, or only the last.
-        add_generation_prompt: end where the assistant would begin to write. Nothing is flagged then.
-        allow_control_tokens: let control tokens spelt out in the messages act as such.
+        add_generation_prompt: end where the assistant would start to write. Nothing is flagged then.
+        allow_control_tokens: let special tokens spelt out in the messages act as such.
         row: copied to the result.
+        where: file and line, for errors.
+
+    Returns:
+        The tokens and their flags.
 
     Raises:
-        UserError: ``tokenizer/template...``: the template fails, or its parts do not show where the answers lie.
+        UserError: ``tokenizer/template...``: the template fails, or its parts do not show where the answers lie;
+            ``data/unread-field``: the template does not read a field that carries content.
     """
-    control = ControlText.of(tuple(tokenizer.special_tokens))
+    try:
+        return _encode(tokenizer, template, messages, turns, add_generation_prompt, allow_control_tokens, row)
+    except UserError as error:
+        raise (error.at(where) if where else error) from None
 
-    def rendering(chat: Sequence[Message]) -> tuple[str, list[Span]]:
-        return render_with_answers(template, chat, turns, add_generation_prompt, control)
 
-    text, spans = rendering(messages)
-    hidden = None if allow_control_tokens else control.hide(messages)
-    forged = 0
+def _encode(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    turns: Turns,
+    add_generation_prompt: bool,
+    allow_control_tokens: bool,
+    row: int,
+) -> Encoded:
+    special = SpecialTokenText.of(tuple(tokenizer.special_tokens))
+    text, spans = render_with_answers(template, messages, turns, add_generation_prompt, special)
+    hidden = None if allow_control_tokens else special.hide(messages)
     if hidden is not None:
-        masked, masked_spans = rendering(hidden.messages)
-        own, all_seen = control.spans(masked), control.spans(text)
+        masked, masked_spans = render_with_answers(template, hidden.messages, turns, add_generation_prompt, special)
+        own, all_seen = special.spans(masked), special.spans(text)
         if own != all_seen or hidden.reveal(masked) != text:
             ids, offsets = _encode_by_chunks(tokenizer, own, hidden.reveal(masked))
             return _flag(ids, offsets, masked_spans, row, max(0, len(all_seen) - len(own)))
     ids, offsets = tokenizer.encode_with_offsets(text, control=True)
-    if not allow_control_tokens and sum(map(tokenizer.control_ids.__contains__, ids)) != len(own := control.spans(text)):
-        # A normaliser made a control token out of other characters: cut the text ourselves.
-        ids, offsets = _encode_by_chunks(tokenizer, own, text)
-    return _flag(ids, offsets, spans, row, forged)
+    injected = 0
+    if not allow_control_tokens:
+        own, seen = special.spans(text), _num_special(tokenizer, ids)
+        if seen != len(own):  # a normalizer made a special token out of other characters: cut the text ourselves
+            ids, offsets = _encode_by_chunks(tokenizer, own, text)
+            injected = max(0, seen - _num_special(tokenizer, ids))
+    return _flag(ids, offsets, spans, row, injected)
+
+
+def _num_special(tokenizer: Tokenizer, ids: list[int]) -> int:
+    return sum(map(tokenizer.control_ids.__contains__, ids))
 
 
 def _encode_by_chunks(tokenizer: Tokenizer, own: list[Span], text: str) -> tuple[list[int], list[Span]]:
-    """Encode ``text`` where only the spans ``own`` are control tokens.
+    """Encode ``text`` where only the spans ``own`` are special tokens.
 
-    The library itself cuts text at control tokens before it encodes the pieces, so this gives the ids that it would give if
-    the forged ones were ordinary characters. (A SentencePiece tokenizer may put its leading space before each piece.)
+    The library itself cuts text at special tokens before it encodes the pieces, so this gives the ids that it would give if
+    the injected ones were ordinary characters. (A SentencePiece tokenizer may put its leading space before each piece.)
     """
     ids: list[int] = []
     offsets: list[Span] = []
@@ -161,7 +142,7 @@ def _encode_by_chunks(tokenizer: Tokenizer, own: list[Span], text: str) -> tuple
     return ids, offsets
 
 
-def _flag(ids: list[int], offsets: list[Span], spans: list[Span], row: int, forged: int) -> Encoded:
+def _flag(ids: list[int], offsets: list[Span], spans: list[Span], row: int, injected: int) -> Encoded:
     supervised = [False] * len(ids)
     straddling = 0
     token = 0
@@ -173,7 +154,7 @@ def _flag(ids: list[int], offsets: list[Span], spans: list[Span], row: int, forg
             straddling += offsets[token][0] < start or offsets[token][1] > end
             token += 1
     prompt_length = supervised.index(True) if True in supervised else len(ids)
-    return Encoded(ids, supervised, row, forged, prompt_length, straddling)
+    return Encoded(ids, supervised, row, injected, prompt_length, straddling)
 
 
 # ---- length ----
@@ -182,7 +163,7 @@ def _flag(ids: list[int], offsets: list[Span], spans: list[Span], row: int, forg
 def fit(encoded: Encoded, max_length: int) -> Encoded | None:
     """The chat in at most ``max_length`` tokens, or None when its answers alone do not fit.
 
-    What goes first are the tokens behind the last target, then the beginning of the prompt; at least one token stays before
+    What goes first are the tokens behind the last target, then the start of the prompt; at least one token stays before
     the first target, which is predicted from it. Targets are never cut, so no answer ends where its author did not end it.
     """
     if len(encoded.input_ids) <= max_length:
@@ -198,15 +179,15 @@ def fit(encoded: Encoded, max_length: int) -> Encoded | None:
 
 @dataclass(frozen=True)
 class EncodedDataset:
-    """Encoded rows that fit, and what became of the others.
+    """Encoded rows that fit, and which of the others were cut or dropped.
 
     Attributes:
         rows: the rows to use, in file order.
         lengths: tokens of every row before ``fit``.
-        truncated: row numbers whose prompt lost its beginning.
+        truncated: row numbers whose prompt lost its start.
         too_long: row numbers dropped because their answers do not fit.
         untrained: row numbers dropped because they have no target (every answer is marked as context).
-        control_tokens: control tokens spelt out in the data and encoded as text.
+        control_tokens: special tokens spelt out in the data and encoded as text.
         stop_ids: ids that end an answer, see ``stop_ids``.
         path: the data file.
     """
@@ -249,11 +230,20 @@ def encode_dataset(
     """Encode and fit every example.
 
     Args:
+        examples: the rows.
+        tokenizer: the model's tokenizer.
+        template: see ``resolve_template``.
+        max_length: longest row in tokens.
+        turns: train every assistant turn, or only the last.
+        allow_control_tokens: let special tokens spelt out in the messages act as such.
         strict: a row that is too long is an error instead of being counted.
         path: the data file, for errors.
 
+    Returns:
+        The rows that fit, and counts of the others.
+
     Raises:
-        UserError: ``data/too-long`` with ``strict``; ``tokenizer/template...``.
+        UserError: ``data/too-long`` with ``strict``; ``tokenizer/template...``; ``data/unread-field``. All name the row.
     """
     rows: list[Encoded] = []
     lengths: list[int] = []
@@ -261,13 +251,19 @@ def encode_dataset(
     control_tokens = 0
     for example in examples:
         encoded = encode_chat(
-            tokenizer, template, example.messages, turns=turns, allow_control_tokens=allow_control_tokens, row=example.row
+            tokenizer,
+            template,
+            example.messages,
+            turns=turns,
+            allow_control_tokens=allow_control_tokens,
+            row=example.row,
+            where=example.where or f"{visible(path)}:{example.row}",
         )
         length = len(encoded.input_ids)
         lengths.append(length)
         control_tokens += encoded.control_tokens_in_text
         if strict and length > max_length:
-            raise _too_long(f"{visible(path)}:{example.row}", length, max_length)
+            raise _too_long(example.where or f"{visible(path)}:{example.row}", length, max_length)
         fitted = fit(encoded, max_length)
         if not encoded.num_targets:
             untrained.append(example.row)

@@ -34,7 +34,7 @@ class _Rule:
 _GPT2 = _Rule()
 RULES = {
     "gpt-2": _GPT2,
-    # What converters wrote before they knew better; the file leaves no better guess than GPT-2's rule.
+    # What converters wrote before there was a key; the file leaves no better guess than GPT-2's rule (``splitting_notes``).
     "default": _GPT2,
     "smollm": _Rule(single_digits=True),
     "llama-bpe": _Rule(pattern=f"{_CONTRACTIONS}|{_WORDS_AND_SPACES}".replace("NUMBER", r"\p{N}{1,3}"), ignore_merges=True),
@@ -70,6 +70,17 @@ def build_bpe(metadata: Mapping[str, object]) -> Tokenizer:
     added = [(t, kind) for t, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)]
     tokenizer.add_tokens([AddedToken(t, special=kind == CONTROL, normalized=False) for t, kind in added])
     return tokenizer
+
+
+def splitting_notes(metadata: Mapping[str, object]) -> tuple[str, ...]:
+    """What to report where the file does not name its splitting rule."""
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre not in (None, "default"):
+        return ()
+    return (
+        "the GGUF file names no splitting rule (tokenizer.ggml.pre): GPT-2's is guessed, so token ids may be wrong; "
+        "use the model's Hugging Face folder, or convert it anew",
+    )
 
 
 def special_ids(metadata: Mapping[str, object], vocab_size: int) -> dict[str, int]:

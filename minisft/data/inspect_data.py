@@ -73,7 +73,11 @@ def inspect_dataset(
         dataset: the rows as read.
         encoded: the same rows from ``encode_dataset``, fitted to ``max_length``.
         tokenizer: to spell the tokens.
+        max_length: the limit that the rows were fitted to, in tokens.
         num_shown: how many rows to show token by token.
+
+    Returns:
+        The report, for ``render``.
     """
     return Report(
         path=dataset.path,
@@ -112,6 +116,11 @@ def _spelling(token_id: int, tokenizer: Tokenizer) -> str:
 
 def check(encoded: EncodedDataset, tokenizer: Tokenizer, max_length: int) -> None:
     """Refuse data on which training would be broken.
+
+    Args:
+        encoded: the rows from ``encode_dataset``.
+        tokenizer: to spell the end tokens.
+        max_length: the limit that the rows were fitted to, in tokens.
 
     Raises:
         UserError: ``data/all-too-long``, ``data/no-target`` (no token to learn in any row), ``data/no-end-token`` (a trained
@@ -161,7 +170,7 @@ def _summary(report: Report) -> list[str]:
         f"rows used            {counts['used']} of {counts['rows']}",
         f"tokens               {counts['tokens']}, of which trained {counts['supervised_tokens']} ({share:.1f} %)",
         f"longest allowed      {report.max_length} tokens",
-        f"prompt cut           {_rows(report.encoded.truncated)} (the beginning of the prompt is lost)",
+        f"prompt cut           {_rows(report.encoded.truncated)} (the start of the prompt is lost)",
         f"answer too long      {_rows(report.encoded.too_long)} (dropped)",
         f"nothing trained      {_rows(report.encoded.untrained)} (dropped)",
         f"open end             {_rows(report.open_ended)} (a trained turn without an end token)",

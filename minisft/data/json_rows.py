@@ -1,7 +1,7 @@
-"""The rows of a JSON lines file or a JSON array, streamed, each with the place that errors name.
+"""The rows of a JSON lines file or a JSON array, streamed, each with the position that errors name.
 
 Whatever is wrong with the bytes (missing file, gzip under a .jsonl name, bad UTF-8, bad JSON, a row of gigabytes) is a
-``UserError`` with file and line here, so that the rooms above only ever see objects.
+``UserError`` with file and line here, so that the modules above only ever see objects.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ class RowFile:
 
     @property
     def sha256(self) -> str:
+        """Of the bytes read so far, in hexadecimal digits."""
         return self._digest.hexdigest()
 
     def rows(self) -> Iterator[tuple[int, str, dict[str, JSON]]]:
-        """(number from 1, place for errors, object) of each row."""
+        """(number from 1, file and line for errors, object) of each row."""
         kind = next((kind for magic, kind in MAGIC.items() if self._head.startswith(magic)), None)
         if kind is not None:
             fix = "unpack or convert it to JSON lines in UTF-8 first"

@@ -1,7 +1,7 @@
-"""Control tokens spelt out by the data, found and hidden while a template renders.
+"""Special tokens in data: spelt out by a message, found and hidden while a template renders.
 
-A message may contain ``<|im_end|>``, or halves of it that meet only after rendering. Here one character of each such place
-is replaced by a private stand-in before the template runs; what still reads as a control token in the rendered text was
+A message may contain ``<|im_end|>``, or halves of it that meet only after rendering. Here one character of each such position
+is replaced by a private stand-in before the template runs; what still reads as a special token in the rendered text was
 written by the template itself. It decides nothing about tokens and ids. The one idea: mark provenance before the two are
 mixed, because afterwards they look the same.
 """
@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from minisft.data.messages import Message
+from minisft.data.examples import Message
 
 Span = tuple[int, int]
 # Supplementary private use area A: no standard gives these characters a meaning.
@@ -32,8 +32,8 @@ class Hidden:
         return text.translate(self.originals)
 
 
-class ControlText:
-    """What a tokenizer's control tokens look like as text."""
+class SpecialTokenText:
+    """What a tokenizer's special tokens look like as text."""
 
     def __init__(self, tokens: tuple[str, ...]) -> None:
         self.tokens = tuple(sorted(tokens, key=len, reverse=True))  # the longest wins, as in the tokenizer
@@ -49,45 +49,53 @@ class ControlText:
 
     @staticmethod
     @functools.lru_cache(maxsize=16)
-    def of(tokens: tuple[str, ...]) -> ControlText:
-        """The (cached) control text of these tokens."""
-        return ControlText(tokens)
+    def of(tokens: tuple[str, ...]) -> SpecialTokenText:
+        """The (cached) object for these tokens."""
+        return SpecialTokenText(tokens)
 
     def spans(self, text: str) -> list[Span]:
-        """Where control tokens stand in ``text``, leftmost and longest first."""
+        """Where special tokens stand in ``text``, leftmost and longest first."""
         return [match.span() for match in self.pattern.finditer(text)]
 
     def hide(self, messages: Sequence[Message]) -> Hidden | None:
-        """Replace one character of each control token, or part of one at an edge, by a stand-in; None if there is none."""
-        places = [self._places(m.content) for m in messages]
-        if not any(places):
+        """Replace one character of each special token, or part of one at an edge, by a stand-in; None if there is none."""
+        texts = list(dict.fromkeys(text for m in messages for text in m.texts))
+        positions = {text: found for text in texts if (found := self._positions(text))}
+        if not positions:
             return None
-        originals = {m.content[at] for m, found in zip(messages, places, strict=True) for at in found}
-        used = set().union(*(m.content for m in messages))
+        originals = {text[at] for text, found in positions.items() for at in found}
+        used = set().union(*texts)
         free = (c for c in map(chr, range(_FIRST_STAND_IN, _FIRST_STAND_IN + 0xFFFE)) if c not in used)
         stand_in = dict(zip(sorted(originals), free, strict=False))
-        hidden = [_replaced(m, found, stand_in) for m, found in zip(messages, places, strict=True)]
-        return Hidden(tuple(hidden), {ord(free): original for original, free in stand_in.items()})
+        hidden = {text: _replaced(text, found, stand_in) for text, found in positions.items()}
+        return Hidden(
+            tuple(_with_texts(m, hidden) for m in messages), {ord(free): original for original, free in stand_in.items()}
+        )
 
-    def _places(self, content: str) -> set[int]:
-        """Indices whose replacement leaves no control token inside ``content``, and none that could form across its edges."""
-        places = {match.start() for match in self._anywhere.finditer(content)}
+    def _positions(self, content: str) -> set[int]:
+        """Indices whose replacement leaves no special token inside ``content``, and none that could form across its edges."""
+        positions = {match.start() for match in self._anywhere.finditer(content)}
         inner = content.strip()
         if not inner:
-            return places
+            return positions
         first = len(content) - len(content.lstrip())
         last = len(content.rstrip()) - 1
         edges = {inner, content}  # templates may trim a message or not
         if inner[0] in self._tail_characters and any(c[:k] in self._tails for c in edges for k in range(1, self._longest)):
-            places.add(first)
+            positions.add(first)
         if inner[-1] in self._head_characters and any(c[-k:] in self._heads for c in edges for k in range(1, self._longest)):
-            places.add(last)
+            positions.add(last)
         if len(inner) < self._longest and any(inner in token for token in self.tokens):
-            places.add(first)
-        return places
+            positions.add(first)
+        return positions
 
 
-def _replaced(message: Message, places: set[int], stand_in: dict[str, str]) -> Message:
-    if not places:
+def _replaced(text: str, positions: set[int], stand_in: dict[str, str]) -> str:
+    return "".join(stand_in[c] if i in positions else c for i, c in enumerate(text))
+
+
+def _with_texts(message: Message, hidden: dict[str, str]) -> Message:
+    if not any(text in hidden for text in message.texts):
         return message
-    return replace(message, content="".join(stand_in[c] if i in places else c for i, c in enumerate(message.content)))
+    fields = tuple((key, hidden.get(text, text)) for key, text in message.fields)
+    return replace(message, content=hidden.get(message.content, message.content), fields=fields)

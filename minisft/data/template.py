@@ -1,11 +1,11 @@
 """Chat templates: the text of a chat, rendered by the model's own Jinja2 program in a sandbox.
 
-A template is code from a stranger. It runs in Jinja2's immutable sandbox, which reaches no attribute with an underscore and
+A template is untrusted code. It runs in Jinja2's immutable sandbox, which reaches no attribute with an underscore and
 changes nothing it is given; before it runs here for the first time, it is compiled and rendered once in a child process with
 limits on CPU time and memory; its size and its output are capped. The rendering equals transformers' ``apply_chat_template``.
+``{% generation %}`` blocks report the character spans that the assistant writes.
 
-It refuses templates that fail any of this, naming the template's line. The one idea: ``{% generation %}`` blocks report the
-character spans that the assistant writes, so that what is trained is read off the rendering, never searched for afterwards.
+It refuses templates that fail any of this, naming the template's line.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NoReturn
 
 import jinja2
@@ -27,9 +28,10 @@ import jinja2.sandbox
 import jinja2.utils
 
 from minisft.common.errors import UserError, visible
-from minisft.common.sandbox import TrialError, failure
-from minisft.data.messages import Message
-from minisft.data.special_tokens import ControlText, Span
+from minisft.common.sandbox import CPU_SECONDS, MEMORY_BYTES, TrialError, failure
+from minisft.data.examples import Message
+from minisft.data.special_tokens import Span
+from minisft.data.tokenizer import Tokenizer
 
 Turns = Literal["all", "last"]
 MAX_TEMPLATE_BYTES = 64 * 1024
@@ -94,11 +96,25 @@ class ChatTemplate:
             raise _template_error(_diagnosis(error)) from None
         self.has_generation_blocks = self._program.has_generation_blocks
 
+    @functools.cached_property
+    def generation_prompt(self) -> str:
+        """The words that open an assistant's turn, as a chat of one question shows them; empty where there are none."""
+        question = [Message("user", "Hello?")]
+        try:
+            without, whole = self.render(question).text, self.render(question, add_generation_prompt=True).text
+        except UserError:
+            return ""
+        return whole.removeprefix(without) if whole.startswith(without) else ""
+
+    def reads(self, name: str) -> bool:
+        """Whether the template names this field of a message at all."""
+        return name in self.source
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> Rendered:
         """The chat as text.
 
         Args:
-            messages: the chat; the template sees role and content of each.
+            messages: the chat; the template sees role, content and further ``fields`` of each.
             add_generation_prompt: end with the words that open an assistant's turn.
 
         Raises:
@@ -107,7 +123,8 @@ class ChatTemplate:
         try:
             return self._program.render(messages, add_generation_prompt)
         except TEMPLATE_FAILURES as error:
-            raise _template_error(_diagnosis(error)) from None
+            what, fix = "the chat template refuses these messages", f"change or drop the row, or {_OTHER_TEMPLATE}"
+            raise UserError("tokenizer/template", what, found=visible(_diagnosis(error)), fix=fix) from None
 
 
 class _Program:
@@ -130,15 +147,15 @@ class _Program:
         self.has_generation_blocks = any(call.name == "note_block" for call in calls)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
-        chat = [{"role": m.role, "content": m.content} for m in messages]
+        chat = [{"role": m.role, "content": m.content, **dict(m.fields)} for m in messages]
         pieces: list[str] = []
-        room = MAX_OUTPUT_CHARACTERS + sum(len(m.content) for m in messages)
+        left = MAX_OUTPUT_CHARACTERS + sum(len(text) for m in messages for text in m.texts)
         self._blocks.open(pieces)
         variables = {"messages": chat, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         for piece in self._template.generate({**variables, **self._special}):
             pieces.append(piece)
-            room -= len(piece)
-            if room < 0:
+            left -= len(piece)
+            if left < 0:
                 raise jinja2.TemplateError("it writes more than 1 MiB beside the messages")
         text = "".join(pieces)
         return Rendered(text, self._blocks.spans(text))
@@ -159,7 +176,7 @@ class _GenerationBlock(jinja2.ext.Extension):
         return jinja2.nodes.CallBlock(self.call_method("note_block"), [], [], body).set_lineno(line)
 
     def open(self, pieces: list[str]) -> None:
-        """Begin a rendering whose output is collected in ``pieces``."""
+        """Start a rendering whose output is collected in ``pieces``."""
         self._pieces = pieces
         self._blocks: list[tuple[int, str]] = []
 
@@ -215,13 +232,21 @@ def _diagnosis(error: BaseException) -> str:
     return f"template line {line}: {words}" if line else words
 
 
+_OTHER_TEMPLATE = "give another template: --template chatml, plain or a .jinja file"
+
+
 def _template_error(problem: str) -> UserError:
+    limits = {
+        "it ran longer than": f"a rendering within {CPU_SECONDS} s",
+        "it needed more than": f"at most {MEMORY_BYTES >> 20} MiB",
+    }
+    expected = next((limit for words, limit in limits.items() if problem.startswith(words)), "")
     return UserError(
         "tokenizer/template",
         "the chat template failed",
         found=visible(problem),
-        expected="a rendering within 2 s and 512 MiB",
-        fix="mend the template, or give another one: --template chatml, plain or a .jinja file",
+        expected=expected,
+        fix=f"correct the template, or {_OTHER_TEMPLATE}",
     )
 
 
@@ -248,72 +273,41 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-# ---- where the answers lie ----
+# ---- which template ----
 
 
-def render_with_answers(
-    template: ChatTemplate, messages: Sequence[Message], turns: Turns, add_generation_prompt: bool, control: ControlText
-) -> tuple[str, list[Span]]:
-    """The chat's text and the character spans of the answers to train, in order, each with its end-of-turn token.
-
-    Args:
-        turns: every assistant turn, or only the last; those with ``train`` False are left out.
-        add_generation_prompt: end where the assistant would begin to write; there are no answers then.
-        control: the tokenizer's control tokens: an answer ends with the one that closes it.
+def resolve_template(tokenizer: Tokenizer, choice: str | None = None) -> ChatTemplate:
+    """The chat template to use: the model's own, ``chatml``, ``plain`` (for base models), or a ``.jinja`` file.
 
     Raises:
-        UserError: ``tokenizer/template-spans``, ``tokenizer/template-prefix``: the rendering does not show where answers lie.
+        UserError: ``tokenizer/no-template`` when the model has none and none is chosen; ``tokenizer/no-eos`` for ``plain``
+            without an end token; ``tokenizer/template`` for one that fails.
     """
-    rendered = template.render(messages, add_generation_prompt)
-    wanted = [] if add_generation_prompt else _wanted_turns(messages, turns)
-    if not wanted:
-        return rendered.text, []
-    if template.has_generation_blocks:
-        spans = _block_spans(rendered, messages, wanted, control)
-    else:
-        spans = [_prefix_span(template, messages, i, rendered.text) for i in wanted]
-    return rendered.text, [_without_trailing_space(rendered.text, span, control) for span in spans]
+    special = tokenizer.special_names
+    if choice == "chatml":
+        return ChatTemplate(CHATML, special, trusted=True)
+    if choice == "plain":
+        if "eos_token" not in special:
+            fix = "take a tokenizer whose config names its eos_token"
+            raise UserError("tokenizer/no-eos", "plain needs an end token to close the answers", found="no eos_token", fix=fix)
+        bos = "{{ bos_token }}" if tokenizer.adds_bos and "bos_token" in special else ""
+        return ChatTemplate(bos + PLAIN, special, trusted=True)
+    if choice is not None:
+        return ChatTemplate(_read_template(Path(choice)), special)
+    if tokenizer.chat_template is None:
+        expected = "a chat template in the model folder"
+        fix = "--template plain for a base model, --template chatml, or a .jinja file"
+        raise UserError("tokenizer/no-template", "the model has no chat template", expected=expected, fix=fix)
+    return ChatTemplate(tokenizer.chat_template, special)
 
 
-def _wanted_turns(messages: Sequence[Message], turns: Turns) -> list[int]:
-    answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
-    return [i for i in (answers[-1:] if turns == "last" else answers) if messages[i].train]
-
-
-def _block_spans(rendered: Rendered, messages: Sequence[Message], wanted: list[int], control: ControlText) -> list[Span]:
-    """The generation blocks of the wanted turns; a control token right behind a block closes the turn and belongs to it."""
-    answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
-    blocks = rendered.generation_spans
-    if len(blocks) != len(answers):
-        found, expected = f"{len(blocks)} generation blocks", f"{len(answers)}, one for each assistant turn"
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        found = error.strerror if isinstance(error, OSError) and error.strerror else visible(error)
+        expected = "chatml, plain or a .jinja file"
+        fix = f"--template {expected}"
         raise UserError(
-            "tokenizer/template-spans", "the chat template does not mark every answer", found=found, expected=expected
-        )
-    spans = []
-    for start, end in (blocks[answers.index(i)] for i in wanted):
-        closing = control.pattern.match(rendered.text, end)
-        is_closed = rendered.text[start:end].rstrip().endswith(control.tokens)
-        spans.append((start, closing.end() if closing and not is_closed else end))
-    return spans
-
-
-def _prefix_span(template: ChatTemplate, messages: Sequence[Message], i: int, text: str) -> Span:
-    """Turn i lies between the rendering of all before it, with the generation prompt, and the rendering up to it."""
-    before = template.render(messages[:i], add_generation_prompt=True).text
-    until = text if i == len(messages) - 1 else template.render(messages[: i + 1]).text
-    if not (text.startswith(until) and until.startswith(before)):
-        raise UserError(
-            "tokenizer/template-prefix",
-            "the chat template renders part of a chat differently from the whole, so the answers cannot be told apart",
-            where=f"message {i + 1} of {len(messages)}",
-            expected="each part to be the beginning of the whole",
-            fix="--turns last, or --template FILE.jinja with {% generation %} blocks",
-        )
-    return len(before), len(until)
-
-
-def _without_trailing_space(text: str, span: Span, control: ControlText) -> Span:
-    """Cut what follows the end-of-turn token: the newline before the next turn is not the assistant's."""
-    start, end = span
-    visible_end = start + len(text[start:end].rstrip())
-    return (start, visible_end) if text.endswith(control.tokens, start, visible_end) else span
+            "config/bad-template", "cannot read the template", where=visible(path), found=found, expected=expected, fix=fix
+        ) from None

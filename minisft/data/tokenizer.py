@@ -22,7 +22,7 @@ from minisft.common import safe_json
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.common.sandbox import failure
-from minisft.data.gguf_vocabulary import build_bpe, special_ids
+from minisft.data.gguf_vocabulary import build_bpe, special_ids, splitting_notes
 
 T = TypeVar("T")
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -57,12 +57,13 @@ class Tokenizer:
         bos_id: begin-of-text id, or None.
         eos_ids: ids that end a generation (may be empty; ``notes`` says so).
         pad_id: id that fills padded positions; padding is masked by length, so any id will do, and without one of its
-            own the tokenizer's first eos serves.
+            own it is the tokenizer's first eos.
         special_tokens: every control token's text and id.
         special_names: ``bos_token``, ``eos_token``, ... to the token's text.
         adds_bos: whether plain text is meant to begin with the bos token.
         chat_template: Jinja2 source, or None.
-        notes: choices made for want of a setting, to be said aloud.
+        added_ids: ids of the tokens beside the vocabulary proper: control tokens and others like ``<think>``.
+        notes: choices made for want of a setting, to be reported.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special: SpecialTokens, chat_template: str | None) -> None:
@@ -74,6 +75,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_tokens: dict[str, int] = {token.content: i for i, token in sorted(added.items()) if token.special}
         self.control_ids = frozenset(self.special_tokens.values())
+        self.added_ids = frozenset(added)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.special_names = special.names
         self.bos_id: int | None = self.special_tokens.get(special.names.get("bos_token", ""))
@@ -96,7 +98,7 @@ class Tokenizer:
 
         Raises:
             UserError: ``tokenizer/control-from-text``: the vocabulary spells a control token out of plain text, so that
-                data could forge it.
+                data could inject it.
         """
         if control:
             encoding = self._with_control.encode(text, add_special_tokens=False)
@@ -104,13 +106,13 @@ class Tokenizer:
         encoding = self._text_only.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         if not self.control_ids.isdisjoint(ids):
-            forged = [
+            injected = [
                 token for token, i in self.special_tokens.items() if i in ids and token != self.special_names.get("unk_token")
             ]
-            if forged:
+            if injected:
                 fix = "--allow-control-tokens, if the data is your own"
                 raise UserError(
-                    "tokenizer/control-from-text", "plain text becomes a control token", found=listing(forged), fix=fix
+                    "tokenizer/control-from-text", "plain text becomes a control token", found=listing(injected), fix=fix
                 )
         return ids, encoding.offsets
 
@@ -198,7 +200,9 @@ class Tokenizer:
         template = metadata.get("tokenizer.chat_template")
         adds_bos = metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") == "llama-bpe") is True
         special = SpecialTokens(names, eos_ids, ids.get("pad"), adds_bos)
-        return cls(backend, special, template if isinstance(template, str) else None)
+        tokenizer = cls(backend, special, template if isinstance(template, str) else None)
+        tokenizer.notes += splitting_notes(metadata)
+        return tokenizer
 
 
 def guarded(call: Callable[[], T], where: str) -> T:
@@ -214,15 +218,15 @@ def guarded(call: Callable[[], T], where: str) -> T:
 
 
 def _without_control_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A twin that shares the vocabulary but reads control tokens as plain characters."""
-    twin = tokenizers.Tokenizer(backend.model)
+    """A tokenizer that shares the vocabulary but reads control tokens as plain characters."""
+    plain = tokenizers.Tokenizer(backend.model)
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         if getattr(backend, part) is not None:
-            setattr(twin, part, getattr(backend, part))
+            setattr(plain, part, getattr(backend, part))
     added = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
-    twin.add_tokens(added)
-    twin.encode_special_tokens = True
-    return twin
+    plain.add_tokens(added)
+    plain.encode_special_tokens = True
+    return plain
 
 
 def _choose_padding(special: SpecialTokens) -> tuple[int, tuple[str, ...]]:

@@ -2,8 +2,9 @@
 
 Five metrics. ``exact_match``, ``json`` and ``f1`` let the model answer greedily and compare texts; ``choice`` compares the
 probabilities of fixed options, so there is nothing to parse; ``loss`` is the training loss on unseen rows. Prompts are
-rendered and tokenized by the same ``encode_chat`` that training uses. BLEU, ROUGE and benchmark suites are left to
-sacrebleu, rouge-score and lm-eval.
+rendered and tokenized by the same ``encode_chat`` that training uses, and the reference is what template and tokenizer make of
+the last turn, so that the answer that was trained is the answer that counts. A thinking block is taken off both sides.
+BLEU, ROUGE and benchmark suites are left to sacrebleu, rouge-score and lm-eval.
 
 The idea to take home: a score is an estimate. It comes with n, a 95 % interval and every single row, so that two models
 can be compared row by row.
@@ -11,61 +12,39 @@ can be compared row by row.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal, get_args
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 
 from minisft.batching import collate
-from minisft.common.atomic_files import make_folder, write_durably
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.data.chat import Encoded, Turns, encode_chat, stop_ids
-from minisft.data.messages import Example, Message
+from minisft.data.examples import Example, Message
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
-from minisft.evaluation.metrics import exact_match, is_json, json_match, token_f1, wilson
+from minisft.evaluation.metrics import THINK, exact_match, is_json, json_match, split_thinking, token_f1, wilson
+from minisft.evaluation.metrics import Metric as Metric
 from minisft.evaluation.multiple_choice import Question, make_question, option_log_probs
+from minisft.evaluation.references import decode_answer, rendered_reference
+from minisft.evaluation.results import EvalResult as EvalResult
+from minisft.evaluation.results import Progress as Progress
+from minisft.evaluation.results import RowResult as RowResult
+from minisft.evaluation.results import terminal_progress as terminal_progress
+from minisft.evaluation.results import write as write
 from minisft.generation import generate, no_dropout
 from minisft.loss import head_loss_sum
 from minisft.model import CausalLM
 
-Metric = Literal["exact_match", "json", "f1", "choice", "loss"]
-Progress = Callable[[int, int], None]  # rows done, rows in all
 OPTIONS_AT_ONCE = 256  # rows of the option batch: enough to fill the matrix units, little enough for the KV cache
 
 
 @dataclass(frozen=True)
-class RowResult:
-    """One row: its number in the file, what the model said, what was right, its score, and what the metric adds."""
-
-    row: int
-    prediction: str
-    reference: str
-    score: float
-    extra: dict[str, JSON] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """The mean ``score`` over ``n`` rows (for ``loss``: over tokens); ``extra`` depends on the metric."""
-
-    score: float
-    n: int
-    metric: str
-    extra: dict[str, JSON]
-    rows: list[RowResult]
-
-
-@dataclass(frozen=True)
 class Scorer:
-    """What every metric needs: the model, how to turn messages into ids, how much at once, and whom to tell."""
+    """What every metric needs: the model, how to turn messages into ids, how much at once, and the progress callback."""
 
     model: CausalLM
     tokenizer: Tokenizer
@@ -74,29 +53,46 @@ class Scorer:
     batch_size: int
     progress: Progress | None
 
-    def tell(self, done: int, total: int) -> None:
+    def report(self, done: int, total: int) -> None:
+        """Call the progress callback, if there is one."""
         if self.progress is not None:
             self.progress(done, total)
 
     def encode(
         self, example: Example, messages: Sequence[Message], *, open_ended: bool = False, turns: Turns = "last"
     ) -> Encoded:
-        """``messages`` as ids; ``open_ended``: ready for the model to answer.
+        """``messages`` as ids.
+
+        Args:
+            example: the row, for errors.
+            messages: the chat.
+            open_ended: end with the generation prompt, ready for the model to answer.
+            turns: the assistant turns to supervise.
+
+        Returns:
+            The tokens.
 
         Raises:
             UserError: it does not fit the model's context.
         """
         encoded = encode_chat(
-            self.tokenizer, self.template, messages, turns=turns, add_generation_prompt=open_ended, row=example.row
+            self.tokenizer,
+            self.template,
+            messages,
+            turns=turns,
+            add_generation_prompt=open_ended,
+            row=example.row,
+            where=example.place,
         )
         context = self.model.config.max_position_embeddings
         if len(encoded.input_ids) + open_ended > context:
             raise UserError(
                 "data/row-too-long",
                 "a row does not fit the model's context",
-                where=f"row {example.row}",
+                where=example.place,
                 found=f"{len(encoded.input_ids)} tokens",
                 expected=f"at most {context}",
+                fix="shorten or drop the row",
             )
         return encoded
 
@@ -114,7 +110,7 @@ def evaluate(
     system: str | None = None,
     progress: Progress | None = None,
 ) -> EvalResult:
-    """Score ``model`` on the first ``limit`` examples.
+    """Score ``model`` on the first ``limit`` examples: what ``minisft eval`` does.
 
     Metrics:
         exact_match: the answer equals the reference, but for white space around it.
@@ -129,17 +125,32 @@ def evaluate(
         loss: mean -log p per supervised token (all assistant turns that train); ``perplexity`` is its exponential.
 
     Args:
+        model: the model, in any dtype and on any device; adapters take part.
+        tokenizer: its tokenizer.
+        template: its chat template, from ``minisft.data.chat.resolve_template``.
+        examples: rows of ``minisft.data.messages.read_dataset``, each with an assistant turn at its end.
+        metric: how answers are judged, see above.
+        max_new_tokens: longest answer in tokens, where the model answers.
+        limit: score only so many rows; None for all. Options of ``choice`` come from all rows.
         batch_size: rows computed at once; never changes a result (but for rounding).
         system: put before rows that have no system turn.
         progress: called with (rows done, rows in all).
 
+    Returns:
+        The mean score, its 95 % interval where it is a share of right answers, and every row. ``write`` puts it into files.
+
     Raises:
-        UserError: no rows, a row without a reference answer or too long for the model, choices that lack the reference.
+        UserError: no rows, a row without a reference answer or too long for the model, choices that lack the reference, a row
+            that the template refuses; each names the row.
     """
     if metric not in get_args(Metric):
-        raise UserError("config/bad-value", "unknown metric", found=visible(metric), expected=" or ".join(get_args(Metric)))
+        options = " or ".join(get_args(Metric))
+        raise UserError(
+            "config/bad-value", "unknown metric", found=visible(metric), expected=options, fix="metric='exact_match'"
+        )
     if limit is not None and limit < 1:
-        raise UserError("config/bad-value", "a setting is out of range", where="limit", found=str(limit), expected="at least 1")
+        what, fix = "a setting is out of range", "limit=None for all rows"
+        raise UserError("config/bad-value", what, where="limit", found=str(limit), expected="at least 1", fix=fix)
     examples = [_with_system(_with_reference(example), system) for example in examples]
     chosen = examples[:limit]
     if not chosen:
@@ -158,9 +169,10 @@ def _with_reference(example: Example) -> Example:
         raise UserError(
             "data/no-reference",
             "a row has no answer to compare with",
-            where=f"row {example.row}",
+            where=example.place,
             found=f"roles {visible([m.role for m in example.messages])}",
             expected="a prompt, then an assistant turn at the end",
+            fix="add the answer, or drop the row",
         )
     return example
 
@@ -194,20 +206,23 @@ def _summary(metric: str, rows: list[RowResult], extra: dict[str, JSON]) -> Eval
 def _answers(scorer: Scorer, examples: Sequence[Example], metric: str) -> EvalResult:
     """exact_match, json, f1: greedy answers, compared as text."""
     compare = {"exact_match": exact_match, "json": json_match, "f1": token_f1}[metric]
+    references = [rendered_reference(scorer.tokenizer, scorer.template, example) for example in examples]
     if metric == "json":
-        _require_json_references(examples)
+        _require_json(examples, [reference.text for reference in references])
     prompts = [scorer.encode(example, example.messages[:-1], open_ended=True) for example in examples]
     eos_ids = stop_ids(scorer.tokenizer, scorer.template)
+    is_open = scorer.template.generation_prompt.rstrip().endswith(THINK)
     rows: dict[int, RowResult] = {}
     order = _by_length(prompts)
     for start in range(0, len(order), scorer.batch_size):
         batch = order[start : start + scorer.batch_size]
-        for i, (text, stopped) in zip(
-            batch, _write_answers(scorer, [prompts[i].input_ids for i in batch], eos_ids), strict=True
-        ):
-            reference = _reference(examples[i])
-            rows[i] = RowResult(examples[i].row, text, reference, compare(text, reference), {"stopped": stopped})
-        scorer.tell(len(rows), len(order))
+        answers = _write_answers(scorer, [prompts[i].input_ids for i in batch], eos_ids)
+        for i, (text, stopped) in zip(batch, answers, strict=True):
+            thinking, said = split_thinking(text, is_open)
+            prediction, reference = said.removeprefix(references[i].added), references[i].text
+            extra: dict[str, JSON] = {"stopped": stopped, **({"thinking": thinking} if thinking else {})}
+            rows[i] = RowResult(examples[i].row, prediction, reference, compare(prediction, reference), extra)
+        scorer.report(len(rows), len(order))
     return _answer_summary(metric, [rows[i] for i in range(len(rows))])
 
 
@@ -216,7 +231,7 @@ def _write_answers(scorer: Scorer, prompts: list[list[int]], eos_ids: Collection
     length, size = scorer.max_new_tokens, scorer.batch_size
     for ids in generate(scorer.model, prompts, max_new_tokens=length, eos_ids=eos_ids, batch_size=size):
         stopped = ids[-1] in eos_ids
-        yield scorer.tokenizer.decode(ids[:-1] if stopped else ids), stopped
+        yield decode_answer(scorer.tokenizer, ids[:-1] if stopped else ids), stopped
 
 
 def _answer_summary(metric: str, rows: list[RowResult]) -> EvalResult:
@@ -229,14 +244,14 @@ def _answer_summary(metric: str, rows: list[RowResult]) -> EvalResult:
     return result
 
 
-def _require_json_references(examples: Collection[Example]) -> None:
-    for example in examples:
-        if not is_json(_reference(example)):
+def _require_json(examples: Sequence[Example], references: Sequence[str]) -> None:
+    for example, reference in zip(examples, references, strict=True):
+        if not is_json(reference):
             raise UserError(
                 "data/reference-not-json",
                 "the answer in the file is not JSON, so nothing can equal it",
-                where=f"row {example.row}",
-                found=visible(_reference(example), 40),
+                where=example.place,
+                found=visible(reference, 40),
                 fix="use --metric exact_match or f1",
             )
 
@@ -253,7 +268,7 @@ def _choice(scorer: Scorer, examples: Sequence[Example], labels: list[str]) -> E
         batch = order[start : start + group]
         log_probs = option_log_probs(scorer.model, [(questions[i].prompt, questions[i].tails) for i in batch])
         rows |= {i: _choice_row(questions[i], scores) for i, scores in zip(batch, log_probs, strict=True)}
-        scorer.tell(len(rows), len(order))
+        scorer.report(len(rows), len(order))
     in_order = [rows[i] for i in range(len(rows))]
     result = _summary("choice", in_order, {})
     norm = sum(row.extra["prediction_norm"] == row.reference for row in in_order) / len(in_order)
@@ -290,7 +305,7 @@ def _loss(scorer: Scorer, examples: Sequence[Example]) -> EvalResult:
         batch = order[start : start + scorer.batch_size]
         losses = _row_losses(scorer.model, [encoded[i] for i in batch], scorer.tokenizer.pad_id)
         sums.update(zip(batch, losses, strict=True))
-        scorer.tell(len(sums), len(order))
+        scorer.report(len(sums), len(order))
     return _loss_result(examples, [sums[i] for i in range(len(sums))], num_targets)
 
 
@@ -311,47 +326,3 @@ def _loss_result(examples: Sequence[Example], sums: list[float], num_targets: li
     ]
     perplexity = math.exp(min(mean, 700.0))  # e^710 is no float any more
     return EvalResult(mean, len(rows), "loss", {"perplexity": perplexity, "tokens": sum(num_targets)}, rows)
-
-
-# --- files
-
-
-@contextlib.contextmanager
-def terminal_progress(title: str) -> Iterator[Progress | None]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc=title, unit="row", leave=False) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
-
-
-def write(result: EvalResult, out_path: str | Path) -> Path:
-    """Write the scores to ``out_path`` (one JSON object) and every row to ``<stem>.rows.jsonl`` beside it.
-
-    Returns:
-        the path of the rows.
-
-    Raises:
-        OSError: from the disk; neither file is ever half written.
-    """
-    out_path = Path(out_path)
-    rows_path = out_path.with_name(out_path.stem + ".rows.jsonl")
-    head: dict[str, JSON] = {"score": result.score, "n": result.n, "metric": result.metric}
-    head |= {**result.extra, "rows": rows_path.name}
-    make_folder(out_path.absolute().parent)
-    write_durably(rows_path, "".join(_row_line(row) for row in result.rows).encode())
-    write_durably(out_path, (json.dumps(head, indent=2, ensure_ascii=False) + "\n").encode())
-    return rows_path
-
-
-def _row_line(row: RowResult) -> str:
-    shown = {"row": row.row, "score": row.score, "prediction": row.prediction, "reference": row.reference, **row.extra}
-    return json.dumps(shown, ensure_ascii=False) + "\n"

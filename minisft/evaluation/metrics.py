@@ -10,13 +10,26 @@ import math
 import re
 import string
 from collections import Counter
+from typing import Literal
 
 from minisft.common.safe_json import JSON, loads
 
+Metric = Literal["exact_match", "json", "f1", "choice", "loss"]
+THINK, END_THINK = "<think>", "</think>"
 Z_95 = 1.959964  # the normal distribution's 97.5 % point
 
 
+def split_thinking(text: str, is_open: bool = False) -> tuple[str, str]:
+    """A thinking block at the start of ``text``, and the rest; ``is_open``: the prompt ended inside such a block."""
+    if is_open or text.lstrip().startswith(THINK):
+        thinking, closing, rest = text.partition(END_THINK)
+        if closing:
+            return thinking + closing, rest.lstrip()
+    return "", text
+
+
 def exact_match(prediction: str, reference: str) -> float:
+    """1.0 if the texts are equal but for white space around them."""
     return float(prediction.strip() == reference.strip())
 
 
@@ -29,7 +42,7 @@ def json_match(prediction: str, reference: str) -> float:
 
 
 def json_equal(first: JSON, second: JSON) -> bool:
-    """Equal as JSON values. (In Python ``True == 1``; in JSON it is not.)"""
+    """Whether two JSON values are equal; unlike in Python, true is not 1."""
     if isinstance(first, dict) and isinstance(second, dict):
         return first.keys() == second.keys() and all(json_equal(first[key], second[key]) for key in first)
     if isinstance(first, list) and isinstance(second, list):
@@ -43,6 +56,7 @@ def _unfenced(text: str) -> str:
 
 
 def is_json(text: str) -> bool:
+    """Whether the text, as a whole, is a JSON document; one code fence around it is allowed."""
     try:
         loads(_unfenced(text))
     except ValueError:

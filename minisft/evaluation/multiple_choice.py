@@ -1,7 +1,7 @@
-"""Options by likelihood: how probable is each of several given answers, as the model's whole next turn?
+"""Options by likelihood: how probable each of several given answers is as the model's whole next turn.
 
 Nothing is generated, so nothing has to be parsed. An option counts with its end of turn: "card" and "card_arrival" are
-then two different answers, and neither wins by being the other's beginning.
+then two different answers, and neither wins by being the other's prefix.
 
 The idea to take home: options share most of the work. The prompt runs once, and options that begin alike run together
 until they part.
@@ -16,7 +16,7 @@ import torch
 
 from minisft.common.errors import UserError, visible
 from minisft.data.chat import Encoded
-from minisft.data.messages import Example, Message
+from minisft.data.examples import Example, Message
 from minisft.generation import read_prompts
 from minisft.model import CausalLM
 
@@ -34,11 +34,20 @@ class Question:
 
     @property
     def reference(self) -> str:
+        """The right option."""
         return self.example.messages[-1].content
 
 
 def make_question(example: Example, labels: Sequence[str], encode: Encode) -> Question:
     """The example's ``choices`` (or else ``labels``) as options, tokenized as whole conversations.
+
+    Args:
+        example: the row, its last turn the right option.
+        labels: options for rows that bring none.
+        encode: makes ids of a row's messages.
+
+    Returns:
+        The question.
 
     Raises:
         UserError: the options are not two or more different strings with the reference among them.
@@ -61,7 +70,7 @@ def _options(example: Example, labels: Sequence[str]) -> list[str]:
         raise UserError(
             "data/bad-choices",
             "the options of a row cannot be scored",
-            where=f"row {example.row}",
+            where=example.place,
             found=f"choices {visible(choices, 80)}, answer {visible(right, 40)}",
             expected="two or more different strings, the answer among them",
         )
@@ -80,20 +89,20 @@ def option_log_probs(model: CausalLM, questions: Sequence[tuple[list[int], list[
     Each prompt runs once. Options are read level by level, as a tree: those that begin alike share a row of the batch
     until they part, and each level's KV cache is picked from its parents'.
 
-    Cost: one token for each distinct proper beginning of an option, after the prompts.
+    Cost: one token for each distinct proper prefix of an option, after the prompts.
     """
     cache, hidden_ND = read_prompts(model, [prompt for prompt, _ in questions], max(len(o) for _, os in questions for o in os))
     nodes: dict[tuple[int, ...], int] = {(q,): q for q in range(len(questions))}  # (question, ids so far) -> row
     paths = [[(q, *option) for option in options] for q, (_, options) in enumerate(questions)]
     totals = dict.fromkeys((path for options in paths for path in options), 0.0)
     for depth in range(1, max(map(len, totals))):
-        going = [path for path in totals if len(path) > depth]
+        active = [path for path in totals if len(path) > depth]
         logits_NV = model.head(hidden_ND)
         log_probs_NV = logits_NV.log_softmax(-1, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
-        picked = log_probs_NV[[nodes[path[:depth]] for path in going], [path[depth] for path in going]]
-        for path, log_prob in zip(going, picked.tolist(), strict=True):
+        picked = log_probs_NV[[nodes[path[:depth]] for path in active], [path[depth] for path in active]]
+        for path, log_prob in zip(active, picked.tolist(), strict=True):
             totals[path] += log_prob
-        inner = list(dict.fromkeys(path[: depth + 1] for path in going if len(path) > depth + 1))
+        inner = list(dict.fromkeys(path[: depth + 1] for path in active if len(path) > depth + 1))
         if inner:
             cache = cache.select(torch.tensor([nodes[node[:-1]] for node in inner], device=hidden_ND.device))
             tokens = torch.tensor([[node[-1]] for node in inner], device=hidden_ND.device)

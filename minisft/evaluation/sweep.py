@@ -1,9 +1,9 @@
-"""How much of an adapter is worth keeping? A model at several scales of its adapter, on its task and on general questions.
+"""How much of an adapter is worth keeping: a model at several scales of its adapter, on its task and on general questions.
 
 The model is W + s D. At s = 0 it is the base (DoRA's keeps the lengths of its rows, so there it is not quite), at s = 1 what
 was trained; on the way up, what the task gains and what general knowledge loses need not go hand in hand. One model is loaded,
 its adapters are scaled in place and put back. ``sweep.json`` is written after every scale, so what was measured stays, and a
-scale that cannot be scored is noted and passed over. This room chooses nothing: a point is worth its interval.
+scale that cannot be scored is noted and passed over. This module chooses nothing: a point is worth its interval.
 
 The idea to take home: half of the adapter is a free experiment; no training run is as cheap.
 
@@ -70,15 +70,16 @@ def scaled(model: CausalLM, scale: float) -> Iterator[None]:
 
 
 def sweep(
-    model: CausalLM, scales: Sequence[float], task: Score, general: Score, out: str | Path, tell: Callable[[Point], None]
+    model: CausalLM, scales: Sequence[float], task: Score, general: Score, out: str | Path, callback: Callable[[Point], None]
 ) -> list[Point]:
     """Score ``model`` at each scale.
 
     Args:
         model: with adapters; the same afterwards.
+        scales: of the adapters.
         task, general: what to ask of it.
         out: new, or empty; gets ``sweep.json`` after every scale and ``sweep.svg`` at the end.
-        tell: called with each point.
+        callback: called with each point.
 
     Returns:
         one point a scale, those that failed included.
@@ -99,7 +100,7 @@ def sweep(
                 point = Point(scale, error=str(error))
             points.append(point)
             write_durably(out / REPORT, (json.dumps([p.to_json() for p in points], indent=2) + "\n").encode())
-            tell(point)
+            callback(point)
         if not all(point.error for point in points):
             write_durably(out / PLOT, draw(points))
     return points

@@ -31,6 +31,7 @@ from minisft.training.lossplot import plot_loss
 from minisft.training.run_data import RunData, environment, prepare_data
 from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_bytes
 from minisft.training.trainer import ActiveRun
+from minisft.training.untrained_tokens import untrained_tokens
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ def train(run: RunConfig, resume: bool = False, say: Callable[[str], None] = pri
             say(f"4-bit arithmetic on this CPU: {cpu_nf4.path()}")
     template, data = prepare_data(run, tokenizer, say)
     going = ActiveRun(run, model, tokenizer, template, data)
+    for note in untrained_tokens(model, tokenizer, data.train):
+        say(note)
     with RunLock(out):  # from here on something is written
         saved = _resumable(out, say) if resume else None
         if saved is not None:

@@ -1,0 +1,88 @@
+"""Chat tokens that the base never learned, found before a run trains a stop that the model cannot write.
+
+A base model's vocabulary often holds ``<|im_end|>`` and its kin with rows in embedding and head that are zero, or all alike.
+LoRA on the other layers leaves those rows as they are: a zero row of the head gives the logit 0 whatever the adapter does, and
+two equal rows of the embedding are one token to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minisft.common.errors import UserError, listing
+from minisft.data.chat import Encoded
+from minisft.data.tokenizer import Tokenizer
+from minisft.formats.lazy_weights import open_model, read_rows
+from minisft.formats.loading import EMBEDDING, HEAD
+from minisft.formats.source import resolve
+from minisft.model import CausalLM
+
+ReadRow = Callable[[int], Tensor]  # token id -> its row, in any dtype
+
+
+def untrained_tokens(model: CausalLM, tokenizer: Tokenizer, rows: Iterable[Encoded]) -> tuple[str, ...]:
+    """A note on chat tokens in ``rows`` whose frozen rows in embedding or head are zero or equal; none if all is well."""
+    embedding, head = _frozen_rows(model.model.embed_tokens), _frozen_rows(model.lm_head)
+    return _note(tokenizer, rows, embedding, head)
+
+
+def untrained_tokens_of(path: str, tokenizer: Tokenizer, rows: Iterable[Encoded]) -> tuple[str, ...]:
+    """The same for a model in its files, as LoRA without embedding and head would train it; nothing if they cannot be read."""
+    try:
+        stored = open_model(resolve(path))
+    except UserError:  # a folder with a tokenizer alone can be inspected, too
+        return ()
+    embedding = stored.open[EMBEDDING]()
+    head = stored.open[HEAD]() if HEAD in stored.open else embedding
+
+    def row_of(weight: object) -> ReadRow:
+        return lambda i: read_rows(weight, i, i + 1)[0]  # type: ignore[arg-type]
+
+    return _note(tokenizer, rows, row_of(embedding), row_of(head))
+
+
+def _frozen_rows(module: nn.Module) -> ReadRow | None:
+    """Reads rows of a matrix that the run does not train; None where it does, or where its weight is no plain matrix."""
+    weight = getattr(getattr(module, "base", module), "weight", None)
+    if any(parameter.requires_grad for parameter in module.parameters()) or not isinstance(weight, Tensor):
+        return None
+    return lambda i: weight.detach()[i]
+
+
+def _note(tokenizer: Tokenizer, rows: Iterable[Encoded], embedding: ReadRow | None, head: ReadRow | None) -> tuple[str, ...]:
+    used, learned = _chat_tokens(tokenizer, rows)
+    bad = {
+        "embedding": [] if embedding is None else _zero_or_equal(sorted(used), embedding),
+        "head": [] if head is None else _zero_or_equal(sorted(learned), head),
+    }
+    found = [f"{name}: {listing(_names(tokenizer, ids))}" for name, ids in bad.items() if ids]
+    if not found:
+        return ()
+    fix = "use the instruct model, --template plain, or --targets with embed_tokens and lm_head"
+    return (f"chat tokens in the rows were never trained, their weights are zero or equal ({'; '.join(found)}): {fix}",)
+
+
+def _chat_tokens(tokenizer: Tokenizer, rows: Iterable[Encoded]) -> tuple[set[int], set[int]]:
+    """Added tokens that stand in the rows, and those among them that are targets."""
+    used: set[int] = set()
+    learned: set[int] = set()
+    for row in rows:
+        used |= tokenizer.added_ids.intersection(row.input_ids)
+        learned |= {i for i, flag in zip(row.input_ids, row.supervised, strict=True) if flag and i in tokenizer.added_ids}
+    return used, learned
+
+
+def _zero_or_equal(ids: Sequence[int], read: ReadRow) -> list[int]:
+    rows = [read(i) for i in ids]
+    return [
+        i
+        for i, row in zip(ids, rows, strict=True)
+        if not row.any() or any(torch.equal(row, other) for j, other in zip(ids, rows, strict=True) if j != i)
+    ]
+
+
+def _names(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
+    return [tokenizer.decode([i], skip_special=False) for i in ids]
