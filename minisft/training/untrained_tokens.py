@@ -24,13 +24,31 @@ ReadRow = Callable[[int], Tensor]  # token id -> its row, in any dtype
 
 
 def untrained_tokens(model: CausalLM, tokenizer: Tokenizer, rows: Iterable[Encoded]) -> tuple[str, ...]:
-    """A note on chat tokens in ``rows`` whose frozen rows in embedding or head are zero or equal; none if all is well."""
+    """Report chat tokens whose frozen rows in embedding or head are zero or equal to each other.
+
+    Args:
+        model: as it will be trained, adapters included.
+        tokenizer: its tokenizer.
+        rows: what is trained on; tokens that no row uses do not matter.
+
+    Returns:
+        One note, or nothing if all is well.
+    """
     embedding, head = _frozen_rows(model.model.embed_tokens), _frozen_rows(model.lm_head)
     return _note(tokenizer, rows, embedding, head)
 
 
 def untrained_tokens_of(path: str, tokenizer: Tokenizer, rows: Iterable[Encoded]) -> tuple[str, ...]:
-    """The same for a model in its files, as LoRA without embedding and head would train it; nothing if they cannot be read."""
+    """Report the same for a model in its files, as LoRA without embedding and head would train it.
+
+    Args:
+        path: the model, as ``load_tokenizer`` takes it.
+        tokenizer: its tokenizer.
+        rows: what would be trained on.
+
+    Returns:
+        One note, or nothing if all is well or the weights cannot be read.
+    """
     try:
         stored = open_model(resolve(path))
     except UserError:  # a folder with a tokenizer alone can be inspected, too
