@@ -27,8 +27,9 @@ from typing import cast, get_args, overload
 from minisft import generation
 from minisft.common.errors import UserError, visible
 from minisft.data.chat import Turns, encode_chat, encode_dataset, resolve_template, stop_ids
+from minisft.data.examples import Example, Message, Role
 from minisft.data.inspect_data import Report, inspect_dataset
-from minisft.data.messages import Example, Message, Role, read_dataset
+from minisft.data.messages import read_dataset
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.effect import MergeReport
