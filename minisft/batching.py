@@ -8,6 +8,7 @@ chats with one system message do, need their beginning only once: what no row ma
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -51,16 +52,39 @@ class Batch:
 
 
 def step_rows(step: int, batch_size: int, num_rows: int, seed: int) -> list[int]:
-    """The row indices of optimizer step ``step`` (from 1): the next ``batch_size`` of an endless series of shuffled epochs."""
+    """The rows of one optimizer step: the next ``batch_size`` of an endless series of shuffled epochs.
+
+    Args:
+        step: the step's number, from 1.
+        batch_size: rows in a step; a step may reach into the next epoch.
+        num_rows: rows in the data.
+        seed: decides the order of each epoch.
+
+    Returns:
+        Indices of rows.
+    """
     first = (step - 1) * batch_size
-    places = range(first, first + batch_size)
-    orders = {epoch: epoch_order(epoch, num_rows, seed) for epoch in {p // num_rows for p in places}}
-    return [orders[p // num_rows][p % num_rows] for p in places]
+    positions = range(first, first + batch_size)
+    return [int(_shuffled(p // num_rows, num_rows, seed)[p % num_rows]) for p in positions]
 
 
 def epoch_order(epoch: int, num_rows: int, seed: int) -> list[int]:
-    """A permutation of all rows that depends on (seed, epoch) alone."""
-    return torch.randperm(num_rows, generator=generator(seed, "data-order", epoch)).tolist()
+    """A permutation of all rows that depends on (seed, epoch) alone.
+
+    Args:
+        epoch: its number, from 0.
+        num_rows: rows in the data.
+        seed: the run's.
+
+    Returns:
+        Indices of rows.
+    """
+    return _shuffled(epoch, num_rows, seed).tolist()
+
+
+@functools.lru_cache(maxsize=2)  # a step asks for one epoch, or for two neighbours
+def _shuffled(epoch: int, num_rows: int, seed: int) -> Tensor:
+    return torch.randperm(num_rows, generator=generator(seed, "data-order", epoch))
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -68,7 +68,7 @@ def runs(shop: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, changes in RUNS.items():
         out = shop / name.replace(" ", "-").replace(",", "")
-        train(run_config(shop, out, **{"steps": 20, "eval_every": 5, "packing": True, **changes}), say=quiet)
+        train(run_config(shop, out, **{"steps": 20, "eval_every": 5, "packing": True, **changes}), log=quiet)
         found[name] = {
             "weights": {str(f.relative_to(out)): sha(f.read_bytes()) for f in sorted(out.rglob("*.safetensors"))},
             "metrics": sha(json.dumps(losses(out), sort_keys=True).encode()),

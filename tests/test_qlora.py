@@ -272,7 +272,7 @@ def test_packed_and_separate_rows_have_equal_losses(shop: Path) -> None:
 def test_resuming_after_a_kill_ends_in_the_same_bits(shop: Path, tmp_path: Path, changes: dict[str, object]) -> None:
     run = config(shop, tmp_path / "whole", save_every=5, keep_last=20, micro_batch_size=2, **changes)
     said: list[str] = []
-    train(run, say=said.append)
+    train(run, log=said.append)
     assert any(line.startswith("base: 14 linears in 4 bits, ") for line in said)
     expected, log = digest(tmp_path / "whole"), losses(tmp_path / "whole")
     assert log[-1]["loss"] < log[0]["loss"]
@@ -282,7 +282,7 @@ def test_resuming_after_a_kill_ends_in_the_same_bits(shop: Path, tmp_path: Path,
         shutil.rmtree(out / "adapter")
         for later in range(stop + 5, 21, 5):
             shutil.rmtree(out / "checkpoints" / f"step-{later}")
-        train(dataclasses.replace(run, out=str(out)), resume=True, say=quiet)
+        train(dataclasses.replace(run, out=str(out)), resume=True, log=quiet)
         assert digest(out) == expected, f"resumed after step {stop}"
         assert losses(out) == log, f"resumed after step {stop}"
 
@@ -290,9 +290,9 @@ def test_resuming_after_a_kill_ends_in_the_same_bits(shop: Path, tmp_path: Path,
 @pytest.mark.parametrize("change", [{"quant": "none"}, {"double_quant": False}])
 def test_the_quantization_may_not_change_on_resume(shop: Path, tmp_path: Path, change: dict[str, object]) -> None:
     run = config(shop, tmp_path / "run", steps=2)
-    train(run, say=quiet)
+    train(run, log=quiet)
     with pytest.raises(UserError, match=rf"config\.{next(iter(change))}") as error:
-        train(dataclasses.replace(run, **change), resume=True, say=quiet)
+        train(dataclasses.replace(run, **change), resume=True, log=quiet)
     assert error.value.code == "checkpoint/changed"
 
 
@@ -300,10 +300,10 @@ def test_full_fine_tuning_of_a_folder_in_4_bits_is_refused(shop: Path, tmp_path:
     model, tokenizer = load_model(shop / "model", quant=QuantConfig())
     save_quantized(model, tokenizer, tmp_path / "m4")
     with pytest.raises(UserError, match="14 linears in 4 bits") as error:
-        train(config(shop, tmp_path / "run", model=str(tmp_path / "m4"), quant="none", method="full"), say=quiet)
+        train(config(shop, tmp_path / "run", model=str(tmp_path / "m4"), quant="none", method="full"), log=quiet)
     assert error.value.code == "config/quantized-base"
     assert not (tmp_path / "run").exists()
-    result = train(config(shop, tmp_path / "run", model=str(tmp_path / "m4"), quant="none", steps=2), say=quiet)
+    result = train(config(shop, tmp_path / "run", model=str(tmp_path / "m4"), quant="none", steps=2), log=quiet)
     assert result.parameters - result.trainable == num_parameters(model)
 
 

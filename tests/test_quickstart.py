@@ -78,7 +78,7 @@ def test_the_table_says_what_was_measured():
 @pytest.mark.smollm2
 def test_the_whole_tour(tmp_path, smollm2_path):
     said: list[str] = []
-    tour = run_quickstart(tmp_path / "q", train_rows=16, test_rows=4, say=said.append)
+    tour = run_quickstart(tmp_path / "q", train_rows=16, test_rows=4, log=said.append)
     assert tour.training.steps == 4
     assert tour.before.task.score == 0
     assert (tmp_path / "q/run/adapter/adapter_model.safetensors").is_file()

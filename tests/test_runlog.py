@@ -178,7 +178,7 @@ def test_plain_lines_when_there_is_no_terminal() -> None:
     with Progress(25, log_every=10, stream=stream, clock=lambda: next(seconds)) as progress:
         for step in range(1, 26):
             progress.update(step, 1 / step, 2e-4, 1234.5)
-        progress.say("saved")
+        progress.log("saved")
     lines = stream.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 1/25", "step 10/25", "step 20/25", "step 25/25", "saved"]
     assert lines[1] == "step 10/25  loss 0.1000  lr 2.00e-04  1,234 tokens/s  ETA 3 s"  # 2 s for 10 steps, 15 to go
@@ -201,7 +201,7 @@ def test_a_bar_on_a_terminal() -> None:
     stream, threads = Terminal(), threading.active_count()
     with Progress(4, start=1, stream=stream) as progress:
         progress.update(2, 0.5, 1e-4, 100.0)
-        progress.say("a note")
+        progress.log("a note")
         progress.update(4, 0.25, 1e-4, 100.0)
     text = stream.getvalue()
     assert "100%" in text

@@ -40,7 +40,7 @@ def config(shop: Path, out: Path, **changes: object) -> RunConfig:
 def test_a_run_writes_what_it_promises(shop: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     said: list[str] = []
-    result = train(config(shop, out), say=said.append)
+    result = train(config(shop, out), log=said.append)
     assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == [
         "adapter", "checkpoints", "config.json", "data.json", "env.json", "loss.png", "metrics.jsonl",
     ]  # fmt: skip
@@ -62,7 +62,7 @@ def test_a_run_writes_what_it_promises(shop: Path, tmp_path: Path) -> None:
 
 
 def test_the_exported_adapter_is_the_trained_one(shop: Path, tmp_path: Path) -> None:
-    train(config(shop, tmp_path / "run", steps=3, eval_every=3), say=quiet)
+    train(config(shop, tmp_path / "run", steps=3, eval_every=3), log=quiet)
     model, _ = load_model(shop / "model")
     base, _ = load_model(shop / "model")
     load_adapter_(model, tmp_path / "run" / "adapter")
@@ -80,13 +80,13 @@ def test_resuming_after_any_step_of_forty_ends_in_the_same_bits(shop: Path, tmp_
     run = config(
         shop, tmp_path / "whole", steps=40, save_every=1, keep_last=40, eval_every=10, dropout=dropout, micro_batch_size=2
     )
-    train(run, say=quiet)
+    train(run, log=quiet)
     expected, log = digest(tmp_path / "whole"), losses(tmp_path / "whole")
     for stop in range(1, 40) if dropout == 0 else (1, 13, 39):
         out = tmp_path / f"from-{stop}"
         shutil.copytree(tmp_path / "whole", out, ignore=shutil.ignore_patterns("adapter", "step-*"))
         shutil.copytree(tmp_path / "whole" / "checkpoints" / f"step-{stop}", out / "checkpoints" / f"step-{stop}")
-        train(replace(run, out=str(out), save_every=40), resume=True, say=quiet)
+        train(replace(run, out=str(out), save_every=40), resume=True, log=quiet)
         assert digest(out) == expected, f"resumed after step {stop}"
         assert losses(out) == log, f"resumed after step {stop}"
         shutil.rmtree(out)
@@ -127,16 +127,16 @@ def test_a_signal_ends_the_step_and_saves(shop: Path, tmp_path: Path, number: si
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(shop: Path, tmp_path: Path) -> None:
-    train(config(shop, tmp_path / "run"), say=quiet)
+    train(config(shop, tmp_path / "run"), log=quiet)
     before = digest(tmp_path / "run"), losses(tmp_path / "run")
-    result = train(config(shop, tmp_path / "run"), resume=True, say=quiet)
+    result = train(config(shop, tmp_path / "run"), resume=True, log=quiet)
     assert (digest(tmp_path / "run"), losses(tmp_path / "run")) == before
     assert result.steps == 6
 
 
 def test_packed_and_padded_runs_agree(shop: Path, tmp_path: Path) -> None:
     for name, packing in (("padded", False), ("packed", True)):
-        train(config(shop, tmp_path / name, packing=packing, micro_batch_size=2), say=quiet)
+        train(config(shop, tmp_path / name, packing=packing, micro_batch_size=2), log=quiet)
     for padded, packed in zip(losses(tmp_path / "padded"), losses(tmp_path / "packed"), strict=True):
         assert packed["loss"] == pytest.approx(padded["loss"], rel=1e-4)
         assert (packed["tokens"], packed["supervised_tokens"]) == (padded["tokens"], padded["supervised_tokens"])
@@ -154,7 +154,7 @@ def contrary(shop: Path) -> str:
 def test_the_best_weights_are_kept_and_exported(shop: Path, contrary: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run = config(shop, out, steps=12, eval_every=1, save_every=1, keep_last=1, lr=0.05, schedule="constant", eval_data=contrary)
-    result = train(run, say=quiet)
+    result = train(run, log=quiet)
     by_step = {row["step"]: row["eval_loss"] for row in read_metrics(out / "metrics.jsonl")}
     best = min(by_step, key=lambda step: by_step[step])
     assert result.best_step == best < 12
@@ -169,14 +169,14 @@ def test_the_best_weights_are_kept_and_exported(shop: Path, contrary: str, tmp_p
 def test_early_stop(shop: Path, contrary: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run = config(shop, out, steps=60, eval_every=1, lr=0.05, schedule="constant", eval_data=contrary, patience=2)
-    result = train(run, say=quiet)
+    result = train(run, log=quiet)
     assert result.best_step is not None
     assert result.steps == result.best_step + 2 < 60
 
 
 def test_full_fine_tuning_writes_a_model_folder(shop: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result = train(config(shop, out, method="full", lr=1e-3, dtype="bf16"), say=quiet)
+    result = train(config(shop, out, method="full", lr=1e-3, dtype="bf16"), log=quiet)
     assert result.weights == out / "model"
     assert result.trainable == result.parameters
     tuned, _ = load_model(out / "model")
@@ -201,7 +201,7 @@ def test_settings_file_and_flags(shop: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_training_learns_the_rows(shop: Path, tmp_path: Path) -> None:
-    train(config(shop, tmp_path / "run", steps=60, eval_every=60, save_every=60, lr=0.05), say=quiet)
+    train(config(shop, tmp_path / "run", steps=60, eval_every=60, save_every=60, lr=0.05), log=quiet)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     first, last = (sum(float(r["loss"]) for r in part) / 5 for part in (rows[:5], rows[-5:]))
     assert last < first - 0.5
@@ -209,7 +209,7 @@ def test_training_learns_the_rows(shop: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["generate", "eval"])
 def test_what_was_trained_can_be_used(shop: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    train(config(shop, tmp_path / "run", steps=2), say=quiet)
+    train(config(shop, tmp_path / "run", steps=2), log=quiet)
     model = ["--model", str(shop / "model"), "--adapter", str(tmp_path / "run" / "adapter"), "--max-new-tokens", "3"]
     if command == "generate":
         assert main(["generate", *model, "--prompt", "say aa"]) == 0

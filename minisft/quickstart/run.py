@@ -62,7 +62,7 @@ class QuickstartResult:
 
 
 def run_quickstart(
-    out: Path, seed: int = 0, *, train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS, say: Callable[[str], None] = print
+    out: Path, seed: int = 0, *, train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS, log: Callable[[str], None] = print
 ) -> QuickstartResult | None:
     """The whole tour, in the new folder ``out``.
 
@@ -70,7 +70,7 @@ def run_quickstart(
         out: gets ``data/`` (the rows), ``run/`` (the run folder, with the adapter) and ``eval/`` (scores, row by row).
         seed: decides the data and the training.
         train_rows, test_rows: how many parcel messages are made for each.
-        say: where the sentences and the table go; bars go to standard error, on a terminal only.
+        log: where the sentences and the table go; bars go to standard error, on a terminal only.
 
     Returns:
         the numbers; None when a signal stopped the training.
@@ -83,20 +83,20 @@ def run_quickstart(
         fix = "minisft quickstart --out another folder, or move this one away"
         raise UserError("config/out-exists", "the quickstart's folder is in use", where=visible(out), fix=fix)
     model, tokenizer = load_model(MODEL)
-    say(f"1. Making the data: {train_rows} parcel messages to learn from, {test_rows} others to be tested on.")
-    say(_sample(write_data(out / "data", seed, train_rows, test_rows)))
-    say("2. Scoring the pretrained model.")
+    log(f"1. Making the data: {train_rows} parcel messages to learn from, {test_rows} others to be tested on.")
+    log(_sample(write_data(out / "data", seed, train_rows, test_rows)))
+    log("2. Scoring the pretrained model.")
     before = _scores(model, tokenizer, out, "before")
     del model
-    say("3. Training an adapter.")
-    training = train(training_settings(out, seed), say=lambda text: say(f"   {text}"))
+    log("3. Training an adapter.")
+    training = train(training_settings(out, seed), log=lambda text: log(f"   {text}"))
     if training.weights is None:
         return None
-    say("4. Scoring the pretrained model with the saved adapter.")
+    log("4. Scoring the pretrained model with the saved adapter.")
     model, tokenizer = load_model(MODEL)
     load_adapter_(model, training.weights)
     result = QuickstartResult(before, _scores(model, tokenizer, out, "after"), training, time.monotonic() - began)
-    say(report(result, out))
+    log(report(result, out))
     return result
 
 

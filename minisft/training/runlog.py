@@ -203,7 +203,7 @@ class Progress:
             print(f"step {step}/{self.total}  {numbers}  ETA {left}", file=self._stream, flush=True)
         self._done = step
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line without tearing the bar."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)

@@ -1,19 +1,21 @@
-"""A run in progress: its model, its optimizer, where it stands, and what to do at the end of a step.
+"""The training loop: rows to batches, step, log, validate, save; then the result.
 
 Everything that a step needs follows from (settings, data, step), so what is saved with a checkpoint is small: the trained
-numbers, the optimizer's moments and the few counters of ``RunState``. Knows nothing of loops, signals or the command line.
+numbers, the optimizer's moments and the few counters of ``RunState``. ``Trainer.fit`` is the loop, on one screen. How a run
+comes about (its folder, its lock, its model and its rows) is ``train.py``'s business.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from minisft.batching import Batch, micro_batches, step_rows
-from minisft.common.errors import UserError, listing
+from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
 from minisft.config import RunConfig
@@ -25,13 +27,17 @@ from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.schedule import learning_rate
 from minisft.step import StepResult, check_gradients, prepare_method, train_step, validation_loss
+from minisft.surgery import num_parameters
 from minisft.training.checkpoint import Checkpoint, check_identity, load_step, save_checkpoint
+from minisft.training.lossplot import plot_loss
 from minisft.training.run_data import RunData
-from minisft.training.runlog import MetricsLog
+from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_bytes
+from minisft.training.stop_signal import StopSignal
 
 MAX_BAD_STEPS = 3  # non-finite steps, or failed saves, in a row
 # Settings that decide how a run is watched, not what it computes: they may change on resume.
 FREE_ON_RESUME = ("out", "log_every", "keep_last", "save_every")
+Log = Callable[[str], None]
 
 
 @dataclass
@@ -41,33 +47,67 @@ class RunState:
     step: int = 0
     best_step: int | None = None
     best_loss: float | None = None
-    stale: int = 0  # validations since the best
+    evals_since_best: int = 0
     bad_steps: int = 0  # non-finite steps in a row
     failed_saves: int = 0
     last_grad_norm: float | None = None
     saved_step: int = field(default=0, metadata={"saved": False})
 
 
-class ActiveRun:
-    """One run in progress: the things that every step needs, and what to do at a step's end."""
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run ended.
 
-    def __init__(self, run: RunConfig, model: CausalLM, tokenizer: Tokenizer, template: ChatTemplate, data: RunData) -> None:
-        self.run, self.model, self.tokenizer, self.template, self.data = run, model, tokenizer, template, data
+    Attributes:
+        out: the run's folder.
+        weights: the folder of the result (``adapter`` or ``model``); None when a signal stopped the run.
+        steps, total_steps: optimizer steps done, and those of the whole run.
+        eval_loss, best_step: the best validation loss (nats a supervised token) and its step; None without validation.
+        trainable, parameters: how many numbers are trained, and how many the model has.
+        seconds: wall time of the loop.
+        signal: the signal that stopped the run early, if any.
+    """
+
+    out: Path
+    weights: Path | None
+    steps: int
+    total_steps: int
+    eval_loss: float | None
+    best_step: int | None
+    trainable: int
+    parameters: int
+    seconds: float
+    signal: int | None = None
+
+
+class Trainer:
+    """A run in progress: the model, its optimizer, its rows, and how far it has come (``state``).
+
+    Args:
+        run: the settings.
+        model: as loaded; made ready for the run's method here.
+        tokenizer: the model's.
+        template: the chat template of the rows, kept with the result.
+        data: encoded rows to train and validate on.
+        log: where the run's few sentences go; the progress bar goes to standard error.
+    """
+
+    def __init__(
+        self, run: RunConfig, model: CausalLM, tokenizer: Tokenizer, template: ChatTemplate, data: RunData, log: Log = print
+    ) -> None:
+        self.run, self.model, self.tokenizer, self.template, self.data, self.log = run, model, tokenizer, template, data, log
         self.out = Path(run.out)
         self.device = model.model.norm.weight.device
         parameters = prepare_method(model, run)
         self.optimizer = MasterAdamW(parameters, betas=(run.beta1, run.beta2), weight_decay=run.weight_decay)
-        self.total = run.steps or max(1, math.ceil((run.epochs or 1.0) * len(data.train) / run.batch_size))
-        self.warmup = min(math.ceil(run.warmup * self.total), self.total - 1)
-        self.eval_every = run.eval_every or max(1, math.ceil(self.total / 10))
+        self.total_steps = run.steps or max(1, math.ceil((run.epochs or 1.0) * len(data.train) / run.batch_size))
+        self.warmup_steps = min(math.ceil(run.warmup * self.total_steps), self.total_steps - 1)
+        self.eval_every = run.eval_every or max(1, math.ceil(self.total_steps / 10))
         self.save_every = run.save_every or self.eval_every
-        self.micro = run.micro_batch_size or run.batch_size
-        self.validation = [
-            batch
-            for i in range(0, len(data.validation), self.micro)
-            for batch in self._batches(data.validation[i : i + self.micro])
-        ]
-        self.progress = RunState()
+        self.micro_batch_size = run.micro_batch_size or run.batch_size
+        groups = (data.validation[i : i + self.micro_batch_size] for i in range(0, len(data.validation), self.micro_batch_size))
+        self.validation = [batch for rows in groups for batch in self._cut(rows)]
+        self.state = RunState()
         settings = {key: value for key, value in run.to_dict().items() if key not in FREE_ON_RESUME}
         self.identity: dict[str, JSON] = {
             "config": settings,
@@ -75,101 +115,172 @@ class ActiveRun:
             "base": base_fingerprint(model),
         }
 
-    def _batches(self, rows: Sequence[Encoded]) -> list[Batch]:
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def fit(self) -> TrainResult:
+        """Train until all steps are done, patience runs out or a signal arrives; then write the result. Hold the ``RunLock``.
+
+        Returns:
+            Where the run ended. After a signal the step in progress was finished and saved, and there are no weights.
+
+        Raises:
+            UserError: three non-finite steps, or three failed saves, in a row.
+        """
+        state, stop, began = self.state, StopSignal(), time.monotonic()
+        metrics = MetricsLog(self.out / "metrics.jsonl")
+        progress = Progress(self.total_steps, start=state.step, log_every=self.run.log_every)
+        with metrics, progress, stop.listening():
+            metrics.truncate_after(state.step)
+            while not self.is_done and stop.received is None:
+                started, step = time.monotonic(), state.step + 1
+                batches, lr = self.batches(step), self.learning_rate(step)
+                result = self.step(step, batches, lr)
+                tokens_per_s = result.num_tokens / (time.monotonic() - started)
+                row = self._metrics(result, lr, tokens_per_s)
+                if result.skipped:
+                    progress.log(
+                        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: skipped, weights unchanged"
+                    )
+                if self.is_validation_step:
+                    row |= self._validate(progress.log)
+                metrics.append(row)
+                progress.update(step, result.loss, lr, tokens_per_s)
+                if self.is_save_step:
+                    self.save(metrics, progress.log)
+            if stop.received is not None and state.saved_step != state.step:
+                self.save(metrics, progress.log)
+        plot_loss(self.out / "metrics.jsonl", self.out / "loss.png", f"{Path(self.run.model).name}, {self.run.method}")
+        return self._finish(stop.received, began)
+
+    @property
+    def is_done(self) -> bool:
+        """All steps are done, or ``patience`` validations have brought nothing better."""
+        out_of_patience = self.run.patience is not None and self.state.evals_since_best >= self.run.patience
+        return self.state.step >= self.total_steps or out_of_patience
+
+    @property
+    def is_validation_step(self) -> bool:
+        """The step just done is followed by a validation, if there are rows for one."""
+        return bool(self.validation) and (self.state.step % self.eval_every == 0 or self.state.step == self.total_steps)
+
+    @property
+    def is_save_step(self) -> bool:
+        """The step just done is followed by a checkpoint."""
+        state = self.state
+        return state.step % self.save_every == 0 or state.best_step == state.step or self.is_done
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches of one optimizer step (from 1), on the model's device."""
+        rows = [self.data.train[i] for i in step_rows(step, self.run.batch_size, len(self.data.train), self.run.seed)]
+        return [batch.to(self.device) for batch in self._cut(rows)]
+
+    def _cut(self, rows: Sequence[Encoded]) -> list[Batch]:
         run = self.run
+        share_prefix = run.dropout == 0
         return micro_batches(
-            rows, self.micro, self.tokenizer.pad_id, run.packing, run.max_length, share_prefix=run.dropout == 0
+            rows, self.micro_batch_size, self.tokenizer.pad_id, run.packing, run.max_length, share_prefix=share_prefix
         )
 
-    def step(self) -> StepResult:
-        """The next optimizer step."""
-        run, step = self.run, self.progress.step + 1
-        rows = [self.data.train[i] for i in step_rows(step, run.batch_size, len(self.data.train), run.seed)]
-        batches = [batch.to(self.device) for batch in self._batches(rows)]
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of one optimizer step (from 1)."""
+        return learning_rate(step, self.total_steps, self.run.peak_lr, self.warmup_steps, self.run.schedule)
+
+    def step(self, step: int, batches: Sequence[Batch], lr: float) -> StepResult:
+        """Take one optimizer step and count it.
+
+        Args:
+            step: its number, from 1; with the seed it decides the dropout masks.
+            batches: its micro-batches.
+            lr: its learning rate.
+
+        Returns:
+            What it did; skipped, with the weights unchanged, when the loss or a gradient was not finite.
+
+        Raises:
+            UserError: ``numeric/non-finite`` for the third such step in a row; what the first step's self-check finds.
+        """
+        run = self.run
         result = train_step(
             self.model,
             self.optimizer,
             batches,
-            learning_rate(step, self.total, run.peak_lr, self.warmup, run.schedule),
-            run.clip,
-            (lambda micro: derive_seed(run.seed, "dropout", step, micro)) if run.dropout > 0 else None,
-            (lambda: check_gradients(self.model)) if step == 1 else None,
+            lr,
+            clip=run.clip,
+            dropout_seed=(lambda micro: derive_seed(run.seed, "dropout", step, micro)) if run.dropout > 0 else None,
+            check=(lambda: check_gradients(self.model)) if step == 1 else None,
         )
-        self.progress.step = step
-        self._note_health(result, batches)
+        self.state.step = step
+        self._check_finite(result, batches)
         return result
 
-    def _note_health(self, result: StepResult, batches: Sequence[Batch]) -> None:
-        progress = self.progress
+    def _check_finite(self, result: StepResult, batches: Sequence[Batch]) -> None:
+        state = self.state
         if not result.skipped:
-            progress.bad_steps, progress.last_grad_norm = 0, result.grad_norm
+            state.bad_steps, state.last_grad_norm = 0, result.grad_norm
             return
-        progress.bad_steps += 1
-        if progress.bad_steps >= MAX_BAD_STEPS:
-            rows = sorted({row for batch in batches for row in batch.rows})
-            raise UserError(
-                "numeric/non-finite",
-                f"loss or gradient was not finite {MAX_BAD_STEPS} steps in a row",
-                where=f"step {progress.step}, data rows {listing(map(str, rows))}",
-                found=f"loss {result.loss}, gradient norm {result.grad_norm}, last good norm {progress.last_grad_norm}",
-                fix=f"lower --lr or look at these rows; the weights are as of the last finite step, {self._resume_hint()}",
-            )
-
-    def _resume_hint(self) -> str:
-        return (
-            f"checkpoint step-{self.progress.saved_step} can be resumed"
-            if self.progress.saved_step
-            else "no checkpoint was saved yet"
+        state.bad_steps += 1
+        if state.bad_steps < MAX_BAD_STEPS:
+            return
+        rows = sorted({row for batch in batches for row in batch.rows})
+        resume = f"checkpoint step-{state.saved_step} can be resumed" if state.saved_step else "no checkpoint was saved yet"
+        raise UserError(
+            "numeric/non-finite",
+            f"loss or gradient was not finite {MAX_BAD_STEPS} steps in a row",
+            where=f"step {state.step}, data rows {listing(map(str, rows))}",
+            found=f"loss {result.loss}, gradient norm {result.grad_norm}, last good norm {state.last_grad_norm}",
+            fix=f"lower --lr or look at these rows; the weights are as of the last finite step, {resume}",
         )
 
-    def validate(self) -> float | None:
-        """Validation loss, noted as the best if it is; None without validation rows."""
-        if not self.validation:
-            return None
-        loss, progress = validation_loss(self.model, self.validation), self.progress
-        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
-            progress.best_step, progress.best_loss, progress.stale = progress.step, loss, 0
+    def _metrics(self, result: StepResult, lr: float, tokens_per_s: float) -> dict[str, JSON]:
+        """The row of ``metrics.jsonl`` for the step just done."""
+        row: dict[str, JSON] = {
+            "step": self.state.step,
+            "tokens": result.num_tokens,
+            "supervised_tokens": result.num_targets,
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "tokens_per_s": round(tokens_per_s, 1),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+        return row | {"skipped": True} if result.skipped else row
+
+    # ---- validation, checkpoints, the result -------------------------------------------------------------------------
+
+    def _validate(self, log: Log) -> dict[str, JSON]:
+        """The validation loss, noted as the best if it is."""
+        loss, state = validation_loss(self.model, self.validation), self.state
+        if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
+            state.best_step, state.best_loss, state.evals_since_best = state.step, loss, 0
         else:
-            progress.stale += 1
-        return loss
+            state.evals_since_best += 1
+        log(f"step {state.step}: validation loss {loss:.4f}")
+        return {"eval_loss": loss}
 
-    @property
-    def is_done(self) -> bool:
-        out_of_patience = self.run.patience is not None and self.progress.stale >= self.run.patience
-        return self.progress.step >= self.total or out_of_patience
-
-    @property
-    def wants_validation(self) -> bool:
-        return self.progress.step % self.eval_every == 0 or self.progress.step == self.total
-
-    @property
-    def wants_save(self) -> bool:
-        progress = self.progress
-        return progress.step % self.save_every == 0 or progress.best_step == progress.step or self.is_done
-
-    def save(self, log: MetricsLog, say: Callable[[str], None]) -> None:
-        """A checkpoint of everything. A full disk is survived twice; the third time in a row it stops the run."""
-        progress = self.progress
-        log.sync()
-        state = {f.name: getattr(progress, f.name) for f in dataclasses.fields(progress) if f.metadata.get("saved", True)}
+    def save(self, metrics: MetricsLog, log: Log) -> None:
+        """Save a checkpoint of everything. A full disk is survived twice; the third time in a row it stops the run."""
+        state = self.state
+        metrics.sync()
         try:
             save_checkpoint(
                 self.out,
-                progress.step,
+                state.step,
                 {"optimizer": self.optimizer.state()},
-                state,
+                {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.metadata.get("saved", True)},
                 self.identity,
                 keep_last=self.run.keep_last,
-                protect=() if progress.best_step is None else (progress.best_step,),
+                protect=() if state.best_step is None else (state.best_step,),
                 write_extra=self._write_adapter if self.run.method == "lora" else None,
             )
         except UserError as error:
-            progress.failed_saves += 1
-            if error.code != "disk/full" or progress.failed_saves >= MAX_BAD_STEPS:
+            state.failed_saves += 1
+            if error.code != "disk/full" or state.failed_saves >= MAX_BAD_STEPS:
                 raise
-            say(f"{error}\nTraining goes on; the next save is tried at the next interval.")
+            log(f"{error}\nTraining goes on; the next save is tried at the next interval.")
         else:
-            progress.failed_saves, progress.saved_step = 0, progress.step
+            state.failed_saves, state.saved_step = 0, state.step
 
     def _write_adapter(self, staging: Path) -> None:
         (staging / "adapter").mkdir()
@@ -184,19 +295,52 @@ class ActiveRun:
         check_identity(saved.identity, self.identity)
         self.optimizer.load_state(saved.groups["optimizer"])
         for name, value in saved.state.items():
-            setattr(self.progress, name, value)
-        self.progress.saved_step = saved.step
+            setattr(self.state, name, value)
+        self.state.saved_step = saved.step
 
-    def export(self, say: Callable[[str], None]) -> Path:
-        """Write the result: the best validated weights, or the last without validation."""
-        best = self.progress.best_step
-        if best is not None and best != self.progress.step:
-            try:
-                self.optimizer.load_state(load_step(self.out, best).groups["optimizer"])
-            except UserError as error:
-                say(f"{error}\nThe result is the last step's weights instead of the best.")
-        if self.run.method == "lora":
-            save_adapter(self.model, self.out / "adapter", template=self.template.source)
-            return self.out / "adapter"
-        save_model(self.model, self.tokenizer, self.out / "model")
-        return self.out / "model"
+    def _finish(self, stopped_by: int | None, began: float) -> TrainResult:
+        state = self.state
+        if stopped_by is not None:
+            resume = f"minisft train --out {visible(self.out)} --resume"
+            self.log(f"stopped by signal {stopped_by} after step {state.step}; to go on: {resume}")
+        result = TrainResult(
+            out=self.out,
+            weights=None if stopped_by is not None else self._result(),
+            steps=state.step,
+            total_steps=self.total_steps,
+            eval_loss=state.best_loss,
+            best_step=state.best_step,
+            trainable=num_parameters(self.model, trainable=True),
+            parameters=num_parameters(self.model),
+            seconds=time.monotonic() - began,
+            signal=stopped_by,
+        )
+        if result.weights is not None:
+            self.log(_summary(result))
+        return result
+
+    def _result(self) -> Path:
+        """The folder of the result; written now unless a finished run was resumed, which has nothing left to do."""
+        target = self.out / ("adapter" if self.run.method == "lora" else "model")
+        if not target.exists():
+            self._load_best()
+            if self.run.method == "lora":
+                save_adapter(self.model, target, template=self.template.source)
+            else:
+                save_model(self.model, self.tokenizer, target)
+        return target
+
+    def _load_best(self) -> None:
+        """Go back to the best validated weights; without validation the last ones stay."""
+        best = self.state.best_step
+        if best is None or best == self.state.step:
+            return
+        try:
+            self.optimizer.load_state(load_step(self.out, best).groups["optimizer"])
+        except UserError as error:
+            self.log(f"{error}\nThe result is the last step's weights instead of the best.")
+
+
+def _summary(result: TrainResult) -> str:
+    best = "" if result.eval_loss is None else f", best validation loss {result.eval_loss:.4f} at step {result.best_step}"
+    return f"done: {result.steps} steps in {duration(result.seconds)}{best}; weights in {visible(result.weights)}"
