@@ -2,7 +2,7 @@
 
 Which rows a step sees is a pure function of (seed, step), so a resumed run sees the same ones. ``batch_size`` counts
 rows whether they are packed or not: packing changes how they lie in memory, never what is computed. Rows that begin alike, as
-chats with one system message do, need their beginning only once: what no row may look back past is the same for all.
+chats with one system message do, need that prefix only once: attention is causal, so it is the same for all.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from minisft.common.seeds import generator
 from minisft.data.chat import Encoded
 from minisft.loss import IGNORE_INDEX
 
-# A shared beginning costs attention an explicit mask; below this share of the tokens saved it is not worth one.
-WORTH_SHARING = 0.1
+# A shared prefix costs attention an explicit mask; below this share of the tokens saved it is not worth one.
+MIN_SHARED_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Batch:
 
     Attributes:
         input_ids: (B, T) int64.
-        target_ids: (B, T) int64, already shifted: the token to predict *after* each place, or ``IGNORE_INDEX``.
+        target_ids: (B, T) int64, already shifted: the token to predict *after* each position, or ``IGNORE_INDEX``.
         segment_ids: (B, T) int64: 0 is padding, 1, 2, ... the row of data within the batch row.
         num_targets: how many targets are not ignored.
-        num_tokens: how many tokens the rows have, a shared beginning counted in each of them.
+        num_tokens: how many tokens the rows have, a shared prefix counted in each of them.
         rows: the data rows (line numbers) inside, for messages.
         prefix_length: the first so many tokens of the only batch row are a segment that all others continue; 0 for none.
     """
@@ -98,17 +98,17 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Ref: Krell et al. 2021, arXiv:2107.02027, section 3.
     """
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free places, bin), sorted
+    space: list[tuple[int, int]] = []  # (free positions, bin), sorted
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = bisect.bisect_left(room, (lengths[item], -1))
-        if at == len(room):
+        at = bisect.bisect_left(space, (lengths[item], -1))
+        if at == len(space):
             bins.append([item])
             free, target = capacity - lengths[item], len(bins) - 1
         else:
-            free, target = room.pop(at)
+            free, target = space.pop(at)
             free -= lengths[item]
             bins[target].append(item)
-        bisect.insort(room, (free, target))
+        bisect.insort(space, (free, target))
     return bins
 
 
@@ -122,7 +122,7 @@ def collate(rows: Sequence[Encoded], pad_id: int, bins: Sequence[Sequence[int]] 
 
     Returns:
         A ``Batch`` padded on the right to its longest batch row. The target of a row's last token is ignored, so no row is ever
-        asked to predict the next one's beginning.
+        asked to predict the first token of the next.
     """
     bins = [[i] for i in range(len(rows))] if bins is None else bins
     T = max(sum(len(rows[i].input_ids) for i in row) for row in bins)
@@ -151,26 +151,41 @@ def shared_prefix(rows: Sequence[Encoded]) -> int:
 
 
 def collate_shared(rows: Sequence[Encoded], pad_id: int, prefix_length: int) -> Batch:
-    """Lay rows that begin alike end to end in one batch row: their common beginning once, then what each has of its own.
+    """Lay rows that begin alike end to end in one batch row: their common prefix once, then what each has of its own.
 
-    Exact, because attention is causal: the hidden states of the beginning cannot depend on what follows, and its gradient is
+    Exact, because attention is causal: the hidden states of the prefix cannot depend on what follows, and its gradient is
     the sum of what the rows send back.
 
     Args:
+        rows: encoded rows of data.
+        pad_id: what would fill the rest; one batch row has none.
         prefix_length: at least 1, at most ``shared_prefix(rows)``.
+
+    Returns:
+        A ``Batch`` of one batch row, whose first segment is the prefix.
     """
-    beginning = replace(rows[0], input_ids=rows[0].input_ids[:prefix_length], supervised=[False] * prefix_length)
+    prefix = replace(rows[0], input_ids=rows[0].input_ids[:prefix_length], supervised=[False] * prefix_length)
     rests = [replace(row, input_ids=row.input_ids[prefix_length:], supervised=row.supervised[prefix_length:]) for row in rows]
-    batch = collate([beginning, *rests], pad_id, [range(len(rows) + 1)])
+    batch = collate([prefix, *rests], pad_id, [range(len(rows) + 1)])
     num_tokens = sum(len(row.input_ids) for row in rows)
     return replace(batch, num_tokens=num_tokens, rows=tuple(row.row for row in rows), prefix_length=prefix_length)
 
 
 def collate_packed(rows: Sequence[Encoded], pad_id: int, capacity: int, share_prefix: bool = True) -> Batch:
-    """Lay rows out with as little waste as there can be: a common beginning stored once if that saves enough, else packed."""
+    """Lay rows out with as little waste as there can be: a common prefix stored once if that saves enough, else packed.
+
+    Args:
+        rows: encoded rows of data.
+        pad_id: what fills the rest of a batch row.
+        capacity: tokens in a packed batch row.
+        share_prefix: whether a common prefix may be stored once.
+
+    Returns:
+        A ``Batch``.
+    """
     lengths = [len(row.input_ids) for row in rows]
     prefix_length = shared_prefix(rows) if share_prefix else 0
-    if prefix_length * (len(rows) - 1) > WORTH_SHARING * sum(lengths):
+    if prefix_length * (len(rows) - 1) > MIN_SHARED_FRACTION * sum(lengths):
         return collate_shared(rows, pad_id, prefix_length)
     return collate(rows, pad_id, pack(lengths, capacity))
 
@@ -181,8 +196,15 @@ def micro_batches(
     """Cut a step's rows into batches of at most ``micro_batch_size`` rows, neighbours in length together.
 
     Args:
+        rows: encoded rows of data.
+        micro_batch_size: rows in a batch, at most.
+        pad_id: what fills the rest of a batch row.
         packing: several rows to a batch row, at most ``capacity`` tokens each; else one, padded.
-        share_prefix: with packing, compute a common beginning once. Not with dropout, where each row has masks of its own.
+        capacity: tokens in a packed batch row.
+        share_prefix: with packing, compute a common prefix once. Not with dropout, where each row has masks of its own.
+
+    Returns:
+        The batches, the longest rows first.
     """
     ordered = sorted(rows, key=lambda row: -len(row.input_ids))
     groups = [ordered[i : i + micro_batch_size] for i in range(0, len(ordered), micro_batch_size)]

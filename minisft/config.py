@@ -185,10 +185,14 @@ class RunConfig:
     )
     template: str | None = _flag("chat template instead of the model's own: a .jinja file, chatml or plain", None, "T")
     turns: Literal["all", "last"] = _flag("which assistant turns are trained", "all")
-    max_length: int = _flag("longest row in tokens; longer rows lose the beginning of their prompt, or are dropped", 1024, "N")
+    max_length: int = _flag(
+        "longest row in tokens; longer prompts are cut from the left, and rows whose answers do not fit are dropped", 1024, "N"
+    )
     strict: bool = _flag("stop at rows that are too long instead of counting and dropping them", False)
     allow_control_tokens: bool = _flag("let control tokens that stand in the data act as such (default: they are text)", False)
-    packing: bool = _flag("no padding, and a beginning that all rows share computed once (same result as padded)", False)
+    packing: bool = _flag(
+        "padding-free batches: rows one after the other, a prefix that all share computed once; same result as padded", False
+    )
     method: Literal["lora", "full"] = _flag("train adapters, or every weight", "lora")
     rank: int = _flag("LoRA rank", 16, "R")
     alpha: float = _flag("LoRA alpha; the update is scaled by alpha / rank", 32.0)
@@ -198,7 +202,7 @@ class RunConfig:
     targets: tuple[str, ...] = _flag(
         "module names or one regular expression; default every linear but the head", (ALL_LINEAR,), "NAME"
     )
-    quant: Literal["none", "nf4"] = _flag("hold the frozen base in 4 bits while its adapters are trained (QLoRA)", "none")
+    quant: Literal["none", "nf4"] = _flag("quantize the frozen base to 4 bits and train adapters on it (QLoRA)", "none")
     double_quant: bool = _flag("with --quant: store the scales of the 4-bit blocks in 8 bits too", True)
     steps: int | None = _flag("optimizer steps (or give --epochs)", None, "N")
     epochs: float | None = _flag("passes over the data (default 1)", None, "N")
@@ -277,7 +281,7 @@ class RunConfig:
 
     @property
     def quantization(self) -> QuantConfig | None:
-        """How the frozen base is held in 4 bits; None when it stays dense."""
+        """How the frozen base is quantized; None when it stays dense."""
         return None if self.quant == "none" else QuantConfig(levels=self.quant, double_quant=self.double_quant)
 
     @property
@@ -291,6 +295,7 @@ class RunConfig:
 
 
 def flag_name(field_name: str) -> str:
+    """The command-line flag of a field: ``--micro-batch-size`` for ``micro_batch_size``."""
     return "--" + field_name.replace("_", "-")
 
 
@@ -336,7 +341,11 @@ def run_config(values: dict[str, object], where: str = "settings") -> RunConfig:
     missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in checked]
     if missing:
         raise UserError(
-            "config/missing", "a required setting is missing", where=where, expected=", ".join(map(flag_name, missing))
+            "config/missing",
+            "a required setting is missing",
+            where=where,
+            expected=", ".join(map(flag_name, missing)),
+            fix="give it as a flag, or as a key of --config",
         )
     return RunConfig(**checked)
 
@@ -358,6 +367,7 @@ def _typed(name: str, value: object, where: str) -> object:
         where=f"{where}: {name}",
         found=visible(repr(value)),
         expected=expected,
+        fix=f"minisft train --help explains {flag_name(name)}",
     )
 
 
@@ -367,10 +377,20 @@ def read_toml(path: Path) -> dict[str, object]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            "config/no-file", "cannot read the settings", where=visible(path), found=error.strerror or str(error)
+            "config/no-file",
+            "cannot read the settings",
+            where=visible(path),
+            found=error.strerror or str(error),
+            fix="name a TOML file that can be read",
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:  # the last: nested a thousand deep
-        raise UserError("config/bad-toml", "the settings are not TOML", where=visible(path), found=visible(error)) from None
+        raise UserError(
+            "config/bad-toml",
+            "the settings are not TOML",
+            where=visible(path),
+            found=visible(error),
+            fix="write one key = value a line",
+        ) from None
 
 
 # ---- checks that need no tensor, so that the command line can make them before PyTorch is loaded ------------------------

@@ -1,6 +1,6 @@
 """Cross-entropy as a sum, over supervised positions only.
 
-The loss leaves this room as a sum, never a mean: whoever steps the optimizer divides once, by the supervised tokens of the
+The loss leaves this module as a sum, never a mean: whoever steps the optimizer divides once, by the supervised tokens of the
 whole step. Logits of positions without a target are never computed; those of the others never exist all at once.
 """
 
@@ -28,8 +28,8 @@ def cross_entropy_sum(logits: Tensor, target_ids: Tensor) -> Tensor:
     Returns:
         A scalar; the gradient at ignored rows is exactly zero.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(wide, target_ids, ignore_index=IGNORE_INDEX, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(logits, target_ids, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -37,9 +37,9 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
-        wide = product_dtype(hidden)
-        precise = torch.promote_types(wide, torch.float32)
-        weight_wide = weight.to(wide)
+        compute_dtype = product_dtype(hidden)
+        precise = torch.promote_types(compute_dtype, torch.float32)
+        head_VD = weight.to(compute_dtype)
         total = torch.zeros((), dtype=precise, device=hidden.device)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -47,8 +47,8 @@ class _HeadLoss(torch.autograd.Function):
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            h, targets = hidden[part].to(wide), target_ids[part, None]
-            logits = (h @ weight_wide.T).to(precise)
+            h, targets = hidden[part].to(compute_dtype), target_ids[part, None]
+            logits = (h @ head_VD.T).to(precise)
             logsum = torch.logsumexp(logits, -1, keepdim=True)
             total += (logsum - logits.gather(1, targets)).sum()
             if not (need_hidden or need_weight):
@@ -56,9 +56,9 @@ class _HeadLoss(torch.autograd.Function):
             grad_logits = logits.sub_(logsum).exp_()
             grad_logits.scatter_add_(1, targets, torch.full_like(logsum, -1))
             if grad_hidden is not None:
-                grad_hidden[part] = (grad_logits.to(wide) @ weight_wide).to(hidden.dtype)
+                grad_hidden[part] = (grad_logits.to(compute_dtype) @ head_VD).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight += (grad_logits.to(wide).T @ h).to(precise)
+                grad_weight += (grad_logits.to(compute_dtype).T @ h).to(precise)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 

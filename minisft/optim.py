@@ -1,8 +1,8 @@
-"""AdamW on fp32 masters.
+"""AdamW on fp32 master weights.
 
-A parameter stored in bf16 is the rounded copy of a master that the optimizer owns: updates far smaller than the copy's
-last bit still add up. Gradients are collected in the masters' dtype as they arrive, so many micro-batches sum like one.
-Adapters are fp32 already and are their own masters.
+A parameter stored in bf16 is the rounded copy of a master weight that the optimizer owns: updates far smaller than the copy's
+last bit still add up. Gradients are collected in fp32 as they arrive, so many micro-batches sum like one.
+Adapters are fp32 already and are their own master weights.
 """
 
 from __future__ import annotations
@@ -28,41 +28,42 @@ class MasterAdamW:
         self, parameters: Mapping[str, nn.Parameter], *, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8
     ) -> None:
         self.parameters = dict(parameters)
-        self.masters = {name: _master(p) for name, p in self.parameters.items()}
+        self.master_weights = {name: _master(p) for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
-            if self.masters[name] is not p:
-                p.register_post_accumulate_grad_hook(_collect_into(self.masters[name]))
+            if self.master_weights[name] is not p:
+                p.register_post_accumulate_grad_hook(_collect_into(self.master_weights[name]))
         groups = [
-            {"params": [m for m in self.masters.values() if m.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [m for m in self.masters.values() if m.ndim < 2], "weight_decay": 0.0},
+            {"params": [m for m in self.master_weights.values() if m.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [m for m in self.master_weights.values() if m.ndim < 2], "weight_decay": 0.0},
         ]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
 
     def zero_grad(self) -> None:
-        for tensor in (*self.parameters.values(), *self.masters.values()):
+        """Forget all gradients."""
+        for tensor in (*self.parameters.values(), *self.master_weights.values()):
             tensor.grad = None
 
     def grad_norm(self) -> float:
         """Euclidean norm over all gradients together; NaN or infinite if any is."""
-        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
+        gradients = [m.grad for m in self.master_weights.values() if m.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
-    def step(self, lr: float, shrink: float = 1.0) -> None:
-        """One update at rate ``lr`` with all gradients multiplied by ``shrink`` (clipping)."""
+    def step(self, lr: float, grad_scale: float = 1.0) -> None:
+        """One update at rate ``lr`` with all gradients multiplied by ``grad_scale`` (clipping)."""
         with torch.no_grad():
-            if shrink != 1.0:
-                torch._foreach_mul_([m.grad for m in self.masters.values() if m.grad is not None], shrink)
+            if grad_scale != 1.0:
+                torch._foreach_mul_([m.grad for m in self.master_weights.values() if m.grad is not None], grad_scale)
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
             for name, p in self.parameters.items():
-                if self.masters[name] is not p:
-                    p.copy_(self.masters[name])
+                if self.master_weights[name] is not p:
+                    p.copy_(self.master_weights[name])
 
     def state(self) -> dict[str, Tensor]:
         """Masters, moments and step counts by name: everything that the next step depends on."""
         tensors: dict[str, Tensor] = {}
-        for name, master in self.masters.items():
+        for name, master in self.master_weights.items():
             tensors[f"{name}/master"] = master.detach()
             tensors.update({f"{name}/{key}": value for key, value in self.adamw.state[master].items()})
         return tensors
@@ -71,7 +72,7 @@ class MasterAdamW:
         """Restore what ``state`` returned, parameters included."""
         self.adamw.state.clear()
         with torch.no_grad():
-            for name, master in self.masters.items():
+            for name, master in self.master_weights.items():
                 master.copy_(tensors[f"{name}/master"])
                 self.parameters[name].copy_(master)
                 moments = {
@@ -91,8 +92,8 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
 def _collect_into(master: nn.Parameter):  # type: ignore[no-untyped-def]  # the hook type is private upstream
     def collect(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        wide = parameter.grad.to(master.dtype)
-        master.grad = wide if master.grad is None else master.grad.add_(wide)
+        grad = parameter.grad.to(master.dtype)
+        master.grad = grad if master.grad is None else master.grad.add_(grad)
         parameter.grad = None
 
     return collect

@@ -35,6 +35,9 @@ def learning_rate(step: int, total: int, peak: float, warmup_steps: int, kind: K
         warmup_steps: how many steps lie below the peak at the start; less than ``total``.
         kind: what happens after the warm-up.
 
+    Returns:
+        The rate, positive if ``peak`` is.
+
     Raises:
         ValueError: a step outside 1..total, or a warm-up outside 0..total-1.
 

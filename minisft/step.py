@@ -42,13 +42,17 @@ def batch_loss_sum(model: CausalLM, batch: Batch) -> Tensor:
 
 
 def accumulate_gradients(model: CausalLM, batches: Sequence[Batch], dropout_seed: Callable[[int], int] | None = None) -> float:
-    """Backward through every micro-batch of a step; returns the step's mean loss per supervised token.
+    """Backward through every micro-batch of a step.
 
     L = sum over micro-batches of the summed loss / supervised tokens of the step.
 
     Args:
+        model: in training mode; its parameters collect the gradients.
         batches: the step's micro-batches, on the model's device.
         dropout_seed: micro-batch index -> seed of its dropout masks; None without dropout.
+
+    Returns:
+        The step's mean loss per supervised token.
 
     Raises:
         ValueError: not one supervised token in the step.
@@ -88,8 +92,12 @@ def train_step(
     """One optimizer step over micro-batches.
 
     Args:
+        model: in training mode.
+        optimizer: over the model's trained parameters.
+        batches: the step's micro-batches, on the model's device.
         lr: learning rate of this step.
         clip: gradients are scaled down to this norm if theirs is larger; 0 for never.
+        dropout_seed: as in ``accumulate_gradients``.
         check: called between backward and update (the self-check of the first step).
 
     Returns:
@@ -102,8 +110,8 @@ def train_step(
     if not skipped:
         if check is not None:
             check()
-        shrink = clip / (grad_norm + 1e-6) if 0 < clip < grad_norm else 1.0
-        optimizer.step(lr, shrink)
+        grad_scale = clip / (grad_norm + 1e-6) if 0 < clip < grad_norm else 1.0
+        optimizer.step(lr, grad_scale)
     optimizer.zero_grad()
     num_targets, num_tokens = (sum(getattr(b, name) for b in batches) for name in ("num_targets", "num_tokens"))
     return StepResult(loss, num_targets, num_tokens, grad_norm, skipped)
@@ -143,8 +151,10 @@ def validation_loss(model: CausalLM, batches: Sequence[Batch]) -> float:
 
 
 def set_checkpointing(model: CausalLM, kind: str) -> None:
-    """What backward computes again instead of keeping: nothing, each MLP (``selective``: the three widest activations), or
-    whole layers (``full``)."""
+    """Choose what backward computes again instead of keeping.
+
+    Nothing (``none``), each MLP (``selective``: the three widest activations), or whole layers (``full``).
+    """
 
     def recomputed(block: nn.Module, *args: object) -> Tensor:
         if not torch.is_grad_enabled():

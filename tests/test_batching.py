@@ -12,7 +12,7 @@ from tiny import FAMILIES, VOCAB, assert_close, assert_same, gradients, shared_w
 from torch import Tensor, nn
 
 from minisft.batching import (
-    WORTH_SHARING,
+    MIN_SHARED_FRACTION,
     Batch,
     collate,
     collate_shared,
@@ -223,7 +223,7 @@ def test_a_beginning_is_shared_where_it_saves_enough():
     assert (long.prefix_length, long.input_ids.shape, long.num_tokens, long.num_targets) == (20, (1, 60), 120, 4)
     assert long.rows == (0, 1, 2, 3)
     few = batch_of(1, 10)
-    assert WORTH_SHARING * 44 > 3  # three tokens of 44 would be saved
+    assert MIN_SHARED_FRACTION * 44 > 3  # three tokens of 44 would be saved
     assert (few.prefix_length, few.input_ids.shape) == (0, (1, 44))
     alone = micro_batches([encoded([1] * 9, [False] * 8 + [True], 0)], 1, PAD, True, 1000)[0]
     assert alone.prefix_length == 0

@@ -204,7 +204,7 @@ def test_missing_settings_are_all_named(missing):
     with pytest.raises(UserError) as error:
         run_config({k: v for k, v in REQUIRED.items() if k not in missing})
     text = message(error, "config/missing")
-    assert text.endswith("expected " + ", ".join(f"--{name}" for name in REQUIRED if name in missing))
+    assert "expected " + ", ".join(f"--{name}" for name in REQUIRED if name in missing) + "; fix: " in text
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_wrong_types_are_named(name, value, kind):
         run_config({**REQUIRED, name: value}, "run.toml")
     text = message(error, "config/bad-type")
     assert f"a setting has the wrong type: run.toml: {name}; found " in text
-    assert text.endswith(f"expected {kind}")
+    assert f"expected {kind}; fix: minisft train --help explains {flag_name(name)}" in text
 
 
 def test_hostile_keys_and_values_are_made_visible():

@@ -62,7 +62,7 @@ def test_equals_the_textbook(lrs, decay, seed):
 def test_clipping_scales_every_gradient():
     (one, first), (two, second) = make(), make()
     backward(one, 3)
-    first.step(0.1, shrink=0.25)
+    first.step(0.1, grad_scale=0.25)
     backward(two, 3, scale=0.25)
     second.step(0.1)
     for name in one:
@@ -109,16 +109,16 @@ def test_micro_batches_add_up_in_fp32():
     for value in [256.0] + [1.0] * 255:
         (p * value).sum().backward()
         assert p.grad is None  # collected, so the narrow copy takes no memory
-    assert optimizer.masters["p"].grad.dtype == torch.float32
-    assert torch.equal(optimizer.masters["p"].grad, torch.full((2, 2), 511.0))
+    assert optimizer.master_weights["p"].grad.dtype == torch.float32
+    assert torch.equal(optimizer.master_weights["p"].grad, torch.full((2, 2), 511.0))
     optimizer.zero_grad()
-    assert optimizer.masters["p"].grad is None
+    assert optimizer.master_weights["p"].grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_wide_parameters_are_their_own_masters(dtype):
     parameters, optimizer = make(dtype)
-    assert all(optimizer.masters[name] is p for name, p in parameters.items())
+    assert all(optimizer.master_weights[name] is p for name, p in parameters.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -21,7 +21,7 @@ from minisft.formats import load_model
 from minisft.formats.hf_config import read_config
 from minisft.formats.loading import empty_model, expected_shapes
 from minisft.surgery import nf4_modules
-from minisft.training.memory_estimate import Meter, Shape, rehearse
+from minisft.training.memory_estimate import MemoryTracker, Shape, estimate_step
 from minisft.training.plan import NO_GAPS, plan, render
 
 pytestmark = pytest.mark.slow
@@ -121,7 +121,7 @@ def shape_of(config: ModelConfig) -> Shape:
 
 def kept(num_layers: int, **changes: object) -> float:
     run = run_of(batch_size=2, max_length=33, **changes)
-    return rehearse(run, shape_of(replace(tiny.LLAMA, num_layers=num_layers)), CPU).whole["activations"]
+    return estimate_step(run, shape_of(replace(tiny.LLAMA, num_layers=num_layers)), CPU).whole["activations"]
 
 
 def test_a_further_layer_keeps_what_the_equations_say() -> None:
@@ -141,7 +141,7 @@ def test_a_further_checkpointed_layer_keeps_its_input() -> None:
 def test_full_training_keeps_gradient_moments_and_masters(dtype: str, masters: int) -> None:
     model = tiny.build(tiny.LLAMA, torch.float32)
     numbers, tensors = sum(p.numel() for p in model.parameters()), len(list(model.parameters()))
-    whole = rehearse(run_of(method="full", dtype=dtype, batch_size=1, max_length=8), shape_of(tiny.LLAMA), CPU).whole
+    whole = estimate_step(run_of(method="full", dtype=dtype, batch_size=1, max_length=8), shape_of(tiny.LLAMA), CPU).whole
     assert whole["weights"] == numbers * (2 if masters else 4)
     assert whole["optimizer"] == numbers * (8 + masters) + 4 * tensors  # two moments, and a step count a tensor
     assert whole["gradients"] == numbers * 4
@@ -149,7 +149,7 @@ def test_full_training_keeps_gradient_moments_and_masters(dtype: str, masters: i
 
 
 def test_adapters_are_fp32_and_so_are_their_gradients() -> None:
-    whole = rehearse(run_of(dtype="bf16", targets=("q_proj",), max_length=8), shape_of(tiny.LLAMA), CPU).whole
+    whole = estimate_step(run_of(dtype="bf16", targets=("q_proj",), max_length=8), shape_of(tiny.LLAMA), CPU).whole
     numbers = 2 * 3 * (12 + 36)  # layers, rank, in + out
     assert (whole["adapters"], whole["gradients"], whole["optimizer"]) == (4 * numbers, 4 * numbers, 8 * numbers + 4 * 4)
 
@@ -167,29 +167,29 @@ def test_a_straight_line_through_few_layers_gives_what_all_layers_give(
 ) -> None:
     """The amounts to the byte; the peak up to 1 %, because which operator has it may change where two moments are close."""
     run, shape = run_of(batch_size=2, **{"max_length": 8, **changes}), shape_of(replace(tiny.LLAMA, num_layers=6))
-    line = rehearse(run, shape, CPU)
-    monkeypatch.setattr("minisft.training.memory_estimate.REHEARSED", (6, 7))  # all six, one by one
-    each = rehearse(run, shape, CPU)
+    line = estimate_step(run, shape, CPU)
+    monkeypatch.setattr("minisft.training.memory_estimate.MEASURED_LAYERS", (6, 7))  # all six, one by one
+    each = estimate_step(run, shape, CPU)
     assert each.whole == line.whole
     assert sum(line.at_peak.values()) == pytest.approx(sum(each.at_peak.values()), rel=0.01)
 
 
-def test_layers_that_differ_are_all_rehearsed() -> None:
+def test_layers_that_differ_are_all_measured() -> None:
     shape = shape_of(replace(tiny.LLAMA, num_layers=5))
-    whole = rehearse(run_of(targets=(r".*layers\.[34]\.mlp\.up_proj",), max_length=8), shape, CPU).whole
+    whole = estimate_step(run_of(targets=(r".*layers\.[34]\.mlp\.up_proj",), max_length=8), shape, CPU).whole
     assert whole["adapters"] == 2 * 4 * 3 * (12 + 14)
 
 
 def test_the_meter_counts_a_block_once_and_until_it_is_freed() -> None:
-    with Meter() as meter:
+    with MemoryTracker() as tracker:
         a = torch.empty(100)
         a.view(10, 10).t()
         b = a + 1
         del a
-        meter.label([b], "gradients")
-    sizes = [num_bytes for _, num_bytes in meter.events]
+        tracker.label([b], "gradients")
+    sizes = [num_bytes for _, num_bytes in tracker.events]
     assert sizes == [400, 400, -400]
-    assert list(meter.kinds.values()) == ["gradients"]
+    assert list(tracker.kinds.values()) == ["gradients"]
 
 
 # ---- from files ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@
 #       dynamic_map: minisft.nf4.dynamic_map
 #       quantize_absmax: minisft.nf4.quantize_absmax
 #       decode_absmax: minisft.nf4.decode_absmax
-#       bill: minisft.training.memory_estimate.rehearse
+#       bill: minisft.training.memory_estimate.estimate_step
 #     refs: [dettmers2023qlora, dettmers2021eightbit, rajbhandari2019zero]
 # ---
 
@@ -45,14 +45,14 @@ from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.step import batch_loss_sum, prepare_method, train_step
 from minisft.surgery import lora_modules, nf4_modules, quantization_targets, quantize_
-from minisft.training.memory_estimate import Shape, rehearse
+from minisft.training.memory_estimate import Shape, estimate_step
 from minisft.training.plan import size
 
 shared.start("06", seed=0)
 
 # %% [markdown]
 # Here is the bill for a model of seven billion weights, one row of 512 tokens at a time. Nothing of that size is allocated:
-# `minisft plan` rehearses a step with tensors that have a shape and no memory. We trust it for now. Further down you count the
+# `minisft plan` runs a step with tensors that have a shape and no memory. We trust it for now. Further down you count the
 # bytes of a small model yourself, and compare. Adapters, where there are any, have rank 16 and sit on all linear layers but the
 # output head. (The code of this cell is book-keeping and drawing: read the picture first.)
 
@@ -84,7 +84,7 @@ def planned(config, run):
     packed = {} if quant is None else {f"{path}.weight": quant for path in quantization_targets(model, quant)}
     numbers = [torch.Size(shapes[name]).numel() for name in packed]
     codes, all_4_bit = sum(n // 2 for n in numbers), sum(nf4_bytes(n, quant) for n in numbers)
-    step = rehearse(run, Shape(config, shapes, packed), torch.device("cpu"))
+    step = estimate_step(run, Shape(config, shapes, packed), torch.device("cpu"))
     return {"codes": codes, "scales": all_4_bit - codes} | {line: step.whole[line] for line in list(LINES)[2:]}
 
 
@@ -254,7 +254,7 @@ def bill(model, optimizer, compute_loss):
         "scales": model.buffers(),  # what is left of the 4-bit layers
         "adapters": [factor for layer in lora_modules(model).values() for factor in (layer.lora_A, layer.lora_B)],
         "weights": model.parameters(),  # those that are no adapters
-        "gradients": [master.grad for master in optimizer.masters.values()],
+        "gradients": [master.grad for master in optimizer.master_weights.values()],
         "optimizer": optimizer.state().values(),
         "activations": kept,
     }
@@ -393,8 +393,8 @@ shared.say(f"{real_bits:.3f} bits a weight, where page 05 needed {4 + 32 / 64:.3
 # ## The same as the library
 #
 # Map, codes, scales of scales, mean and rebuilt scales equal `minisft.nf4` bit for bit. And the bytes that you counted on
-# living tensors equal the library's rehearsal, line by line and exactly, with one exception. Among the activations the
-# rehearsal also counts what happens to be alive when the backward pass begins, though it is not needed there: the loss, and
+# living tensors equal the library's estimate, line by line and exactly, with one exception. Among the activations the
+# estimate also counts what happens to be alive when the backward pass begins, though it is not needed there: the loss, and
 # up to two integers a token that say where it stands.
 
 # %%
@@ -414,7 +414,7 @@ for method, run in runs.items():
 shared.say(f"{len(runs)} bills of {len(LINES)} lines: counted and planned agree.")
 
 # %% [markdown]
-# That earns the picture at the top some trust: it is the same rehearsal, with more layers. For your own run the command line
+# That earns the picture at the top some trust: it is the same estimate, with more layers. For your own run the command line
 # gives it before anything is loaded: `minisft plan --model ... --quant nf4`.
 
 # %% [markdown]

@@ -5,7 +5,7 @@ adds, and ``manifest.json`` with the size and sha256 of every other file (``mani
 a hidden name, synced, and renamed once (``atomic_files.staged_folder``), so a name ``step-N`` means a finished save. Nothing
 points at the latest one: it is found by looking, newest first, for one that verifies, and what was passed over is reported.
 
-Saving needs the run's lock; loading needs nothing and changes nothing. This room knows nothing of training: named tensors and
+Saving needs the run's lock; loading needs nothing and changes nothing. This module knows nothing of training: named tensors and
 JSON go in and come out bit for bit. It uses no pickle, and it saves no random state, because minisft has none (``seeds.py``).
 Tensors that share storage are saved as separate copies; which of them to save is the caller's decision.
 
@@ -69,7 +69,7 @@ class RunLock:
 
     ``with RunLock(run_dir): ...`` makes the folder if need be, takes ``flock`` on ``<run>/.lock`` and clears away what
     interrupted saves left behind: holding the lock proves that nobody is still writing it. The kernel frees the lock when the
-    process ends, however it ends, so there is no stale lock to delete by hand.
+    process ends, however it ends, so there is no lock of a dead process to delete by hand.
 
     Raises:
         UserError: ``checkpoint/locked`` with the holder's process id.
@@ -134,6 +134,9 @@ def save_checkpoint(
         keep_last: how many newest checkpoints stay, at least 1.
         protect: steps that stay whatever their age (the best one).
         write_extra: called with the staging folder first of all, to put files or folders of its own beside the groups.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
         UserError: ``checkpoint/exists``; ``disk/full`` or ``disk/write-failed``, in which case no trace of this save is left
@@ -291,7 +294,11 @@ def _load(folder: Path, step: int, skipped: tuple[str, ...]) -> Checkpoint:
     try:
         groups = {name: _read_group(folder / f"{name}.safetensors") for name in manifest.groups}
         state = as_object(safe_json.loads(read_small(folder / STATE)))
-    except (OSError, ValueError, SafetensorError) as error:  # whole but not ours: a forged manifest, or files gone meanwhile
+    except (
+        OSError,
+        ValueError,
+        SafetensorError,
+    ) as error:  # whole but not ours: a manifest made on purpose, or files gone meanwhile
         raise UnusableError(f"cannot be read: {visible(error)}") from None
     return Checkpoint(folder, step, groups, state, manifest.identity, skipped)
 

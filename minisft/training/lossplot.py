@@ -39,7 +39,11 @@ class _Series:
 def plot_loss(metrics_path: str | Path, png_path: str | Path, title: str) -> None:
     """Draw training loss (each step and smoothed), validation loss and learning rate of one run into a PNG.
 
-    Reads the columns ``step``, ``loss``, ``lr`` and ``eval_loss`` of ``metrics.jsonl``; the last may stand in rows of its own.
+    Args:
+        metrics_path: ``metrics.jsonl``; its columns ``step``, ``loss``, ``lr`` and ``eval_loss`` are read; the last
+            may stand in rows of its own.
+        png_path: the picture, written whole or not at all.
+        title: above the picture.
 
     Raises:
         UserError: the log cannot be read or holds no loss; the picture cannot be written.

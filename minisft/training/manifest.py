@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def record(path: Path) -> FileRecord:
     """Size and sha256 of a file as it is now; constant memory."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(file.tell(), digest)
+        return FileRecord(os.fstat(file.fileno()).st_size, digest)
 
 
 def read_small(path: Path) -> bytes:

@@ -1,11 +1,11 @@
-"""A training step rehearsed without memory: what is alive at which moment, and how many bytes of what.
+"""Memory estimate of a training step: which bytes are alive at which moment, found without allocating any.
 
 The same modules, the same optimizer and the same loss run on tensors that have a shape and a dtype but no memory (PyTorch's
-fake tensors), under a meter that notes each block when it is born and when it is freed. What it finds follows from the code
-that will train and cannot drift away from it. All layers cost the same, so two and three of them are rehearsed and the rest
+fake tensors), under a tracker that notes each block when it is born and when it is freed. What it finds follows from the code
+that will train and cannot drift away from it. All layers cost the same, so two and three of them are run and the rest
 follows along a straight line.
 
-The rehearsed rows all have ``max_length`` tokens, every one of them a target: the worst that the data can bring. Not seen:
+Its rows all have ``max_length`` tokens, every one of them a target: the worst that the data can bring. Not seen:
 what one operator takes and gives back by itself, and the gaps that the C library leaves between the blocks. A newcomer leaves
 with one idea: a peak is one moment, and what it costs can be counted without paying.
 """
@@ -34,15 +34,15 @@ from minisft.step import batch_loss_sum, prepare_method
 from minisft.surgery import match_targets
 
 KINDS = ("weights", "adapters", "optimizer", "gradients", "activations", "temporary")
-REHEARSED = (2, 3)  # layers; not 1: the first layer's input needs no gradient, so it keeps less than the others
-STAND_IN = "stand-in"  # a dense weight rehearsed in place of one in 4 bits: it is in no sum
+MEASURED_LAYERS = (2, 3)  # layers; not 1: the first layer's input needs no gradient, so it keeps less than the others
+PLACEHOLDER = "placeholder"  # a dense weight in the position of one in 4 bits: it is in no sum
 
 Amounts = Mapping[str, float]  # bytes by kind
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model as its headers describe it: the tensors, and which of them will be held in 4 bits, in which form."""
+    """A model as its headers describe it: the tensors, and which of them will be quantized, in which form."""
 
     config: ModelConfig
     tensors: Mapping[str, tuple[int, ...]]
@@ -57,15 +57,24 @@ class Step:
     at_peak: Amounts
 
 
-def rehearse(run: RunConfig, shape: Shape, device: torch.device) -> Step:
-    """The amounts of one optimizer step in a run that is under way (moments exist; gradients of earlier micro-batches too)."""
+def estimate_step(run: RunConfig, shape: Shape, device: torch.device) -> Step:
+    """The bytes of one optimizer step in a run that is under way (moments exist; gradients of earlier micro-batches too).
+
+    Args:
+        run: the settings.
+        shape: the model, as its headers describe it.
+        device: where the run will be.
+
+    Returns:
+        Bytes by kind.
+    """
     layers = shape.config.num_layers
     paths = [*shape.in_4_bits, *(match_targets(empty_model(shape.config), run.lora.targets) if run.method == "lora" else ())]
-    if layers <= max(REHEARSED) or not _same_in_all_layers(paths, layers):
-        found = _moments(run, shape, device, layers)
+    if layers <= max(MEASURED_LAYERS) or not _same_in_all_layers(paths, layers):
+        found = _peak_by_phase(run, shape, device, layers)
     else:
-        few, more = (_moments(run, shape, device, n) for n in REHEARSED)
-        steps = (layers - REHEARSED[0]) / (REHEARSED[1] - REHEARSED[0])
+        few, more = (_peak_by_phase(run, shape, device, n) for n in MEASURED_LAYERS)
+        steps = (layers - MEASURED_LAYERS[0]) / (MEASURED_LAYERS[1] - MEASURED_LAYERS[0])
         found = {
             moment: {kind: few[moment][kind] + steps * (more[moment][kind] - few[moment][kind]) for kind in KINDS}
             for moment in few
@@ -83,46 +92,46 @@ def _same_in_all_layers(paths: Collection[str], num_layers: int) -> bool:
     return not inside or (len(inside) == num_layers and len({frozenset(names) for names in inside.values()}) == 1)
 
 
-def _moments(run: RunConfig, shape: Shape, device: torch.device, num_layers: int) -> dict[str, dict[str, float]]:
-    """Rehearse ``num_layers`` layers: amounts altogether (``whole``) and at the largest moment of each part of a step.
+def _peak_by_phase(run: RunConfig, shape: Shape, device: torch.device, num_layers: int) -> dict[str, dict[str, float]]:
+    """Run ``num_layers`` layers: amounts altogether (``whole``) and at the largest moment of each part of a step.
 
     The parts are those within which the largest moment moves along a straight line when layers are added: until half of
     the gradients exist (activations count most), after that (gradients count most), and the update.
     """
-    model, stand_ins = _fake_model(run, shape, device, num_layers)
+    model, placeholders = _fake_model(run, shape, device, num_layers)
     parameters = prepare_method(model, run)
     optimizer = MasterAdamW(parameters, betas=(run.beta1, run.beta2), weight_decay=run.weight_decay)
-    batch, meter = full_batch(run, device), Meter()
-    with meter:
+    batch, tracker = full_batch(run, device), MemoryTracker()
+    with tracker:
         _start_moments(optimizer)
-        meter.label(optimizer.state().values(), "optimizer")
-        meter.label(model.parameters(), "weights")
-        meter.label(parameters.values(), "adapters" if run.method == "lora" else "weights")
-        meter.label(stand_ins, STAND_IN)
-        began = len(meter.events)
+        tracker.label(optimizer.state().values(), "optimizer")
+        tracker.label(model.parameters(), "weights")
+        tracker.label(parameters.values(), "adapters" if run.method == "lora" else "weights")
+        tracker.label(placeholders, PLACEHOLDER)
+        began = len(tracker.events)
         for _ in range(min(2, run.batch_size // (run.micro_batch_size or run.batch_size))):
             loss = batch_loss_sum(model, batch)
-            meter.label_living("activations")
+            tracker.label_living("activations")
             loss.backward()
             del loss
-        meter.label((m.grad for m in optimizer.masters.values() if m.grad is not None), "gradients")
-        updating = len(meter.events)
-        optimizer.step(0.0, shrink=0.5)
-    return _largest(meter, began, updating)
+        tracker.label((m.grad for m in optimizer.master_weights.values() if m.grad is not None), "gradients")
+        updating = len(tracker.events)
+        optimizer.step(0.0, grad_scale=0.5)
+    return _largest(tracker, began, updating)
 
 
 def _fake_model(run: RunConfig, shape: Shape, device: torch.device, num_layers: int) -> tuple[CausalLM, list[Tensor]]:
-    """The model with so many layers, without memory; and its weights that stand in for 4-bit ones.
+    """The model with so many layers, without memory; and the placeholders of its 4-bit weights.
 
     Such a weight is multiplied as a dense one in the dtype of the product: that is what it is made into, for a moment.
     """
     dtype = DTYPES[run.dtype]
-    wide = product_dtype(torch.empty(0, dtype=dtype, device=device))
+    compute_dtype = product_dtype(torch.empty(0, dtype=dtype, device=device))
     model = empty_model(replace(shape.config, num_layers=num_layers))
-    with FakeTensorMode(allow_non_fake_inputs=True):  # ids, places and targets are real: how many there are is what counts
+    with FakeTensorMode(allow_non_fake_inputs=True):  # ids, positions and targets are real: how many there are is what counts
         for name, size in expected_shapes(model).items():
             owner, _, leaf = name.rpartition(".")
-            weight = torch.empty(size, dtype=wide if name in shape.in_4_bits else dtype, device=device)
+            weight = torch.empty(size, dtype=compute_dtype if name in shape.in_4_bits else dtype, device=device)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(weight))
     if model.config.tie_word_embeddings:
         model.tie()
@@ -137,16 +146,16 @@ def full_batch(run: RunConfig, device: torch.device) -> Batch:
 
 def _start_moments(optimizer: MasterAdamW) -> None:
     """What the first step leaves behind."""
-    for master in optimizer.masters.values():
+    for master in optimizer.master_weights.values():
         master.grad = torch.empty_like(master)
     optimizer.step(0.0)
     optimizer.zero_grad()
 
 
-# ---- the meter -------------------------------------------------------------------------------------------------------
+# ---- the tracker -------------------------------------------------------------------------------------------------------
 
 
-class Meter(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Notes each block of memory that operators make while it is active, and when it is freed.
 
     Attributes:
@@ -197,18 +206,18 @@ class Meter(TorchDispatchMode):
         self.events.append((block, -num_bytes))
 
 
-def _largest(meter: Meter, began: int, updating: int) -> dict[str, dict[str, float]]:
+def _largest(tracker: MemoryTracker, began: int, updating: int) -> dict[str, dict[str, float]]:
     """Replay the events: the largest amount of each kind, and all kinds at the largest moment of each part of the step."""
     found: dict[str, dict[str, float]] = {part: dict.fromkeys(KINDS, 0.0) for part in ("whole", "early", "late", "update")}
-    all_gradients = sum(n for block, n in meter.events if n > 0 and meter.kinds.get(block) == "gradients")
-    now = dict.fromkeys((*KINDS, STAND_IN), 0)
-    for place, (block, num_bytes) in enumerate(meter.events):
-        kind = meter.kinds.get(block, "temporary")
+    all_gradients = sum(n for block, n in tracker.events if n > 0 and tracker.kinds.get(block) == "gradients")
+    now = dict.fromkeys((*KINDS, PLACEHOLDER), 0)
+    for index, (block, num_bytes) in enumerate(tracker.events):
+        kind = tracker.kinds.get(block, "temporary")
         now[kind] += num_bytes
-        if place < began or kind == STAND_IN:
+        if index < began or kind == PLACEHOLDER:
             continue
         found["whole"][kind] = max(found["whole"][kind], now[kind])
-        part = "update" if place >= updating else "late" if 2 * now["gradients"] > all_gradients else "early"
+        part = "update" if index >= updating else "late" if 2 * now["gradients"] > all_gradients else "early"
         if sum(now[k] for k in KINDS) > sum(found[part].values()):
             found[part] = {k: float(now[k]) for k in KINDS}
     for kind in ("weights", "adapters", "optimizer"):  # there since before the step

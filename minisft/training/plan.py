@@ -1,8 +1,8 @@
 """The memory bill of a training run, before a weight is loaded.
 
-Shapes come from the headers of the model's files, what a step occupies from its rehearsal, the interpreter's share from this
-very process. The lines are bytes altogether and bytes alive at the moment of the peak, because not everything lives at once:
-activations go as gradients come. The bill refuses nothing that is only too large; it says so, and what to change.
+Shapes come from the headers of the model's files, the bytes of a step from ``memory_estimate.py``, the interpreter's share
+from this very process. The lines are bytes altogether and bytes alive at the moment of the peak, because not everything lives at
+once: activations go as gradients come. The bill refuses nothing that is only too large; it says so, and what to change.
 
 Blocks are counted; the gaps between them are an estimate. The command line keeps all blocks in glibc's heap (``device.py``),
 where a freed large block is often not reused as a whole, likely because small long-lived ones have settled in it. A newcomer
@@ -34,17 +34,17 @@ from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.step import prepare_method, train_step
 from minisft.surgery import quantization_targets
-from minisft.training.memory_estimate import Shape, full_batch, rehearse
+from minisft.training.memory_estimate import Shape, estimate_step, full_batch
 
 Kind = Literal["none", "selective", "full"]
 CHECKPOINTING: tuple[Kind, ...] = ("none", "selective", "full")
 HEAP_GAPS = 0.17  # of the peak, with the allocator tuned: 12 to 24 % in our runs (benchmarks/LOG.md)
 NO_GAPS = "MALLOC_MMAP_THRESHOLD_=262144"  # a mapping of its own for each block from 256 KiB, given back when it is freed
-# What the rehearsal counts, as the bill calls it.
+# What the estimate counts, as the bill calls it.
 NAMES = {
     "weights": "dense weights",
     "adapters": "adapters, fp32",
-    "optimizer": "optimizer: moments, fp32 masters",
+    "optimizer": "optimizer: moments, fp32 master weights",
     "gradients": "gradients",
     "activations": "activations kept for backward",
     "temporary": "temporary",
@@ -73,7 +73,7 @@ class Bill:
         checkpointing: the run's own.
         kept, peaks: activations kept for backward, and the peak of a step, by kind of checkpointing.
         loading: peak while the model is loaded: what is held of it and the largest tensor once more in fp32.
-        free: what this machine can give to the run now; None if it does not say.
+        free: what this machine can give to the run now; None if that is not known.
     """
 
     title: str
@@ -91,6 +91,7 @@ class Bill:
 
     @property
     def fits(self) -> bool | None:
+        """Whether there is as much memory; None if that is not known."""
         return None if self.free is None else self.total <= self.free
 
     def to_dict(self) -> dict[str, JSON]:
@@ -103,15 +104,15 @@ class Bill:
 
 def render(bill: Bill) -> str:
     """The bill as lines for people."""
-    wide = max(len(item.name) for item in bill.items)
-    lines = [bill.title, "", f"{'':{wide}}  {'altogether':>12}  {'at the peak':>12}"]
-    lines += [f"{item.name:{wide}}  {size(item.whole):>12}  {size(item.at_peak):>12}" for item in bill.items]
-    lines += [f"{'peak of a step':{wide}}  {'':>12}  {size(bill.peaks[bill.checkpointing]):>12}"]
-    lines += [f"{'peak while loading':{wide}}  {'':>12}  {size(bill.loading):>12}", ""]
-    lines += [f"{'--checkpointing':{wide}}  {'activations':>12}  {'peak':>12}"]
+    width = max(len(item.name) for item in bill.items)
+    lines = [bill.title, "", f"{'':{width}}  {'altogether':>12}  {'at the peak':>12}"]
+    lines += [f"{item.name:{width}}  {size(item.whole):>12}  {size(item.at_peak):>12}" for item in bill.items]
+    lines += [f"{'peak of a step':{width}}  {'':>12}  {size(bill.peaks[bill.checkpointing]):>12}"]
+    lines += [f"{'peak while loading':{width}}  {'':>12}  {size(bill.loading):>12}", ""]
+    lines += [f"{'--checkpointing':{width}}  {'activations':>12}  {'peak':>12}"]
     for kind in CHECKPOINTING:
         mark = "  <- this run" if kind == bill.checkpointing else ""
-        lines.append(f"{kind:{wide}}  {size(bill.kept[kind]):>12}  {size(bill.peaks[kind]):>12}{mark}")
+        lines.append(f"{kind:{width}}  {size(bill.kept[kind]):>12}  {size(bill.peaks[kind]):>12}{mark}")
     lines += ["", *_verdict(bill)]
     return "\n".join(lines)
 
@@ -120,7 +121,7 @@ def _verdict(bill: Bill) -> Iterable[str]:
     if bill.items[-1].at_peak:
         yield f"{NO_GAPS} in the environment avoids most of the gaps, and costs speed."
     if bill.free is None:
-        yield f"needed: {size(bill.total)}; this machine does not say what is free"
+        yield f"needed: {size(bill.total)}; what is free on this machine is not known"
     else:
         yield f"needed: {size(bill.total)}; free on this machine: {size(bill.free)}; {'fits' if bill.fits else 'DOES NOT FIT'}"
     if bill.fits is False:
@@ -136,7 +137,13 @@ def size(num_bytes: int) -> str:
 
 
 def plan(run: RunConfig) -> Bill:
-    """The memory bill of ``run``; its data and output folder are not looked at.
+    """The memory bill of a training run, before anything is loaded; its data and output folder are not looked at.
+
+    Args:
+        run: the settings.
+
+    Returns:
+        Bytes by kind, by phase and by kind of checkpointing; ``render`` makes lines of them.
 
     Raises:
         UserError: a model that cannot be read, targets or a rank that do not fit it, full training of 4-bit weights.
@@ -153,7 +160,7 @@ def plan(run: RunConfig) -> Bill:
         )  # fmt: skip
     fixed = _fixed_items(shape, run, device, libraries)
     always = sum(item.at_peak for item in fixed)
-    steps = {kind: rehearse(replace(run, checkpointing=kind), shape, device) for kind in CHECKPOINTING}
+    steps = {kind: estimate_step(replace(run, checkpointing=kind), shape, device) for kind in CHECKPOINTING}
     own = steps[run.checkpointing]
     share = HEAP_GAPS if device.type == "cpu" and tunes_allocator() else 0.0
     gaps = round(share * (always + sum(own.at_peak.values())))
@@ -175,12 +182,12 @@ def plan(run: RunConfig) -> Bill:
 
 
 def _fixed_items(shape: Shape, run: RunConfig, device: torch.device, libraries: int) -> list[Item]:
-    """What the rehearsal does not see: the process itself, and what belongs to weights in 4 bits."""
+    """What the estimate does not see: the process itself, and what belongs to weights in 4 bits."""
     numbers = {name: math.prod(shape.tensors[name]) for name in shape.in_4_bits}
     codes = sum(-(-n // 2) for n in numbers.values())
     scales = sum(nf4_bytes(n, shape.in_4_bits[name]) for name, n in numbers.items()) - codes
-    wide = product_dtype(torch.empty(0, dtype=DTYPES[run.dtype], device=device))
-    workspace = max(numbers.values(), default=0) * wide.itemsize
+    compute_dtype = product_dtype(torch.empty(0, dtype=DTYPES[run.dtype], device=device))
+    workspace = max(numbers.values(), default=0) * compute_dtype.itemsize
     lines = {
         "interpreter and libraries": libraries,
         "4-bit codes": codes,
@@ -196,11 +203,11 @@ def _loading_bytes(shape: Shape, run: RunConfig) -> int:
     return dense + max(numbers.values()) * 4
 
 
-# ---- what the files say ----------------------------------------------------------------------------------------------
+# ---- the headers of the files ----------------------------------------------------------------------------------------------
 
 
 def read_shape(source: Source, quant: QuantConfig | None) -> Shape:
-    """What the headers of a model say, checked as when it is loaded."""
+    """The model that the headers of its files describe, checked as when it is loaded."""
     if source.kind == "gguf":
         config, stored = gguf_config(read_gguf(source.path)), {}
     else:

@@ -31,8 +31,16 @@ class RunData:
     facts: dict[str, JSON]
 
 
-def prepare_data(run: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> tuple[ChatTemplate, RunData]:
+def prepare_data(run: RunConfig, tokenizer: Tokenizer, log: Callable[[str], None]) -> tuple[ChatTemplate, RunData]:
     """Read, split and encode the rows of a run.
+
+    Args:
+        run: the settings.
+        tokenizer: the model's.
+        log: is told what was dropped or cut.
+
+    Returns:
+        The chat template of the run, and its rows.
 
     Raises:
         UserError: bad rows, no usable row, data on which training would be broken.
@@ -60,8 +68,8 @@ def prepare_data(run: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None
     encoded, encoded_validation = encode(train, run.data), encode(validation, run.eval_data or run.data)
     check(encoded, tokenizer, run.max_length)
     for note in (*dataset.notes, *tokenizer.notes, *_losses(encoded, "training"), *_losses(encoded_validation, "validation")):
-        say(note)
-    say(f"{len(encoded.rows)} rows to train on, {len(encoded_validation.rows)} to validate on")
+        log(note)
+    log(f"{len(encoded.rows)} rows to train on, {len(encoded_validation.rows)} to validate on")
     identity: dict[str, JSON] = {"train": dataset.sha256, "eval": held_out.sha256 if held_out else None}
     facts: dict[str, JSON] = {
         "train": _facts(dataset, encoded),
@@ -71,9 +79,9 @@ def prepare_data(run: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None
 
 
 def _losses(encoded: EncodedDataset, use: str) -> list[str]:
-    """What became of rows that were not used as they are; one sentence each, nothing when there were none."""
+    """Which rows were not used as they are; one sentence each, nothing when there were none."""
     counted = {
-        "prompts lost their beginning to --max-length": len(encoded.truncated),
+        "prompts cut from the left to fit --max-length": len(encoded.truncated),
         "rows dropped: the answer does not fit --max-length": len(encoded.too_long),
         "rows dropped: no turn in them is trained": len(encoded.untrained),
         "control tokens spelt out in the data, read as plain text": encoded.control_tokens,

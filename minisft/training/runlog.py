@@ -62,7 +62,7 @@ class MetricsLog:
         with disk_errors(self.path, len(line)):
             try:
                 written = os.write(self._descriptor, line)
-                if written < len(line):  # a disk with room for half a line
+                if written < len(line):  # a disk with space for half a line
                     os.write(self._descriptor, line[written:])
             except OSError:
                 with contextlib.suppress(OSError):
@@ -82,6 +82,7 @@ class MetricsLog:
             self._open()
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self._descriptor)
 
     def __enter__(self) -> Self:
@@ -192,7 +193,14 @@ class Progress:
         self._bar = _terminal_bar(total, start, self._stream) if self._stream.isatty() else None
 
     def update(self, step: int, loss: float, lr: float, tokens_per_s: float) -> None:
-        """Report a finished step."""
+        """Report a finished step.
+
+        Args:
+            step: its number, from 1.
+            loss: mean loss a supervised token.
+            lr: its learning rate.
+            tokens_per_s: its speed.
+        """
         numbers = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.set_postfix_str(numbers)
@@ -211,6 +219,7 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
+        """Take the bar away, if there is one."""
         if self._bar is not None:
             self._bar.close()
 

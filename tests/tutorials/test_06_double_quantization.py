@@ -1,4 +1,4 @@
-"""Page 06 builds the library's double quantization to the bit, and counts on living tensors the bytes a rehearsal plans."""
+"""Page 06 builds the library's double quantization to the bit, and counts on living tensors the bytes an estimate plans."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.step import batch_loss_sum, prepare_method, train_step
 from minisft.surgery import quantization_targets, quantize_
-from minisft.training.memory_estimate import DTYPES, Shape, rehearse
+from minisft.training.memory_estimate import DTYPES, Shape, estimate_step
 
 PAGE = page("06_double_quantization")
 BUILD = PAGE.build()
@@ -112,7 +112,7 @@ def model_of(num_layers: int, tied: bool) -> ModelConfig:
 
 
 def agrees_bill(built: Namespace, config: ModelConfig, run: RunConfig) -> None:
-    """Every line to the byte. Among the activations a rehearsal also counts the loss and up to two integers a token, which
+    """Every line to the byte. Among the activations an estimate also counts the loss and up to two integers a token, which
     are alive when backward begins and not needed by it."""
     counted, expected = measured(built, config, run), planned(config, run)
     assert counted.keys() == expected.keys()
@@ -139,7 +139,7 @@ def planned(config: ModelConfig, run: RunConfig) -> dict[str, float]:
     packed = {} if quant is None else {f"{path}.weight": quant for path in quantization_targets(model, quant)}
     numbers = [math.prod(shapes[name]) for name in packed]
     codes = sum(numbers) // 2
-    step = rehearse(run, Shape(config, shapes, packed), CPU).whole
+    step = estimate_step(run, Shape(config, shapes, packed), CPU).whole
     kinds = ("adapters", "weights", "gradients", "optimizer", "activations")
     return {"codes": codes, "scales": sum(nf4_bytes(n, quant) for n in numbers) - codes, **{kind: step[kind] for kind in kinds}}
 
@@ -177,7 +177,7 @@ MUTANTS = [
     ("weights kept for backward are paid twice", " if place not in seen)", ")"),
     ("views of a block are paid each", "t.untyped_storage().data_ptr(): t", "id(t): t"),
     ("only one moment of two", "optimizer.state().values()", "[s['exp_avg'] for s in optimizer.adamw.state.values()]"),
-    ("no gradients, but weights", "master.grad for master in optimizer.masters", "p for p in optimizer.parameters"),
+    ("no gradients, but weights", "master.grad for master in optimizer.master_weights", "p for p in optimizer.parameters"),
 ]  # fmt: skip
 
 
