@@ -168,6 +168,10 @@ def _flag(help_text: str, default: object = dataclasses.MISSING, metavar: str | 
     return field(default=default, metadata={"help": help_text, "metavar": metavar})
 
 
+# What an adapter of ``init_adapter`` decides, and otherwise these defaults, in the order of ``RunConfig.lora``.
+_ADAPTER_DEFAULTS: dict[str, typing.Any] = {
+    "rank": 16, "alpha": 32.0, "use_rslora": False, "use_dora": False, "targets": (ALL_LINEAR,),
+}  # fmt: skip
 _COUNTS = ("batch_size", "micro_batch_size", "steps", "eval_every", "save_every", "keep_last", "patience", "log_every")
 
 
@@ -194,13 +198,14 @@ class RunConfig:
         "padding-free batches: rows one after the other, a prefix that all share computed once; same result as padded", False
     )
     method: Literal["lora", "full"] = _flag("train adapters, or every weight", "lora")
-    rank: int = _flag("LoRA rank", 16, "R")
-    alpha: float = _flag("LoRA alpha; the update is scaled by alpha / rank", 32.0)
+    init_adapter: str | None = _flag("start from this adapter; rank, alpha, targets and form are its own", None, "DIR")
+    rank: int | None = _flag("LoRA rank (default 16)", None, "R")
+    alpha: float | None = _flag("LoRA alpha; the update is scaled by alpha / rank (default 32)", None)
     dropout: float = _flag("LoRA dropout in [0, 1)", 0.0, "P")
-    use_rslora: bool = _flag("scale by alpha / sqrt(rank)", False)
-    use_dora: bool = _flag("DoRA: train the length of each weight row apart from its direction", False)
-    targets: tuple[str, ...] = _flag(
-        "module names or one regular expression; default every linear but the head", (ALL_LINEAR,), "NAME"
+    use_rslora: bool | None = _flag("scale by alpha / sqrt(rank) (default no)", None)
+    use_dora: bool | None = _flag("DoRA: train the length of each weight row apart from its direction (default no)", None)
+    targets: tuple[str, ...] | None = _flag(
+        "module names or one regular expression (default all-linear: every linear but the head)", None, "NAME"
     )
     quant: Literal["none", "nf4"] = _flag("quantize the frozen base to 4 bits and train adapters on it (QLoRA)", "none")
     double_quant: bool = _flag("with --quant: store the scales of the 4-bit blocks in 8 bits too", True)
@@ -228,6 +233,10 @@ class RunConfig:
     log_every: int = _flag("print a line every N steps when there is no terminal", 10, "N")
 
     def __post_init__(self) -> None:
+        if self.init_adapter is None:  # nobody else says them
+            for name, value in _ADAPTER_DEFAULTS.items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, value)
         for name, kind in _choices().items():
             _require(getattr(self, name) in kind, f"--{name.replace('_', '-')}", getattr(self, name), " or ".join(kind))
         for name in _COUNTS:
@@ -260,23 +269,30 @@ class RunConfig:
             self.quant == "none" or self.method == "lora", "--quant with --method full", self.quant, "none",
             "a frozen 4-bit base has nothing to train in full; leave --method away and adapters are trained on it",
         )  # fmt: skip
+        _require(
+            self.init_adapter is None or self.method == "lora", "--init-adapter with --method full", self.method, "lora",
+            "leave --init-adapter away, or merge it first and train the merged model",
+        )  # fmt: skip
         self.lora  # noqa: B018  (checks rank, alpha, dropout and targets)
 
     @property
     def lora(self) -> LoRAConfig:
-        """The adapter this run trains."""
-        targets = self.targets
+        """The adapter that this run trains; with ``init_adapter``, what is given here, and defaults elsewhere."""
+        given = {name: getattr(self, name) for name in _ADAPTER_DEFAULTS}
+        rank, alpha, use_rslora, use_dora, targets = (
+            default if given[name] is None else given[name] for name, default in _ADAPTER_DEFAULTS.items()
+        )
         # One target with regex characters, or the word all-linear, is PEFT's string form; anything else is names.
         is_pattern = len(targets) == 1 and (
             targets[0] == ALL_LINEAR or not targets[0].replace(".", "").replace("_", "").isalnum()
         )
         return LoRAConfig(
-            rank=self.rank,
-            alpha=self.alpha,
+            rank=rank,
+            alpha=alpha,
             dropout=self.dropout,
-            use_rslora=self.use_rslora,
+            use_rslora=use_rslora,
             targets=targets[0] if is_pattern else targets,
-            use_dora=self.use_dora,
+            use_dora=use_dora,
         )
 
     @property

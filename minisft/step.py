@@ -168,10 +168,13 @@ def set_checkpointing(model: CausalLM, kind: str) -> None:
 
 
 def prepare_method(model: CausalLM, run: RunConfig) -> dict[str, nn.Parameter]:
-    """Make the model ready for the run's method; returns what is trained, by name."""
-    if run.method == "lora":
+    """Make the model ready for the run's method; returns what is trained, by name.
+
+    With ``run.init_adapter`` the adapters that the model brings are trained on; otherwise new ones are added.
+    """
+    if run.method == "lora" and not (run.init_adapter and lora_modules(model)):
         apply_lora_(model, run.lora, run.seed)
-    else:
+    elif run.method == "full":
         model.requires_grad_(True)
     set_checkpointing(model, run.checkpointing)
     model.train()

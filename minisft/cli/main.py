@@ -89,6 +89,8 @@ def _train(arguments: argparse.Namespace) -> int:
     if config := getattr(arguments, "config", None):
         values |= {key.replace("-", "_"): value for key, value in read_toml(Path(config)).items()}
         where = visible(config)
+    if resume and given.keys() & {"steps", "epochs"}:  # one of them replaces whichever the run was started with
+        values |= {"steps": None, "epochs": None}
     run = run_config(values | given, where)
     load_libraries()
     from minisft.training.train import train

@@ -78,12 +78,15 @@ class ChatTemplate:
         source: Jinja2 source, at most 64 KiB.
         special: what the template may name, for instance ``{"eos_token": "<|im_end|>"}``.
         trusted: True for minisft's own templates only: skips the trial run in a limited child process.
+        now: the time that ``strftime_now`` writes; by default that of each rendering.
 
     Raises:
         UserError: ``tokenizer/template...`` for a template that is too large, is not Jinja2, loops, or raises.
     """
 
-    def __init__(self, source: str, special: Mapping[str, str], *, trusted: bool = False) -> None:
+    def __init__(
+        self, source: str, special: Mapping[str, str], *, trusted: bool = False, now: datetime.datetime | None = None
+    ) -> None:
         self.source = source
         if len(source.encode("utf-8", "surrogatepass")) > MAX_TEMPLATE_BYTES:
             found, expected = f"{len(source)} characters", f"at most {MAX_TEMPLATE_BYTES} bytes"
@@ -91,7 +94,7 @@ class ChatTemplate:
         if not trusted:
             _probe(source, tuple(sorted(special.items())))
         try:
-            self._program = _Program(source, special)
+            self._program = _Program(source, special, now)
         except TEMPLATE_FAILURES as error:
             raise _template_error(_diagnosis(error)) from None
         self.has_generation_blocks = self._program.has_generation_blocks
@@ -130,13 +133,18 @@ class ChatTemplate:
 class _Program:
     """The compiled template itself; whatever its code raises comes through."""
 
-    def __init__(self, source: str, special: Mapping[str, str]) -> None:
+    def __init__(self, source: str, special: Mapping[str, str], now: datetime.datetime | None = None) -> None:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _tojson
         environment.globals.update(
-            {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "namespace": _Namespace, "dict": _dict}
+            {
+                "raise_exception": _raise_exception,
+                "strftime_now": _clock(now),
+                "namespace": _Namespace,
+                "dict": _dict,
+            }
         )
         recorder = environment.extensions[_GenerationBlock.identifier]
         assert isinstance(recorder, _GenerationBlock)
@@ -258,8 +266,13 @@ def _dict(*pairs: Mapping[str, object], **items: object) -> dict[str, object]:
     return dict(*pairs, **items)
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+def _clock(now: datetime.datetime | None) -> Callable[[str], str]:
+    return lambda form: (now or current_time()).strftime(form)
+
+
+def current_time() -> datetime.datetime:
+    """Local time, as templates write it."""
+    return datetime.datetime.now()
 
 
 def _tojson(
@@ -276,8 +289,16 @@ def _tojson(
 # ---- which template ----
 
 
-def resolve_template(tokenizer: Tokenizer, choice: str | None = None) -> ChatTemplate:
+def resolve_template(tokenizer: Tokenizer, choice: str | None = None, now: datetime.datetime | None = None) -> ChatTemplate:
     """The chat template to use: the model's own, ``chatml``, ``plain`` (for base models), or a ``.jinja`` file.
+
+    Args:
+        tokenizer: the model's.
+        choice: ``chatml``, ``plain`` or the path of a file; None for the model's own.
+        now: the time for templates that write it; by default that of each rendering.
+
+    Returns:
+        The compiled template.
 
     Raises:
         UserError: ``tokenizer/no-template`` when the model has none and none is chosen; ``tokenizer/no-eos`` for ``plain``
@@ -293,12 +314,12 @@ def resolve_template(tokenizer: Tokenizer, choice: str | None = None) -> ChatTem
         bos = "{{ bos_token }}" if tokenizer.adds_bos and "bos_token" in special else ""
         return ChatTemplate(bos + PLAIN, special, trusted=True)
     if choice is not None:
-        return ChatTemplate(_read_template(Path(choice)), special)
+        return ChatTemplate(_read_template(Path(choice)), special, now=now)
     if tokenizer.chat_template is None:
         expected = "a chat template in the model folder"
         fix = "--template plain for a base model, --template chatml, or a .jinja file"
         raise UserError("tokenizer/no-template", "the model has no chat template", expected=expected, fix=fix)
-    return ChatTemplate(tokenizer.chat_template, special)
+    return ChatTemplate(tokenizer.chat_template, special, now=now)
 
 
 def _read_template(path: Path) -> str:

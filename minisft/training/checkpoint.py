@@ -350,6 +350,7 @@ def check_identity(saved: Mapping[str, JSON], current: Mapping[str, JSON], allow
     Nested values are compared leaf by leaf under dotted names such as ``config.lr``; a tuple equals the list it was saved as.
 
     Args:
+        saved, current: nested JSON objects.
         allowed: dotted names (a name covers everything below it) that may differ.
 
     Raises:

@@ -1,8 +1,8 @@
 """The memory bill of a training run, before a weight is loaded.
 
 Shapes come from the headers of the model's files, the bytes of a step from ``memory_estimate.py``, the interpreter's share
-from this very process. The lines are bytes altogether and bytes alive at the moment of the peak, because not everything lives at
-once: activations go as gradients come. The bill refuses nothing that is only too large; it says so, and what to change.
+from this very process. The lines are bytes altogether and bytes alive at the moment of the peak, because not everything lives
+at once: activations go as gradients come. The bill refuses nothing that is only too large; it says so, and what to change.
 
 Blocks are counted; the gaps between them are an estimate. The command line keeps all blocks in glibc's heap (``device.py``),
 where a freed large block is often not reused as a whole, likely because small long-lived ones have settled in it. A newcomer

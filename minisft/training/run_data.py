@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import hashlib
 import importlib.metadata
 import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,8 +18,10 @@ from minisft.config import RunConfig
 from minisft.data.chat import Encoded, EncodedDataset, encode_dataset, resolve_template
 from minisft.data.inspect_data import check
 from minisft.data.messages import Dataset, Example, read_dataset, split
-from minisft.data.template import ChatTemplate
+from minisft.data.template import ChatTemplate, current_time
 from minisft.data.tokenizer import Tokenizer
+from minisft.formats.adapter import TEMPLATE_FILE
+from minisft.training.identity import tokens_sha256
 
 RECORDED_PACKAGES = ("minisft", "torch", "numpy", "safetensors", "tokenizers", "triton", "jinja2", "gguf")
 
@@ -31,13 +36,16 @@ class RunData:
     facts: dict[str, JSON]
 
 
-def prepare_data(run: RunConfig, tokenizer: Tokenizer, log: Callable[[str], None]) -> tuple[ChatTemplate, RunData]:
+def prepare_data(
+    run: RunConfig, tokenizer: Tokenizer, log: Callable[[str], None], began: datetime.datetime | None = None
+) -> tuple[ChatTemplate, RunData]:
     """Read, split and encode the rows of a run.
 
     Args:
         run: the settings.
         tokenizer: the model's.
         log: is told what was dropped or cut.
+        began: when the run began, if it is resumed: what a template writes as today's date.
 
     Returns:
         The chat template of the run, and its rows.
@@ -45,7 +53,8 @@ def prepare_data(run: RunConfig, tokenizer: Tokenizer, log: Callable[[str], None
     Raises:
         UserError: bad rows, no usable row, data on which training would be broken.
     """
-    template = resolve_template(tokenizer, run.template)
+    now = began or current_time()
+    template = resolve_template(tokenizer, _template_choice(run, log), now)
     dataset = read_dataset(run.data, run.map)
     held_out = read_dataset(run.eval_data, run.map) if run.eval_data else None
     if held_out is None:
@@ -70,12 +79,28 @@ def prepare_data(run: RunConfig, tokenizer: Tokenizer, log: Callable[[str], None
     for note in (*dataset.notes, *tokenizer.notes, *_losses(encoded, "training"), *_losses(encoded_validation, "validation")):
         log(note)
     log(f"{len(encoded.rows)} rows to train on, {len(encoded_validation.rows)} to validate on")
-    identity: dict[str, JSON] = {"train": dataset.sha256, "eval": held_out.sha256 if held_out else None}
+    identity: dict[str, JSON] = {
+        "data": {"train": dataset.sha256, "eval": held_out.sha256 if held_out else None},
+        "tokens": tokens_sha256(encoded.rows, encoded_validation.rows),
+        "template": hashlib.sha256(template.source.encode("utf-8", "surrogatepass")).hexdigest(),
+        "date": now.isoformat(),
+    }
     facts: dict[str, JSON] = {
         "train": _facts(dataset, encoded),
         "validation": _facts(held_out or dataset, encoded_validation),
     }
     return template, RunData(encoded.rows, encoded_validation.rows, identity, facts)
+
+
+def _template_choice(run: RunConfig, log: Callable[[str], None]) -> str | None:
+    """``--template``, or else the one that the adapter of ``--init-adapter`` was trained with."""
+    if run.template is not None or run.init_adapter is None:
+        return run.template
+    saved = Path(run.init_adapter) / TEMPLATE_FILE
+    if not saved.is_file():
+        return None
+    log("chat template: the one that the adapter was trained with")
+    return str(saved)
 
 
 def _losses(encoded: EncodedDataset, use: str) -> list[str]:

@@ -6,6 +6,8 @@ step draws follows from (seed, step), which is why a stopped run that is resumed
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from minisft.kernels import cpu_nf4
 from minisft.model import CausalLM
 from minisft.surgery import nf4_modules, num_parameters, weight_bytes
 from minisft.training.checkpoint import Checkpoint, RunLock, load_latest
+from minisft.training.init_adapter import load_init_adapter_, with_adapter_settings
 from minisft.training.run_data import RunData, environment, prepare_data
 from minisft.training.trainer import Trainer
 from minisft.training.trainer import TrainResult as TrainResult
@@ -43,14 +46,20 @@ def train(run: RunConfig, resume: bool = False, log: Callable[[str], None] = pri
         UserError: bad input, a changed run, three non-finite steps, three failed saves.
     """
     out, device = _checked_out(run, resume), pick_device(run.device)
-    model, tokenizer = load_model(run.model, DTYPES[run.dtype], device, run.quantization)
-    _check_quantized(run, model, device, log)
-    template, data = prepare_data(run, tokenizer, log)
-    trainer = Trainer(run, model, tokenizer, template, data, log)
-    for note in untrained_tokens(model, tokenizer, data.train):
-        log(note)
-    with RunLock(out):  # from here on something is written
-        saved = _newest(out, log) if resume else None
+    with contextlib.ExitStack() as lock:
+        saved = None
+        if resume:
+            lock.enter_context(RunLock(out))
+            saved = _newest(out, log)
+        model, tokenizer = load_model(run.model, DTYPES[run.dtype], device, run.quantization)
+        _check_quantized(run, model, device, log)
+        run = _with_init_adapter(run, model, log)
+        template, data = prepare_data(run, tokenizer, log, _began(saved))
+        trainer = Trainer(run, model, tokenizer, template, data, log)
+        for note in untrained_tokens(model, tokenizer, data.train):
+            log(note)
+        if not resume:
+            lock.enter_context(RunLock(out))  # from here on something is written
         if saved is not None:
             trainer.restore(saved)
         _write_records(out, run, data, device)
@@ -60,6 +69,24 @@ def train(run: RunConfig, resume: bool = False, log: Callable[[str], None] = pri
             f"steps of {run.batch_size} rows on {device}, {run.dtype}"
         )
         return trainer.fit()
+
+
+def _with_init_adapter(run: RunConfig, model: CausalLM, log: Callable[[str], None]) -> RunConfig:
+    """Put the adapter of ``--init-adapter`` on the model; the settings with what it decides."""
+    if run.init_adapter is None:
+        return run
+    run, _ = with_adapter_settings(run, model)
+    load_init_adapter_(model, run)
+    log(f"starting from the adapter {visible(run.init_adapter)}: rank {run.lora.rank}, alpha {run.lora.alpha:g}")
+    return run
+
+
+def _began(saved: Checkpoint | None) -> datetime.datetime | None:
+    """When a resumed run began."""
+    date = None if saved is None else saved.identity.get("date")
+    with contextlib.suppress(ValueError):
+        return datetime.datetime.fromisoformat(str(date))
+    return None
 
 
 def _check_quantized(run: RunConfig, model: CausalLM, device: torch.device, log: Callable[[str], None]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minisft.batching import Batch, micro_batches, step_rows
+from minisft.common.atomic_files import sync_folder
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
@@ -28,15 +29,14 @@ from minisft.optim import MasterAdamW
 from minisft.schedule import learning_rate
 from minisft.step import StepResult, check_gradients, prepare_method, train_step, validation_loss
 from minisft.surgery import num_parameters
-from minisft.training.checkpoint import Checkpoint, check_identity, load_step, save_checkpoint
+from minisft.training.checkpoint import Checkpoint, load_step, save_checkpoint
+from minisft.training.identity import adapter_sha256, require_same_run, run_identity
 from minisft.training.lossplot import plot_loss
 from minisft.training.run_data import RunData
 from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_bytes
 from minisft.training.stop_signal import StopSignal
 
 MAX_BAD_STEPS = 3  # non-finite steps, or failed saves, in a row
-# Settings that decide how a run is watched, not what it computes: they may change on resume.
-FREE_ON_RESUME = ("out", "log_every", "keep_last", "save_every")
 Log = Callable[[str], None]
 
 
@@ -44,6 +44,7 @@ Log = Callable[[str], None]
 class RunState:
     """The part of a run that changes, saved with each checkpoint."""
 
+    total_steps: int
     step: int = 0
     best_step: int | None = None
     best_loss: float | None = None
@@ -107,13 +108,9 @@ class Trainer:
         self.micro_batch_size = run.micro_batch_size or run.batch_size
         groups = (data.validation[i : i + self.micro_batch_size] for i in range(0, len(data.validation), self.micro_batch_size))
         self.validation = [batch for rows in groups for batch in self._cut(rows)]
-        self.state = RunState()
-        settings = {key: value for key, value in run.to_dict().items() if key not in FREE_ON_RESUME}
-        self.identity: dict[str, JSON] = {
-            "config": settings,
-            "data": data.identity,
-            "base": base_fingerprint(model),
-        }
+        self.state = RunState(self.total_steps)
+        init_adapter = adapter_sha256(Path(run.init_adapter)) if run.init_adapter else None
+        self.identity = run_identity(run, data.identity, base_fingerprint(model), self.device, init_adapter)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -287,16 +284,43 @@ class Trainer:
         write_adapter(self.model, staging / "adapter", template=self.template.source)
 
     def restore(self, saved: Checkpoint) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint; with another number of steps the schedule is that of the new number from here on.
 
         Raises:
-            UserError: ``checkpoint/changed`` when data, base or settings differ from the run's.
+            UserError: ``checkpoint/changed`` when data, tokens, base or settings differ from the run's;
+                ``config/too-few-steps`` for fewer steps than are done.
         """
-        check_identity(saved.identity, self.identity)
+        notes = require_same_run(saved.identity, self.identity)
+        if self.total_steps < saved.step:
+            raise UserError(
+                "config/too-few-steps", "more steps are done than the run is to have", where="--steps or --epochs",
+                found=f"{self.total_steps} steps", expected=f"at least {saved.step}", fix="give more, or leave both away",
+            )  # fmt: skip
         self.optimizer.load_state(saved.groups["optimizer"])
         for name, value in saved.state.items():
             setattr(self.state, name, value)
         self.state.saved_step = saved.step
+        if self.state.total_steps != self.total_steps:
+            before, self.state.total_steps = self.state.total_steps, self.total_steps
+            notes.append(
+                f"{before} steps before, {self.total_steps} now: the learning rate follows the new schedule from here on"
+            )
+            self._set_result_aside()
+        for note in notes:
+            self.log(note)
+
+    def _set_result_aside(self) -> None:
+        """A finished run that is given more steps keeps its first result under another name."""
+        target = self._target
+        if target.exists() and not self.is_done:
+            kept = target.with_name(f"{target.name}-step-{self.state.step}")
+            target.rename(kept)
+            sync_folder(self.out)
+            self.log(f"the result of step {self.state.step} is now {visible(kept)}")
+
+    @property
+    def _target(self) -> Path:
+        return self.out / ("adapter" if self.run.method == "lora" else "model")
 
     def _finish(self, stopped_by: int | None, began: float) -> TrainResult:
         state = self.state
@@ -321,7 +345,7 @@ class Trainer:
 
     def _result(self) -> Path:
         """The folder of the result; written now unless a finished run was resumed, which has nothing left to do."""
-        target = self.out / ("adapter" if self.run.method == "lora" else "model")
+        target = self._target
         if not target.exists():
             self._load_best()
             if self.run.method == "lora":

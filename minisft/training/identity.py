@@ -1,0 +1,117 @@
+"""What makes a run the same run: the settings that decide its numbers, and hashes of its rows, tokens, base and adapter.
+
+Contents are compared, never names: a file that moved is the same file. Settings that only decide how a step is computed
+(``COMPUTE``) may change on resume, because the result is the same up to rounding; with dropout those that decide the random
+masks may not. The rows are compared as the token ids that are trained on, so an edited chat template or tokenizer is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minisft.common.errors import UserError, visible
+from minisft.common.safe_json import JSON
+from minisft.config import RunConfig, flag_name
+from minisft.data.chat import Encoded
+from minisft.formats.adapter import WEIGHTS_FILE
+from minisft.formats.adapter_config import CONFIG_FILE
+from minisft.formats.source import file_sha256
+from minisft.training.checkpoint import check_identity
+
+FORMAT = 2  # 1 compared names and memory settings, and knew nothing of tokens
+FILES = ("model", "data", "eval_data", "template", "init_adapter")  # compared by content
+WATCHING = ("out", "log_every", "keep_last", "save_every", "strict")  # decide nothing that is computed
+LENGTH = ("steps", "epochs")  # may be raised, see ``Trainer.restore``
+COMPUTE = ("micro_batch_size", "checkpointing", "device", "packing")
+MASKS = ("micro_batch_size", "device", "packing")  # those of COMPUTE that dropout's masks depend on
+
+
+def run_identity(
+    run: RunConfig, data: Mapping[str, JSON], base: str | None, device: torch.device, init_adapter: str | None
+) -> dict[str, JSON]:
+    """What identifies a run, as it is saved with each checkpoint.
+
+    Args:
+        run: the settings, with ``dtype`` resolved.
+        data: hashes of the rows (``RunData.identity``).
+        base: fingerprint of the base model; None for a model that came from no file.
+        device: where the run is.
+        init_adapter: hash of the adapter that the run started from, if any.
+
+    Returns:
+        JSON for ``require_same_run``.
+    """
+    left_out = {*FILES, *WATCHING, *LENGTH, *COMPUTE}
+    settings = {name: value for name, value in run.to_dict().items() if name not in left_out} | {"lr": run.peak_lr}
+    compute: dict[str, JSON] = {
+        "micro_batch_size": run.micro_batch_size or run.batch_size,
+        "checkpointing": run.checkpointing,
+        "device": device.type,
+        "packing": run.packing,
+    }
+    return {"format": FORMAT, "config": settings, "compute": compute, "base": base, "init_adapter": init_adapter, **data}
+
+
+def require_same_run(saved: Mapping[str, JSON], current: Mapping[str, JSON]) -> list[str]:
+    """Refuse to go on with a run that would compute something else.
+
+    Returns:
+        A note on each difference that changes nothing but rounding.
+
+    Raises:
+        UserError: ``checkpoint/changed``, naming each setting or content that differs; ``checkpoint/older-format``.
+    """
+    if saved.get("format") != FORMAT:
+        raise UserError(
+            "checkpoint/older-format", "this run was started by an older minisft, which recorded less of what it was",
+            found=f"identity format {visible(saved.get('format', 1))}", expected=f"format {FORMAT}",
+            fix="start a new run from its weights: --init-adapter RUN/checkpoints/step-N/adapter",
+        )  # fmt: skip
+    config, old, new = (_object(part) for part in (current["config"], saved.get("compute"), current["compute"]))
+    may_change = [name for name in COMPUTE if not config["dropout"] or name not in MASKS]
+    check_identity(saved, current, ["template", "tokens", "date", *(f"compute.{name}" for name in may_change)])
+    _require_same_tokens(saved, current)
+    notes = [
+        f"{flag_name(name)}: {visible(old.get(name))} before, {visible(new[name])} now; the result is the same up to rounding"
+        for name in COMPUTE
+        if old.get(name) != new[name]
+    ]
+    if saved.get("template") != current["template"]:
+        notes.append("the chat template has changed, but no token of the rows has")
+    return notes
+
+
+def _require_same_tokens(saved: Mapping[str, JSON], current: Mapping[str, JSON]) -> None:
+    """The files of rows are the same; if their tokens are not, the template has changed or else the tokenizer."""
+    if saved.get("tokens") == current["tokens"]:
+        return
+    if saved.get("template") != current["template"]:
+        check_identity({"template": saved.get("template")}, {"template": current["template"]})
+    check_identity({"tokenizer": saved.get("tokens")}, {"tokenizer": current["tokens"]})
+
+
+def _object(value: JSON) -> dict[str, JSON]:
+    return value if isinstance(value, dict) else {}
+
+
+def tokens_sha256(*sets: Iterable[Encoded]) -> str:
+    """Hash of what is trained and validated on: every token id and every supervised flag, row by row."""
+    digest = hashlib.sha256()
+    for rows in sets:
+        for row in rows:
+            digest.update(len(row.input_ids).to_bytes(8, "little"))
+            digest.update(np.asarray(row.input_ids, dtype="<i8").tobytes())
+            digest.update(np.asarray(row.supervised, dtype=np.uint8).tobytes())
+        digest.update(b"end of a set")
+    return digest.hexdigest()
+
+
+def adapter_sha256(folder: Path) -> str:
+    """Hash of an adapter's two files, wherever they lie."""
+    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
