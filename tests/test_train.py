@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_folder import digest, losses, quiet, run_config, write_shop
+from tiny_folder import CONFIG, digest, losses, quiet, run_config, write_model, write_shop
 
 from minisft.cli.main import main
 from minisft.config import RunConfig
@@ -220,3 +220,42 @@ def test_what_was_trained_can_be_used(shop: Path, tmp_path: Path, command: str, 
         assert main(["eval", *model, *flags, "--metric", metric]) == 0
         score = json.loads(result.read_text())
         assert (score["n"], score["metric"]) == (5, metric)
+
+
+@pytest.fixture(scope="module")
+def short_sighted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a context of 48 tokens, and rows of which two exceed it: one by its prompt, one by its answer."""
+    folder = tmp_path_factory.mktemp("short")
+    write_model(folder / "model", folder / "scratch", replace(CONFIG, max_position_embeddings=48))
+    rows = [("q", "a"), ("q" * 60, "b"), ("q", "c" * 60), ("r", "d")]
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in rows]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return folder
+
+
+def test_the_context_limits_rows_as_max_length_does(short_sighted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shop, log = short_sighted, []
+    runs = {"context": {}, "flag": {"max_length": 48}}
+    for name, changes in runs.items():
+        train(config(shop, shop / name, validation_share=0.0, steps=2, batch_size=3, **changes), log=log.append)
+    assert log.count("training: 1 prompts cut from the left to fit the model's context of 48 tokens") == 2
+    assert log.count("training: 1 rows dropped: the answer does not fit the model's context of 48 tokens") == 2
+    assert losses(shop / "context") == losses(shop / "flag")
+    facts = json.loads((shop / "context" / "data.json").read_text())["train"]
+    assert (facts["rows"], facts["longest_row"]) == (3, 48)
+
+    words = ["--model", str(shop / "model"), "--data", str(shop / "rows.jsonl")]
+    assert main(["inspect", *words]) == 0
+    assert "2 rows are longer than the model's context of 48 tokens" in capsys.readouterr().out
+    assert main(["eval", *words, "--metric", "loss", "--out", str(shop / "s.json")]) == 0
+    assert "2 rows are longer than the model's context: 1 of them dropped" in capsys.readouterr().out
+    score = json.loads((shop / "s.json").read_text())
+    assert (score["n"], score["dropped_for_context"]) == (3, 1)
+    assert main(["plan", "--model", str(shop / "model"), "--rank", "2"]) == 0
+    assert "8 x 48 tokens at once" in capsys.readouterr().out
+
+
+def test_a_max_length_beyond_the_context_that_no_row_needs_is_harmless(shop: Path, tmp_path: Path) -> None:
+    log: list[str] = []
+    train(config(shop, tmp_path / "run", steps=1, max_length=100_000), log=log.append)
+    assert not any("context" in line for line in log)

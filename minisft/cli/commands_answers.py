@@ -69,6 +69,9 @@ def eval_command(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         system=arguments.system,
     )
+    if longer := result.extra.get("longer_than_context"):
+        dropped = result.extra["dropped_for_context"]
+        print(f"{longer} rows are longer than the model's context: {dropped} of them dropped, the others' prompts cut")
     rows = write(result, arguments.out)
     print(f"{result.metric} {result.score:.4f} over {result.n} rows; {visible(arguments.out)}, rows in {visible(rows)}")
     return 0

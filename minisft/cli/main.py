@@ -122,26 +122,29 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from minisft.data.chat import encode_dataset, resolve_template
     from minisft.data.inspect_data import check, inspect_dataset, render
     from minisft.data.messages import read_dataset
-    from minisft.formats import load_tokenizer
+    from minisft.formats import context_length, load_tokenizer
     from minisft.training.untrained_tokens import untrained_tokens_of
 
     dataset = read_dataset(arguments.data, tuple(arguments.map))
     tokenizer = load_tokenizer(arguments.model)
     template = resolve_template(tokenizer, arguments.template)
+    max_length = min(arguments.max_length, context_length(arguments.model) or arguments.max_length)
     encoded = encode_dataset(
         dataset.examples,
         tokenizer,
         template,
-        arguments.max_length,
+        max_length,
         turns=arguments.turns,
         allow_control_tokens=arguments.allow_control_tokens,
         path=arguments.data,
     )
-    report = inspect_dataset(dataset, encoded, tokenizer, arguments.max_length, arguments.rows)
+    report = inspect_dataset(dataset, encoded, tokenizer, max_length, arguments.rows)
     print(render(report, color=sys.stdout.isatty()))
     for note in untrained_tokens_of(arguments.model, tokenizer, encoded.rows):
         print(f"note: {note}\n")
-    check(encoded, tokenizer, arguments.max_length)
+    if max_length < arguments.max_length and (longer := sum(n > max_length for n in encoded.lengths)):
+        print(f"{longer} rows are longer than the model's context of {max_length} tokens: cut or dropped, as above")
+    check(encoded, tokenizer, max_length)
     return 0
 
 

@@ -22,7 +22,7 @@ import torch
 from minisft.batching import collate
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
-from minisft.data.chat import Encoded, Turns, encode_chat, stop_ids
+from minisft.data.chat import Encoded, Turns, encode_chat, fit, stop_ids
 from minisft.data.examples import Example, Message
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
@@ -122,7 +122,8 @@ def evaluate(
         choice: the option with the highest log p(option, end of turn | prompt) is the reference. Options: the row's
             ``choices``, or all distinct references of ``examples``. ``score`` is lm-eval's acc (sum over the option's
             tokens); ``acc_norm`` divides by the option's bytes.
-        loss: mean -log p per supervised token (all assistant turns that train); ``perplexity`` is its exponential.
+        loss: mean -log p per supervised token (all assistant turns that train); ``perplexity`` is its exponential. Rows longer
+            than the model's context are cut or dropped as in training, and counted.
 
     Args:
         model: the model, in any dtype and on any device; adapters take part.
@@ -295,7 +296,7 @@ def _choice_row(question: Question, log_probs: list[float]) -> RowResult:
 
 @torch.inference_mode()
 def _loss(scorer: Scorer, examples: Sequence[Example]) -> EvalResult:
-    encoded = [scorer.encode(example, example.messages, turns="all") for example in examples]
+    encoded, examples, extra = _fitted(scorer, examples)
     num_targets = [sum(row.supervised[1:]) for row in encoded]  # nothing predicts a row's first token
     if not any(num_targets):
         raise UserError("data/no-targets", "no token of the data is supervised", found=f"{len(encoded)} rows")
@@ -306,7 +307,32 @@ def _loss(scorer: Scorer, examples: Sequence[Example]) -> EvalResult:
         losses = _row_losses(scorer.model, [encoded[i] for i in batch], scorer.tokenizer.pad_id)
         sums.update(zip(batch, losses, strict=True))
         scorer.report(len(sums), len(order))
-    return _loss_result(examples, [sums[i] for i in range(len(sums))], num_targets)
+    result = _loss_result(examples, [sums[i] for i in range(len(sums))], num_targets)
+    return replace(result, extra=result.extra | extra)
+
+
+def _fitted(scorer: Scorer, examples: Sequence[Example]) -> tuple[list[Encoded], list[Example], dict[str, JSON]]:
+    """The rows as training would see them: cut from the left or dropped where they exceed the model's context, and counted.
+
+    Raises:
+        UserError: no row fits.
+    """
+    context = scorer.model.config.max_position_embeddings
+    whole = [
+        encode_chat(scorer.tokenizer, scorer.template, example.messages, turns="all", row=example.row, where=example.place)
+        for example in examples
+    ]
+    kept = [
+        (row, example) for row, example in zip((fit(row, context) for row in whole), examples, strict=True) if row is not None
+    ]
+    if not kept:
+        raise UserError(
+            "data/all-too-long", "no row fits the model's context", found=f"{len(whole)} rows",
+            expected=f"answers in at most {context} tokens", fix="shorter rows, or a model with a longer context",
+        )  # fmt: skip
+    longer = sum(len(row.input_ids) > context for row in whole)
+    counts: dict[str, JSON] = {"dropped_for_context": len(whole) - len(kept), "longer_than_context": longer}
+    return [row for row, _ in kept], [example for _, example in kept], counts if longer else {}
 
 
 def _row_losses(model: CausalLM, rows: Sequence[Encoded], pad_id: int) -> list[float]:

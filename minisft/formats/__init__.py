@@ -16,16 +16,17 @@ from minisft.common.errors import listing
 from minisft.config import QuantConfig
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats.adapter import load_adapter_, save_adapter, write_adapter
-from minisft.formats.gguf_file import file_dtype, load_gguf
+from minisft.formats.gguf_file import file_dtype, gguf_config, load_gguf
 from minisft.formats.gguf_header import read_gguf
 from minisft.formats.hf import load_folder
+from minisft.formats.hf_config import read_config
 from minisft.formats.hf_write import save_model, save_quantized
 from minisft.formats.source import SMOLLM2, Origin, base_fingerprint, fingerprint, origin_of, resolve, set_origin_
 from minisft.model import CausalLM
 
 __all__ = [
-    "SMOLLM2", "CausalLM", "Origin", "Tokenizer", "base_fingerprint", "fingerprint", "load_adapter_", "load_model",
-    "load_tokenizer", "origin_of", "save_adapter", "save_model", "save_quantized", "write_adapter",
+    "SMOLLM2", "CausalLM", "Origin", "Tokenizer", "base_fingerprint", "context_length", "fingerprint", "load_adapter_",
+    "load_model", "load_tokenizer", "origin_of", "save_adapter", "save_model", "save_quantized", "write_adapter",
 ]  # fmt: skip
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -70,6 +71,14 @@ def load_model(
     tokenizer.check_embedding(model.config.vocab_size)
     set_origin_(model, Origin(source.name, str(source.path), source.kind, stored))
     return model, tokenizer
+
+
+def context_length(path: str | Path) -> int | None:
+    """The most tokens that a model is made for, from its header alone; None for a folder without a ``config.json``."""
+    source = resolve(path)
+    if source.kind == "gguf":
+        return gguf_config(read_gguf(source.path)).max_position_embeddings
+    return read_config(source.path)[0].max_position_embeddings if (source.path / "config.json").exists() else None
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

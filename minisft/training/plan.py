@@ -153,6 +153,7 @@ def plan(run: RunConfig) -> Bill:
     device, source = pick_device(run.device), resolve(run.model)
     libraries = _process_bytes(run) if device.type == "cpu" else 0
     shape = read_shape(source, run.quantization)
+    run = replace(run, max_length=min(run.max_length, shape.config.max_position_embeddings))  # as the run itself
     if shape.in_4_bits and run.method == "full":
         raise UserError(
             "config/quantized-base", "weights in 4 bits cannot be trained in full", where="--method full",

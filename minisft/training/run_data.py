@@ -37,7 +37,11 @@ class RunData:
 
 
 def prepare_data(
-    run: RunConfig, tokenizer: Tokenizer, log: Callable[[str], None], began: datetime.datetime | None = None
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    log: Callable[[str], None],
+    began: datetime.datetime | None = None,
+    context: int | None = None,
 ) -> tuple[ChatTemplate, RunData]:
     """Read, split and encode the rows of a run.
 
@@ -46,6 +50,7 @@ def prepare_data(
         tokenizer: the model's.
         log: is told what was dropped or cut.
         began: when the run began, if it is resumed: what a template writes as today's date.
+        context: the most tokens that the model is made for, to name the limit; ``run.max_length`` is at most that.
 
     Returns:
         The chat template of the run, and its rows.
@@ -76,7 +81,9 @@ def prepare_data(
 
     encoded, encoded_validation = encode(train, run.data), encode(validation, run.eval_data or run.data)
     check(encoded, tokenizer, run.max_length)
-    for note in (*dataset.notes, *tokenizer.notes, *_losses(encoded, "training"), *_losses(encoded_validation, "validation")):
+    limit = f"the model's context of {context} tokens" if run.max_length == context else f"--max-length {run.max_length}"
+    losses = (*_losses(encoded, "training", limit), *_losses(encoded_validation, "validation", limit))
+    for note in (*dataset.notes, *tokenizer.notes, *losses):
         log(note)
     log(f"{len(encoded.rows)} rows to train on, {len(encoded_validation.rows)} to validate on")
     identity: dict[str, JSON] = {
@@ -103,11 +110,11 @@ def _template_choice(run: RunConfig, log: Callable[[str], None]) -> str | None:
     return str(saved)
 
 
-def _losses(encoded: EncodedDataset, use: str) -> list[str]:
+def _losses(encoded: EncodedDataset, use: str, limit: str) -> list[str]:
     """Which rows were not used as they are; one sentence each, nothing when there were none."""
     counted = {
-        "prompts cut from the left to fit --max-length": len(encoded.truncated),
-        "rows dropped: the answer does not fit --max-length": len(encoded.too_long),
+        f"prompts cut from the left to fit {limit}": len(encoded.truncated),
+        f"rows dropped: the answer does not fit {limit}": len(encoded.too_long),
         "rows dropped: no turn in them is trained": len(encoded.untrained),
         "control tokens spelt out in the data, read as plain text": encoded.control_tokens,
     }

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -53,8 +54,9 @@ def train(run: RunConfig, resume: bool = False, log: Callable[[str], None] = pri
             saved = _newest(out, log)
         model, tokenizer = load_model(run.model, DTYPES[run.dtype], device, run.quantization)
         _check_quantized(run, model, device, log)
-        run = _with_init_adapter(run, model, log)
-        template, data = prepare_data(run, tokenizer, log, _began(saved))
+        context = model.config.max_position_embeddings
+        run = replace(_with_init_adapter(run, model, log), max_length=min(run.max_length, context))
+        template, data = prepare_data(run, tokenizer, log, _began(saved), context)
         trainer = Trainer(run, model, tokenizer, template, data, log)
         for note in untrained_tokens(model, tokenizer, data.train):
             log(note)
