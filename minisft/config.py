@@ -195,7 +195,7 @@ class RunConfig:
     strict: bool = _flag("stop at rows that are too long instead of counting and dropping them", False)
     allow_control_tokens: bool = _flag("let control tokens that stand in the data act as such (default: they are text)", False)
     packing: bool = _flag(
-        "padding-free batches: rows one after the other, a prefix that all share computed once; same result as padded", False
+        "padding-free batches: rows one after the other, a prefix that all share computed once; same result as padded", True
     )
     method: Literal["lora", "full"] = _flag("train adapters, or every weight", "lora")
     init_adapter: str | None = _flag("start from this adapter; rank, alpha, targets and form are its own", None, "DIR")
@@ -222,7 +222,9 @@ class RunConfig:
     beta1: float = _flag("AdamW beta1", 0.9)
     beta2: float = _flag("AdamW beta2", 0.999)
     clip: float = _flag("largest gradient norm; 0 switches clipping off", 1.0)
-    dtype: Literal["bf16", "fp32"] = _flag("dtype of the base model and activations", "bf16")
+    dtype: Literal["auto", "bf16", "fp32"] = _flag(
+        "of the base model and activations; auto: bf16 where the processor has bf16 instructions, else fp32", "auto"
+    )
     checkpointing: Literal["none", "selective", "full"] = _flag("recompute activations in backward to save memory", "none")
     device: str = _flag("cpu, cuda or auto", "auto")
     seed: int = _flag("decides data order, initialisation, dropout and split", 0)

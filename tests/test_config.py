@@ -150,7 +150,7 @@ BAD_VALUES = [
     ("turns", "first", "all or last"),
     ("method", "qlora2", "lora or full"),
     ("schedule", "step", "cosine or linear or constant"),
-    ("dtype", "fp16", "bf16 or fp32"),
+    ("dtype", "fp16", "auto or bf16 or fp32"),
     ("checkpointing", "yes", "none or selective or full"),
     ("quant", "fp4", "none or nf4"),
 ]
@@ -257,7 +257,7 @@ good_values = st.fixed_dictionaries(
         "steps": st.none() | st.integers(1, 10**9),
         "warmup": st.floats(0, 0.99),
         "targets": st.lists(word, min_size=1, max_size=3),
-        "dtype": st.sampled_from(["bf16", "fp32"]),
+        "dtype": st.sampled_from(["auto", "bf16", "fp32"]),
         "packing": st.booleans(),
         "seed": st.integers(-(2**62), 2**62),
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -20,6 +21,8 @@ from safetensors.torch import load_file
 from tiny_folder import CONFIG, digest, losses, quiet, run_config, write_model, write_shop
 
 from minisft.cli.main import main
+from minisft.common import device
+from minisft.common.errors import UserError
 from minisft.config import RunConfig
 from minisft.formats import load_adapter_, load_model
 from minisft.training.runlog import read_metrics
@@ -259,3 +262,30 @@ def test_a_max_length_beyond_the_context_that_no_row_needs_is_harmless(shop: Pat
     log: list[str] = []
     train(config(shop, tmp_path / "run", steps=1, max_length=100_000), log=log.append)
     assert not any("context" in line for line in log)
+
+
+def test_the_dtype_follows_the_processor_and_is_kept_with_the_run(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for flags, expected in (("fpu avx512_bf16", "bf16"), ("fpu avx2 avx512f", "fp32"), ("asimd bf16", "bf16")):
+        info = tmp_path / "cpuinfo"
+        info.write_text(f"processor : 0\n{'Features' if 'asimd' in flags else 'flags'} : {flags}\n")
+        monkeypatch.setattr("minisft.common.device._cpu_flags", functools.partial(device._cpu_flags, str(info)))
+        assert device.pick_dtype("auto", torch.device("cpu")) == expected
+        monkeypatch.undo()
+    assert [device.pick_dtype(name, torch.device("cpu")) for name in ("bf16", "fp32")] == ["bf16", "fp32"]
+    assert device._cpu_flags(str(tmp_path / "absent")) == set()
+
+    monkeypatch.setattr("minisft.common.device._cpu_flags", lambda: {"amx_bf16"})
+    run = config(shop, tmp_path / "run", steps=1, dtype="auto")
+    log: list[str] = []
+    train(run, log=log.append)
+    assert any(line.endswith("bf16") for line in log)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dtype"] == "bf16"
+    monkeypatch.setattr("minisft.common.device._cpu_flags", set)  # on another machine
+    with pytest.raises(UserError, match=r"checkpoint/changed.*config\.dtype: \"bf16\" before, \"fp32\" now"):
+        train(run, resume=True, log=quiet)
+
+
+def test_packing_is_the_default() -> None:
+    assert RunConfig("m", "d", "o").packing

@@ -74,7 +74,9 @@ LINES = {  # of a bill: what the bars call them, colour, opacity
 
 
 def settings(method, rows, tokens):
-    return RunConfig(model="", data="", out="", device="cpu", rank=16, batch_size=rows, max_length=tokens, **METHODS[method])
+    return RunConfig(
+        model="", data="", out="", device="cpu", dtype="bf16", rank=16, batch_size=rows, max_length=tokens, **METHODS[method]
+    )
 
 
 def planned(config, run):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -58,3 +60,27 @@ def pick_device(name: str) -> torch.device:
             "config/no-device", "this device is not here", where="--device", found=visible(name), fix="--device cpu"
         )
     return device
+
+
+def pick_dtype(name: Literal["auto", "bf16", "fp32"], device: torch.device) -> Literal["bf16", "fp32"]:
+    """``auto`` is bf16 where the processor multiplies it by instructions of its own, else fp32 (bf16 would be slower there)."""
+    if name != "auto":
+        return name
+    return "bf16" if has_bf16_instructions(device) else "fp32"
+
+
+def has_bf16_instructions(device: torch.device) -> bool:
+    """GPUs from compute capability 8.0 on, and CPUs with AVX512-BF16, AMX or Arm's BF16, multiply bf16 by themselves."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags())
+
+
+def _cpu_flags(path: str = "/proc/cpuinfo") -> set[str]:
+    """What Linux lists under ``flags`` (x86) or ``Features`` (Arm) for the first core; nothing elsewhere."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    listed = (line.partition(":")[2] for line in lines if line.partition(":")[0].strip() in ("flags", "Features"))
+    return set(next(listed, "").split())

@@ -109,7 +109,6 @@ def training_settings(out: Path, seed: int) -> RunConfig:
         batch_size=BATCH_SIZE,
         lr=LEARNING_RATE,
         dtype="fp32",
-        packing=True,
         eval_every=50,
         seed=seed,
     )

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from minisft.common.device import DTYPES, pick_device, tunes_allocator
+from minisft.common.device import DTYPES, pick_device, pick_dtype, tunes_allocator
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.config import ModelConfig, QuantConfig, RunConfig
@@ -151,6 +151,7 @@ def plan(run: RunConfig) -> Bill:
     Cost: some seconds, whatever the size of the model.
     """
     device, source = pick_device(run.device), resolve(run.model)
+    run = replace(run, dtype=pick_dtype(run.dtype, device))
     libraries = _process_bytes(run) if device.type == "cpu" else 0
     shape = read_shape(source, run.quantization)
     run = replace(run, max_length=min(run.max_length, shape.config.max_position_embeddings))  # as the run itself

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from minisft.common.atomic_files import require_outside, require_unused, write_durably
-from minisft.common.device import DTYPES, pick_device
+from minisft.common.device import DTYPES, pick_device, pick_dtype
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.config import RunConfig
@@ -47,6 +47,7 @@ def train(run: RunConfig, resume: bool = False, log: Callable[[str], None] = pri
         UserError: bad input, a changed run, three non-finite steps, three failed saves.
     """
     out, device = _checked_out(run, resume), pick_device(run.device)
+    run = replace(run, dtype=pick_dtype(run.dtype, device))
     with contextlib.ExitStack() as lock:
         saved = None
         if resume:

@@ -102,7 +102,7 @@ METHODS: dict[str, dict[str, str]] = {
 
 
 def run_of(**changes: Any) -> RunConfig:
-    return RunConfig(model="", data="", out="", device="cpu", **changes)
+    return RunConfig(**{"model": "", "data": "", "out": "", "device": "cpu", "dtype": "bf16", **changes})
 
 
 def model_of(num_layers: int, tied: bool) -> ModelConfig:
