@@ -279,3 +279,11 @@ def test_another_init_adapter_is_refused_on_resume(shop: Path, adapter: Path) ->
 def test_full_training_has_no_adapter_to_start_from(shop: Path) -> None:
     with pytest.raises(UserError, match=r"config/bad-value.*--init-adapter with --method full"):
         config(shop, shop / "run", method="full", init_adapter="x")
+
+
+def test_plan_counts_the_adapter_that_a_run_starts_from(shop: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--model", str(shop / "model"), "--max-length", "32", "--dtype", "fp32", "--json"]
+    assert main(["plan", *settings, "--init-adapter", str(adapter)]) == 0
+    found = json.loads(capsys.readouterr().out)["items"]["adapters, fp32"]["whole"]
+    tensors = load_file(adapter / "adapter_model.safetensors").values()
+    assert found == sum(4 * tensor.numel() for tensor in tensors)

@@ -19,7 +19,8 @@ from minisft.evaluation.metrics import Metric
 
 # The settings of a run that decide its memory.
 PLANNED = (
-    "model", "max_length", "method", "rank", "dropout", "use_dora", "targets", "quant", "double_quant", "batch_size",
+    "model", "max_length", "method", "init_adapter",
+    "rank", "dropout", "use_dora", "targets", "quant", "double_quant", "batch_size",
     "micro_batch_size", "dtype", "checkpointing", "device",
 )  # fmt: skip
 COUNTS = ("max_new_tokens", "limit", "batch_size", "micro_batch_size", "max_length", "rank")

@@ -34,6 +34,7 @@ from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.step import prepare_method, train_step
 from minisft.surgery import quantization_targets
+from minisft.training.init_adapter import with_adapter_settings
 from minisft.training.memory_estimate import Shape, estimate_step, full_batch
 
 Kind = Literal["none", "selective", "full"]
@@ -154,6 +155,7 @@ def plan(run: RunConfig) -> Bill:
     run = replace(run, dtype=pick_dtype(run.dtype, device))
     libraries = _process_bytes(run) if device.type == "cpu" else 0
     shape = read_shape(source, run.quantization)
+    run = _with_init_adapter(run, shape)
     run = replace(run, max_length=min(run.max_length, shape.config.max_position_embeddings))  # as the run itself
     if shape.in_4_bits and run.method == "full":
         raise UserError(
@@ -181,6 +183,14 @@ def plan(run: RunConfig) -> Bill:
         loading=libraries + sum(item.whole for item in fixed[1:3]) + _loading_bytes(shape, run),
         free=None if free is None else free + libraries,  # which this process gives back when it ends
     )
+
+
+def _with_init_adapter(run: RunConfig, shape: Shape) -> RunConfig:
+    """The settings with what the adapter of ``--init-adapter`` decides; where its ranks differ, the largest for all layers."""
+    if run.init_adapter is None:
+        return run
+    run, config = with_adapter_settings(run, empty_model(shape.config))
+    return replace(run, rank=max(config.rank, *config.rank_pattern.values()) if config.rank_pattern else config.rank)
 
 
 def _fixed_items(shape: Shape, run: RunConfig, device: torch.device, libraries: int) -> list[Item]:
@@ -228,7 +238,7 @@ def read_shape(source: Source, quant: QuantConfig | None) -> Shape:
 def _process_bytes(run: RunConfig) -> int:
     """Resident bytes of this process after a real step of a toy model: the interpreter, the libraries and their buffers."""
     toy = ModelConfig("llama", 256, 256, 512, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=64)
-    small = replace(run, batch_size=1, micro_batch_size=1, max_length=256, method="full", quant="none")
+    small = replace(run, batch_size=1, micro_batch_size=1, max_length=256, method="full", quant="none", init_adapter=None)
     model = CausalLM(toy).to(DTYPES[run.dtype])
     optimizer = MasterAdamW(prepare_method(model, small), betas=(0.9, 0.999), weight_decay=0.0)
     train_step(model, optimizer, [full_batch(small, torch.device("cpu"))], lr=0.0)
