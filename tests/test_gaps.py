@@ -98,7 +98,7 @@ def test_a_run_is_the_steps_that_its_settings_say(tmp_path: Path) -> None:
     run = RunConfig(
         model=str(tmp_path / "model"), data=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "run"), dtype="fp32", seed=3,
         steps=6, batch_size=4, micro_batch_size=2, rank=2, alpha=3.0, dropout=0.3, lr=1e-2, schedule="linear", warmup=0.5,
-        beta1=0.8, beta2=0.9, weight_decay=0.3, clip=0.05, validation_share=0.0,
+        beta1=0.8, beta2=0.9, weight_decay=0.3, clip=0.05, validation_share=0.0, packing=False,
     )  # fmt: skip
     train(run, log=quiet)
     trained, tokenizer = load_model(run.model)
