@@ -21,6 +21,8 @@ from minisft.common.errors import UserError
 from minisft.config import LoRAConfig
 from minisft.formats import load_adapter_, load_model, save_adapter
 from minisft.merging.combine import Combined, Update, add_updates, combine, combine_folders, lower_rank, read_stored
+from minisft.merging.streaming import merge_folder
+from minisft.merging.verify import verify
 from minisft.surgery import apply_lora_, lora_modules
 
 pytestmark = pytest.mark.slow
@@ -346,6 +348,58 @@ def test_the_command_combines_and_the_result_is_used(base: Path, tmp_path: Path,
     assert main([*words, str(tmp_path / "sum")]) == 2  # it is there already
     assert main([*words[:-2], f"{tmp_path}/a:1:x", "--out", str(tmp_path / "other")]) == 2
     assert "weight is no number" in capsys.readouterr().err
+
+
+def narrowed(base: Path, folder: Path, seed: int) -> Path:
+    """An adapter as PEFT writes it, on the second layer only, with embedding and head of a tied base repeated beside it."""
+    model, _ = load_model(base)
+    apply_lora_(model, LoRAConfig(rank=3, alpha=6.0, targets=r".*\.1\..*(q|up)_proj"), seed)
+    randomise_(model)
+    save_adapter(model, folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings |= {"target_modules": ["q_proj", "up_proj", "v_proj"], "layers_to_transform": [1], "exclude_modules": ["v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    repeated = {f"base_model.model.{name}.weight": embedding.clone() for name in ("model.embed_tokens", "lm_head")}
+    save_file(load_file(folder / "adapter_model.safetensors") | repeated, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_settings_that_narrow_and_weights_of_the_base_are_read_by_every_command(base: Path, tmp_path: Path) -> None:
+    adapters = [(narrowed(base, tmp_path / str(seed), seed), 0.5) for seed in range(2)]
+    combined = combine_folders(adapters, tmp_path / "sum")
+    assert set(combined.updates) == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"}
+    deltas = []
+    for folder in (*(folder for folder, _ in adapters), tmp_path / "sum"):
+        model, _ = load_model(base)
+        load_adapter_(model, folder)
+        deltas.append({path: layer.delta_weight() for path, layer in lora_modules(model).items()})
+        merge_folder(folder, tmp_path / f"merged-{folder.name}", dtype=torch.float32)
+        verify(tmp_path / f"merged-{folder.name}", folder).require()
+    for path, delta in deltas[2].items():
+        assert_close(delta, (deltas[0][path] + deltas[1][path]) / 2, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"])
+def test_a_changed_weight_of_the_base_is_refused_by_every_command(base: Path, name: str, tmp_path: Path) -> None:
+    folder = narrowed(base, tmp_path / "a", 0)
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors[name][200, 3] += 1e-3
+    save_file(tensors, weights)
+    for command in (lambda: combine_folders([(folder, 1.0)], tmp_path / "out"), lambda: merge_folder(folder, tmp_path / "out")):
+        with pytest.raises(UserError, match=name) as error:
+            command()
+        assert error.value.code == "adapter/unsupported"
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_a_base_that_is_not_there_are_not_taken_on_trust(base: Path, tmp_path: Path) -> None:
+    folder = narrowed(base, tmp_path / "a", 0)
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="save_embedding_layers=False") as error:
+        read_stored(folder)
+    assert error.value.code == "adapter/unexpected-tensor"
 
 
 def test_scale_without_an_adapter_is_an_error(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,25 +88,111 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "embedding": {"target_modules": ["embed_tokens", "o_proj"]},
     "head": {"target_modules": ["lm_head"]},
-}
+    "layer": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 0},
+    "layers": {"target_modules": ["q_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": [1]},
+    "layers of a list": {
+        "target_modules": ["q_proj", "k_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks", "lay.rs"],
+    },
+    "excluded": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+    "excluded by pattern": {"target_modules": "all-linear", "exclude_modules": r".*\.1\..*(up|k)_proj"},
+    "excluded from pattern": {"target_modules": r".*\.(k_proj|up_proj)", "exclude_modules": ["k_proj"]},
+    "all at once": {
+        "target_modules": ["q_proj", "v_proj"], "exclude_modules": r"model\.layers\.\d+\.self_attn\.q_proj",
+        "layers_to_transform": [1],
+        "layers_pattern": "layers", "rank_pattern": {"v_proj": 2},
+    },
+    "start": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+    "untied": {"target_modules": ["q_proj"], "ensure_weight_tying": True},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PEFT_CONFIGS)
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_ours_loads_peft_with_equal_logits(name: str, tmp_path: Path) -> None:
-    theirs = peft.get_peft_model(
-        tiny_llama(), peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **PEFT_CONFIGS[name])
-    ).eval()
-    torch.manual_seed(2)
-    for parameter in theirs.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.3)
-    theirs.save_pretrained(str(tmp_path / "a"))
+def peft_adapter(folder: Path, **settings: Any) -> Any:
+    """An adapter of PEFT, as if trained for a while and saved in ``folder``; the model that has it."""
+    embedded = settings.pop("save_embedding_layers", "auto")
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **settings)).eval()
+        torch.manual_seed(2)
+        for name, parameter in theirs.named_parameters():
+            if ".lora_" in name:
+                nn.init.normal_(parameter, std=0.3)
+        theirs.save_pretrained(str(folder), save_embedding_layers=embedded)
+    return theirs
+
+
+def agrees(folder: Path, theirs: Any) -> list[str]:
+    """Our model with the adapter gives PEFT's logits; returns the adapted paths."""
     model = tiny_llama()
-    paths = load_adapter_(model, tmp_path / "a")
+    paths = load_adapter_(model, folder)
     assert paths == list(lora_modules(model))
     torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-5)
     assert (logits(model) - logits(tiny_llama())).abs().max() > 1e-2
+    return paths
+
+
+@pytest.mark.parametrize("name", PEFT_CONFIGS)
+def test_ours_loads_peft_with_equal_logits(name: str, tmp_path: Path) -> None:
+    theirs = peft_adapter(tmp_path / "a", **PEFT_CONFIGS[name])
+    paths = agrees(tmp_path / "a", theirs)
+    assert set(paths) == set(theirs.targeted_module_names)
+    model = tiny_llama()
+    load_adapter_(model, tmp_path / "a")
+    save_adapter(model, tmp_path / "b")  # what we write selects the same modules by itself
+    assert load_adapter_(tiny_llama(), tmp_path / "b") == paths
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"], ["lm_head", "up_proj"]])
+def test_weights_of_the_base_beside_the_factors_are_harmless_while_they_are_its_own(targets: list[str], tmp_path: Path) -> None:
+    theirs = peft_adapter(tmp_path / "a", target_modules=targets, save_embedding_layers=True)
+    stored = [name for name in load_file(tmp_path / "a" / "adapter_model.safetensors") if "lora_" not in name]
+    assert stored
+    agrees(tmp_path / "a", theirs)
+    for name in stored:
+        peft_adapter(tmp_path / name, target_modules=targets, save_embedding_layers=True)
+        weights = tmp_path / name / "adapter_model.safetensors"
+        tensors = load_file(weights)
+        tensors[name][3, 5] += 1e-3
+        save_file(tensors, weights)
+        message = refused(tmp_path / name, "unsupported")
+        assert name in message
+        assert "merge_and_unload" in message
+
+
+def test_how_the_factors_were_started_does_not_matter_afterwards(tmp_path: Path) -> None:
+    """EVA spreads the rank over the layers by what it has seen of the data, and PEFT writes its settings beside the factors."""
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM",
+        init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0),
+    )  # fmt: skip
+    theirs = peft.get_peft_model(tiny_llama(), config, low_cpu_mem_usage=True)
+    torch.manual_seed(4)
+    batches = [{"input_ids": torch.randint(0, 64, (2, 9)), "attention_mask": torch.ones(2, 9).long()} for _ in range(8)]
+    peft.initialize_lora_eva_weights(theirs, dataloader=batches, show_progress_bar=False)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=2.0)
+    theirs.eval().save_pretrained(str(tmp_path / "a"))
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert settings["eva_config"]
+    assert settings["init_lora_weights"] == "eva"
+    agrees(tmp_path / "a", theirs)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_base_that_was_changed_with_the_factors_is_refused_until_it_is_converted(init: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["up_proj"], task_type="CAUSAL_LM", init_lora_weights=init)
+    theirs = peft.get_peft_model(tiny_llama(), config).eval()
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(str(tmp_path / "first"))
+    theirs.peft_config["default"].init_lora_weights = init
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=2.0)
+    theirs.save_pretrained(str(tmp_path / "a"))
+    assert "path_initial_model_for_weight_conversion" in refused(tmp_path / "a", "unsupported")
+    theirs.save_pretrained(str(tmp_path / "b"), path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    agrees(tmp_path / "b", theirs)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -181,7 +267,8 @@ def refused(folder: Path, code: str, model: nn.Module | None = None) -> str:
         ("bias", "all"),
         ("lora_bias", True),
         ("fan_in_fan_out", True),
-        ("layers_to_transform", [0]),
+        ("target_parameters", ["model.layers.0.mlp.up_proj.weight"]),
+        ("init_lora_weights", "olora"),
         ("layer_replication", [[0, 1]]),
         ("trainable_token_indices", [3]),
         ("init_lora_weights", "pissa"),
@@ -194,7 +281,14 @@ def refused(folder: Path, code: str, model: nn.Module | None = None) -> str:
 )
 def test_unsupported_options_are_named(saved: Path, name: str, value: object) -> None:
     edit(saved, **{name: value})
-    assert name in refused(saved, "unsupported")
+    message = refused(saved, "unsupported")
+    assert name in message
+    assert "; fix: " in message
+
+
+def test_tied_adapters_of_embedding_and_head_are_refused(saved: Path) -> None:
+    edit(saved, ensure_weight_tying=True, target_modules=["q_proj", "lm_head"])
+    assert "ensure_weight_tying" in refused(saved, "unsupported")
 
 
 @pytest.mark.parametrize("value", [None, False, "", [], {}])
@@ -217,6 +311,16 @@ def test_unknown_options_at_nothing_are_ignored(saved: Path, value: object) -> N
         ({"rank_pattern": {"q_proj": "x"}}, "bad-config", "q_proj"),
         ({"r": 3}, "rank", "expected rank 3"),
         ({"target_modules": ["q_proj", "v_proj"]}, "missing-tensor", "4 of 8 tensors are missing"),
+        ({"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0]}, "missing-tensor", "layers.0.self_attn.v_proj"),
+        ({"layers_to_transform": [1]}, "unexpected-tensor", "layers.0.self_attn.q_proj"),
+        ({"layers_to_transform": 0}, "unexpected-tensor", "layers.1.self_attn.q_proj"),
+        ({"layers_to_transform": [2]}, "base-mismatch", "layers_to_transform"),
+        ({"layers_to_transform": [0.5]}, "bad-config", "layers_to_transform"),
+        ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "bad-config", "layers_to_transform"),
+        ({"layers_to_transform": [0], "layers_pattern": "(lay"}, "bad-config", "patterns"),
+        ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, "unexpected-tensor", "layers.1.self_attn.q_proj"),
+        ({"exclude_modules": r"(q_proj"}, "bad-config", "patterns"),
+        ({"exclude_modules": [3]}, "bad-config", "exclude_modules"),
         ({"target_modules": ["model.layers.0.self_attn.q_proj"]}, "unexpected-tensor", "layers.1.self_attn.q_proj"),
     ],
 )
@@ -243,7 +347,9 @@ def test_wrong_tensors(saved: Path) -> None:
     save_file({name: tensor for name, tensor in good.items() if name != B0}, weights)
     assert B0 in refused(saved, "missing-tensor")
     write(**{"base_model.model.lm_head.weight": torch.zeros(64, 32)})
-    assert "lm_head" in refused(saved, "unexpected-tensor")
+    assert "lm_head" in refused(saved, "unsupported")
+    write(**{"base_model.model.model.rotary.weight": torch.zeros(64, 32)})
+    assert "rotary" in refused(saved, "unexpected-tensor")
     write(A=torch.ones(4, 40))
     message = refused(saved, "base-mismatch")
     assert "32 x 40" in message

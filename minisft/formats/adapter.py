@@ -20,17 +20,19 @@ from torch import nn
 from minisft.common.atomic_files import disk_errors, staged_folder
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
-from minisft.common.sandbox import failure
 from minisft.config import LoRAConfig
-from minisft.formats.adapter_config import CONFIG_FILE, adapter_config, needs_patterns, read_adapter_config
+from minisft.formats.adapter_config import CONFIG_FILE, adapter_config, config_path, needs_patterns, read_adapter_config
+from minisft.formats.adapter_selection import run_patterns
 from minisft.formats.adapter_tensors import (
-    PREFIX,
     Factors,
+    changed_weight,
     check_names,
     check_shapes,
     factors_of,
     magnitude_name,
     read_factors,
+    repeated_weights,
+    same_weight,
     tensor_names,
 )  # fmt: skip
 from minisft.formats.fields import Fields, read_json_object, write_json
@@ -50,7 +52,6 @@ from minisft.surgery import (
 
 WEIGHTS_FILE, FACTS_FILE = "adapter_model.safetensors", "minisft.json"
 TEMPLATE_FILE = "chat_template.jinja"
-BASE_WEIGHT = ".base_layer.weight"  # PEFT stores an adapted embedding itself too, unless told not to
 
 
 def save_adapter(
@@ -88,7 +89,14 @@ def write_adapter(
     facts: Mapping[str, JSON] | None = None,
     template: str | None = None,
 ) -> None:
-    """``save_adapter`` into a folder that exists and that the caller makes durable (part of a checkpoint)."""
+    """``save_adapter`` into a folder that exists and that the caller makes durable (part of a checkpoint).
+
+    Args:
+        model, folder, base_name, fingerprint, facts, template: as for ``save_adapter``.
+
+    Raises:
+        UserError: ``adapter/none``, for a model without adapters.
+    """
     adapters = lora_modules(model)
     if not adapters:
         raise UserError("adapter/none", "the model has no adapters to save", fix="apply_lora_ adds them")
@@ -158,16 +166,13 @@ def _resolve_safely(model: nn.Module, config: LoRAConfig, folder: Path) -> dict[
     """Rank and alpha of each target. Patterns from the file run in a child process first: they can take for ever."""
     where = visible(folder / CONFIG_FILE)
     require_no_adapters(model)
-    if needs_patterns(config) and (problem := failure(lambda: _resolve(model, config))):
-        raise UserError(
-            "adapter/bad-config", "its patterns do not work on this model", where=where, found=visible(problem, 500)
-        )
     try:
-        return _resolve(model, config)
+        return run_patterns(lambda: _resolve(model, config), where, needs_patterns(config))
     except UserError as error:
-        raise UserError(
-            "adapter/base-mismatch", "its targets are not in this model", where=where, found=visible(error, 500)
-        ) from None
+        if error.code.startswith("adapter/"):
+            raise
+        what, fix = "its targets are not in this model", "give the base model that the adapter was trained on"
+        raise UserError("adapter/base-mismatch", what, where=where, found=visible(error, 500), fix=fix) from None
 
 
 def _resolve(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[int, float]]:
@@ -179,26 +184,22 @@ def _resolve(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[int, float
 
 
 def _check_tensors(model: nn.Module, factors: Mapping[str, Factors], header: Header) -> None:
-    """Every module has its tensors, of the right shapes, and there is no other tensor."""
-    kept = {f"{PREFIX}{path}{BASE_WEIGHT}": path for path in factors}
-    check_names({name for factor in factors.values() for name in factor.names}, header, kept)
+    """Every module has its tensors, of the right shapes, and what else is there are weights of the base, unchanged."""
+    repeated = {name: base for name, base in repeated_weights(header).items() if _has_weight(model, base)}
+    check_names({name for factor in factors.values() for name in factor.names}, header, repeated)
     for path, factor in factors.items():
         check_shapes(path, factor, header)
-    for name in set(header.entries) & set(kept):
-        _check_base_weight(model.get_submodule(kept[name]), name, header)
+    for name, stored in read_tensors(header, list(repeated), "adapter"):
+        owner, _, leaf = repeated[name].rpartition(".")
+        ours = getattr(model.get_submodule(owner), leaf, None)  # none of a linear in 4 bits: nobody can compare it
+        if not isinstance(ours, nn.Parameter) or not same_weight(ours.detach().cpu(), stored):
+            raise changed_weight(name, header)
 
 
-def _check_base_weight(base: nn.Module, name: str, header: Header) -> None:
-    ((_, stored),) = read_tensors(header, [name], "adapter")
-    weight = None if isinstance(base, NF4Linear) else base.get_parameter("weight").detach().cpu()
-    if weight is None or weight.shape != stored.shape or not torch.equal(weight.to(stored.dtype), stored):
-        raise UserError(
-            "adapter/unsupported",
-            "the adapter brings a changed base layer",
-            where=visible(header.path),
-            found=visible(name),
-            expected="the base model's own",
-        )
+def _has_weight(model: nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    module = dict(model.named_modules()).get(owner)
+    return getattr(module, leaf, None) is not None or (leaf == "weight" and isinstance(module, NF4Linear))
 
 
 def recorded_base(folder: Path) -> Fields | None:
@@ -215,9 +216,7 @@ def recorded_base_name(folder: Path) -> str:
     Raises:
         UserError: no adapter there, or none named.
     """
-    if not (folder / CONFIG_FILE).exists():
-        raise UserError("adapter/no-config", "no adapter there", where=visible(folder), expected=CONFIG_FILE)
-    path = regular_file(folder, CONFIG_FILE, "adapter/bad-config")
+    path = config_path(folder)
     name = read_json_object(path, "adapter/bad-config").get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise UserError("adapter/no-base-name", "the adapter does not name its base", where=visible(path), fix="give --model")

@@ -1,8 +1,9 @@
 """``adapter_config.json``: PEFT's description of a LoRA, written from the modules and read into a ``LoRAConfig``.
 
-Nothing is stored twice: rank, alpha and targets are recovered from the adapted model. Options of PEFT that change the
-arithmetic in ways this library does not compute are refused by name, whatever their future names may be: an unknown key
-counts as unused only while its value is null, false or empty.
+Nothing is stored twice: rank, alpha and targets are recovered from the adapted model. Which modules the settings select is
+worked out by PEFT's rules (``adapter_selection``). Options that change the arithmetic in ways this library does not compute
+are refused by name, whatever their future names may be: an unknown key counts as unused only while its value is null, false
+or empty.
 
 Ref: PEFT 0.21, ``LoraConfig``.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from torch import nn
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.config import ALL_LINEAR, LoRAConfig
+from minisft.formats.adapter_selection import read_narrowing, selected, target_names
 from minisft.formats.fields import Fields, read_json_object
 from minisft.formats.source import regular_file
 from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
@@ -42,8 +44,11 @@ _READ = {
     "use_dora",
     "rank_pattern",
     "alpha_pattern",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
 }
-# Keys that say nothing about the arithmetic, at any value.
+# Keys that do not touch the arithmetic, at any value.
 _REMARKS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -52,9 +57,22 @@ _REMARKS = {
     "peft_version",
     "megatron_core",
     "qalora_group_size",
+    # How the factors were started. They are read from the file; whether the base was changed with them ``init_lora_weights``
+    # says, which PEFT sets to true when it converts such an adapter to plain LoRA, and leaves these as they are.
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "loftq_config",
 }
 # Settings with a harmless value that is not null, false or empty. The other initialisations of PEFT change the base model.
 _HARMLESS: dict[str, tuple[JSON, ...]] = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva")}
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # what PEFT ties to each other with ``ensure_weight_tying``
+MERGE_THERE = "merge it with PEFT (merge_and_unload, save_pretrained) and load the result as a model"
+_FIXES = {
+    "init_lora_weights": "let PEFT write it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+    "peft_type": "give a LoRA adapter",
+    "task_type": "give an adapter of a language model",
+}
 # What PEFT writes for a plain LoRA and a reader of older or newer versions may look for.
 _UNUSED: dict[str, JSON] = {
     "auto_mapping": None,
@@ -75,18 +93,25 @@ _UNUSED: dict[str, JSON] = {
 }
 
 
-def read_adapter_config(folder: Path, model: nn.Module | None = None) -> LoRAConfig:
+def read_adapter_config(folder: Path, model: nn.Module | None = None, stored: Collection[str] = ()) -> LoRAConfig:
     """Parse ``adapter_config.json`` for ``model``, or without one if the base is not at hand.
 
     Names in its list of targets that match nothing in the model are dropped: the tensors decide what must be there.
     The dropout of a DoRA is dropped, too: it matters in training alone, where this library offers none.
 
+    Args:
+        folder: of the adapter.
+        model: the base, without adapters.
+        stored: paths of the modules that have factors in the file. Without a model they are the targets where settings
+            narrow these (``exclude_modules``, ``layers_to_transform``).
+
+    Returns:
+        the settings; their targets select exactly what the file's settings select.
+
     Raises:
         UserError: ``adapter/no-config``, ``adapter/bad-config``, or ``adapter/unsupported`` naming the option.
     """
-    if not (folder / CONFIG_FILE).exists():
-        raise UserError("adapter/no-config", "no adapter there", where=visible(folder), expected=CONFIG_FILE)
-    path = regular_file(folder, CONFIG_FILE, "adapter/bad-config")
+    path = config_path(folder)
     values = read_json_object(path, "adapter/bad-config")
     fields = Fields(values, visible(path), "adapter")
     _refuse_unsupported(fields, values)
@@ -96,7 +121,7 @@ def read_adapter_config(folder: Path, model: nn.Module | None = None) -> LoRACon
             alpha=fields.number("lora_alpha", 8.0),
             dropout=0.0 if fields.flag("use_dora") else fields.number("lora_dropout", 0.0),
             use_rslora=fields.flag("use_rslora"),
-            targets=_targets(fields, model),
+            targets=_targets(fields, model, stored),
             rank_pattern={key: fields.inner("rank_pattern").integer(key) for key in fields.inner("rank_pattern").values},
             alpha_pattern={key: fields.inner("alpha_pattern").number(key) for key in fields.inner("alpha_pattern").values},
             use_dora=fields.flag("use_dora"),
@@ -104,23 +129,59 @@ def read_adapter_config(folder: Path, model: nn.Module | None = None) -> LoRACon
     except UserError as error:
         if error.code.startswith("adapter/"):
             raise
-        raise UserError(
-            "adapter/bad-config", "the adapter's settings are wrong", where=visible(path), found=visible(error, 500)
-        ) from None
+        what, fix = "the adapter's settings are wrong", "correct the value, or save the adapter again"
+        raise UserError("adapter/bad-config", what, where=visible(path), found=visible(error, 500), fix=fix) from None
+
+
+def config_path(folder: Path) -> Path:
+    """Where the adapter's settings are.
+
+    Raises:
+        UserError: there is no adapter, or the file is no regular one.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        fix = f"name the folder that holds {CONFIG_FILE} (of a finished run: OUT/adapter)"
+        raise UserError("adapter/no-config", "no adapter there", where=visible(folder), expected=CONFIG_FILE, fix=fix)
+    return regular_file(folder, CONFIG_FILE, "adapter/bad-config")
 
 
 def _refuse_unsupported(fields: Fields, values: Mapping[str, JSON]) -> None:
     if values.get("peft_type") != "LORA":
-        raise fields.error("peft_type", "LORA", "unsupported")
+        raise fields.error("peft_type", "LORA", "unsupported", _FIXES["peft_type"])
     if values.get("task_type") not in (None, "CAUSAL_LM"):
-        raise fields.error("task_type", "CAUSAL_LM", "unsupported")
+        raise fields.error("task_type", "CAUSAL_LM", "unsupported", _FIXES["task_type"])
     for name, value in values.items():
         if name in _READ or name in _REMARKS or not value or value in _HARMLESS.get(name, ()):
             continue
-        raise fields.error(name, "this option unused (null, false or empty)", "unsupported")
+        if name == "ensure_weight_tying" and not _adapts_embeddings(values.get("target_modules")):
+            continue
+        raise fields.error(name, "this option unused (null, false or empty)", "unsupported", _FIXES.get(name, MERGE_THERE))
 
 
-def _targets(fields: Fields, model: nn.Module | None) -> str | tuple[str, ...]:
+def _adapts_embeddings(targets: JSON) -> bool:
+    """Whether targets are, or may be, an embedding or the output head."""
+    if isinstance(targets, str):
+        return targets != ALL_LINEAR
+    return isinstance(targets, list) and any(_leaf(str(name)) in _EMBEDDINGS for name in targets)
+
+
+def _targets(fields: Fields, model: nn.Module | None, stored: Collection[str]) -> str | tuple[str, ...]:
+    """Targets that select, of ``model``, exactly what the settings select."""
+    names, narrowing = _present(fields, model), read_narrowing(fields)
+    if narrowing is None:
+        return names
+    if model is None:
+        return tuple(sorted(stored)) or names
+    paths = selected(model, names, narrowing, fields.where)
+    if not paths:
+        expected = "modules outside exclude_modules and in layers_to_transform"
+        raise fields.error("target_modules", expected, "base-mismatch", "check that the base model is the right one")
+    exact = target_names(model, paths)
+    return exact if isinstance(exact, str) else tuple(map(str, exact))
+
+
+def _present(fields: Fields, model: nn.Module | None) -> str | tuple[str, ...]:
+    """``target_modules``, less the names that match nothing in ``model``."""
     value = fields.values.get("target_modules")
     if isinstance(value, str) and value:
         return value
@@ -131,21 +192,30 @@ def _targets(fields: Fields, model: nn.Module | None) -> str | tuple[str, ...]:
     paths = [path for path, _ in model.named_modules()]
     present = tuple(name for name in value if any(matches(path, name) for path in paths))
     if not present:
-        raise fields.error("target_modules", "names of modules that the base model has", "base-mismatch")
+        expected, fix = "names of modules that the base model has", "give the base model that the adapter was trained on"
+        raise fields.error("target_modules", expected, "base-mismatch", fix)
     return present
 
 
 def adapter_config(model: nn.Module, adapters: Adapters, base_name: str | None) -> dict[str, JSON]:
     """The config of the adapters that ``model`` carries.
 
+    Args:
+        model: with the adapters.
+        adapters: by path; what ``lora_modules(model)`` gives.
+        base_name: what the base is called; None leaves it open.
+
+    Returns:
+        the content of ``adapter_config.json``.
+
     Raises:
-        UserError: ``adapter/mixed`` when dropout, rsLoRA or DoRA differ between modules, which PEFT cannot say.
+        UserError: ``adapter/mixed`` when dropout, rsLoRA or DoRA differ between modules, for which PEFT has no setting.
     """
     layers = adapters.values()
     return config_of_modules(
         {path: adapter.rank for path, adapter in adapters.items()},
         {path: adapter.alpha for path, adapter in adapters.items()},
-        _target_names(model, adapters),
+        target_names(model, adapters),
         base_name,
         dropout=_common("dropout", [adapter.dropout.p for adapter in layers]),
         use_rslora=bool(_common("use_rslora", [adapter.use_rslora for adapter in layers])),
@@ -163,7 +233,17 @@ def config_of_modules(
     use_rslora: bool = False,
     use_dora: bool = False,
 ) -> dict[str, JSON]:
-    """The config of modules with these ranks and alphas, by path; ``targets`` selects exactly them."""
+    """The config of modules with these ranks and alphas.
+
+    Args:
+        ranks, alphas: by path.
+        targets: names, or a pattern, that select exactly these modules.
+        base_name: what the base is called; None leaves it open.
+        dropout, use_rslora, use_dora: of all modules.
+
+    Returns:
+        the content of ``adapter_config.json``.
+    """
     rank, rank_pattern = _exceptions(ranks)
     alpha, alpha_pattern = _exceptions({path: _plain(alpha) for path, alpha in alphas.items()})
     return {
@@ -190,12 +270,8 @@ def _plain(number: float) -> float:
 
 def _common(name: str, values: list[float]) -> float:
     if len(set(values)) > 1:
-        raise UserError(
-            "adapter/mixed",
-            f"{name} differs between modules",
-            found=", ".join(map(str, sorted(set(values)))),
-            expected="one value",
-        )
+        found, fix = ", ".join(map(str, sorted(set(values)))), "save the modules as several adapters"
+        raise UserError("adapter/mixed", f"{name} differs between modules", found=found, expected="one value", fix=fix)
     return values[0]
 
 
@@ -213,22 +289,6 @@ def _exceptions(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
             # PEFT matches a key at the end of a path; ^ makes it the whole path.
             patterns[re.escape(_leaf(path)) if len(same_name) == 1 else "^" + re.escape(path)] = value
     return default, patterns
-
-
-def _target_names(model: nn.Module, adapters: Adapters) -> list[JSON] | str:
-    """Sorted names that select exactly the adapted modules: last names where they are enough, else whole paths.
-
-    A path can be the end of another, unadapted one; then no list says it, and a regular expression does.
-    """
-    inside = tuple(f"{path}." for path in adapters)
-    paths = [path for path, _ in model.named_modules() if not path.startswith(inside)]
-    names: set[str] = set()
-    for path in adapters:
-        shared = [other for other in paths if matches(other, _leaf(path))]
-        names.add(_leaf(path) if all(other in adapters for other in shared) else path)
-    if {path for path in paths if any(matches(path, name) for name in names)} == set(adapters):
-        return [*sorted(names)]
-    return "|".join(re.escape(path) for path in sorted(adapters))
 
 
 def needs_patterns(config: LoRAConfig) -> bool:

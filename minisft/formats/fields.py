@@ -32,6 +32,7 @@ class Fields:
     family: str = "model"
 
     def integer(self, name: str, default: int | None = None) -> int:
+        """The integer under ``name``; true and false are none."""
         found = self.values.get(name)
         value = default if found is None else found
         if not isinstance(value, int) or isinstance(value, bool):
@@ -39,6 +40,7 @@ class Fields:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
+        """The number under ``name``, an integer too, as a float."""
         found = self.values.get(name)
         value = default if found is None else found
         if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -49,12 +51,14 @@ class Fields:
             raise self.error(name, "a number below 1e308") from None
 
     def flag(self, name: str, default: bool = False) -> bool:
+        """The true or false under ``name``."""
         found = self.values.get(name)
         if found is not None and not isinstance(found, bool):
             raise self.error(name, "true or false")
         return default if found is None else found
 
     def text(self, name: str) -> str:
+        """The string under ``name``."""
         found = self.values.get(name)
         if not isinstance(found, str):
             raise self.error(name, "a string")
@@ -67,24 +71,40 @@ class Fields:
             raise self.error(name, "an object")
         return Fields(found or {}, f"{self.where}: {visible(name)}", self.family)
 
-    def error(self, name: str, expected: str, slug: str = "bad-config") -> UserError:
-        """What to raise about the key ``name``."""
+    def error(self, name: str, expected: str, slug: str = "bad-config", fix: str = "") -> UserError:
+        """What to raise about the key ``name``.
+
+        Args:
+            name: the key.
+            expected: what its value should have been.
+            slug: ``bad-config``, or ``unsupported`` for a value that means something this library does not compute.
+            fix: what to do; by default to correct the value.
+
+        Returns:
+            the error, not yet raised.
+        """
         found = self.values.get(name)
+        what = "missing" if found is None else "not supported" if slug == "unsupported" else "wrong"
         return UserError(
             f"{self.family}/{slug}",
-            "a setting is missing"
-            if found is None
-            else "a setting is not supported"
-            if slug == "unsupported"
-            else "a setting is wrong",
+            f"a setting is {what}",
             where=f"{self.where}: {visible(name)}",
             found="" if found is None else visible(repr(found)),
             expected=expected,
+            fix=fix or ("" if self.family == "model" else "correct the value, or save the adapter again"),
         )
 
 
 def read_json_object(path: Path, code: str, limit: int = MAX_JSON_BYTES) -> dict[str, JSON]:
     """Read a small JSON file that must hold one object.
+
+    Args:
+        path: of the file.
+        code: of the error that is raised.
+        limit: bytes; a larger file is refused.
+
+    Returns:
+        the object.
 
     Raises:
         UserError: ``code``, for a file that cannot be read, is too large, not JSON or something else than an object.

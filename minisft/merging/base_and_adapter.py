@@ -23,9 +23,10 @@ from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.effect import Target
 from minisft.formats import load_adapter_, load_model
-from minisft.formats.adapter import BASE_WEIGHT, TEMPLATE_FILE, WEIGHTS_FILE, recorded_base, recorded_base_name
+from minisft.formats.adapter import TEMPLATE_FILE, WEIGHTS_FILE, recorded_base, recorded_base_name
+from minisft.formats.adapter_tensors import repeated_weights
 from minisft.formats.lazy_weights import PIECE, In4Bits, Pieces, StoredModel, open_model, read_flat
-from minisft.formats.loading import EMBEDDING, empty_model, expected_shapes
+from minisft.formats.loading import EMBEDDING, HEAD, empty_model, expected_shapes
 from minisft.formats.safetensors_file import read_header
 from minisft.formats.source import Origin, file_sha256, regular_file, resolve, set_origin_
 from minisft.merge_weights import Adapter
@@ -101,10 +102,10 @@ def open_adapted(adapter: str | Path, model: str | None = None, scale: float = 1
             found=f"{visible(folder)} ({digest[:16]})",
             fix="give the base model that the adapter was trained on",
         )
-    stand_in = _stand_in(stored, quant, in_4_bits, _named_bases(folder))
-    load_adapter_(stand_in, folder)
-    scale_adapters_(stand_in, scale)
-    return AdaptedFiles(folder, scale, stored, lora_modules(stand_in), quant, in_4_bits, digest)
+    placeholder = _placeholder(stored, quant, in_4_bits, _repeated(folder))
+    load_adapter_(placeholder, folder)
+    scale_adapters_(placeholder, scale)
+    return AdaptedFiles(folder, scale, stored, lora_modules(placeholder), quant, in_4_bits, digest)
 
 
 def load_unmerged(files: AdaptedFiles, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, Tokenizer]:
@@ -148,30 +149,31 @@ def recorded_quantization(folder: Path) -> QuantConfig | None:
     return QuantConfig(form.text("levels"), form.integer("block_size"), form.flag("double_quant"))
 
 
-def _named_bases(folder: Path) -> list[str]:
-    """Weights of the base that the adapter's own file repeats (PEFT does so for embeddings)."""
-    names = read_header(regular_file(folder, WEIGHTS_FILE, "adapter/no-weights"), "adapter").entries
-    return [name.removesuffix(BASE_WEIGHT) + ".weight" for name in names if name.endswith(BASE_WEIGHT)]
+def _repeated(folder: Path) -> set[str]:
+    """Weights of the base, by name, that the adapter's own file repeats (PEFT does so for embeddings)."""
+    return set(repeated_weights(read_header(regular_file(folder, WEIGHTS_FILE, "adapter/no-weights"), "adapter")).values())
 
 
-def _stand_in(stored: StoredModel, quant: QuantConfig | None, in_4_bits: frozenset[str], repeated: list[str]) -> CausalLM:
+def _placeholder(stored: StoredModel, quant: QuantConfig | None, in_4_bits: frozenset[str], real: set[str]) -> CausalLM:
     """A model for ``load_adapter_`` to check and adapt whose weights have shapes but, each, the memory of one number.
 
     Args:
-        repeated: names of weights (as the adapter's file has them) that are compared, and so must be real.
+        real: names of weights that are compared, and so must be there. A tied head is the embedding.
     """
     model = empty_model(stored.config)
+    tied = stored.config.tie_word_embeddings
+    real = {EMBEDDING if tied and name == HEAD else name for name in real}
     forms = {**stored.in_4_bits, **(dict.fromkeys(in_4_bits, quant) if quant is not None else {})}
     for name, shape in expected_shapes(model).items():
         owner, _, leaf = name.rpartition(".")
         if name in forms:
             replace_module(model, owner, NF4Linear(_weightless(forms[name], shape)))
-        elif any(wanted.endswith("." + name) for wanted in repeated):
+        elif name in real:
             whole = torch.cat(list(read_flat(stored.open[name]()))).view(shape)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(whole))
         else:
             setattr(model.get_submodule(owner), leaf, nn.Parameter(torch.zeros(()).expand(shape)))
-    if stored.config.tie_word_embeddings:
+    if tied:
         model.tie()
     source = stored.source
     set_origin_(model, Origin(source.name, str(source.path), source.kind, stored.file_dtype))

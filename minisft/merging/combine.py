@@ -23,14 +23,24 @@ from torch import Tensor
 from minisft.common.atomic_files import disk_errors, staged_folder
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
-from minisft.common.sandbox import failure
 from minisft.config import LoRAConfig
 from minisft.formats.adapter import FACTS_FILE, TEMPLATE_FILE, WEIGHTS_FILE, recorded_base, recorded_base_name
 from minisft.formats.adapter_config import CONFIG_FILE, config_of_modules, read_adapter_config
-from minisft.formats.adapter_tensors import Factors, read_factors, stored_factors, tensor_names
+from minisft.formats.adapter_selection import run_patterns
+from minisft.formats.adapter_tensors import (
+    Factors,
+    changed_weight,
+    read_factors,
+    repeated_weights,
+    same_weight,
+    stored_factors,
+    tensor_names,
+)
 from minisft.formats.fields import write_json
-from minisft.formats.safetensors_file import read_header, write_safetensors
-from minisft.formats.source import file_sha256, regular_file
+from minisft.formats.lazy_weights import PIECE, Pieces, open_model, read_flat
+from minisft.formats.loading import EMBEDDING, HEAD
+from minisft.formats.safetensors_file import Header, read_header, read_tensors, write_safetensors
+from minisft.formats.source import file_sha256, regular_file, resolve
 from minisft.lora import scaling_of
 from minisft.surgery import pattern_value
 
@@ -196,8 +206,7 @@ def read_stored(folder: str | Path) -> StoredAdapter:
         UserError: what ``load_adapter_`` refuses about the files themselves; DoRA.
     """
     folder = Path(folder)
-    config = read_adapter_config(folder)
-    if config.use_dora:
+    if read_adapter_config(folder).use_dora:
         raise UserError(
             "adapter/dora",
             "the updates of DoRA adapters do not add",
@@ -207,17 +216,43 @@ def read_stored(folder: str | Path) -> StoredAdapter:
         )
     header = read_header(regular_file(folder, WEIGHTS_FILE, "adapter/no-weights"), "adapter")
     factors = stored_factors(header)
-    if (config.rank_pattern or config.alpha_pattern) and (problem := failure(lambda: _alphas(config, factors, folder))):
-        where = visible(folder / CONFIG_FILE)
-        raise UserError(
-            "adapter/bad-config", "its patterns do not work on its tensors", where=where, found=visible(problem, 500)
-        )
-    alphas, tensors = _alphas(config, factors, folder), read_factors(factors, header)
+    config = read_adapter_config(folder, stored=factors)
+    where, has_patterns = visible(folder / CONFIG_FILE), bool(config.rank_pattern or config.alpha_pattern)
+    alphas = run_patterns(lambda: _alphas(config, factors, folder), where, has_patterns)
+    _require_own_weights(folder, header)
+    tensors = read_factors(factors, header)
     updates = {}
     for path, factor in factors.items():
         A, B = (tensors[name] for name in factor.names)
         updates[path] = Update(A, B, alphas[path], config.use_rslora, factor.is_embedding)
     return StoredAdapter(folder, config, updates)
+
+
+def _require_own_weights(folder: Path, header: Header) -> None:
+    """Weights of the base that the file repeats must be the base's own; it is opened only if there are any."""
+    repeated = repeated_weights(header)
+    if not repeated:
+        return
+    try:
+        base = open_model(resolve(recorded_base_name(folder)))
+    except UserError as error:
+        raise UserError(
+            "adapter/unexpected-tensor",
+            "the adapter repeats weights of its base, which is not there to compare them with",
+            where=visible(header.path),
+            found=f"{listing(repeated, 6)}; {visible(error, 300)}",
+            fix="put the base where adapter_config.json names it, or save the adapter with save_embedding_layers=False",
+        ) from None
+    for name, stored in read_tensors(header, list(repeated), "adapter"):
+        weight = EMBEDDING if repeated[name] == HEAD and HEAD not in base.open else repeated[name]
+        if weight not in base.open or not _is_weight(base.open[weight](), stored):
+            raise changed_weight(name, header)
+
+
+def _is_weight(ours: Pieces, stored: Tensor) -> bool:
+    """``same_weight``, a piece at a time."""
+    flat = stored.flatten().split(PIECE)
+    return ours.shape == stored.shape and all(map(same_weight, read_flat(ours), flat))
 
 
 def _alphas(config: LoRAConfig, factors: Mapping[str, Factors], folder: Path) -> dict[str, float]:
@@ -226,7 +261,7 @@ def _alphas(config: LoRAConfig, factors: Mapping[str, Factors], folder: Path) ->
         if (rank := pattern_value(path, config.rank_pattern, config.rank)) != factor.shapes[0][0]:
             raise UserError(
                 "adapter/rank", f"{visible(path)} has another rank than the config says", where=visible(folder),
-                found=str(factor.shapes[0][0]), expected=f"rank {rank}",
+                found=str(factor.shapes[0][0]), expected=f"rank {rank}", fix="correct r or rank_pattern in adapter_config.json",
             )  # fmt: skip
     return {path: pattern_value(path, config.alpha_pattern, config.alpha) for path in factors}
 
