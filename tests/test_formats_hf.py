@@ -24,6 +24,7 @@ from minisft.config import LoRAConfig, ModelConfig, RopeScaling
 from minisft.formats import Tokenizer, fingerprint, hf, load_model, loading, save_model
 from minisft.formats.hf import load_folder
 from minisft.formats.hf_config import read_config
+from minisft.formats.lazy_weights import open_model
 from minisft.formats.safetensors_file import read_header
 from minisft.formats.source import SMOLLM2_COMMAND, resolve
 from minisft.model import CausalLM
@@ -199,6 +200,55 @@ def test_dtype_is_converted_once(folder: Path, tmp_path: Path, dtype: torch.dtyp
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
+def mixed(folder: Path, stated: str | None = "float16") -> dict[str, torch.Tensor]:
+    """What lies in ``folder`` after training in 4 bits: norms in fp32 among fp16; its tensors."""
+    save_model(tiny(), Tokenizer.from_folder(folder.parent / "scratch"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor if "norm" in name else tensor.half() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit(folder, dtype=stated, torch_dtype=stated)
+    return tensors
+
+
+@pytest.mark.parametrize("stated", ["float16", "float32", "bfloat16", None])
+def test_tensors_of_several_dtypes_are_each_converted_from_what_they_are(stated: str | None, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "scratch").mkdir()
+    write_tokenizer(tmp_path / "scratch")
+    tensors = mixed(tmp_path / "model", stated)
+    with pytest.warns(UserWarning, match="16 tensors F16, 5 tensors F32") as caught:
+        model, word = load_folder(tmp_path / "model", torch.float32, CPU)
+    assert len(caught) == 1
+    assert word == "F16"
+    assert all(torch.equal(parameter, tensors[name].float()) for name, parameter in model.named_parameters())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_most_weights_decide_what_a_merge_writes(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    write_tokenizer(tmp_path / "scratch")
+    mixed(tmp_path / "model")
+    with pytest.warns(UserWarning, match="5 tensors F32"):
+        assert open_model(resolve(tmp_path / "model")).dense_dtype == torch.float16
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors = {name: t if "mlp" in name or "q_proj" in name else t.float() for name, t in tensors.items()}
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    half, full = (sum(t.numel() for t in tensors.values() if t.dtype == dtype) for dtype in (torch.float16, torch.float32))
+    assert half > full > half / 2  # more numbers in fewer bytes
+    with pytest.warns(UserWarning, match="13 tensors F32"):
+        assert open_model(resolve(tmp_path / "model")).dense_dtype == torch.float16
+
+
+def test_a_tensor_that_is_no_float_is_refused_among_others(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    write_tokenizer(tmp_path / "scratch")
+    tensors = mixed(tmp_path / "model")
+    save_file(tensors | {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, tmp_path / "model" / "model.safetensors")
+    assert "model.norm.weight" in refused(tmp_path / "model", "model/dtype")
+
+
 def test_a_tied_head_stays_tied_and_is_stored_once(tmp_path: Path) -> None:
     config = ModelConfig("llama", 64, 32, 48, 1, 4, 2, 8, tie_word_embeddings=True)
     write_tokenizer(tmp_path)
@@ -210,6 +260,9 @@ def test_a_tied_head_stays_tied_and_is_stored_once(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     save_file({**stored, "lm_head.weight": stored["model.embed_tokens.weight"].clone()}, weights)
     load_model(tmp_path / "m")
+    save_file({**stored, "lm_head.weight": stored["model.embed_tokens.weight"].half()}, weights)
+    with pytest.warns(UserWarning, match="1 tensors F16"):
+        load_model(tmp_path / "m")
     save_file({**stored, "lm_head.weight": stored["model.embed_tokens.weight"] + 1}, weights)
     refused(tmp_path / "m", "model/tied")
 
@@ -282,7 +335,6 @@ def edit(folder: Path, file: str = "config.json", **changes: object) -> None:
         ({"rope_parameters": {"rope_theta": 10**390}}, "bad-config", "rope_theta"),
         ({"tie_word_embeddings": 1}, "bad-config", "tie_word_embeddings"),
         ({"dtype": "int4"}, "bad-config", "int4"),
-        ({"dtype": "bfloat16"}, "dtype", "found F32; expected BF16"),
         ({"intermediate_size": 40}, "shape", "found [48, 32]; expected [40, 32]"),
         ({"num_hidden_layers": 3}, "missing-tensor", "model.layers.2"),
         ({"num_hidden_layers": 1}, "unexpected-tensor", "model.layers.1"),

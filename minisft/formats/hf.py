@@ -8,6 +8,8 @@ against the files before it is used.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ from minisft.nf4 import QuantizedWeight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 * 2**20
+FLOATS = ("F32", "F16", "BF16", "F64")
 # Old Llama files carry RoPE's frequencies; they follow from the configuration and transformers ignores them too.
 _DERIVED = ".rotary_emb.inv_freq"
 
@@ -97,7 +100,7 @@ def check_folder(folder: Path) -> CheckedFolder:
     Raises:
         UserError: any of the refusals of this module, but for what the memory cannot hold.
     """
-    config, stored = read_config(folder)
+    config, stated = read_config(folder)
     headers = read_headers(folder)
     model = empty_model(config)
     in_4_bits = _quantized_weights(model, headers, folder)
@@ -107,7 +110,7 @@ def check_folder(folder: Path) -> CheckedFolder:
         expected[HEAD] = expected[EMBEDDING]
     declared = {name: header.entries[name].shape for header in headers for name in header.entries if name in dense}
     check_shapes({name: shape for name, shape in expected.items() if name not in in_4_bits}, declared, folder)
-    dense_dtype = _check_dtypes(headers, dense, stored)
+    dense_dtype = _check_dtypes(headers, dense, stated, folder)
     if config.tie_word_embeddings and HEAD in dense:
         _check_tied(headers)
         dense.remove(HEAD)
@@ -201,34 +204,36 @@ def _check_index(claimed: dict[str, str], headers: list[Header], index_path: Pat
             )
 
 
-def _check_dtypes(headers: list[Header], dense: set[str], stored: str | None) -> str:
-    """The most frequent dtype; every dense tensor must be a float, and of the dtype that the configuration states."""
-    counts: Counter[str] = Counter()
-    allowed = (stored,) if stored else ("F32", "F16", "BF16", "F64")
+def _check_dtypes(headers: list[Header], dense: set[str], stated: str | None, folder: Path) -> str:
+    """The dtype that most weights have; every dense tensor must be a float.
+
+    They need not agree with each other, nor with the configuration, which can name one dtype only: after training in 4 bits,
+    norms and embeddings are often fp32 beside 16-bit linears. Each is converted once, from what it is; a warning lists them.
+    """
+    tensors: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
     for header in headers:
         for name, entry in header.entries.items():
             if name not in dense:
                 continue
-            counts[entry.dtype] += entry.end - entry.begin
-            if entry.dtype not in allowed:
-                raise UserError(
-                    "model/dtype",
-                    f"tensor {visible(name)} has another dtype than the configuration says"
-                    if stored
-                    else f"tensor {visible(name)} is not a float",
-                    where=visible(header.path),
-                    found=entry.dtype,
-                    expected=" or ".join(allowed),
-                    fix="correct torch_dtype (or dtype) in config.json if the weights are right" if stored else "",
-                )
-    return counts.most_common(1)[0][0]
+            if entry.dtype not in FLOATS:
+                what, where = f"tensor {visible(name)} is not a float", visible(header.path)
+                raise UserError("model/dtype", what, where=where, found=entry.dtype, expected=" or ".join(FLOATS))
+            tensors[entry.dtype] += 1
+            weights[entry.dtype] += math.prod(entry.shape)
+    most = weights.most_common(1)[0][0]
+    if len(tensors) > 1 or stated not in (None, most):
+        held = ", ".join(f"{count} tensors {dtype}" for dtype, count in sorted(tensors.items()))
+        config = f"; config.json names {stated}" if stated else ""
+        warnings.warn(f"{visible(folder)}: {held}{config}; each is converted from what it is", stacklevel=4)
+    return most
 
 
 def _check_tied(headers: list[Header]) -> None:
     """A head that is stored although the configuration ties it must be the embedding."""
     wanted = [(header, name) for header in headers for name in (EMBEDDING, HEAD) if name in header.entries]
     embedding, head = (tensor for header, name in wanted for _, tensor in read_tensors(header, [name]))
-    if not torch.equal(embedding, head):
+    if not any(torch.equal(embedding.to(dtype), head.to(dtype)) for dtype in (embedding.dtype, head.dtype)):
         raise UserError(
             "model/tied",
             "the configuration ties the output head to the embedding, but the file stores different weights for the two",

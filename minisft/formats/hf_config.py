@@ -52,7 +52,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, str | None]:
     """Parse ``config.json``.
 
     Returns:
-        the shape, and the dtype the weights should be stored in (``BF16``, as safetensors says it; None if unsaid).
+        the shape, and the dtype that the file names for the weights (``BF16``, in the word of safetensors; None without one).
 
     Raises:
         UserError: no such file, unsupported architecture, RoPE type or activation (named), absurd numbers.
