@@ -25,12 +25,14 @@ def quantize_command(arguments: argparse.Namespace) -> int:
     load_libraries()
     from minisft.common.device import DTYPES
     from minisft.formats import base_fingerprint, load_model, save_quantized
+    from minisft.formats.base_settings import not_kept
 
     model, tokenizer = load_model(arguments.model, DTYPES[arguments.dtype], quant=quant)
     sizes = save_quantized(model, tokenizer, arguments.out, quantized_from=base_fingerprint(model))
     print(
         f"{visible(arguments.out)}: {sizes.num_quantized} linears in 4 bits, {sizes.num_dense} dense; "
         f"{sizes.dense_bytes / 1e6:,.1f} MB in {arguments.dtype}, {sizes.stored_bytes / 1e6:,.1f} MB as stored"
+        + not_kept(sizes.not_kept)
     )
     return 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,12 +202,26 @@ def _stored_dtype(fields: Fields) -> str | None:
 
 
 def write_config(
-    config: ModelConfig, dtype: torch.dtype, bos_id: int | None, eos_ids: tuple[int, ...], pad_id: int
+    config: ModelConfig,
+    dtype: torch.dtype,
+    bos_id: int | None,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    kept: Mapping[str, JSON] | None = None,
 ) -> dict[str, JSON]:
     """The content of a ``config.json`` that transformers 4 and 5 both read.
 
+    Args:
+        config: the shape.
+        dtype: of the stored weights.
+        bos_id, eos_ids, pad_id: token ids.
+        kept: keys of the base's file; those that are written here win.
+
+    Returns:
+        the JSON object.
+
     Raises:
-        UserError: switches that transformers does not combine in this family, so that the file could not say them.
+        UserError: switches that transformers does not combine in this family, so that the file could not hold them.
     """
     name = str(dtype).removeprefix("torch.")
     scaling: dict[str, JSON] = (
@@ -238,10 +253,11 @@ def write_config(
         "pad_token_id": pad_id,
     }
     written.update(_written_window(config))
+    written = {**(kept or {}), **written}
     if _shape(Fields(written, "config.json"), config.model_type) != config:
         raise UserError(
             "model/unsupported",
-            "config.json cannot say what this model is",
+            "config.json has no words for this model",
             found=visible(config),
             expected=f"the switches of {config.model_type}",
         )

@@ -2,12 +2,13 @@
 
 A folder appears whole or not at all. Nothing is trained, merged or quantized here: a model with adapters is refused, and
 layers in 4 bits are written as they are. The idea to take home: a file is the model's own tensors under agreed names, and
-``config.json`` says what they are; what it cannot say must not be written.
+``config.json`` states what they are; what it has no words for must not be written.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,16 @@ import torch
 from torch import nn
 
 from minisft.common.atomic_files import disk_errors, require_space, staged_folder
-from minisft.common.errors import UserError, listing
+from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.data.tokenizer import Tokenizer
+from minisft.formats.base_settings import folder_of, keep_settings, kept_config, not_kept
 from minisft.formats.bnb import QUANTIZED_FROM, quantization_config, stored_tensors
 from minisft.formats.fields import write_json
 from minisft.formats.hf_config import write_config
 from minisft.formats.loading import empty_model, expected_shapes
 from minisft.formats.shard_writer import MAX_SHARD_BYTES, TensorSpec, write_shards
+from minisft.formats.source import origin_of
 from minisft.model import CausalLM
 from minisft.surgery import lora_modules, nf4_modules
 
@@ -48,12 +51,14 @@ class SavedSizes:
         dense_bytes: of the weights if all of them were stored in the dtype of the dense ones.
         stored_bytes: of the weights as they are stored.
         num_quantized, num_dense: linears in 4 bits, and the others.
+        not_kept: of the base's settings, as ``base_settings.keep_settings`` names them.
     """
 
     dense_bytes: int
     stored_bytes: int
     num_quantized: int
     num_dense: int
+    not_kept: tuple[str, ...] = ()
 
 
 def save_model(
@@ -62,6 +67,7 @@ def save_model(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    settings: str | Path | None = None,
 ) -> None:
     """Write a folder that transformers and this library load; it appears whole or not at all.
 
@@ -71,6 +77,8 @@ def save_model(
         folder: new, or empty.
         dtype: of the stored weights; the model's own by default. Rounded once, from the weights as they are.
         max_shard_bytes: weights beyond this go into several files; one tensor is never split.
+        settings: the folder whose settings are kept (sampling defaults, those of the tokenizer); by default the one that the
+            model came from. What cannot be kept is named in a warning.
 
     Raises:
         UserError: adapters that are not merged, quantized layers, a target that is in use, a disk that is full.
@@ -84,8 +92,21 @@ def save_model(
         )
     _require_whole(model)
     dtype = model.dtype if dtype is None else dtype
-    config = write_config(model.config, dtype, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id)
-    _write_folder(Path(folder), tokenizer, config, _dense_weights(model, dtype), {}, max_shard_bytes)
+    base = _settings_of(model, settings)
+    config = _config(model, tokenizer, dtype, base)
+    lost = _write_folder(Path(folder), tokenizer, config, _dense_weights(model, dtype), {}, max_shard_bytes, base)
+    if lost:
+        warnings.warn(f"{visible(folder)}{not_kept(lost)}", stacklevel=2)
+
+
+def _settings_of(model: CausalLM, settings: str | Path | None) -> Path | None:
+    origin = origin_of(model)
+    return folder_of(settings if settings is not None else origin.path if origin else None)
+
+
+def _config(model: CausalLM, tokenizer: Tokenizer, dtype: torch.dtype, base: Path | None) -> dict[str, JSON]:
+    kept = kept_config(base)
+    return write_config(model.config, dtype, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id, kept)
 
 
 def save_quantized(
@@ -95,12 +116,20 @@ def save_quantized(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     quantized_from: str | None = None,
+    settings: str | Path | None = None,
 ) -> SavedSizes:
     """Write a folder in bitsandbytes' 4-bit format, which transformers with bitsandbytes and this library load.
 
     Nothing is quantized here: what is in 4 bits (``NF4Linear``) is written as it is, bit for bit, the rest in ``dtype``.
-    Arguments as for ``save_model``, but for a model with at least one layer in 4 bits; and ``quantized_from``, the
-    fingerprint of the model whose 4-bit form this is: adapters trained on that model in 4 bits then fit the folder.
+
+    Args:
+        model: with at least one layer in 4 bits, without adapters.
+        tokenizer, folder, dtype, max_shard_bytes, settings: as for ``save_model``; ``dtype`` is of the dense weights.
+        quantized_from: the fingerprint of the model whose 4-bit form this is: adapters trained on that model in 4 bits then
+            fit the folder.
+
+    Returns:
+        sizes before and after, and what was not kept of the base's settings.
 
     Raises:
         UserError: adapters, no layer in 4 bits, levels or a dtype that the format has no word for, a target that is in
@@ -116,12 +145,13 @@ def save_quantized(
         for name, tensor in stored_tensors(f"{path}.weight", layer.quantized).items():
             weights[name] = _Stored(tensor, tensor.dtype)
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    config = write_config(model.config, dtype, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id)
+    base = _settings_of(model, settings)
+    config = _config(model, tokenizer, dtype, base)
     config["quantization_config"] = quantization_config(next(iter(layers.values())).quantized, dtype, linears)
     metadata = {} if quantized_from is None else {QUANTIZED_FROM: quantized_from}
-    _write_folder(Path(folder), tokenizer, config, weights, metadata, max_shard_bytes)
+    lost = _write_folder(Path(folder), tokenizer, config, weights, metadata, max_shard_bytes, base)
     dense_bytes = sum(math.prod(shape) for shape in expected_shapes(empty_model(model.config)).values()) * dtype.itemsize
-    return SavedSizes(dense_bytes, sum(stored.num_bytes for stored in weights.values()), len(layers), len(linears))
+    return SavedSizes(dense_bytes, sum(stored.num_bytes for stored in weights.values()), len(layers), len(linears), lost)
 
 
 def _require_whole(model: CausalLM) -> None:
@@ -151,16 +181,28 @@ def _write_folder(
     weights: Mapping[str, _Stored],
     metadata: Mapping[str, str],
     max_shard_bytes: int,
-) -> None:
+    base: Path | None,
+) -> tuple[str, ...]:
     total_bytes = sum(stored.num_bytes for stored in weights.values())
     with disk_errors(folder, total_bytes), staged_folder(folder) as staging:
         require_space(staging, total_bytes)
-        write_settings(staging, tokenizer, config)
+        lost = write_settings(staging, tokenizer, config, base)
         _write_weights(staging, weights, metadata, max_shard_bytes)
+    return lost
 
 
-def write_settings(folder: Path, tokenizer: Tokenizer, config: dict[str, JSON]) -> None:
-    """Everything in a model folder but the weights."""
+def write_settings(folder: Path, tokenizer: Tokenizer, config: dict[str, JSON], base: Path | None = None) -> tuple[str, ...]:
+    """Everything in a model folder but the weights.
+
+    Args:
+        folder: exists.
+        tokenizer: saved with its chat template.
+        config: the content of ``config.json``.
+        base: a model folder whose other settings are kept.
+
+    Returns:
+        what was not kept of the base's settings.
+    """
     generation: dict[str, JSON] = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": list(tokenizer.eos_ids),
@@ -169,6 +211,7 @@ def write_settings(folder: Path, tokenizer: Tokenizer, config: dict[str, JSON]) 
     tokenizer.save(folder)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
+    return keep_settings(folder, base, tokenizer)
 
 
 def _write_weights(folder: Path, weights: Mapping[str, _Stored], metadata: Mapping[str, str], max_shard_bytes: int) -> None:

@@ -31,7 +31,9 @@ from minisft.model import CausalLM
 MAX_CALIBRATION_TOKENS = 2**15  # about 21 for each input of SmolLM2's widest layer, 2 for each of an 8B Llama's
 
 
-def write_requantized(files: AdaptedFiles, folder: Path, dtype: torch.dtype, force: bool) -> MergeReport:
+def write_requantized(
+    files: AdaptedFiles, folder: Path, dtype: torch.dtype, force: bool
+) -> tuple[MergeReport, tuple[str, ...]]:
     """Write the merge with every weight rounded for itself.
 
     Args:
@@ -53,11 +55,13 @@ def write_requantized(files: AdaptedFiles, folder: Path, dtype: torch.dtype, for
             expected=f"at least {SURVIVAL_FLOOR:.0%} in every layer",
             fix="--onto compensated, which stays in 4 bits; without --onto all of it is kept in 16 bits; or --force",
         )
-    save_quantized(merged, tokenizer, folder)
-    return report
+    saved = save_quantized(merged, tokenizer, folder, settings=files.stored.source.path)
+    return report, saved.not_kept
 
 
-def write_compensated(files: AdaptedFiles, folder: Path, dtype: torch.dtype, calibration: str | Path) -> CompensationReport:
+def write_compensated(
+    files: AdaptedFiles, folder: Path, dtype: torch.dtype, calibration: str | Path
+) -> tuple[CompensationReport, tuple[str, ...]]:
     """Write the merge with codes fitted to the rows of ``calibration``.
 
     Args:
@@ -67,8 +71,8 @@ def write_compensated(files: AdaptedFiles, folder: Path, dtype: torch.dtype, cal
         UserError: what ``merge_compensated`` refuses; a disk that is full.
     """
     merged, tokenizer, report = merge_compensated(files, calibration)
-    save_quantized(merged, tokenizer, folder, dtype)
-    return report
+    saved = save_quantized(merged, tokenizer, folder, dtype, settings=files.stored.source.path)
+    return report, saved.not_kept
 
 
 def merge_compensated(files: AdaptedFiles, calibration: str | Path) -> tuple[CausalLM, Tokenizer, CompensationReport]:

@@ -25,6 +25,7 @@ from minisft.config import check_calibration
 from minisft.effect import Effect, LayerReport, MergeReport, Target
 from minisft.formats import load_tokenizer
 from minisft.formats.adapter import TEMPLATE_FILE
+from minisft.formats.base_settings import folder_of, kept_config, not_kept, replace_template
 from minisft.formats.hf_config import write_config
 from minisft.formats.hf_write import write_settings
 from minisft.formats.lazy_weights import Pieces, StoredModel, read_flat, read_rows
@@ -75,6 +76,7 @@ class Merged:
         report: layer by layer.
         records: size and sha256 of the weight files, as computed, not as read back; none for a merge in 4 bits.
         compensation: how codes were fitted, and to which file; only for ``compensated``.
+        not_kept: of the base's settings: files, and keys as ``file: key``.
     """
 
     files: AdaptedFiles
@@ -84,6 +86,7 @@ class Merged:
     records: Mapping[str, FileRecord]
     compensation: CompensationReport | None = None
     calibration: str | None = None
+    not_kept: tuple[str, ...] = ()
 
     @property
     def dtype_name(self) -> str:
@@ -107,7 +110,7 @@ class Merged:
                 f"output error at most {found.output_error:.3f}, rounded plainly {plain:.3f} (4-bit base without adapter: 1)"
             )
         head = f"{visible(self.out)}: {len(self.report.layers)} layers merged onto {self.onto_words}, {self.dtype_name}"
-        return f"{head}; {kept}"
+        return f"{head}; {kept}{not_kept(self.not_kept)}"
 
 
 def merge_folder(
@@ -151,15 +154,16 @@ def merge_folder(
     compensation = None
     with disk_errors(out, num_bytes), staged_folder(out) as staging:
         if calibration is not None:
-            compensation = write_compensated(files, staging, dtype, calibration)
+            compensation, lost = write_compensated(files, staging, dtype, calibration)
             report = MergeReport(onto, tuple(layer.effect for layer in compensation.layers))
         elif onto == "requantized":
-            report = write_requantized(files, staging, dtype, force)
+            report, lost = write_requantized(files, staging, dtype, force)
         else:
             require_space(staging, num_bytes)
-            report, records = _write_dense(files, staging, onto, specs, max_shard_bytes)
-        _keep_template(files.folder, staging)
-    merged = Merged(files, out, report, dtype, records, compensation, None if calibration is None else str(calibration))
+            report, records, lost = _write_dense(files, staging, onto, specs, max_shard_bytes)
+        lost += _keep_template(files.folder, staging)
+    text = None if calibration is None else str(calibration)
+    merged = Merged(files, out, report, dtype, records, compensation, text, lost)
     if dtype != torch.float32 and dense and (loss := _rounding_loss(report)):
         warnings.warn(f"rounding to {merged.dtype_name} {loss}; --dtype fp32 keeps it", stacklevel=2)
     return merged
@@ -190,17 +194,19 @@ def _specs(files: AdaptedFiles, dtype: torch.dtype) -> dict[str, TensorSpec]:
 
 def _write_dense(
     files: AdaptedFiles, folder: Path, onto: Target, specs: Mapping[str, TensorSpec], max_shard_bytes: int
-) -> tuple[MergeReport, dict[str, FileRecord]]:
+) -> tuple[MergeReport, dict[str, FileRecord], tuple[str, ...]]:
     dtype = next(iter(specs.values())).dtype
     config = dataclasses.replace(files.stored.config, tie_word_embeddings=HEAD not in specs)
     tokenizer = load_tokenizer(files.stored.source.path)
     tokenizer.check_embedding(config.vocab_size)
-    write_settings(folder, tokenizer, write_config(config, dtype, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id))
+    base = folder_of(files.stored.source.path)
+    ids = tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id
+    lost = write_settings(folder, tokenizer, write_config(config, dtype, *ids, kept_config(base)), base)
     del tokenizer
     reports: dict[str, LayerReport] = {}
     pieces = _merged_pieces(files, onto, dtype, reports)
     records = write_shards(folder, specs, pieces, {MARK: files.digest}, max_shard_bytes)
-    return MergeReport(onto, tuple(reports[path] for path in files.adapters)), records
+    return MergeReport(onto, tuple(reports[path] for path in files.adapters)), records, lost
 
 
 def _merged_pieces(
@@ -222,8 +228,9 @@ def _merged_pieces(
     return pieces
 
 
-def _keep_template(adapter: Path, folder: Path) -> None:
+def _keep_template(adapter: Path, folder: Path) -> tuple[str, ...]:
     """A merged model is used with the template that its adapter was trained with, as the adapter was."""
-    if (adapter / TEMPLATE_FILE).is_file():
-        template = regular_file(adapter, TEMPLATE_FILE, "adapter/bad-file").read_bytes()
-        (folder / TEMPLATE_FILE).write_bytes(template)
+    if not (adapter / TEMPLATE_FILE).is_file():
+        return ()
+    template = regular_file(adapter, TEMPLATE_FILE, "adapter/bad-file").read_bytes()
+    return replace_template(folder, template, TEMPLATE_FILE)
