@@ -146,12 +146,12 @@ def ways(bench: Bench) -> dict[str, Way]:
 
     return {
         "plain": plain,
-        "dither": lambda: compensated("dither"),
-        "feedback": lambda: compensated("feedback"),
+        "dither": lambda: compensated("stochastic"),
+        "feedback": lambda: compensated("gptq"),
         "both": lambda: compensated("both"),
         "scales": lambda: by_layer(lambda path, q: best_scales(bench, path)),
         "feedback, inputs of the unmerged model": lambda: by_layer(
-            lambda path, q: compensate_layer(path, lora_modules(bench.model)[path], q, bench.moments[path], "feedback")[0]
+            lambda path, q: compensate_layer(path, lora_modules(bench.model)[path], q, bench.moments[path], "gptq")[0]
         ),
         "descent": lambda: compensated("descent"),
     }

@@ -22,15 +22,15 @@ from minisft.lora import LoRALinear
 from minisft.merge_weights import merge
 from minisft.merging.compensate import (
     DAMPING,
-    WAYS,
+    METHODS,
     Grid,
-    Way,
+    Method,
     compensate_layer,
     descend,
-    dither,
-    feedback,
+    gptq,
     output_error,
     requantize_compensated,
+    round_stochastically,
 )
 from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight, codebook, dequantize, quantize, unpack
@@ -39,10 +39,10 @@ from minisft.surgery import apply_lora_, lora_modules, nf4_modules, quantize_, w
 
 pytestmark = pytest.mark.slow
 
-FITTED = ("feedback", "descent", "both")  # to text
+FITTED = ("gptq", "descent", "both")  # to text
 FIELDS = ("packed", "absmax", "absmax2", "offset", "levels")
 ROWS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7], [9, 3, 2, 3, 8, 4, 6, 2, 6, 4], [1], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
-every_way = pytest.mark.parametrize("way", WAYS)
+every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def adapted(config: ModelConfig = LLAMA, scale: float = 0.05, quant: QuantConfig | None = None) -> CausalLM:
@@ -95,12 +95,12 @@ seeds = st.integers(0, 2**20)
 
 @given(every_levels, st.booleans(), ratios, st.sampled_from(FITTED), st.integers(2, 60), seeds)
 def test_never_worse_than_rounding_each_weight_for_itself(
-    levels: str, double_quant: bool, ratio: float, way: Way, count: int, seed: int
+    levels: str, double_quant: bool, ratio: float, method: Method, count: int, seed: int
 ) -> None:
     adapter, x = layer(levels, double_quant, ratio, seed), inputs(count, 41, seed)
     base = adapter.base.quantized
     plain = quantize(dequantize(base) + adapter.delta_weight(), 64, double_quant, levels)
-    q, report = compensate_layer("layer", adapter, plain, moments_of(x), way)
+    q, report = compensate_layer("layer", adapter, plain, moments_of(x), method)
     before, after, size = error_of(x, plain, adapter), error_of(x, q, adapter), error_of(x, base, adapter)
     assert after <= min(before, size) * (1 + 1e-4)
     assert report.output_error == pytest.approx(after / size, rel=1e-3, abs=1e-4)
@@ -108,25 +108,25 @@ def test_never_worse_than_rounding_each_weight_for_itself(
     assert report.moved == float((unpack(q.packed, 205) != unpack(base.packed, 205)).double().mean())
 
 
-@pytest.mark.parametrize("way", FITTED)
+@pytest.mark.parametrize("method", FITTED)
 @pytest.mark.parametrize(("ratio", "most"), [(0.03, 0.9), (0.1, 0.6), (0.2, 0.4)])
-def test_an_adapter_that_plain_rounding_loses_survives(way: Way, ratio: float, most: float) -> None:
+def test_an_adapter_that_plain_rounding_loses_survives(method: Method, ratio: float, most: float) -> None:
     """Judged on inputs that were not read."""
     adapter, seen, unseen = layer("nf4", True, ratio, 3, (64, 192)), inputs(2000, 192, 5), inputs(2000, 192, 5)[1000:]
     base = adapter.base.quantized
     plain = quantize(dequantize(base) + adapter.delta_weight())
-    q, _ = compensate_layer("layer", adapter, plain, moments_of(seen[:1000]), way)
+    q, _ = compensate_layer("layer", adapter, plain, moments_of(seen[:1000]), method)
     assert error_of(unseen, q, adapter) < most * error_of(unseen, base, adapter)
     assert error_of(unseen, q, adapter) < 0.8 * error_of(unseen, plain, adapter)
 
 
-@given(every_levels, st.booleans(), ratios, st.sampled_from(WAYS), seeds)
-def test_what_comes_out_is_valid(levels: str, double_quant: bool, ratio: float, way: Way, seed: int) -> None:
+@given(every_levels, st.booleans(), ratios, st.sampled_from(METHODS), seeds)
+def test_what_comes_out_is_valid(levels: str, double_quant: bool, ratio: float, method: Method, seed: int) -> None:
     """The base's scales and layout; and each block's scale is still its largest magnitude, as the quantizer would have it."""
     adapter = layer(levels, double_quant, ratio, seed)
     base = adapter.base.quantized
     worst = dataclasses.replace(base, packed=base.packed.flip(0))  # so bad that it is never chosen
-    q, _ = compensate_layer("layer", adapter, worst, moments_of(inputs(50, 41, seed)), way)
+    q, _ = compensate_layer("layer", adapter, worst, moments_of(inputs(50, 41, seed)), method)
     assert same(q, base, ("absmax", "absmax2", "offset", "levels"))
     assert (q.block_size, q.shape, q.dtype, q.packed.shape) == (base.block_size, base.shape, base.dtype, base.packed.shape)
     assert {t.data_ptr() for t in tensors(q)}.isdisjoint(t.data_ptr() for t in tensors(base))
@@ -135,11 +135,11 @@ def test_what_comes_out_is_valid(levels: str, double_quant: bool, ratio: float, 
         assert torch.equal(dequantize(again), dequantize(q))
 
 
-@every_way
+@every_method
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_no_update_gives_the_base_bit_for_bit(way: Way, double_quant: bool) -> None:
+def test_no_update_gives_the_base_bit_for_bit(method: Method, double_quant: bool) -> None:
     model = adapted(scale=0.0, quant=QuantConfig(double_quant=double_quant))
-    merged, report = requantize_compensated(model, ROWS, way)
+    merged, report = requantize_compensated(model, ROWS, method)
     for old, new in zip(nf4_modules(model).values(), nf4_modules(merged).values(), strict=True):
         assert same(old.quantized, new.quantized)
     assert report.output_error == 0
@@ -154,11 +154,11 @@ def test_text_that_overflows_is_an_error() -> None:
     assert caught.value.code == "numeric/calibration-not-finite"
 
 
-@pytest.mark.parametrize("way", FITTED)
-def test_inputs_that_are_always_zero(way: Way) -> None:
+@pytest.mark.parametrize("method", FITTED)
+def test_inputs_that_are_always_zero(method: Method) -> None:
     """Nothing can be seen of such a layer: it keeps the base's codes."""
     adapter = layer("nf4", False, 0.1, 0)
-    q, report = compensate_layer("layer", adapter, adapter.base.quantized, torch.zeros(41, 41), way)
+    q, report = compensate_layer("layer", adapter, adapter.base.quantized, torch.zeros(41, 41), method)
     assert same(q, adapter.base.quantized)
     assert report.output_error == report.plain_output_error == 0
 
@@ -185,11 +185,11 @@ def cost(e: Tensor, H: Tensor) -> float:
 
 
 @given(every_levels, seeds)
-def test_feedback_of_two_inputs(levels: str, seed: int) -> None:
+def test_gptq_of_two_inputs(levels: str, seed: int) -> None:
     """The input with the larger moment is rounded to the nearest; of the 16 codes of the other the best is taken."""
     grid, target, moments = grid_of(2, 3, seed, levels)
     H = damped_by_hand(moments)
-    found = grid.values(feedback(grid, target, moments)) - target
+    found = grid.values(gptq(grid, target, moments)) - target
     first = int(H.diag().argmax())
     other = 1 - first
     for o in range(3):
@@ -203,14 +203,14 @@ def test_feedback_of_two_inputs(levels: str, seed: int) -> None:
 
 
 @given(st.integers(1, 100), seeds)
-def test_feedback_is_the_nearest_plane(width: int, seed: int) -> None:
+def test_gptq_is_the_nearest_plane(width: int, seed: int) -> None:
     """Against the textbook: round, subtract the basis vector, go on; over more than one block of inputs."""
     grid, target, moments = grid_of(width, 2, seed)
     H = damped_by_hand(moments)
     order = H.diag().argsort(stable=True)
     R = torch.linalg.cholesky(H[order][:, order]).T
     values = (grid.levels.double() * grid.scales[..., None])[order]  # (I, O, 16)
-    found = grid.values(feedback(grid, target, moments))[order].double()
+    found = grid.values(gptq(grid, target, moments))[order].double()
     wanted = target[order].double()
     for o in range(2):
         residual = R @ wanted[:, o]
@@ -246,10 +246,10 @@ def test_descent_ends_where_no_single_code_helps(levels: str, seed: int) -> None
 
 
 @given(every_levels, seeds)
-def test_dither_takes_a_neighbour_and_is_right_on_average(levels: str, seed: int) -> None:
+def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average(levels: str, seed: int) -> None:
     grid, target, _ = grid_of(3, 2, seed, levels)
     draw, many = torch.Generator().manual_seed(seed), 400
-    drawn = torch.stack([grid.values(dither(grid, target, draw)) for _ in range(many)]).double()
+    drawn = torch.stack([grid.values(round_stochastically(grid, target, draw)) for _ in range(many)]).double()
     possible = (grid.levels.double() * grid.scales[..., None]).sort(-1).values
     low = possible.where(possible <= target[..., None], -9).amax(-1)
     high = possible.where(possible > target[..., None], 9).amin(-1)
@@ -283,12 +283,12 @@ def tensors(q: QuantizedWeight) -> list[Tensor]:
     return [t for name in FIELDS if (t := getattr(q, name)) is not None]
 
 
-@every_way
+@every_method
 @pytest.mark.parametrize("config", [LLAMA, LLAMA_BIASES], ids=["plain", "biases"])
-def test_errors_are_those_of_the_merged_models_own_inputs(config: ModelConfig, way: Way) -> None:
+def test_errors_are_those_of_the_merged_models_own_inputs(config: ModelConfig, method: Method) -> None:
     """Run the merged model on the same text, row by row, look at what each layer is given, and compute the report anew."""
     model = adapted(config)
-    merged, report = requantize_compensated(model, ROWS, way)
+    merged, report = requantize_compensated(model, ROWS, method)
     given: dict[str, list[Tensor]] = {path: [] for path in nf4_modules(merged)}
     for path, linear in nf4_modules(merged).items():
         linear.register_forward_pre_hook(lambda _, args, path=path: given[path].append(args[0].reshape(-1, args[0].shape[-1])))
@@ -303,15 +303,15 @@ def test_errors_are_those_of_the_merged_models_own_inputs(config: ModelConfig, w
         assert one.output_error == pytest.approx(expected, rel=1e-3, abs=1e-4)
     assert report.num_tokens == sum(map(len, ROWS))
     assert report.output_error == max(one.output_error for one in report.layers)
-    assert way == "dither" or report.output_error <= 1 + 1e-6
+    assert method == "stochastic" or report.output_error <= 1 + 1e-6
 
 
-@every_way
-def test_the_model_is_left_whole_and_the_result_repeats(way: Way) -> None:
+@every_method
+def test_the_model_is_left_whole_and_the_result_repeats(method: Method) -> None:
     model = adapted().train()
     before = copy.deepcopy(model.state_dict())
-    first, report = requantize_compensated(model, ROWS, way)
-    second, again = requantize_compensated(model, ROWS, way)
+    first, report = requantize_compensated(model, ROWS, method)
+    second, again = requantize_compensated(model, ROWS, method)
     assert report == again
     pairs = zip(nf4_modules(first).values(), nf4_modules(second).values(), strict=True)
     assert all(same(a.quantized, b.quantized) for a, b in pairs)
@@ -370,9 +370,9 @@ def test_without_text_is_an_error(rows: list[list[int]]) -> None:
     assert caught.value.code == "data/no-calibration"
 
 
-def test_an_unknown_way_is_refused() -> None:
-    with pytest.raises(ValueError, match="feedback"):
-        requantize_compensated(adapted(), ROWS, "gptq")
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="gptq"):
+        requantize_compensated(adapted(), ROWS, "nearest")
 
 
 def test_a_dense_base_is_refused() -> None:

@@ -413,7 +413,7 @@ def test_a_dense_base_has_one_target_and_4_bits_have_no_original(tmp_path: Path)
 def test_16_bits_that_swallow_the_update_warn_and_name_the_dtype(tmp_path: Path) -> None:
     base, _ = base_of("bf16", tmp_path)
     adapter = trained(tmp_path, base, None, size=0.02)
-    with pytest.warns(UserWarning, match=r"swallowed .*--dtype fp32"):
+    with pytest.warns(UserWarning, match=r"lost .*--dtype fp32"):
         assert merge_folder(adapter, tmp_path / "out").report.swallowed > 0.05
     merge_folder(adapter, tmp_path / "wide", dtype=torch.float32)
 

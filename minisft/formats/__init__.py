@@ -2,8 +2,8 @@
 
 ``load_model`` takes a Hugging Face folder, a GGUF file, a hub id or the name of the small pretrained model;
 ``save_model`` writes a Hugging Face folder, ``save_quantized`` one in 4 bits; ``save_adapter`` and ``load_adapter_`` speak
-PEFT's layout. No pickle, no code from a file, no network unless a hub id is named. The idea to take home: a file is a
-stranger's claim; it is checked from its first byte before memory is given to it, and then read one tensor at a time.
+PEFT's layout. No pickle, no code from a file, no network unless a hub id is named. The idea to take home: a file is
+untrusted; it is checked from its first byte before memory is given to it, and then read one tensor at a time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def load_model(
         path: a Hugging Face folder, a GGUF file, ``smollm2-135m-instruct`` or a hub id ``org/name``.
         dtype: of all parameters; each stored weight is converted once.
         device: where they go.
-        quant: which linears are held in 4 bits. Each is quantized when it is read, from the numbers in the file, so the
+        quant: which linears are quantized. Each is, when it is read, from the numbers in the file, so the
             codes do not depend on ``dtype``. A layer that the file holds in 4 bits is taken as it is, and must be in the form
             asked for.
 

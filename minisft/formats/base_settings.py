@@ -9,8 +9,9 @@ Ref: transformers 5, ``save_pretrained`` of models and tokenizers.
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from minisft.common.errors import UserError, listing
@@ -73,6 +74,11 @@ def _read(folder: Path | None, name: str) -> dict[str, JSON]:
     return read_json_object(regular_file(folder, name), "model/bad-config", MAX_BYTES)
 
 
+def _write(path: Path, value: Mapping[str, JSON]) -> None:
+    """In the form that ``Tokenizer.save`` writes, where keys keep their order: nothing new gives the same bytes."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _keep_tokenizer(folder: Path, base: Path, tokenizer: Tokenizer) -> list[str]:
     """The base's settings win over the few that were written, as long as they describe the same special tokens."""
     theirs = _read(base, TOKENIZER)
@@ -85,8 +91,8 @@ def _keep_tokenizer(folder: Path, base: Path, tokenizer: Tokenizer) -> list[str]
         lost.remove("chat_template")
     dropped = {*lost, *(["tokenizer_class"] if CODE in lost else [])}
     kept = {name: value for name, value in theirs.items() if name not in dropped and value is not None}
-    write_json(folder / TOKENIZER, {**_read(folder, TOKENIZER), **kept})
-    write_json(folder / SPECIAL, {**_read(folder, SPECIAL), **{k: v for k, v in _read(base, SPECIAL).items() if v is not None}})
+    _write(folder / TOKENIZER, {**_read(folder, TOKENIZER), **kept})
+    _write(folder / SPECIAL, {**_read(folder, SPECIAL), **{k: v for k, v in _read(base, SPECIAL).items() if v is not None}})
     return [f"{TOKENIZER}: {name}" for name in lost]
 
 
@@ -120,7 +126,7 @@ def replace_template(folder: Path, template: bytes, file: str) -> tuple[str, ...
     if "chat_template" not in settings or _default(settings["chat_template"]) == template.decode("utf-8", "replace"):
         return ()
     del settings["chat_template"]
-    write_json(folder / TOKENIZER, settings)
+    _write(folder / TOKENIZER, settings)
     return (f"{TOKENIZER}: chat_template",)
 
 

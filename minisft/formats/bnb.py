@@ -100,7 +100,7 @@ class StoredWeight:
 
 
 def check_quantized(headers: list[Header], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, StoredWeight]:
-    """Find the weights that are stored in 4 bits and check all about them that headers and JSON can tell.
+    """Find the weights that are stored in 4 bits and check all about them that headers and JSON show.
 
     Args:
         headers: of all weight files; the parts of one weight may lie in different files.

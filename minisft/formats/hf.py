@@ -1,9 +1,9 @@
 """Model folders as Hugging Face lays them out: ``config.json``, safetensors in one file or in shards, an index.
 
-This room reads them; ``hf_write`` writes. Everything that can be checked without touching a weight (which tensors, in which
+This module reads them; ``hf_write`` writes. Everything that can be checked without touching a weight (which tensors, in which
 file, of which shape and dtype) is checked, then the weights are streamed. Linears may be stored in 4 bits (``bnb`` knows how);
-pickled weights are refused by name. The idea to take home: the index is a claim by a stranger; each line of it is held
-against the files before it is used.
+pickled weights are refused by name. The idea to take home: the index is untrusted; each line of it is compared
+with the files before it is used.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class CheckedFolder:
     Args:
         headers: of all weight files.
         dense: the tensors that are parameters as they are; a tied head is not among them.
-        in_4_bits: the linears that are held in 4 bits.
+        in_4_bits: the linears that are quantized.
         dense_dtype: of most dense weights, in the file's own word.
     """
 

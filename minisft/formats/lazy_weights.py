@@ -1,7 +1,7 @@
 """Stored weights read a piece at a time, so that a model can be gone through without being loaded.
 
 A piece is a range of the flat tensor, in the order and with the numbers that ``load_model`` would give. Three sources
-(safetensors, 4 bits as bitsandbytes stores them, GGUF), and one on top of them: a weight as it would be held in 4 bits.
+(safetensors, 4 bits as bitsandbytes stores them, GGUF), and one on top of them: a weight as it would be quantized.
 Files are read by ``pread``, never mapped: mapped pages count as this process's memory. The idea to take home: formats with
 blocks can be entered anywhere, if one begins at the border of a block.
 """

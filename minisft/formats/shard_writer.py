@@ -2,7 +2,7 @@
 
 Names, shapes and dtypes are known before the first number is, so nothing has to be held: the memory is that of one piece,
 whatever the model's size. The bytes are those of the ``safetensors`` library: same order, same header, same padding. What
-this room refuses: pieces that do not add up to what the header has promised. The idea to take home: a file format that
+this module refuses: pieces that do not add up to what the header has promised. The idea to take home: a file format that
 says sizes first can be written like a tape.
 
 Ref: https://github.com/huggingface/safetensors, "Format".
@@ -26,7 +26,7 @@ from minisft.formats.hf import INDEX, SINGLE
 from minisft.formats.safetensors_file import DTYPES
 
 MAX_SHARD_BYTES = 4 * 10**9
-# The library puts wide dtypes first, so that every tensor begins at a multiple of its item's size; then names rise.
+# The library puts larger dtypes first, so that every tensor begins at a multiple of its item's size; then names rise.
 _WIDEST_FIRST = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 

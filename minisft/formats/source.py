@@ -1,7 +1,7 @@
 """Where a model comes from: a folder, a GGUF file, the pretrained model inside a pip package, or the hub.
 
 ``resolve`` turns what a user typed into one local path; ``Origin`` is what a loaded model remembers of it; ``fingerprint``
-names its bytes, so that an adapter or a resumed run can tell that it meets the base it was trained on. Nothing here
+names its bytes, so that an adapter or a resumed run can check that it meets the base it was trained on. Nothing here
 imports the package that carries the weights, and the network is touched for a hub id only.
 """
 

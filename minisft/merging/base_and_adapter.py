@@ -135,7 +135,7 @@ def template_of(files: AdaptedFiles, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def recorded_quantization(folder: Path) -> QuantConfig | None:
-    """How the adapter's files say that the base's linears were held in training; None for dense, or if nothing is said.
+    """How the base's linears were quantized in training, by the adapter's files; None for dense, or where they do not state it.
 
     Raises:
         UserError: a form that cannot be asked for again.

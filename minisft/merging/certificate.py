@@ -1,4 +1,4 @@
-"""The certificate of a merge: what became of the adapter, layer by layer and in what the model says.
+"""The certificate of a merge: its error, layer by layer and in what the model answers.
 
 ``merge_report.json`` for programs, ``merge_report.html`` for people (one page, no network) and ``merge_report.svg``. The
 layers are measured while they are merged. The model is measured afterwards: the unmerged model and the written folder are
@@ -82,14 +82,14 @@ VERDICTS = ("equivalent", "equivalent up to rounding", "different model", "adapt
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What the models say, at ``positions`` places of held-out text. Divergences are in nats, logits in fp32.
+    """What the models answer, at ``positions`` positions of held-out text. Divergences are in nats, logits in fp32.
 
     Attributes:
         text: ``built-in``, or the data file.
         kl_mean, kl_max: KL(unmerged || merged) of the next token.
         adapter_kl_mean: KL(unmerged || base), what the adapter itself does there.
         logit_max: largest difference of a logit, unmerged against merged.
-        same_choice: share of places where both would take the same token.
+        same_choice: share of positions where both would take the same token.
         files_intact: whether the weight files, read back, have the sha256 of what was computed; None if that is not known.
         loss_unmerged, loss_merged: per supervised token of the data.
     """
@@ -111,12 +111,12 @@ class ModelReport:
         return self.kl_mean / self.adapter_kl_mean if self.adapter_kl_mean else float("inf")
 
 
-# ---- what the models say ---------------------------------------------------------------------------------------------
+# ---- what the models answer ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Text:
-    """Rows of ids, and the places in each whose next token is compared."""
+    """Rows of ids, and the positions in each whose next token is compared."""
 
     name: str
     rows: list[tuple[list[int], list[int]]]
@@ -132,7 +132,7 @@ class _Answers:
 def compare_models(
     files: AdaptedFiles, merged: Path, data: str | Path | None = None, records: Mapping[str, FileRecord] | None = None
 ) -> ModelReport:
-    """Load the unmerged model and then the merged folder, both computing in fp32, and compare what they say.
+    """Load the unmerged model and then the merged folder, both computing in fp32, and compare what they answer.
 
     Args:
         records: what the weight files of the merged folder should be, if that is known.
@@ -141,7 +141,7 @@ def compare_models(
     Raises:
         UserError: what ``load_model`` and ``read_dataset`` refuse.
 
-    Cost: one of the two models at a time, and the logits of at most ``MAX_POSITIONS`` places three times.
+    Cost: one of the two models at a time, and the logits of at most ``MAX_POSITIONS`` positions three times.
     """
     unmerged, tokenizer = load_unmerged(files)
     template = template_of(files, tokenizer) if data is not None else None
@@ -168,16 +168,16 @@ def _built_in(tokenizer: Tokenizer) -> _Text:
 
 
 def _from_data(tokenizer: Tokenizer, template: ChatTemplate, path: Path, model: CausalLM) -> _Text:
-    """The first supervised places of the data, encoded as training does."""
+    """The first supervised positions of the data, encoded as training does."""
     examples = read_dataset(path).examples[:MAX_ROWS]
     encoded = encode_dataset(examples, tokenizer, template, model.config.max_position_embeddings, path=str(path)).rows
     rows = []
     left = MAX_POSITIONS
     for row in encoded:
-        places = [i - 1 for i, wanted in enumerate(row.supervised) if wanted and i > 0][:left]
-        left -= len(places)
-        if places:
-            rows.append((row.input_ids[: places[-1] + 1], places))
+        positions = [i - 1 for i, wanted in enumerate(row.supervised) if wanted and i > 0][:left]
+        left -= len(positions)
+        if positions:
+            rows.append((row.input_ids[: positions[-1] + 1], positions))
     if not rows:
         raise UserError(
             "data/no-targets", "no token of the data is supervised", where=visible(path), found=f"{len(examples)} rows"
@@ -195,14 +195,14 @@ def _answers(model: CausalLM, tokenizer: Tokenizer, template: ChatTemplate | Non
 
 @torch.inference_mode()
 def _logits(model: CausalLM, text: _Text) -> Tensor:
-    """(places, V) fp32."""
+    """(positions, V) fp32."""
     model.eval()
-    found = [model.head(model.hidden(torch.tensor([ids]))[0, places]) for ids, places in text.rows]
+    found = [model.head(model.hidden(torch.tensor([ids]))[0, positions]) for ids, positions in text.rows]
     return torch.cat(found).float()
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v) in nats, (places, V) twice -> (places,), in fp64."""
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) in nats, (positions, V) twice -> (positions,), in fp64."""
     rows = []
     for p_row, q_row in zip(p_logits.double(), q_logits.double(), strict=True):
         p, q = p_row.log_softmax(0), q_row.log_softmax(0)
@@ -252,7 +252,7 @@ def judge(layers: Sequence[LayerReport], model: ModelReport | None, onto: Target
 def _judge_answers(model: ModelReport | None) -> Verdict:
     """Codes that were fitted to answers: many different W' give nearly the same, so what the weights say decides nothing."""
     if model is None:
-        return Verdict("not compared", "places compared", 0.0, 1.0)
+        return Verdict("not compared", "positions compared", 0.0, 1.0)
     kept = model.kl_mean <= SMALL_KL or model.moved <= MOVED_LIMIT
     words = "equivalent up to rounding" if kept else "different model"
     return Verdict(words, "KL of the merge / KL of the adapter", model.moved, MOVED_LIMIT)
@@ -301,7 +301,7 @@ def report_json(
     source = files.stored.source
     method: dict[str, JSON] = {}
     if fitted is not None:
-        method = {"way": fitted.way, "calibration": merged.calibration, "calibration_tokens": fitted.num_tokens}
+        method = {"way": fitted.method, "calibration": merged.calibration, "calibration_tokens": fitted.num_tokens}
     return {
         "adapter": {"folder": str(files.folder), "sha256": files.digest, "scale": files.scale},
         "base": {

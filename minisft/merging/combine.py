@@ -2,7 +2,7 @@
 
 sum_i w_i s_i B_i A_i = [w_1 s_1 B_1 | w_2 s_2 B_2 | ...] [A_1; A_2; ...]. Stacking the factors is exact and the ranks add up;
 an SVD brings them down again and says what that lost. It is computed from the thin factors (QR first), never from the dense
-sum. Only the adapter's files are read, no base model. What this room refuses: DoRA, whose norms take in W, so that its updates
+sum. Only the adapter's files are read, no base model. What is refused: DoRA, whose norms take in W, so that its updates
 do not add; adapters of different bases.
 
 The idea to take home: add products, never factors. (B_1 + B_2)(A_1 + A_2) has cross terms that nobody trained.
@@ -54,7 +54,7 @@ class Update:
     Args:
         A: ``lora_A``, (rank, in).
         B: ``lora_B``, (out, rank).
-        alpha, use_rslora: the scaling, as files say it.
+        alpha, use_rslora: the scaling, as files state it.
         is_embedding: the product is laid out as an embedding's, (in, out).
     """
 
@@ -331,11 +331,11 @@ def _base_name(folder: Path) -> str | None:
     try:
         return recorded_base_name(folder)
     except UserError:
-        return None  # the adapter does not say
+        return None  # the adapter does not name it
 
 
 def _common_base(stored: Sequence[StoredAdapter]) -> dict[str, JSON] | None:
-    """What the adapters' own files say of their base; None if none says anything.
+    """What the adapters' own files record of their base; None if none does.
 
     Raises:
         UserError: they were trained on different weights.

@@ -1,4 +1,4 @@
-"""Merging back into 4 bits so that the adapter lives: codes are chosen for what the layer answers, not weight by weight.
+"""Merging back into 4 bits with GPTQ and coordinate descent: codes are chosen for a layer's outputs, not weight by weight.
 
 W' = Q(W + D) rounded weight by weight gives W back: W lies on the grid of its 4 bits, and a nudge below half a step rounds to
 nothing. But a layer is asked for x W'^T, and errors in many weights can cancel in that sum. So text is read, the layer's inputs
@@ -6,16 +6,16 @@ X are seen, and for each output the codes are sought that make
 
     |X (W' - (W + D))^T|^2 / N = sum over outputs of e H e^T,    H = X^T X / N,    e = a row of W' - (W + D),
 
-small. W' keeps the scales of W, so it has the bytes and the format of the base, and only codes differ. Four ways:
-``feedback`` rounds one input after the other and corrects those to come for the error so far; ``descent`` starts from the
-base and changes single codes while that helps; ``both`` starts where feedback ends. These three never end worse than
-rounding weight by weight in this measure, on the text they have read. ``dither`` looks at no text: it rounds up or down at
-random so that the mean is W + D, which keeps all of D and pays with noise everywhere.
+small. W' keeps the scales of W, so it has the bytes and the format of the base, and only codes differ. Four methods:
+``gptq`` (error feedback) rounds one input after the other and corrects those to come for the error so far; ``descent``
+(coordinate descent) starts from the base and changes single codes while that helps; ``both`` starts where GPTQ ends. These
+three never end worse than rounding weight by weight in this measure, on the text they have read. ``stochastic`` rounding
+looks at no text: up or down at random so that the mean is W + D, which keeps all of D and pays with noise everywhere.
 
 The idea to take home: 4 bits have room for an adapter, if its small pushes are gathered until one is worth a whole step.
 
 Ref: Frantar et al. 2022, arXiv:2210.17323 (GPTQ, the same rounding in another form); Babai 1986 (the nearest plane), which
-``feedback`` is; Behdin et al. 2023, arXiv:2309.01885 (coordinate descent).
+``gptq`` is; Behdin et al. 2023, arXiv:2309.01885 (coordinate descent).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from minisft.nf4 import TINY, QuantizedWeight, decode_absmax, midpoints_of, pack
 from minisft.nf4_linear import NF4Linear
 from minisft.surgery import lora_modules, nf4_modules, replace_module
 
-Way = Literal["dither", "feedback", "descent", "both"]
-WAYS: tuple[Way, ...] = get_args(Way)
+Method = Literal["stochastic", "gptq", "descent", "both"]
+METHODS: tuple[Method, ...] = get_args(Method)
 BLOCK = 64  # inputs handled between two large products
 SWEEPS = 3  # of descent; in the third about one code in a thousand still changes
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: text is finite, and directions it never took must not run free
@@ -104,14 +104,14 @@ class Grid:
 
 def damped(moments: Tensor) -> Tensor:
     """H + c I in fp64, positive definite: (I, I). With it, an error that the text does not show still costs a little."""
-    wide = moments.double()
-    return wide + torch.eye(len(wide), dtype=wide.dtype, device=wide.device) * (DAMPING * float(wide.diag().mean()) or 1.0)
+    H = moments.double()
+    return H + torch.eye(len(H), dtype=H.dtype, device=H.device) * (DAMPING * float(H.diag().mean()) or 1.0)
 
 
-# ---- two ways to choose codes ----------------------------------------------------------------------------------------
+# ---- methods of choosing codes ----------------------------------------------------------------------------------------
 
 
-def feedback(grid: Grid, target: Tensor, moments: Tensor) -> Tensor:
+def gptq(grid: Grid, target: Tensor, moments: Tensor) -> Tensor:
     """Round one input after the other, each time correcting for the errors made so far.
 
     With H = R^T R, R upper triangular, e H e^T = sum_i R_ii^2 (e_i + sum_{j>i} R_ij / R_ii e_j)^2: one square for each input,
@@ -146,7 +146,7 @@ def feedback(grid: Grid, target: Tensor, moments: Tensor) -> Tensor:
 def descend(grid: Grid, target: Tensor, moments: Tensor, codes: Tensor) -> Tensor:
     """Change one input's codes at a time to the best, all others held: e_i = -(sum_{j != i} H_ij e_j) / H_ii, rounded.
 
-    No step makes e H e^T larger. Arguments as for ``feedback``, and the codes to start from.
+    No step makes e H e^T larger. Arguments as for ``gptq``, and the codes to start from.
 
     Cost: I^2 O multiplications a sweep.
     """
@@ -164,7 +164,7 @@ def descend(grid: Grid, target: Tensor, moments: Tensor, codes: Tensor) -> Tenso
     return codes
 
 
-def dither(grid: Grid, target: Tensor, draw: torch.Generator) -> Tensor:
+def round_stochastically(grid: Grid, target: Tensor, draw: torch.Generator) -> Tensor:
     """One of the two nearest levels at random, so that the mean is ``target``: codes, (I, O) uint8."""
     levels, order = grid.levels.sort(stable=True)
     scaled = (target / grid.scales).clamp(-1, 1)
@@ -179,15 +179,15 @@ def output_error(error: Tensor, moments: Tensor) -> Tensor:
     return (error.double() * (moments @ error)).sum(0).clamp(min=0)
 
 
-def choose_codes(grid: Grid, target: Tensor, moments: Tensor, way: Way, draw: torch.Generator) -> Tensor:
-    """The codes that ``way`` finds, (I, O) uint8; an output for which they are no better than the base's keeps the base's.
+def choose_codes(grid: Grid, target: Tensor, moments: Tensor, method: Method, draw: torch.Generator) -> Tensor:
+    """The codes that ``method`` finds, (I, O) uint8; an output for which they are no better than the base's keeps the base's.
 
-    With ``dither`` they stand as they are: to drop what came out badly would be to take sides.
+    With ``stochastic`` they stand as they are: to drop what came out badly would be to take sides.
     """
-    if way == "dither":
-        return dither(grid, target, draw)
-    found = grid.codes if way == "descent" else feedback(grid, target, moments)
-    if way != "feedback":
+    if method == "stochastic":
+        return round_stochastically(grid, target, draw)
+    found = grid.codes if method == "descent" else gptq(grid, target, moments)
+    if method != "gptq":
         found = descend(grid, target, moments, found)
     before, after = (output_error(grid.values(codes) - target, moments) for codes in (grid.codes, found))
     return torch.where(after < before, found, grid.codes)
@@ -198,7 +198,7 @@ def choose_codes(grid: Grid, target: Tensor, moments: Tensor, way: Way, draw: to
 
 @dataclass(frozen=True)
 class CompensatedLayer:
-    """What became of one layer's adapter; all output errors are over the text that was read.
+    """The merge error of one layer; all output errors are over the text that was read.
 
     Attributes:
         effect: in the weights, where ``survival`` says little: many different W' give nearly the same outputs.
@@ -219,14 +219,14 @@ def compensate_layer(
     adapter: LoRALinear,
     plain: QuantizedWeight,
     moments: Tensor,
-    way: Way,
+    method: Method,
     seed: int = 0,
     original: Tensor | None = None,
 ) -> tuple[QuantizedWeight, CompensatedLayer]:
     """W' of one layer over a base in 4 bits.
 
     Args:
-        plain: W + D with every weight rounded for itself; it is the answer if it has the smaller error (not for ``dither``).
+        plain: W + D with every weight rounded for itself; taken if it has the smaller error (never for ``stochastic``).
         moments: (I, I) fp32, H.
         original: W, if the adapter was trained on it and not on what the base's 4 bits stand for.
 
@@ -244,12 +244,12 @@ def compensate_layer(
     base, trained = adapter.base.quantized, base_weight(adapter) if original is None else original.float()
     delta = adapter.delta_rows(trained).float()
     target, grid = merged_weight(trained, delta).T.contiguous(), Grid.of(base)
-    draw = generator(seed, f"dither/{path}", device=moments.device)
-    codes = choose_codes(grid, target, moments, way, draw) if bool(delta.any()) else grid.codes
+    draw = generator(seed, f"stochastic/{path}", device=moments.device)
+    codes = choose_codes(grid, target, moments, method, draw) if bool(delta.any()) else grid.codes
     rounded = cpu_nf4.dequantize(plain, torch.float32).T
     weights = (grid.values(grid.codes), grid.values(codes), rounded)
     size, ours, plainly = (float(output_error(weight - target, moments).sum()) for weight in weights)
-    fall_back = plainly < ours and way != "dither"
+    fall_back = plainly < ours and method != "stochastic"
     q, value = (plain, rounded) if fall_back else (grid.store(base, codes), weights[1])
     effect, count = Effect(), q.shape.numel()
     effect.add(trained, delta, value.T)
@@ -263,9 +263,9 @@ def compensate_layer(
 
 @dataclass(frozen=True)
 class CompensationReport:
-    """Which way, over how many tokens, and what became of each layer."""
+    """Which method, over how many tokens, and the merge error of each layer."""
 
-    way: Way
+    method: Method
     num_tokens: int
     layers: tuple[CompensatedLayer, ...]
 
@@ -281,8 +281,8 @@ class _Reading:
     So a layer is fitted to the inputs that the layers before it will really give, not to those of the unmerged model.
     """
 
-    def __init__(self, merged: CausalLM, way: Way, seed: int, original: Callable[[str], Tensor] | None) -> None:
-        self.merged, self.way, self.seed, self.original = merged, way, seed, original
+    def __init__(self, merged: CausalLM, method: Method, seed: int, original: Callable[[str], Tensor] | None) -> None:
+        self.merged, self.method, self.seed, self.original = merged, method, seed, original
         self.plain = nf4_modules(merged)
         self.layers: dict[str, CompensatedLayer] = {}
         self.seen, self.moments = torch.empty(0), torch.empty(0)
@@ -300,7 +300,7 @@ class _Reading:
             before = self.plain[path]
             original = None if self.original is None else self.original(f"{path}.weight").to(args[0].device)
             q, self.layers[path] = compensate_layer(
-                path, adapter, before.quantized, self.moments_of(args[0]), self.way, self.seed, original
+                path, adapter, before.quantized, self.moments_of(args[0]), self.method, self.seed, original
             )
             layer = NF4Linear(q, before.bias)
             replace_module(self.merged, path, layer.eval())
@@ -313,7 +313,7 @@ class _Reading:
 def requantize_compensated(
     model: CausalLM,
     rows: Sequence[Sequence[int]],
-    way: Way = "both",
+    method: Method = "both",
     seed: int = 0,
     original: Callable[[str], Tensor] | None = None,
 ) -> tuple[CausalLM, CompensationReport]:
@@ -323,8 +323,8 @@ def requantize_compensated(
         model: with adapters on linears in 4 bits.
         rows: token ids of the calibration text, one list a row: what the model will be used for, and some of what it should
             keep. A few tokens for each input of the widest layer; fewer, and codes are fitted to chance.
-        way: see the module.
-        seed: of ``dither``, for which the text serves the report only.
+        method: see the module.
+        seed: of ``stochastic``, for which the text is only for the report.
         original: for adapters that were trained on dense weights: name of a weight -> W as it was before it was quantized.
             The codes then make up for the quantization of W, too.
 
@@ -338,12 +338,12 @@ def requantize_compensated(
     fp32, I^2 in fp64 three times, and with ``both`` 7 I^2 O multiplications, as many as one pass over 7 I tokens.
     """
     rows = [row for row in rows if len(row) > 0]
-    if way not in WAYS:
-        raise ValueError(f"way must be one of {WAYS}, not {way!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, not {method!r}")
     if not rows:
         raise UserError("data/no-calibration", "there is no text to calibrate on", fix="give rows with at least one token")
     merged, _ = merge(model, "requantized")
-    reading, adapters = _Reading(merged, way, seed, original), lora_modules(model)
+    reading, adapters = _Reading(merged, method, seed, original), lora_modules(model)
     device = model.model.norm.weight.device
     ids = torch.tensor([token for row in rows for token in row], device=device)
     segments = torch.repeat_interleave(torch.arange(1, len(rows) + 1), torch.tensor([len(row) for row in rows])).to(device)
@@ -354,4 +354,4 @@ def requantize_compensated(
     finally:
         for hook in hooks:
             hook.remove()
-    return merged, CompensationReport(way, len(ids), tuple(reading.layers[path] for path in adapters))
+    return merged, CompensationReport(method, len(ids), tuple(reading.layers[path] for path in adapters))

@@ -1,7 +1,7 @@
 """The pages of a merge's certificate: a plot of the layers, and the report as one readable page.
 
 Everything that comes from a file (names of layers, models, folders) is escaped; the page loads nothing, and its plot stands
-in it. This room computes nothing: it shows what ``certificate`` has found.
+in it. Nothing is computed here: this is what ``certificate`` has found.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _EXPLAINED = {
 
 
 def draw_layers(layers: Sequence[Mapping[str, JSON]]) -> bytes:
-    """An SVG with four rows over all layers: how large the update is, what became of it (two measures), how much survived."""
+    """An SVG with four rows over all layers: how large the update is, its merge error (two measures), how much survived."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -103,7 +103,7 @@ _SECTIONS = (
     ("What was merged", "adapter"),
     ("Onto which model", "base"),
     ("Into what", "merged"),
-    ("What the models say", "model"),
+    ("What the models answer", "model"),
 )
 
 

@@ -1,9 +1,9 @@
 """Merging from files to files: a model of any size, in the memory of a few rows.
 
 For each weight: a few rows of W are read, the same rows of D = scaling * B A are computed in fp32, the sum is rounded once
-and written. W is the weight that the adapter was trained on; if that was held in 4 bits, the rows are quantized and
-dequantized on the way, exactly as training did. The numbers are those of ``merge.merge`` on the loaded model. What this room
-refuses: a base that is not the adapter's, merging the same adapter twice, and a merge back to 4 bits that lost the adapter.
+and written. W is the weight that the adapter was trained on; if that was quantized, the rows are quantized and
+dequantized on the way, exactly as training did. The numbers are those of ``merge.merge`` on the loaded model. What is
+refused: a base that is not the adapter's, merging the same adapter twice, and a merge back to 4 bits that lost the adapter.
 
 The idea to take home: a merge needs no model. Every row of W' depends on that row of W, that row of B, and A.
 """
@@ -39,7 +39,7 @@ from minisft.merging.compensate import CompensationReport
 from minisft.merging.four_bits import write_compensated, write_requantized
 
 SWALLOWED_LIMIT = 0.05  # share of an update's entries; beyond it a wider dtype is worth its bytes
-NOISE_LIMIT = 0.5  # effect error; a W that is off the dtype's grid (from 4 bits) is moved, where one on it swallows
+NOISE_LIMIT = 0.5  # effect error; a W that is off the dtype's grid (from 4 bits) is moved, where one on it is lost
 
 
 def merged_rows(
@@ -102,7 +102,7 @@ class Merged:
         """One line for people."""
         found = self.compensation
         if found is None:
-            kept = f"survival at least {self.report.survival:.4f}, swallowed at most {self.report.swallowed:.2%}"
+            kept = f"survival at least {self.report.survival:.4f}, lost at most {self.report.swallowed:.2%}"
         else:
             plain = max(layer.plain_output_error for layer in found.layers)
             kept = (
@@ -173,7 +173,7 @@ def _rounding_loss(report: MergeReport) -> str:
     """What rounding did to the worst layer, in words; empty if it is little."""
     most = max(report.layers, key=lambda layer: layer.swallowed)
     if most.swallowed > SWALLOWED_LIMIT:
-        return f"swallowed {most.swallowed:.1%} of the update in {visible(most.path)}"
+        return f"lost {most.swallowed:.1%} of the update in {visible(most.path)}"
     worst = max(report.layers, key=lambda layer: layer.effect_error)
     if worst.effect_error > NOISE_LIMIT:
         return f"moved {visible(worst.path)} by {worst.effect_error:.0%} of its update"
