@@ -15,6 +15,7 @@ from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, QuantConfig
 from minisft.formats import load_model, save_adapter, save_model, save_quantized
 from minisft.formats.base_settings import not_kept
+from minisft.merging.certified import merge_and_certify, quantize_folder, verify_merge
 from minisft.merging.streaming import merge_folder
 from minisft.surgery import apply_lora_, lora_modules, quantize_
 
@@ -127,6 +128,26 @@ def test_a_quantized_base_is_not_called_quantized_after_a_dense_merge(base: Path
     merged(tmp_path / "four", tmp_path / "out")
     assert "quantization_config" not in read(tmp_path / "out" / "config.json")
     assert read(tmp_path / "out" / "generation_config.json")["temperature"] == 0.6
+
+
+def test_each_command_is_one_call(base: Path, tmp_path: Path) -> None:
+    trained, lines = adapter(base, tmp_path / "adapter"), []
+    found = merge_and_certify(trained, tmp_path / "out", dtype=torch.float32, log=lines.append)
+    assert found.verdict.words == "equivalent"
+    assert found.models is not None
+    assert lines == [found.merged.summary]
+    assert read(tmp_path / "out" / "merge_report.json")["model"] != "not checked"
+    checked, verdict = verify_merge(tmp_path / "out", trained, log=lines.append)
+    assert verdict.good
+    assert lines[1:] == [checked.summary]
+    assert quantize_folder(base, tmp_path / "four", dtype=torch.float32).num_quantized == 14
+    with pytest.raises(UserError, match="not-this-merge"):
+        verify_merge(base, trained)
+    with pytest.raises(UserError, match="out-in-model"):
+        quantize_folder(base, base / "four")
+    with pytest.raises(UserError, match="data/"):
+        merge_and_certify(trained, tmp_path / "no", data=tmp_path / "nothing.jsonl")
+    assert not (tmp_path / "no").exists()
 
 
 def test_one_template_decides(base: Path, tmp_path: Path) -> None:

@@ -21,14 +21,13 @@ if TYPE_CHECKING:
 def quantize_command(arguments: argparse.Namespace) -> int:
     """Write a model whose linears are in 4 bits."""
     quant = QuantConfig(block_size=arguments.block_size, double_quant=arguments.double_quant)
-    require_new_folder(Path(arguments.out), Path(arguments.model))
+    require_new_folder(Path(arguments.out), Path(arguments.model))  # before PyTorch is loaded, which takes seconds
     load_libraries()
     from minisft.common.device import DTYPES
-    from minisft.formats import base_fingerprint, load_model, save_quantized
     from minisft.formats.base_settings import not_kept
+    from minisft.merging.certified import quantize_folder
 
-    model, tokenizer = load_model(arguments.model, DTYPES[arguments.dtype], quant=quant)
-    sizes = save_quantized(model, tokenizer, arguments.out, quantized_from=base_fingerprint(model))
+    sizes = quantize_folder(arguments.model, arguments.out, quant, DTYPES[arguments.dtype])
     print(
         f"{visible(arguments.out)}: {sizes.num_quantized} linears in 4 bits, {sizes.num_dense} dense; "
         f"{sizes.dense_bytes / 1e6:,.1f} MB in {arguments.dtype}, {sizes.stored_bytes / 1e6:,.1f} MB as stored"
@@ -39,32 +38,27 @@ def quantize_command(arguments: argparse.Namespace) -> int:
 
 def merge_command(arguments: argparse.Namespace) -> int:
     """Write a model with the adapter in its weights, and the certificate beside them."""
-    out, data = Path(arguments.out), arguments.data
-    require_new_folder(out, Path(arguments.model or arguments.adapter))
+    require_new_folder(Path(arguments.out), Path(arguments.model or arguments.adapter))
     load_libraries()
     from minisft.common.device import DTYPES
-    from minisft.data.messages import read_dataset
-    from minisft.merging.certificate import REPORT, certify, check
-    from minisft.merging.streaming import merge_folder
+    from minisft.merging.certificate import REPORT
+    from minisft.merging.certified import merge_and_certify
 
-    for path in (data, arguments.calibration):
-        if path is not None:
-            read_dataset(path)  # what is wrong with it is said before minutes are spent
-    merged = merge_folder(
+    found = merge_and_certify(
         arguments.adapter,
-        out,
+        arguments.out,
         arguments.model,
         arguments.onto,
         DTYPES.get(arguments.dtype),  # None: auto
-        scale=arguments.scale,
-        force=arguments.force,
-        calibration=arguments.calibration,
+        arguments.scale,
+        arguments.force,
+        arguments.calibration,
+        arguments.data,
+        arguments.check,
+        log=print,
     )
-    verdict = certify(merged, None)
-    print(merged.summary)
-    models = check(merged, data) if arguments.check else None
-    verdict = certify(merged, models) if models is not None else verdict
-    print(f"{verdict}{'' if models is not None else ', the models were not compared'}; {visible(out / REPORT)}")
+    compared = "" if found.models is not None else ", the models were not compared"
+    print(f"{found.verdict}{compared}; {visible(Path(arguments.out) / REPORT)}")
     return 0
 
 
@@ -106,18 +100,17 @@ def _loss_words(combined: Combined) -> str:
 def verify_command(arguments: argparse.Namespace) -> int:
     """Check that a folder is the merge that it is said to be."""
     load_libraries()
-    from minisft.merging.certificate import compare_models, judge
-    from minisft.merging.verify import verify
+    from minisft.merging.certified import verify_merge
 
-    onto = arguments.onto
-    found = verify(arguments.merged, arguments.adapter, arguments.model, onto, arguments.scale, arguments.calibration)
-    print(found.summary)
-    found.require()
-    asked = arguments.data is not None or onto == "compensated"  # there only the answers decide
-    models = compare_models(found.files, Path(arguments.merged), arguments.data) if asked else None
-    verdict = judge(found.adapted, models, onto)
+    _, verdict = verify_merge(
+        arguments.merged,
+        arguments.adapter,
+        arguments.model,
+        arguments.onto,
+        arguments.scale,
+        arguments.calibration,
+        arguments.data,
+        log=print,
+    )
     print(verdict)
-    if not verdict.good:
-        where = visible(found.merged)
-        raise UserError("numeric/not-this-merge", "the folder is not this merge", where=where, found=str(verdict))
     return 0
