@@ -82,6 +82,7 @@ class StoredWeight:
 
     @property
     def packed_bytes(self) -> int:
+        """Bytes of the packed codes."""
         return -(-self.shape.numel() // 2)
 
     @property
@@ -201,6 +202,11 @@ def _wrong_tensor(name: str, entry: Entry, expected: str, folder: Path) -> UserE
 def require_same(stored: Mapping[str, StoredWeight], quant: QuantConfig, folder: Path) -> None:
     """A folder that is quantized already must be in the form that is asked for: it is never quantized again.
 
+    Args:
+        stored: what the folder holds in 4 bits, by name.
+        quant: what is asked for.
+        folder: for messages.
+
     Raises:
         UserError: ``model/already-quantized``, with both forms.
     """
@@ -228,6 +234,14 @@ def read_quantized(
 ) -> Iterator[tuple[str, QuantizedWeight]]:
     """Yield (name, weight) one at a time, each in memory of its own.
 
+    Args:
+        headers: of all weight files.
+        stored: the weights to read, by name.
+        folder: for messages.
+
+    Returns:
+        an iterator of names and weights.
+
     Raises:
         UserError: tables that are not bitsandbytes' own, scales that are not finite.
     """
@@ -242,7 +256,16 @@ def _read(headers: list[Header], names: list[str]) -> Iterator[tuple[str, Tensor
 
 
 def read_tables(headers: list[Header], stored: StoredWeight, folder: Path) -> QuantizedWeight:
-    """A weight in 4 bits but for its codes, which stay in the file: ``packed`` is on the meta device."""
+    """A weight in 4 bits but for its codes, which stay in the file: ``packed`` is on the meta device.
+
+    Args:
+        headers: of all weight files.
+        stored: the weight.
+        folder: for messages.
+
+    Returns:
+        the weight; its levels and scales are in memory.
+    """
     tables = [name for name in stored.names if name != stored.name]
     codes = torch.empty(stored.packed_bytes, dtype=torch.uint8, device="meta")
     return _assemble(stored, {stored.name: codes} | {key: tensor.clone() for key, tensor in _read(headers, tables)}, folder)
@@ -332,6 +355,9 @@ def quantization_config(q: QuantizedWeight, compute_dtype: torch.dtype, dense: l
         q: one of the weights. (Each weight's own JSON says what it is; this is what transformers takes for new layers.)
         compute_dtype: what transformers multiplies in.
         dense: paths of the linears that are not in 4 bits.
+
+    Returns:
+        the JSON object.
     """
     return {
         "quant_method": "bitsandbytes",

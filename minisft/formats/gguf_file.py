@@ -58,6 +58,15 @@ ROPE_FREQS = "rope_freqs.weight"  # not a weight: how much each frequency of RoP
 def load_gguf(gguf: GGUF, dtype: torch.dtype, device: torch.device, quant: QuantConfig | None = None) -> CausalLM:
     """Build the model that a checked header describes and stream the weights into it, those that ``quant`` names in 4 bits.
 
+    Args:
+        gguf: the checked header.
+        dtype: of all parameters that stay dense.
+        device: where they go.
+        quant: which linears are quantized when they are read.
+
+    Returns:
+        the model, in training mode.
+
     Raises:
         UserError: unsupported architecture, missing or unexpected tensors, a type that has no dequantizer, no memory.
     """
@@ -130,7 +139,20 @@ def our_order(weight: torch.Tensor, heads: int | None) -> torch.Tensor:
 
 
 def read_tensor(file: BinaryIO, info: TensorInfo, name: str, pool: ThreadPoolExecutor) -> NDArray[np.float32]:
-    """Read and dequantize one tensor, chunks side by side: stored blocks -> fp32 of ``info.shape``."""
+    """Read and dequantize one tensor, chunks side by side: stored blocks -> fp32 of ``info.shape``.
+
+    Args:
+        file: open for reading.
+        info: where the tensor lies, and its type.
+        name: of the tensor, for messages.
+        pool: the threads that dequantize.
+
+    Returns:
+        the numbers, in the order of the file.
+
+    Raises:
+        UserError: a type that the ``gguf`` package cannot dequantize.
+    """
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 

@@ -53,6 +53,9 @@ def load_folder(
 
     Args:
         quant: which linears are quantized when they are read. What the folder holds in 4 bits is taken as it is.
+        folder: in Hugging Face's layout.
+        dtype: of all parameters that stay dense.
+        device: where they go.
 
     Returns:
         the model, and what most of its weights were stored as (``BF16``; ``NF4`` or ``FP4`` for 4 bits).

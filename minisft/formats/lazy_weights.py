@@ -44,16 +44,30 @@ class Pieces(Protocol):
     """
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        ...
 
     @property
-    def dtype(self) -> torch.dtype | None: ...
+    def dtype(self) -> torch.dtype | None:
+        """What each number is stored as; None where blocks share a scale."""
+        ...
 
-    def read(self, begin: int, end: int) -> Tensor: ...
+    def read(self, begin: int, end: int) -> Tensor:
+        """The range [begin, end) of the flat tensor."""
+        ...
 
 
 def read_rows(weight: Pieces, begin: int, end: int) -> Tensor:
-    """Rows [begin, end) of a matrix."""
+    """Rows [begin, end) of a matrix.
+
+    Args:
+        weight: (rows, columns).
+        begin, end: range of rows.
+
+    Returns:
+        (end - begin, columns), in the dtype of its pieces.
+    """
     columns = weight.shape[1]
     return weight.read(begin * columns, end * columns).view(end - begin, columns)
 
@@ -102,6 +116,7 @@ class Dense:
     dtype: torch.dtype
 
     def read(self, begin: int, end: int) -> Tensor:
+        """The range [begin, end) of the flat tensor."""
         size = self.dtype.itemsize
         return _read_bytes(self.path, self.begin + begin * size, (end - begin) * size).view(self.dtype)
 
@@ -123,13 +138,16 @@ class Packed:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
         return tuple(self.form.shape)
 
     @cached_property
     def scales(self) -> Tensor:
+        """(blocks,) fp32, decoded once."""
         return decode_absmax(self.form)
 
     def read(self, begin: int, end: int) -> Tensor:
+        """The range [begin, end) of the flat tensor."""
         first, last = _around(begin, end, self.form.shape.numel(), self.form.block_size)
         codes = _read_bytes(self.path, self.begin + first // 2, -(-last // 2) - first // 2)
         piece = _blocks(self.form, codes, self.scales, first, last)
@@ -158,13 +176,16 @@ class GGUFTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
         return self.info.shape
 
     @property
     def dtype(self) -> torch.dtype | None:
+        """What each number is stored as; None where blocks share a scale."""
         return DTYPES.get(self.info.type_name)
 
     def read(self, begin: int, end: int) -> Tensor:
+        """The range [begin, end) of the flat tensor."""
         rows, columns = self.shape[0], math.prod(self.shape[1:])
         head_rows = 1 if self.heads is None else rows // self.heads
         step = head_rows if len(self.shape) > 1 else rows  # a vector is small, and may be one block
@@ -203,10 +224,12 @@ class In4Bits:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
         return self.dense.shape
 
     @cached_property
     def scales(self) -> Tensor:
+        """(blocks,) fp32, decoded once."""
         absmax = torch.cat([self._absmax(piece) for piece in read_flat(self.dense)])
         if not absmax.isfinite().all():
             what = "a weight is not a finite fp32 number"
@@ -224,6 +247,7 @@ class In4Bits:
         return F.pad(piece.float(), (0, -piece.numel() % size)).view(-1, size).abs().amax(1)
 
     def read(self, begin: int, end: int) -> Tensor:
+        """The range [begin, end) of the flat tensor."""
         size = self.quant.block_size
         first, last = _around(begin, end, math.prod(self.shape), size)
         q = cpu_nf4.quantize(self.dense.read(first, last), size, False, self.quant.levels, name=self.name)

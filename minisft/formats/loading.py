@@ -40,6 +40,11 @@ def expected_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
 def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: Path) -> None:
     """Compare what the configuration promises with what the file declares.
 
+    Args:
+        expected: name -> shape, by the configuration.
+        found: name -> shape, by the file.
+        where: the file or folder, for messages.
+
     Raises:
         UserError: missing or unexpected tensors (listed), or one shape that differs (both shown).
     """
@@ -85,6 +90,9 @@ def check_memory(
 
     Args:
         packed: bytes of the tensors that are not held in ``dtype``, by name (``quantized_bytes``).
+        shapes: of all tensors, by name.
+        dtype: of those that stay dense.
+        device: where they go.
 
     Raises:
         UserError: ``model/too-large``, with the bytes needed (all tensors, and the largest once more in fp32) and the
@@ -145,6 +153,8 @@ def fill_(
             dtype and device already agree. A ``QuantizedWeight`` named ``X.weight`` makes X an ``NF4Linear`` as it is.
         quant: which layers are quantized as they arrive, from the numbers as the reader gives them: the codes do not
             depend on ``dtype``.
+        model: on the meta device; changed in place.
+        dtype, device: of the parameters.
 
     Raises:
         UserError: what ``surgery.quantization_targets`` refuses; a weight to be quantized that is not finite.

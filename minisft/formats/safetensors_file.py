@@ -169,6 +169,17 @@ def read_tensors(header: Header, names: list[str] | None = None, family: str = "
     """Yield (name, tensor) one at a time; each tensor is a view of the mapped file, so copy it before keeping it.
 
     The file is mapped anew from time to time, because every page that was read counts as used memory while its map lives.
+
+    Args:
+        header: of the file, checked.
+        names: the tensors, each in the file.
+        family: of the errors.
+
+    Returns:
+        an iterator of names and tensors.
+
+    Raises:
+        UserError: the library cannot read what the header promises.
     """
     try:
         for group in _groups(header, list(header.entries) if names is None else names):

@@ -40,6 +40,7 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the tensor in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -60,6 +61,7 @@ def write_shards(
         specs: every tensor, in the model's order, which decides the shard; one tensor is never split.
         pieces: asked once for each name, in the order in which the tensors stand in the files.
         metadata: strings for the header of every file, beside ``format: pt``, which transformers asks for.
+        max_shard_bytes: weights beyond this go into another file.
 
     Returns:
         size and sha256 of each file, computed from the bytes handed in.

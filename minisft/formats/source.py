@@ -164,6 +164,14 @@ def regular_file(folder: Path, name: str, code: str = "model/bad-file") -> Path:
     A symbolic link may lead out of the folder only into the blobs of a Hugging Face cache that the folder itself is part
     of (``snapshots/<revision>`` beside ``blobs``).
 
+    Args:
+        folder: the only place where the file may lie.
+        name: bare, without a path.
+        code: of the error.
+
+    Returns:
+        the path of the file, links not resolved.
+
     Raises:
         UserError: ``name`` is not a bare file name, the file is missing, no regular file, or lies elsewhere.
     """

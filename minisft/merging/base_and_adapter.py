@@ -86,6 +86,9 @@ def open_adapted(adapter: str | Path, model: str | None = None, scale: float = 1
         model: the base; by default the one that the adapter's files name.
         scale: a further factor on every update.
 
+    Returns:
+        both, checked; no weight of the base in memory.
+
     Raises:
         UserError: no such base, everything that ``load_adapter_`` refuses, or a base into which this adapter is merged.
     """

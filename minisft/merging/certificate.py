@@ -49,7 +49,7 @@ SMALL_KL = 1e-4  # nats; below this nobody sees a difference, whatever the share
 
 # Held-out text of our own, for a merge without --data: prose, numbers, code, a list, a dialogue, another language.
 SENTENCES = (
-    "The ferry leaves the old harbour at seven, and by noon the island's only street smells of bread and tar.",
+    "The ferry leaves the old harbour at seven, and by noon the island's only lane smells of bread and tar.",
     "If 3 boxes weigh 12.6 kg together and each holds 4 jars, one jar weighs a little over a kilogram.",
     "def area(radius):\n    return 3.14159 * radius ** 2\n\nprint(area(2.0))",
     "Shopping list: two lemons, a bag of flour, candles, the blue paint that Marta asked for, and string.",
@@ -70,6 +70,7 @@ class Verdict:
 
     @property
     def good(self) -> bool:
+        """Whether the merged model is the one that was trained, up to rounding."""
         return self.words.startswith("equivalent")
 
     def __str__(self) -> str:
@@ -137,6 +138,11 @@ def compare_models(
     Args:
         records: what the weight files of the merged folder should be, if that is known.
         data: rows as for training; without it ``SENTENCES`` are read.
+        files: the base and its adapter.
+        merged: the merged folder.
+
+    Returns:
+        how far their answers differ, and from what the adapter does.
 
     Raises:
         UserError: what ``load_model`` and ``read_dataset`` refuse.
@@ -230,7 +236,16 @@ def _compared(text: _Text, before: _Answers, base: Tensor, after: _Answers, inta
 
 
 def judge(layers: Sequence[LayerReport], model: ModelReport | None, onto: Target = "dequantized") -> Verdict:
-    """The first of these that holds: lost in a layer, another base, damaged or moved as a model, rounded, equivalent."""
+    """The first of these that holds: lost in a layer, another base, damaged or moved as a model, rounded, equivalent.
+
+    Args:
+        layers: effects of the adapted layers.
+        model: how the answers compare; None if they were not compared.
+        onto: what the merge was onto.
+
+    Returns:
+        the verdict, with the number that decided it.
+    """
     if onto == "compensated":
         return _judge_answers(model)
     lost = min(layers, key=lambda layer: layer.survival)
@@ -250,7 +265,7 @@ def judge(layers: Sequence[LayerReport], model: ModelReport | None, onto: Target
 
 
 def _judge_answers(model: ModelReport | None) -> Verdict:
-    """Codes that were fitted to answers: many different W' give nearly the same, so what the weights say decides nothing."""
+    """Codes that were fitted to answers: many different W' give nearly the same, so the weights decide nothing."""
     if model is None:
         return Verdict("not compared", "positions compared", 0.0, 1.0)
     kept = model.kl_mean <= SMALL_KL or model.moved <= MOVED_LIMIT
@@ -276,7 +291,7 @@ def certify(merged: Merged, model: ModelReport | None) -> Verdict:
     """Write the three files into the merged folder; call it again when more is known.
 
     Args:
-        model: None if the models were not compared; the files then say so.
+        model: None if the models were not compared; the files then state that.
 
     Raises:
         UserError: the disk.
@@ -296,7 +311,17 @@ def certify(merged: Merged, model: ModelReport | None) -> Verdict:
 def report_json(
     merged: Merged, layers: Sequence[Mapping[str, JSON]], model: ModelReport | None, verdict: Verdict
 ) -> dict[str, JSON]:
-    """The content of ``merge_report.json``."""
+    """The content of ``merge_report.json``.
+
+    Args:
+        merged: the merge.
+        layers: a row each.
+        model: how the answers compare; None if they were not compared.
+        verdict: what the certificate concludes.
+
+    Returns:
+        a JSON object; infinities are text.
+    """
     files, fitted = merged.files, merged.compensation
     source = files.stored.source
     method: dict[str, JSON] = {}

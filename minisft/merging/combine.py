@@ -66,10 +66,12 @@ class Update:
 
     @property
     def rank(self) -> int:
+        """Rows of ``lora_A``."""
         return self.A.shape[0]
 
     @property
     def scaling(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         return scaling_of(self.rank, self.alpha, self.use_rslora)
 
     def alpha_for(self, use_rslora: bool) -> float:
@@ -183,7 +185,9 @@ def _check_numbers(weights: Sequence[float], rank: int | None) -> None:
     elif rank is not None and rank < 1:
         name, value, expected = "--rank", str(rank), "at least 1"
     if value:
-        raise UserError("config/bad-value", "a setting is out of range", where=name, found=value, expected=expected)
+        raise UserError(
+            "config/bad-value", "a setting is out of range", where=name, found=value, expected=expected, fix=f"give {expected}"
+        )
 
 
 def _check_shapes(path: str, parts: Sequence[Update]) -> None:
@@ -192,7 +196,7 @@ def _check_shapes(path: str, parts: Sequence[Update]) -> None:
         shapes = [f"{outputs} x {inputs}{' (embedding)' if embedding else ''}" for inputs, outputs, embedding in sorted(kinds)]
         raise UserError(
             "adapter/base-mismatch", "the adapters were trained on bases of different shapes", where=visible(path),
-            found=" and ".join(shapes), expected="one shape",
+            found=" and ".join(shapes), expected="one shape", fix="combine adapters of one base",
         )  # fmt: skip
 
 
@@ -274,11 +278,14 @@ def combine_folders(adapters: Sequence[tuple[str | Path, float]], out: str | Pat
         out: new, or empty.
         rank: see ``combine``.
 
+    Returns:
+        the combined adapter, as written.
+
     Raises:
         UserError: what ``read_stored`` and ``combine`` refuse, adapters of different bases, a target that is in use.
     """
     if not adapters:
-        raise UserError("config/missing", "nothing to combine", expected="at least one adapter")
+        raise UserError("config/missing", "nothing to combine", expected="at least one adapter", fix="give --adapter DIR")
     stored = [read_stored(folder) for folder, _ in adapters]
     weights = [weight for _, weight in adapters]
     base = _common_base(stored)
@@ -348,6 +355,7 @@ def _common_base(stored: Sequence[StoredAdapter]) -> dict[str, JSON] | None:
             "the adapters were trained on different bases",
             found=", ".join(f"{visible(folder)} ({visible(fingerprint)[:16]})" for fingerprint, folder in bases.items()),
             expected="one base",
+            fix="combine adapters of one base, or merge each into its own",
         )
     names = {str(_base_name(adapter.folder)) for adapter in stored}
     if len(names) > 1 and not all(records.get(adapter.folder, {}).get("fingerprint") for adapter in stored):

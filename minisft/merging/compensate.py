@@ -12,7 +12,7 @@ small. W' keeps the scales of W, so it has the bytes and the format of the base,
 three never end worse than rounding weight by weight in this measure, on the text they have read. ``stochastic`` rounding
 looks at no text: up or down at random so that the mean is W + D, which keeps all of D and pays with noise everywhere.
 
-The idea to take home: 4 bits have room for an adapter, if its small pushes are gathered until one is worth a whole step.
+The idea to take home: 4 bits can hold an adapter, if its small pushes are gathered until one is worth a whole step.
 
 Ref: Frantar et al. 2022, arXiv:2210.17323 (GPTQ, the same rounding in another form); Babai 1986 (the nearest plane), which
 ``gptq`` is; Behdin et al. 2023, arXiv:2309.01885 (coordinate descent).
@@ -69,6 +69,7 @@ class Grid:
 
     @classmethod
     def of(cls, q: QuantizedWeight) -> Grid:
+        """The grid of a weight, (O, I)."""
         length = q.shape.numel()
         scales = decode_absmax(q).repeat_interleave(q.block_size)[:length].view(q.shape).T.contiguous()
         codes = unpack(q.packed, length).view(q.shape).T.contiguous()
@@ -121,6 +122,7 @@ def gptq(grid: Grid, target: Tensor, moments: Tensor) -> Tensor:
     Args:
         target: (I, O), W + D transposed.
         moments: (I, I), H.
+        grid: what the weights of the layer can be.
 
     Returns:
         codes, (I, O) uint8.
@@ -148,6 +150,15 @@ def descend(grid: Grid, target: Tensor, moments: Tensor, codes: Tensor) -> Tenso
 
     No step makes e H e^T larger. Arguments as for ``gptq``, and the codes to start from.
 
+    Args:
+        grid: what the weights of the layer can be.
+        target: (I, O), W + D transposed.
+        moments: (I, I), H.
+        codes: (I, O) uint8, to start from.
+
+    Returns:
+        codes, (I, O) uint8.
+
     Cost: I^2 O multiplications a sweep.
     """
     H = damped(moments).to(target.dtype)
@@ -165,7 +176,16 @@ def descend(grid: Grid, target: Tensor, moments: Tensor, codes: Tensor) -> Tenso
 
 
 def round_stochastically(grid: Grid, target: Tensor, draw: torch.Generator) -> Tensor:
-    """One of the two nearest levels at random, so that the mean is ``target``: codes, (I, O) uint8."""
+    """One of the two nearest levels at random, so that the mean is ``target``: codes, (I, O) uint8.
+
+    Args:
+        grid: what the weights of the layer can be.
+        target: (I, O), W + D transposed.
+        draw: the random numbers.
+
+    Returns:
+        codes, (I, O) uint8.
+    """
     levels, order = grid.levels.sort(stable=True)
     scaled = (target / grid.scales).clamp(-1, 1)
     below = (torch.searchsorted(levels, scaled, right=True) - 1).clamp(0, len(levels) - 2)
@@ -183,6 +203,16 @@ def choose_codes(grid: Grid, target: Tensor, moments: Tensor, method: Method, dr
     """The codes that ``method`` finds, (I, O) uint8; an output for which they are no better than the base's keeps the base's.
 
     With ``stochastic`` they stand as they are: to drop what came out badly would be to take sides.
+
+    Args:
+        grid: what the weights of the layer can be.
+        target: (I, O), W + D transposed.
+        moments: (I, I), H.
+        method: see the module.
+        draw: random numbers, for ``stochastic``.
+
+    Returns:
+        codes, (I, O) uint8.
     """
     if method == "stochastic":
         return round_stochastically(grid, target, draw)
@@ -229,6 +259,13 @@ def compensate_layer(
         plain: W + D with every weight rounded for itself; taken if it has the smaller error (never for ``stochastic``).
         moments: (I, I) fp32, H.
         original: W, if the adapter was trained on it and not on what the base's 4 bits stand for.
+        path: of the layer.
+        adapter: over a base in 4 bits.
+        method: see the module.
+        seed: of ``stochastic``.
+
+    Returns:
+        W' in 4 bits, and its merge error.
 
     Raises:
         UserError: the text drove the layer's inputs to infinity.

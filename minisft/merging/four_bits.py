@@ -39,6 +39,11 @@ def write_requantized(
     Args:
         dtype: of what stays dense.
         force: write what ``SURVIVAL_FLOOR`` refuses.
+        files: the base and its adapter.
+        folder: exists and is empty.
+
+    Returns:
+        the report, and what was not kept of the base's settings.
 
     Raises:
         UserError: too little of the adapter is left in a layer; what ``merge.merge`` refuses.
@@ -66,6 +71,12 @@ def write_compensated(
 
     Args:
         dtype: of what stays dense.
+        files: the base and its adapter.
+        folder: exists and is empty.
+        calibration: rows as for training.
+
+    Returns:
+        the report, and what was not kept of the base's settings.
 
     Raises:
         UserError: what ``merge_compensated`` refuses; a disk that is full.
@@ -97,6 +108,14 @@ def _whole(files: AdaptedFiles, name: str) -> Tensor:
 
 def calibration_rows(path: str | Path, tokenizer: Tokenizer, template: ChatTemplate, max_length: int) -> list[list[int]]:
     """Token ids of the first rows, ``MAX_CALIBRATION_TOKENS`` of them at most: prompts and answers, rendered as in training.
+
+    Args:
+        path: rows as for training.
+        tokenizer, template: of the model.
+        max_length: in tokens; a longer row is cut.
+
+    Returns:
+        token ids, a list each row.
 
     Raises:
         UserError: what ``read_dataset`` and ``encode_dataset`` refuse.

@@ -55,6 +55,13 @@ def merged_rows(
     Args:
         base: W.
         trained: the weight that the adapter was trained on, if that is not W.
+        path: of the layer.
+        adapter: over that layer.
+        dtype: of W'.
+        effect: measures the rounding.
+
+    Returns:
+        an iterator of flat pieces of W', in ``dtype``.
     """
     for begin, end in row_ranges(base.shape):
         weight = read_rows(base, begin, end)
@@ -90,6 +97,7 @@ class Merged:
 
     @property
     def dtype_name(self) -> str:
+        """``float32``, without ``torch.``."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
@@ -135,6 +143,11 @@ def merge_folder(
         scale: a further factor on every update.
         force: write what ``SURVIVAL_FLOOR`` refuses.
         calibration: rows as for training, for ``compensated``.
+        adapter: PEFT's layout, ours or theirs.
+        max_shard_bytes: weights beyond this go into several files.
+
+    Returns:
+        what was written, for ``certificate.certify``.
 
     Raises:
         UserError: what ``open_adapted`` refuses; an ``onto`` that this base cannot have; a sum that is not finite; an

@@ -97,10 +97,12 @@ class Verification:
 
     @property
     def faults(self) -> tuple[LayerCheck, ...]:
+        """The tensors that are not as they should be."""
         return tuple(layer for layer in self.layers if layer.fault)
 
     @property
     def adapted(self) -> tuple[LayerReport, ...]:
+        """The effects of the adapted layers."""
         return tuple(layer.report for layer in self.layers if layer.report is not None)
 
     def require(self) -> None:
@@ -143,6 +145,9 @@ def verify(
         merged: the folder (or GGUF file) to check.
         adapter, model, onto, scale: as for ``streaming.merge_folder``.
         calibration: for ``compensated``; without it nothing is said of the codes of adapted layers.
+
+    Returns:
+        what was found, tensor by tensor; ``require`` raises if it is another model.
 
     Raises:
         UserError: files that cannot be read or do not belong together; another shape of model.
