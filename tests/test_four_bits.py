@@ -152,7 +152,7 @@ def test_an_adapter_smaller_than_the_bases_quantization_makes_another_model(
 def test_unchecked_is_said_to_be_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shop = Shop(tmp_path, QuantConfig())
     assert shop.compensated("--no-check") == 0
-    assert "not compared (places compared 0, limit 1)" in capsys.readouterr().out
+    assert "not compared (positions compared 0, limit 1)" in capsys.readouterr().out
     assert not judge([], None, "compensated").good
 
 
