@@ -45,6 +45,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+LIBRARY_LINE = re.compile(r"^\.\. library:: (\S+)$", re.MULTILINE)
 FETCHING = {"src", "srcset", "poster", "data", "action", "background"}  # attributes whose address a browser loads by itself
 
 
@@ -171,14 +172,31 @@ def test_a_link_that_a_reader_clicks_is_not_fetched(tmp_path: Path) -> None:
 # ---- the library's pages -----------------------------------------------------------------------------------------------
 
 
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 def public_names(path: Path) -> list[str]:
     """The module in ``path`` and its public functions and classes, from its source."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    module = module_of(path)
     definitions = (ast.FunctionDef, ast.ClassDef)
     body = ast.parse(path.read_text(encoding="utf-8")).body
     names = [node.name for node in body if isinstance(node, definitions) and not node.name.startswith("_")]
     return [f"module-{module}", *(f"{module}.{name}" for name in names)]
+
+
+def test_every_module_has_its_line_on_the_page_of_its_folder() -> None:
+    """``minisft/data/chat.py`` is in ``api/data.rst``; what lies flat is in ``api/flat.rst``."""
+    listed = [(page.stem, name) for page in (SITE / "api").glob("*.rst") for name in LIBRARY_LINE.findall(page.read_text())]
+    wanted = set()
+    for path in (ROOT / "minisft").rglob("*.py"):
+        folder = path.parent.relative_to(ROOT / "minisft").parts
+        wanted.add((folder[0] if folder else "flat", module_of(path)))
+    wanted.discard(("flat", "minisft"))  # the package itself is the page "The library"
+    missing = sorted(f"{page}.rst: .. library:: {name}" for page, name in wanted - set(listed))
+    assert not missing, f"add one line each to tutorials/site/api: {missing}"
+    assert len(listed) == len(set(listed)), "a module is listed twice"
 
 
 @pytest.mark.slow
@@ -355,7 +373,7 @@ def test_dark_and_light(watched: Page, address: str) -> None:
 def test_search_finds_a_function(watched: Page, address: str) -> None:
     watched.goto(address + "search.html?q=apply_lora_")
     watched.locator("#search-results li a").first.wait_for(timeout=10_000)
-    assert "adapters" in (watched.locator("#search-results li a").first.get_attribute("href") or "")
+    assert "flat" in (watched.locator("#search-results li a").first.get_attribute("href") or "")
 
 
 # ---- the extensions ----------------------------------------------------------------------------------------------------
@@ -377,12 +395,30 @@ def test_a_formula_becomes_mathml(display: str) -> None:
     markup = extension("mathml").to_mathml(r"W' = W + \frac{\alpha}{r} B A", display)
     assert f'display="{display}"' in markup
     assert "<mfrac>" in markup
+    assert "W\N{PRIME}" in markup
 
 
 def test_bars_stand_close_to_what_they_measure() -> None:
     markup = extension("mathml").to_mathml(r"\arg\max_c |w - c|", "inline")
     assert markup.count('lspace="0" rspace="0">|<') == 2
     assert ">arg<" in markup
+
+
+def test_each_matrix_has_a_row_of_its_own() -> None:
+    """Its parentheses would stretch to the tallest matrix of the formula otherwise."""
+    markup = extension("mathml").to_mathml(
+        r"A = \begin{pmatrix} 1 & 0 \end{pmatrix}, x = \begin{pmatrix} 1 \\ 2 \end{pmatrix}", "block"
+    )
+    assert len(re.findall(r"<mrow><mo>\(</mo><mtable>(?:(?!mtable).)*</mtable><mo>\)</mo></mrow>", markup)) == 2
+    alone = extension("mathml").to_mathml(r"\begin{pmatrix} 1 & 0 \end{pmatrix}", "block")
+    assert alone.count("<mrow><mo>(</mo><mtable>") == 1
+
+
+def test_a_prime_is_raised_once() -> None:
+    to_mathml = extension("mathml").to_mathml
+    assert "<mrow><mi>W\N{PRIME}</mi></mrow>" in to_mathml("W'", "inline")
+    assert "<msub><mi>W\N{PRIME}</mi><mi>q</mi></msub>" in to_mathml("W'_q", "inline")
+    assert "<msup><mi>W</mi><mi>T</mi></msup>" in to_mathml("W^T", "inline")
 
 
 @pytest.mark.parametrize("latex", [r"\nosuchcommand{x}", r"\frac{1}", "x_{", "a & b", r"\left( x", r"\begin{cases} 1"])

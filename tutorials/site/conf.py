@@ -13,7 +13,7 @@ import contents  # noqa: E402  (found on the path above)
 project = "minisft"
 author = "the minisft authors"
 copyright = "the minisft authors, Apache-2.0"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "mathml", "docstrings", "links"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "library", "mathml", "docstrings", "links"]
 smartquotes = False  # W' is no quotation, and --data no dash
 exclude_patterns = ["CONTRIBUTING.md"]  # parts of it are included
 

@@ -22,7 +22,10 @@ ARG = re.compile(r"\\arg(?![a-zA-Z])")  # the one common operator that the libra
 BARS = ("|", "\N{DOUBLE VERTICAL LINE}")
 PARTS = {"mfrac": 2, "mroot": 2, "msub": 2, "msup": 2, "msubsup": 3, "mover": 2, "munder": 2, "munderover": 3}
 
-ElementTree.register_namespace("", "http://www.w3.org/1998/Math/MathML")
+PRIMES = {"\N{PRIME}", "\N{DOUBLE PRIME}", "\N{TRIPLE PRIME}"}
+NAMESPACE = "{http://www.w3.org/1998/Math/MathML}"
+
+ElementTree.register_namespace("", NAMESPACE.strip("{}"))
 
 
 def to_mathml(latex: str, display: str) -> str:
@@ -36,6 +39,9 @@ def to_mathml(latex: str, display: str) -> str:
         root = ElementTree.fromstring(convert(ARG.sub(r"\\operatorname{arg}", latex), display=display))
     except (*LATEX_ERRORS, ElementTree.ParseError) as error:
         raise ValueError(f"{type(error).__name__} {error}".strip()) from error
+    for element in root.iter():
+        _merge_prime(element)
+        _fence_tables(element)
     unknown = [text for text in root.itertext() if "\\" in text]
     if unknown:
         raise ValueError(f"unknown command {unknown[0]}")
@@ -46,6 +52,29 @@ def to_mathml(latex: str, display: str) -> str:
         if name == "mo" and element.text in BARS:
             element.attrib |= {"lspace": "0", "rspace": "0"}  # they stand around what they measure, not between two things
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def _merge_prime(element: ElementTree.Element) -> None:
+    """``W'``: the sign is drawn raised already, and would float above the line if it were a superscript on top."""
+    name = element.tag.removeprefix(NAMESPACE)
+    if name not in ("msup", "msubsup") or element[-1].text not in PRIMES or len(element[0]):
+        return
+    element[0].text = f"{element[0].text}{element[-1].text}"
+    element.remove(element[-1])
+    element.tag = NAMESPACE + {"msup": "mrow", "msubsup": "msub"}[name]
+
+
+def _fence_tables(element: ElementTree.Element) -> None:
+    """``( table )`` in a row of its own: parentheses stretch to the tallest thing in their row."""
+    children = list(element)
+    for i, (before, table, after) in enumerate(zip(children, children[1:], children[2:], strict=False)):
+        tags = [child.tag.removeprefix(NAMESPACE) for child in (before, table, after)]
+        if tags == ["mo", "mtable", "mo"] and len(children) > 3:
+            row = ElementTree.Element(NAMESPACE + "mrow")
+            row.extend((before, table, after))
+            element[:] = [*children[:i], row, *children[i + 3 :]]
+            _fence_tables(element)
+            return
 
 
 def _append(writer: HTML5Translator, node: nodes.math | nodes.math_block, display: str) -> None:
