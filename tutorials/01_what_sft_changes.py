@@ -95,6 +95,8 @@ def label(token: int) -> str:
 
 
 firsts = {}  # the likeliest first token in each wrapping
+
+# %% tags=["drawing"]
 fig, axes = shared.figure(7.0, 4.2, columns=2, rows=2)
 for ax, (name, ids) in zip(axes.flat, prompts.items(), strict=True):
     with torch.no_grad():
@@ -109,7 +111,7 @@ for ax, (name, ids) in zip(axes.flat, prompts.items(), strict=True):
     ax.set(xlim=(0, 1), title=name, xlabel="probability of the next token")
 shared.show(fig, "first_token", "The five likeliest next tokens after the same question, wrapped in four different templates.")
 
-# %%
+# %% tags=["drawing"]
 ending = [name for name, token in firsts.items() if token == END]
 shared.say(
     f"With its own template, the model's first choice is `{label(firsts['own template'])}`: it begins to answer. "
@@ -231,7 +233,7 @@ for name, reply in replies.items():
     print(f"--- {name} ({len(reply)} tokens, {ending})")
     print(tokenizer.decode(reply, skip_special=False))
 
-# %%
+# %% tags=["drawing"]
 words = {name: [t for t in reply if t != END] for name, reply in replies.items()}
 silent = [name for name in replies if not words[name]]
 endless = [name for name, reply in replies.items() if reply[-1] != END]
@@ -270,7 +272,7 @@ for question, text in PAIRS:
         per_token = log_probs(model, prompt, [*tokenizer.encode(before + text), END])  # [A]
         scores[name].append((per_token[:-1].sum().item(), per_token[-1].item()))
 
-# %%
+# %% tags=["drawing"]
 fig, axes = shared.figure(7.0, 3.4, columns=2)
 for part, (ax, title) in enumerate(zip(axes, ("the words of the answer", "the end token, after the words"), strict=True)):
     for place, (name, pairs) in enumerate(scores.items()):
@@ -421,6 +423,7 @@ for name, tiny in arms.items():
     ended[name] = sum(reply[-1] == TINY_END for reply in said)
     correct[name] = sum(reply == answer for reply, (_, answer) in zip(said, unseen, strict=True))
 
+# %% tags=["drawing"]
 fig, ax = shared.figure(6.0, 3.0)
 for shift, (counts, colour, words_of) in enumerate([(ended, "orange", "ends by itself"), (correct, "blue", "is right")]):
     bars = ax.bar(
@@ -437,7 +440,7 @@ shared.show(
     "How many of 52 replies end by themselves and are right: tiny base model, base with SFT, SFT without pre-training.",
 )
 
-# %%
+# %% tags=["drawing"]
 base_right, tuned_right, control_right = correct.values()
 base_ended, tuned_ended, _ = ended.values()
 shared.say(

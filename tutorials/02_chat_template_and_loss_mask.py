@@ -89,6 +89,8 @@ def draw_strip(ax, ids: list[int], mask: list[bool]) -> None:
 
 
 encoded = encode_chat(tokenizer, resolve_template(tokenizer), CHAT)  # the library's version; yours follows below
+
+# %% tags=["drawing"]
 fig, ax = shared.figure(7.0, 1.9)
 draw_strip(ax, encoded.input_ids, encoded.supervised)
 shared.show(
@@ -214,6 +216,7 @@ with torch.no_grad():
 cost = -log_p.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)  # [T - 1]: of tokens 2 ... T
 is_target = torch.tensor(mask[1:])  # [T - 1]
 
+# %% tags=["drawing"]
 fig, ax = shared.figure(7.0, 3.4)
 colours = [shared.COLORS["blue"] if m else "#BBBBBB" for m in mask[1:]]
 ax.bar(range(len(cost)), cost.tolist(), color=colours, width=0.85)
@@ -225,7 +228,7 @@ shared.show(
     fig, "token_loss", "The loss of every token of the chat as one bar each; context tokens are grey, targets are blue."
 )
 
-# %%
+# %% tags=["drawing"]
 share = cost[~is_target].sum() / cost.sum()
 costliest = int(torch.where(is_target, cost, -1.0).argmax()) + 1  # its place among the T tokens
 shared.say(
@@ -326,7 +329,7 @@ for name, targets in {"your mask": right, "ends ignored": ends_ignored, "prompt 
     correct = sum(reply == answer for reply, (_, answer) in zip(replies, test, strict=True))
     print(f"{name:>13}: last loss {losses[-1]:.4f}, {correct} of {len(test)} answers right")
 
-# %%
+# %% tags=["drawing"]
 guess, per_row = math.log(len(practice)), int((everything != IGNORE).sum()) / len(practice)  # nats, and targets, of a row
 shared.say(
     f"The third loss is no worse for being larger: it contains the questions, and which of {len(practice)} comes next cannot "
@@ -340,7 +343,7 @@ print("asked:       ", " ".join(WORDS[i] for i in test[task][0][3:7]))
 for name in ("your mask", "ends ignored"):
     print(f"{name:>13}:", " ".join(WORDS[i] for i in runs[name][1][task]))
 
-# %%
+# %% tags=["drawing"]
 fig, (left, right_ax) = shared.figure(7.0, 3.2, columns=2)
 bins = torch.arange(0.5, LIMIT + 1).tolist()
 for name, (colour, line) in {"your mask": ("blue", "-"), "ends ignored": ("orange", "--")}.items():
@@ -359,7 +362,7 @@ shared.show(
     "Left, the training losses of both runs over the steps; right, how long their replies are, up to the limit of 30 tokens.",
 )
 
-# %%
+# %% tags=["drawing"]
 stopped = {name: sum(reply[-1] == TINY_END for reply in replies) for name, (_, replies) in runs.items()}
 last = {name: losses[-1] for name, (losses, _) in runs.items()}
 begun = sum(reply[: len(a) - 1] == a[:-1] for reply, (_, a) in zip(runs["ends ignored"][1], test, strict=True))
@@ -412,7 +415,7 @@ print(f"equal: {targets.numel()} places, {batch.num_targets} targets, {loss_sum(
 # **1. Measure the prompt by encoding it alone.** "Encode the prompt, count its tokens, mask that many." It works until a
 # token crosses the border. Take a template without control tokens, `Answer: ` and then the answer:
 
-# %%
+# %% tags=["drawing"]
 prompt, answer = "Answer: ", "yes"
 alone, together = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
 print("prompt alone:", [label(t) for t in alone], "  with the answer:", [label(t) for t in together])
@@ -443,7 +446,7 @@ shared.say(
 # **3. "The prompt must always be masked", "the prompt must never be masked".** Both are said as if they were laws. The third
 # run of the tiny model had the prompt in its loss:
 
-# %%
+# %% tags=["drawing"]
 right_answers = {name: sum(r == a for r, (_, a) in zip(replies, test, strict=True)) for name, (_, replies) in runs.items()}
 shared.say(
     f"Right answers on held-out tasks: {right_answers['your mask']} of {len(test)} with your mask, "

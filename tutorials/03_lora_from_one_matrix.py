@@ -62,6 +62,8 @@ def draw_block(ax, x, y, width, height, color, text, below):
 
 
 side, r = 64, 4
+
+# %% tags=["drawing"]
 fig, ax = shared.figure(width=7.0, height=3.2)
 draw_block(ax, 0, 0, side, side, C["grey"], "W", f"[{side}, {side}]: {side * side} numbers\nfrozen")
 ax.text(79, 32, r"$+\;\frac{\alpha}{r}$", ha="center", va="center", fontsize=17)
@@ -273,6 +275,7 @@ for name, model in arms.items():
     if name != "before":
         fit(model, angle=0.5, steps=400, seed=1)
 
+# %% tags=["drawing"]
 fig, axes = shared.figure(width=7.4, height=2.1, columns=5)
 grid = torch.stack(torch.meshgrid(torch.linspace(-1, 1, 121), torch.linspace(-1, 1, 121), indexing="xy"), -1)  # [121, 121, 2]
 truth = spiral(grid.reshape(-1, 2), 0.5).view(121, 121)
@@ -294,7 +297,7 @@ shared.show(
 # %% [markdown]
 # Colours are what the network says, black lines the true borders of the turned world. Where black lines follow the edges of the colours, it is right.
 
-# %%
+# %% tags=["drawing"]
 if accuracy(rank_1, 0.5) < before + 0.05:
     shared.say(
         "One direction in the middle layer is not enough for this change: in 400 steps at this rate nothing much has happened at rank 1. "
@@ -368,6 +371,7 @@ for name, flags in starts.items():
         nn.init.uniform_(factor, -1 / 8, 1 / 8) if random else nn.init.zeros_(factor)
     traces[name] = follow(layer, 20, torch.optim.SGD(layer.parameters(), lr=1.0))
 
+# %% tags=["drawing"]
 fig, axes = shared.figure(width=7.4, height=2.7, columns=4)
 top = 1.1 * max(max(a, b) for trace in traces.values() for _, a, b in trace)
 for ax, (name, trace) in zip(axes, traces.items(), strict=True):
@@ -435,6 +439,8 @@ errors = {
     for setting, how in SETTINGS.items()
     for scale, scale_of in SCALES.items()
 }
+
+# %% tags=["drawing"]
 fig, axes = shared.figure(width=7.4, height=3.0, columns=3)
 looks = {"alpha": (C["orange"], "o", ":"), "alpha / r": (C["blue"], "s", "-"), "alpha / sqrt(r)": (C["green"], "^", "--")}
 for ax, setting in zip(axes, SETTINGS, strict=True):
@@ -515,7 +521,7 @@ print("outputs, gradients, names and counts equal the library's")
 # Several programs forgot to divide by the rank. Training still works after a fashion, as you saw above, so nobody notices; until an adapter trained by a correct program is
 # loaded. Here is our rank-16 adapter of the turned world, read as such a program would.
 
-# %%
+# %% tags=["drawing"]
 misread = copy.deepcopy(rank_16)
 misread.middle.scaling = 32.0  # alpha, not divided by the rank
 strong = misread.middle.delta_weight().norm() / rank_16.middle.delta_weight().norm()
@@ -542,6 +548,7 @@ for name, lr in (("uniform", 1.0), ("N(0, 1)", 1.0), ("N(0, 1), rate / 100", 0.0
         with_adam[name] = follow(twin, 60, torch.optim.Adam([twin.lora_A, twin.lora_B], lr=0.01))[-1][0]
     runs[name] = [loss for loss, _, _ in follow(layer, 60, torch.optim.SGD([layer.lora_A, layer.lora_B], lr=lr))]
 
+# %% tags=["drawing"]
 fig, ax = shared.figure(width=6.4, height=2.8)
 for (name, losses), color, line in zip(runs.items(), (C["blue"], C["orange"], C["purple"]), ("-", "--", ":"), strict=True):
     shown = [loss for loss in losses if loss < 1e4]

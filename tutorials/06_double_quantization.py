@@ -111,6 +111,8 @@ def explain(ax):
 
 SEVEN_BILLION = ModelConfig("llama", 32000, 4096, 11008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128)
 large = {method: planned(SEVEN_BILLION, settings(method, 1, 512)) for method in METHODS}
+
+# %% tags=["drawing"]
 fig, axes = shared.figure(height=4.6, rows=2)
 draw(axes[0], large, 2**30, "GiB")
 explain(axes[0])
@@ -166,7 +168,7 @@ shared.show(
 # Cut it into $2^i$ equal parts; the middle of each part is a level, and so is its negative. That is 127 positive levels and 127
 # negative ones. Zero and one are added: 256. Minus one is not among them.
 
-# %%
+# %% tags=["drawing"]
 fig, ax = shared.figure(height=2.9)
 for i in range(7):
     edges = torch.linspace(0.1, 1.0, 2**i + 1) * 10.0 ** (i - 6)
@@ -290,6 +292,8 @@ print(decode_absmax(codes, absmax2, offset).view(3, 4))
 weight = 0.02 * torch.randn(2048, 1024)
 absmax = nf4.quantize(weight, double_quant=False).absmax  # [32768]
 levels = dynamic_map()
+
+# %% tags=["drawing"]
 fig, axes = shared.figure(height=3.0, columns=2)
 for ax, values, title in ((axes[0], absmax, "scales as they are"), (axes[1], absmax - absmax.mean(), "without their mean")):
     heights, edges = torch.histogram(values / values.abs().max(), bins=80, range=(-1.0, 1.0), density=True)
@@ -359,6 +363,8 @@ def measured(config, run):
 
 runs = {method: settings(method, rows=2, tokens=128) for method in METHODS}
 small = {method: measured(SMALL, run) for method, run in runs.items()}
+
+# %% tags=["drawing"]
 fig, ax = shared.figure(height=3.2)
 draw(ax, small, 2**20, "MiB")
 explain(ax)

@@ -78,6 +78,7 @@ def draw_story(ax, title, kept):
     ax.axis("off")
 
 
+# %% tags=["drawing"]
 fig, axes = shared.figure(height=4.6, rows=2)
 draw_story(axes[0], "The version everybody writes first: the dense weight waits for backward", kept=True)
 draw_story(axes[1], "The version of this page: made twice, kept never", kept=False)
@@ -354,6 +355,7 @@ def measure(name):
 
 measured = {name: measure(name) for name in WAYS}
 
+# %% tags=["drawing"]
 fig, ax = shared.figure(height=3.4)
 kinds = (("stored", "blue"), ("dense weights kept", "orange"), ("activations kept", "grey"))
 for row, (sizes, _) in enumerate(measured.values()):
@@ -375,7 +377,7 @@ shared.show(
     "ours needs only the packed weights and the activations; with checkpointing only the block's input is kept.",
 )
 
-# %%
+# %% tags=["drawing"]
 total = {name: f"{sum(sizes) / 1e6:.1f} MB" for name, (sizes, _) in measured.items()}
 taken = {name: f"{ms:.0f} ms" for name, (_, ms) in measured.items()}
 shared.say(
@@ -502,6 +504,7 @@ def watch(kind):
 
 stories = {"naive": watch(NaiveLinear), "ours": watch(QLoRALinear)}
 
+# %% tags=["drawing"]
 fig, axes = shared.figure(height=3.4, columns=2)
 axes[0].plot(losses, color=shared.COLORS["blue"])
 axes[0].set(xlabel="training step", ylabel="mean squared error", yscale="log", title="The student learns")
@@ -748,7 +751,7 @@ shared.grade(check_outlives, outlives)
 # - **Activations of a long text.** For those people use checkpointing, whole or selective. What it saves depends on the
 #   model's shape more than on the weights:
 
-# %%
+# %% tags=["drawing"]
 base = shared.paper("dettmers2023qlora", "base_7b_mb")
 adapters = shared.paper("dettmers2023qlora", "adapters_7b_mb")
 input_gradients = shared.paper("dettmers2023qlora", "input_gradients_7b_mb")

@@ -59,6 +59,7 @@ def box(ax, y, left, width, label, program):
     ax.text(left + width / 2, y + 0.4, label, ha="center", va="center", fontsize=6.5)
 
 
+# %% tags=["drawing"]
 fig, ax = shared.figure(width=8.5, height=3.4)
 for program in range(3):
     ax.text(program * LANES + 8, 4.95, f"program {program}", ha="center", color=PROGRAM_COLORS[program], fontweight="bold")
@@ -332,6 +333,7 @@ weights = [nf4.quantize(torch.randn(size), double_quant=False) for size in SIZES
 interpreted = [milliseconds(lambda q=q: dequantize(q)) for q in weights]
 pytorch = [milliseconds(lambda q=q: nf4.dequantize(q)) for q in weights]
 
+# %% tags=["drawing"]
 fig, ax = shared.figure()
 for times, name, color in ((interpreted, "our kernel, interpreted", "orange"), (pytorch, "PyTorch", "blue")):
     ax.loglog(SIZES, times, marker="o", color=shared.COLORS[color])
@@ -484,6 +486,7 @@ def accesses(build, kind):
     return counts
 
 
+# %% tags=["drawing"]
 fig, axes = shared.figure(width=8.0, height=3.6, columns=2)
 shades = {1: "orange", 2: "purple", 4: "grey", 8: "green", 16: "blue"}
 for ax, kind in zip(axes, ("load", "store"), strict=True):
@@ -507,7 +510,7 @@ shared.show(
     "ours fetches codes a byte or two at a time, the library's 16 bytes at once, and with fewer loads in all.",
 )
 
-# %%
+# %% tags=["drawing"]
 by_name = {(build["target"], build["name"]): build for build in builds}
 ours_loads = accesses(by_name["sm_90", "ours, n % 16 == 0"], "load")
 library_loads = accesses(by_name["sm_90", "library, n % 16 == 0"], "load")

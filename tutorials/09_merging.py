@@ -57,6 +57,7 @@ weight = torch.tensor(0.0203).to(torch.bfloat16).float()  # stands on a mark
 step = 2.0**-13  # the distance between the marks here: bf16 keeps 8 bits, and the weight lies between 2^-6 and 2^-5
 updates = {"a fifth of a step": 0.2, "two thirds of a step": 0.67, "three and a third": 3.33}
 
+# %% tags=["drawing"]
 fig, axes = shared.figure(height=3.4, rows=3)
 for ax, (words, size) in zip(axes, updates.items(), strict=True):
     exact = weight + size * step
@@ -263,6 +264,7 @@ for size in SIZES:
     for name, (store, trained_beside) in ways.items():
         curves[name].append(effect_of(trained_beside, D, store(D)))
 
+# %% tags=["drawing"]
 fig, axes = shared.figure(width=8.6, height=3.6, columns=2)
 colors = dict(zip(ways, ("blue", "orange", "purple", "green"), strict=True))
 for name, points in curves.items():
@@ -282,7 +284,7 @@ shared.show(
     "the update shrinks; back in 4 bits all but the largest updates are lost, and adding to the original is further off still.",
 )
 
-# %%
+# %% tags=["drawing"]
 nearest = min(range(len(SIZES)), key=lambda i: abs(SIZES[i] - 1e-2))
 rows = ", ".join(f"{name} {points[nearest][2]:.2g}" for name, points in curves.items())
 shared.say(
@@ -374,7 +376,7 @@ for name, (layers, models, _, _) in certificates.items():
 for name, (_, _, verdict, warned) in certificates.items():
     shared.say(f"**{name}**: {verdict}." + "".join(f" The library warns: {text}." for text in warned))
 
-# %%
+# %% tags=["drawing"]
 fig, ax = shared.figure(height=3.2)
 places = [layer.path for layer in certificates["bf16"][0].layers]
 for name, color in (("bf16", "orange"), ("fp32", "blue")):
@@ -432,7 +434,7 @@ apart = {name: float((weight - models["unmerged"]).norm() / D.norm()) for name, 
 for name in models:
     print(f"{name:20} error of the task {losses[name]:.4f}    distance from what was trained {apart[name]:.3f} of the adapter")
 
-# %%
+# %% tags=["drawing"]
 best = min(("dequantized, bf16", "original, bf16", "requantized"), key=losses.get)
 shared.say(
     f"Three files, three models. Only `dequantized` is the one that was trained ({apart['dequantized, bf16']:.3f} of the adapter "
@@ -491,7 +493,7 @@ for tokens in (1, 128):
             f"{2e-6 * tokens * weights * LAYERS:7.1f} MFLOP, {4e-6 * weights * LAYERS:5.1f} MB of weights"
         )
 
-# %%
+# %% tags=["drawing"]
 fig, ax = shared.figure(height=2.6)
 for row, tokens in enumerate((1, 128)):
     for k, (kind, color) in enumerate((("unmerged", "orange"), ("merged", "blue"))):

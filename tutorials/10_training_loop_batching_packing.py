@@ -97,6 +97,8 @@ CAPACITY = 64
 rows = random_rows(16, seed=1)
 lengths = [len(row.input_ids) for row in rows]
 bins = minisft.batching.pack(lengths, CAPACITY)  # you write this one below
+
+# %% tags=["drawing"]
 fig, axes = shared.figure(width=7.4, height=3.2, columns=2)
 draw_layout(axes[0], [[(i, n)] for i, n in enumerate(lengths)], max(lengths), "padded")
 draw_layout(axes[1], [[(i, lengths[i]) for i in items] for items in bins], CAPACITY, "packed")
@@ -309,6 +311,8 @@ shared.say(f"Each row has the loss it has alone; the largest relative difference
 segments = collate(rows, [bin_of_five])[2]  # [1, T]
 right, naive = block_mask(segments)[0], block_mask(torch.ones_like(segments))[0]  # [T, T] each
 leaks = int((naive & ~right).sum())
+
+# %% tags=["drawing"]
 fig, axes = shared.figure(width=6.6, height=3.3, columns=2)
 for ax, mask, title in zip(axes, (right, naive), ("block mask", f"plain causal mask: {leaks} leaks"), strict=True):
     T = len(mask)
@@ -396,6 +400,7 @@ def train(layout):
 
 trained = {layout.__name__: train(layout) for layout in (padded_in_four, packed_in_one, packed_naively)}
 
+# %% tags=["drawing"]
 fig, axes = shared.figure(width=7.4, height=2.9, columns=2)
 steps = range(1, STEPS + 1)
 axes[0].plot(steps, [learning_rate(step, STEPS, PEAK, WARMUP) for step in steps], color=C["grey"])
@@ -421,7 +426,7 @@ shared.show(
     "Left: the learning rate over the steps. Right: the loss of the packed run is a line that passes through the circles of the padded run; the run without a block mask lies elsewhere.",
 )
 
-# %%
+# %% tags=["drawing"]
 gap = max(abs(a - b) for a, b in zip(trained["padded_in_four"][1], trained["packed_in_one"][1], strict=True))
 good, bad = trained["packed_in_one"][2], trained["packed_naively"][2]
 shared.say(
@@ -471,6 +476,7 @@ for _ in range(5):  # in turns, so that a busy moment of the machine hits all of
 best = {name: min(values) for name, values in times.items()}
 places = {name: sum(batch[0].numel() for batch in batches) for name, batches in layouts.items()}
 
+# %% tags=["drawing"]
 fig, axes = shared.figure(width=7.4, height=2.2, columns=2)
 labels = list(layouts)
 axes[0].barh(labels, [places[name] for name in labels], color=C["grey"], alpha=0.35)
@@ -486,7 +492,7 @@ shared.show(
     "Bars for three layouts: how many places are computed, of which how many are real tokens; and real tokens a second.",
 )
 
-# %%
+# %% tags=["drawing"]
 slow, sorted_only, fast = (tokens / best[name] for name in labels)
 shared.say(
     f"On this machine: {slow:,.0f} tokens a second padded, {sorted_only:,.0f} after sorting, {fast:,.0f} packed: packing is "
@@ -517,6 +523,7 @@ as_packed = minisft.batching.collate(chats, PAD, chat_bins)
 sums = [minisft.step.batch_loss_sum(model, batch).item() for batch in (as_packed, once)]
 torch.testing.assert_close(*sums)
 
+# %% tags=["drawing"]
 fig, ax = shared.figure(width=7.4, height=2.6)
 names = ("blue", "orange", "green", "purple")
 for y, items in enumerate(chat_bins):
@@ -629,6 +636,8 @@ readings = {
     "packed, block mask": row_losses(counter, rows, bin_of_five),
     "joined, no mask": row_losses(counter, rows, bin_of_five, segments=ones),
 }
+
+# %% tags=["drawing"]
 fig, ax = shared.figure(width=7.0, height=2.9)
 for shift, (name, losses), color in zip((-0.27, 0, 0.27), readings.items(), (C["black"], C["blue"], C["orange"]), strict=True):
     counts = [sum(rows[i].supervised) for i in bin_of_five]
@@ -686,6 +695,8 @@ error = {
     wrong: [((gradient(cut(rows, size), wrong) - whole).norm() / whole.norm()).item() for size in sizes]
     for wrong in (False, True)
 }
+
+# %% tags=["drawing"]
 fig, ax = shared.figure(width=6.6, height=2.8)
 for wrong, color, marker, name in ((True, C["orange"], "o", "mean of means"), (False, C["blue"], "s", "divided once")):
     ax.plot(range(6), [max(e, 1e-8) for e in error[wrong]], color=color, marker=marker)

@@ -53,6 +53,9 @@ RAN = re.compile(r"\*This page ran in (\d+) s on (\d+) cores? \(\d{4}-\d\d-\d\d,
 # A path that begins at the root, and no part of an address, a fraction or a picture's base64.
 ABSOLUTE_PATH = re.compile(r"(?<![\w/.:+=)])/(?:home|root|tmp|usr|var|opt|mnt|work|workspace|content|Users)/[\w./-]*")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+DRAWING = "drawing"  # the tag of a cell that draws or keeps books: its output is the lesson, not its code
+FOLDED = {"jupyter": {"source_hidden": True}, "cellView": "form"}  # JupyterLab and Colab; the site folds by a tag
+WORDS_A_MINUTE, CODE_LINES_A_MINUTE, EXERCISE_MINUTES = 160, 15, 5
 TABLE = re.compile(r"(<!-- pages -->\n).*?(<!-- end of pages -->)", re.DOTALL)
 
 
@@ -79,6 +82,19 @@ def read_source(path: Path) -> Source:
     if not front or not {"title", "minutes", "needs"} <= front.keys():
         raise PageError(f"{path.stem}: its front matter lacks title, minutes or needs")
     return Source(path, front, notebook.cells)
+
+
+def reading_minutes(source: Source) -> int:
+    """About how long a page takes to read and work through, in steps of five minutes.
+
+    Prose at 160 words a minute, code that is not folded at 15 lines a minute, five minutes an exercise.
+    """
+    words = sum(len(cell.source.split()) for cell in source.cells if cell.cell_type == "markdown")
+    shown = [cell for cell in source.cells if cell.cell_type == "code" and not {DRAWING, "solution"} & set(tags_of(cell))]
+    lines = sum(bool(line.strip()) for cell in shown for line in cell.source.splitlines())
+    exercises = sum("exercise" in tags_of(cell) for cell in source.cells)
+    minutes = words / WORDS_A_MINUTE + lines / CODE_LINES_A_MINUTE + exercises * EXERCISE_MINUTES
+    return max(5, 5 * round(minutes / 5))
 
 
 def tags_of(cell: NotebookNode) -> list[str]:
@@ -174,13 +190,17 @@ def _refuse_unfit_outputs(source: Source, number: int, cell: NotebookNode) -> No
 def notebook_of(source: Source, cells: Sequence[NotebookNode], ran: str) -> NotebookNode:
     """The notebook that readers open, from the page's cells (with outputs or without) and the line ``ran``."""
     folded = [_folded(cell) for cell in cells]
+    read = reading_minutes(source)
+    minutes = new_markdown_cell(
+        f"*Run {source.front['minutes']} min, read {read} min, exercises included.*", metadata={"tags": ["minutes"]}
+    )
     colab = new_code_cell(COLAB, metadata={"tags": ["colab", "remove-cell"]})
     last = new_markdown_cell(ran, metadata={"tags": ["time"]})
-    notebook = nbformat.v4.new_notebook(cells=[folded[0], colab, *folded[1:], last])
+    notebook = nbformat.v4.new_notebook(cells=[folded[0], minutes, colab, *folded[1:], last])
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
-        "minisft": source.front,
+        "minisft": {**source.front, "read_minutes": read},
     }
     _number(notebook.cells)
     return notebook
@@ -191,6 +211,8 @@ def _folded(cell: NotebookNode) -> NotebookNode:
     if "solution" in tags_of(cell):
         fold = f"<details>\n<summary>Solution</summary>\n\n```python\n{cell.source}\n```\n\n</details>"
         return new_markdown_cell(fold, metadata=metadata)
+    if DRAWING in tags_of(cell):
+        metadata = {**FOLDED, "tags": [DRAWING, "hide-input"]}
     if cell.cell_type == "code":
         return new_code_cell(cell.source, metadata=metadata, outputs=cell.outputs)
     return new_markdown_cell(cell.source, metadata=metadata)
@@ -250,15 +272,16 @@ def seconds_of(notebook: NotebookNode) -> int | None:
 
 def table(folder: Path) -> str:
     """The pages of ``folder`` as a Markdown table, from their front matter and their notebooks."""
-    rows = ["| page | you build | promised | took | needs | after |", "|---|---|---|---|---|---|"]
+    rows = ["| page | you build | run | read | took | needs | after |", "|---|---|---|---|---|---|---|"]
     for path in all_sources(folder):
-        front, notebook = read_source(path).front, path.with_suffix(".ipynb")
+        source, notebook = read_source(path), path.with_suffix(".ipynb")
+        front, read = source.front, reading_minutes(source)
         took = f"{seconds_of(nbformat.read(notebook, as_version=4))} s" if notebook.exists() else "not run yet"
         needs = "SmolLM2" if front["needs"] == "smollm2" else "-"
         built = ", ".join(f"`{name}`" for name in front.get("contract", {}))
         title = f"[{path.stem[:2]} {front['title']}]({path.stem}.ipynb)"
         after = ", ".join(front.get("after", [])) or "-"
-        rows.append(f"| {title} | {built} | {front['minutes']} min | {took} | {needs} | {after} |")
+        rows.append(f"| {title} | {built} | {front['minutes']} min | {read} min | {took} | {needs} | {after} |")
     return "\n".join(rows) + "\n"
 
 

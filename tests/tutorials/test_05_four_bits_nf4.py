@@ -126,7 +126,7 @@ MUTANTS = [
     ("first code in the low nibble", "codes[0::2] << 4 | codes[1::2]", "codes[1::2] << 4 | codes[0::2]"),
     ("nibbles taken apart the wrong way round", "(packed >> 4, packed & 15)", "(packed & 15, packed >> 4)"),
     ("the largest value for the largest magnitude", "blocks.abs().amax(dim=1)", "blocks.amax(dim=1)"),
-    ("no guard for a block of zeros", "1 / absmax.clamp(min=1e-38)", "1 / absmax"),
+    ("no guard for a block of zeros", "1 / absmax.clamp(min=SMALLEST)", "1 / absmax"),
     ("a tie goes up", "torch.bucketize(scaled, midpoints)", "torch.bucketize(scaled, midpoints, right=True)"),
     ("rounded down instead of to the nearest", "(levels[:-1] + levels[1:]) / 2", "levels[1:]"),
     ("scales repeated in the wrong order", "absmax.repeat_interleave(block_size)", "absmax.repeat(block_size)"),

@@ -50,6 +50,10 @@ shared.say(f"Twice two is **{double(2)}**.")
 print("offline:", os.environ["HF_HUB_OFFLINE"], os.path.basename(os.getcwd()))
 double(3)
 
+# %% tags=["drawing"]
+books = {"kept": 1}
+print("folded", books)
+
 # %% tags=["exercise"]
 def triple(x):
     raise NotImplementedError("your turn")
@@ -101,29 +105,30 @@ def code_page(folder: Path, code: str, **front: float) -> Path:
 def test_the_cells_of_a_notebook(notebook: NotebookNode) -> None:
     nbformat.validate(notebook)
     assert [(cell.cell_type, *cell.metadata.get("tags", [])) for cell in notebook.cells] == [
-        ("markdown",), ("code", "colab", "remove-cell"), ("code", "setup"), ("code",), ("code",), ("code", "exercise"),
-        ("code", "check"), ("markdown", "solution"), ("markdown", "time"),
+        ("markdown",), ("markdown", "minutes"), ("code", "colab", "remove-cell"), ("code", "setup"), ("code",), ("code",),
+        ("code", "drawing", "hide-input"), ("code", "exercise"), ("code", "check"), ("markdown", "solution"), ("markdown", "time"),
     ]  # fmt: skip
-    assert notebook.cells[3].source == "def double(x):\n    return x + x  # [n]"
+    assert notebook.cells[1].source == "*Run 1 min, read 5 min, exercises included.*"
+    assert notebook.cells[4].source == "def double(x):\n    return x + x  # [n]"
     assert set(notebook.metadata) == {"kernelspec", "language_info", "minisft"}
     assert notebook.metadata.minisft.title == "A sample"
 
 
 @pytest.mark.slow
 def test_the_outputs_of_a_notebook(notebook: NotebookNode) -> None:
-    drawn, said, printed, value = notebook.cells[4].outputs
+    drawn, said, printed, value = notebook.cells[5].outputs
     assert 'alt="A line that rises to 2 &amp; falls, &quot;so&quot;."' in drawn.data["text/html"]
     assert "<figcaption>A line that rises" in drawn.data["text/html"]
     assert "data:image/svg+xml;base64," in drawn.data["text/html"]
     assert said.data["text/markdown"] == "Twice two is **4**."
     assert printed.text == "offline: 1 tutorials\n"
     assert value.data["text/plain"] == "6"
-    assert notebook.cells[6].outputs[0].text == "triple: not solved yet: your turn\n"
+    assert notebook.cells[8].outputs[0].text == "triple: not solved yet: your turn\n"
 
 
 @pytest.mark.slow
 def test_a_solution_is_folded_away(notebook: NotebookNode) -> None:
-    folded = notebook.cells[7].source
+    folded = notebook.cells[9].source
     assert re.fullmatch(
         r"<details>\n<summary>Solution</summary>\n\n```python\ndef triple.*\n```\n\n</details>", folded, re.DOTALL
     )
@@ -131,13 +136,32 @@ def test_a_solution_is_folded_away(notebook: NotebookNode) -> None:
     assert "return 3 * x" not in "".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
 
 
+def test_a_drawing_is_folded_wherever_it_is_read(tmp_path: Path) -> None:
+    """By JupyterLab, by Colab and by MyST-NB, each in its own way; and no other cell is."""
+    source = builder.read_source(write_page(tmp_path, BODY))
+    (folded,) = [cell for cell in builder.notebook_of(source, source.cells, "").cells if "jupyter" in cell.metadata]
+    assert folded.source.startswith("books = ")
+    assert folded.metadata == {"jupyter": {"source_hidden": True}, "cellView": "form", "tags": ["drawing", "hide-input"]}
+
+
+def test_the_reading_time_counts_prose_visible_code_and_exercises(tmp_path: Path) -> None:
+    def minutes(extra: str) -> int:
+        return builder.reading_minutes(builder.read_source(write_page(tmp_path, BODY + extra)))
+
+    assert minutes("") == 5
+    assert minutes("\n# %% [markdown]\n# " + "word " * 1600) == minutes("") + 10
+    assert minutes("\n# %%\n" + "x = 1\n" * 150) == minutes("") + 10
+    assert minutes('\n# %% tags=["drawing"]\n' + "x = 1\n" * 150) == minutes("")
+    assert minutes('\n# %% tags=["exercise"]\nx = 1\n' * 2) == minutes("") + 10
+
+
 @pytest.mark.slow
 def test_nothing_in_a_notebook_changes_without_reason(sample: Path, notebook: NotebookNode) -> None:
     """No time stamps; Jupyter's numbers count up; nothing is left beside the notebook."""
-    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+    assert all(set(cell.metadata) <= {"tags", "jupyter", "cellView"} for cell in notebook.cells)
     numbers = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
-    assert numbers == [None, 1, 2, 3, 4, 5]
-    assert notebook.cells[4].outputs[-1].execution_count == 3
+    assert numbers == [None, 1, 2, 3, 4, 5, 6]
+    assert notebook.cells[5].outputs[-1].execution_count == 3
     assert sorted(file.name for file in sample.parent.iterdir()) == ["98_sample.ipynb", "98_sample.py"]
     text = sample.with_suffix(".ipynb").read_text(encoding="utf-8")
     assert str(Path.home()) not in text
@@ -162,10 +186,10 @@ def test_ids_follow_from_content(tmp_path: Path) -> None:
     again = builder.notebook_of(source, source.cells, "took 2 s").cells
     assert [cell.id for cell in again] == [cell.id for cell in before]
     assert len({cell.id for cell in before}) == len(before)
-    twins = copy.deepcopy(source.cells)
-    twins[2].source = twins[3].source
-    changed = builder.notebook_of(source, twins, "").cells
-    assert [a.id == b.id for a, b in zip(before, changed, strict=True)].count(False) == 2  # the copy, and its twin behind it
+    doubled = copy.deepcopy(source.cells)
+    doubled[2].source = doubled[3].source
+    changed = builder.notebook_of(source, doubled, "").cells
+    assert [a.id == b.id for a, b in zip(before, changed, strict=True)].count(False) == 2  # the copy, and its double behind it
     assert len({cell.id for cell in changed}) == len(changed)
 
 
@@ -173,11 +197,11 @@ def test_ids_follow_from_content(tmp_path: Path) -> None:
 def test_a_notebook_is_compared_with_its_source(sample: Path, notebook: NotebookNode, tmp_path: Path) -> None:
     assert builder.differences(notebook, builder.read_source(sample)) == []
     for old, new, found in [
-        ("x + x", "2 * x", "cell 4"),
+        ("x + x", "2 * x", "cell 5"),
         ("One formula", "A formula", "cell 1"),
-        ("return 3 * x", "return x * 3", "cell 8"),
+        ("return 3 * x", "return x * 3", "cell 10"),
         ("title: A sample", "title: Another", "metadata"),
-        ("\n# %%\nfig", "\n# %%\n1\n\n# %%\nfig", "the source gives 10"),
+        ("\n# %%\nfig", "\n# %%\n1\n\n# %%\nfig", "the source gives 12"),
     ]:
         text = sample.read_text(encoding="utf-8")
         assert text.count(old) == 1
@@ -297,7 +321,7 @@ def test_the_table_is_written_between_its_marks(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("# Before\n\n<!-- pages -->\nold\n<!-- end of pages -->\n\nAfter\n")
     builder.write_table(readme)
-    row = "| [98 A sample](98_sample.ipynb) | `double` | 1 min | {} | SmolLM2 | 02 |"
+    row = "| [98 A sample](98_sample.ipynb) | `double` | 1 min | 5 min | {} | SmolLM2 | 02 |"
     assert row.format("not run yet") in readme.read_text()
     nbformat.write(notebook, source.path.with_suffix(".ipynb"))
     builder.write_table(readme)
