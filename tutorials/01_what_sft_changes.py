@@ -46,10 +46,12 @@ from minisft.generation import generate
 
 shared.start("01", seed=0)
 
-COLOURS = {"own template": "blue", "no template": "orange", "Alpaca's": "purple", "Mistral's": "green"}
+COLOURS = {"own template": "blue", "no template": "orange", "Alpaca style": "purple", "Mistral style": "green"}
 
 # %%
-model, tokenizer = load_model(shared.smollm2())  # stored in about 4 bits (page 05); here every weight is a 32-bit float
+model, tokenizer = load_model(
+    shared.smollm2()
+)  # stored in about 5 bits a weight (page 05); here every weight is a 32-bit float
 model.eval()
 template = resolve_template(tokenizer)  # the chat template that the file carries
 END = tokenizer.eos_ids[0]  # the id of <|im_end|>, the token that ends a turn
@@ -61,9 +63,11 @@ shared.say(
 )
 
 # %% [markdown]
-# The model never sees a "question". It sees a list of token ids, and the text around your question is part of that list. Such
-# a wrapping is called a **chat template**. Here are four ways to wrap one question: the model's own template, none at all,
-# and the templates of two other well-known model families.
+# The model never sees a "question". It sees a list of token ids, and the text around your question is part of that list.
+# Such a wrapping is called a **chat template**. Here are four ways to wrap one question: the model's own template, none at
+# all, and two that are written in the style of other model families. Those two are shortened. Alpaca's real template has a
+# sentence before the instruction ("Below is an instruction that describes a task ..."). In Mistral's, `[INST]` is a control
+# token of Mistral's own tokenizer; here it is plain text.
 
 
 # %%
@@ -73,8 +77,8 @@ def wrapped(question: str) -> dict[str, list[int]]:
     return {
         "own template": own.input_ids,
         "no template": tokenizer.encode(question),
-        "Alpaca's": tokenizer.encode(f"### Instruction:\n{question}\n\n### Response:\n"),
-        "Mistral's": tokenizer.encode(f"[INST] {question} [/INST]"),
+        "Alpaca style": tokenizer.encode(f"### Instruction:\n{question}\n\n### Response:\n"),
+        "Mistral style": tokenizer.encode(f"[INST] {question} [/INST]"),
     }
 
 
@@ -109,7 +113,9 @@ for ax, (name, ids) in zip(axes.flat, prompts.items(), strict=True):
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
     ax.set(xlim=(0, 1), title=name, xlabel="probability of the next token")
-shared.show(fig, "first_token", "The five likeliest next tokens after the same question, wrapped in four different templates.")
+shared.show(
+    fig, "first_token", "The wrapping decides the first token: the five likeliest after one question in four templates."
+)
 
 # %% tags=["drawing"]
 ending = [name for name, token in firsts.items() if token == END]
@@ -122,6 +128,10 @@ shared.say(
         else "In none of the wrappings is its first choice the end of the turn."
     )
 )
+shared.say(
+    "Its other candidates may look odd (`L`, `La`, `Al`). A first token need not be a whole word, and all of them together "
+    "are far less likely than the first one."
+)
 
 # %% [markdown]
 # ## The idea
@@ -133,15 +143,21 @@ shared.say(
 # |---|---|---|---|
 # | **base** | pre-training | raw text, very much of it | goes on as a document would, perhaps with more questions |
 # | **instruct** | base + SFT | prompts with an answer each, in a template | answers, then ends its turn |
-# | **chat** | instruct + preference training (DPO, GRPO and others: see the references) | which of several answers is better | answers as was preferred |
+# | **chat** | instruct + preference training (DPO) or reinforcement learning (GRPO) | DPO: pairs of a better and a worse answer; GRPO: a score for each of its own answers | answers as was preferred or rewarded |
+#
+# DPO needs pairs. GRPO needs none: the model writes a group of answers, and a reward (a model, or a program that checks the
+# answer) scores each of them.
 #
 # SFT changes no architecture and adds no rules. It goes on with the training objective of the first stage, on other data:
-# prompts in one fixed template, with the loss counted on the answers only. Three things can come of it: the *form* of the
-# reply, the *place* where it begins (after the template's last words), and the *end* (the token that closes the turn).
+# prompts in one fixed template. The loss is usually counted on the answers only (page 02 shows that choice). Three things can
+# come of it: the *form* of the reply, the *place* where it begins, and the *end* (the token that closes the turn).
+#
+# **Which one to fine-tune?** For a narrow task with little data, start from an instruct model: it knows a template and how to
+# stop, and you change little. With much data, or a format of your own, start from the base. This page does not measure it.
 #
 # The names are used loosely. The model of this page is called Instruct, and by its model card it had both SFT and then DPO.
 #
-# **The arm that is missing.** The clean experiment would put the base model beside this one. Only the instruct checkpoint
+# **The run that is missing.** The clean experiment would put the base model beside this one. Only the instruct checkpoint
 # comes in an installable package, and these pages download nothing while they run. So we do the next best: we keep the
 # weights and take away the template that the fine-tuning used. That shows what SFT has tied to the template; it does not show
 # what the base model would have done, and an instruct model without its template is *not* a base model. Further down, a tiny
@@ -195,14 +211,14 @@ print("log p of each token:", [round(v, 3) for v in picked.tolist()], "nats; of 
 # Two functions. The decoder reads the whole text again for each new token: slow, and hard to get wrong. (Libraries keep what
 # they have read in a *KV cache*; the result must be the same, and at the end of the page we check that it is.)
 #
-# In `log_probs` the one thing to watch is the shift: the logits at place $t$ speak about the token at place $t + 1$. So the
-# rows that predict the answer begin one place *before* the answer and end one place before its last token.
+# In `log_probs` the one thing to watch is the shift: the logits at position $t$ predict the token at position $t + 1$. So the
+# rows that predict the answer begin one position *before* the answer and end one position before its last token.
 
 
 # %% tags=["build"]
 @torch.no_grad()
 def greedy(model, prompt, max_new_tokens, end_ids):
-    """The likeliest token, again and again, until one of `end_ids` has been said."""
+    """The likeliest token, again and again, until one of `end_ids` was chosen."""
     ids = list(prompt)  # T ids
     for _ in range(max_new_tokens):
         logits = model(torch.tensor([ids]))[0]  # [1, T] -> [1, T, V] -> [T, V]
@@ -243,10 +259,10 @@ shared.say(
 )
 
 # %%
-alpaca = tokenizer.decode(replies["Alpaca's"], skip_special=False)
+alpaca = tokenizer.decode(replies["Alpaca style"], skip_special=False)
 if "Paris" in alpaca and "### Instruction" in alpaca:
     shared.say(
-        "Look at the reply to Alpaca's template. The right answer is there: a wrong template need not destroy what the model knows. "
+        "Look at the reply to the Alpaca-style template. The right answer is there: a wrong template need not destroy what the model knows. "
         "What is lost is the *turn*. The model goes on to write the next instruction and its response, as a document would, and a "
         "program that uses it would have to guess where the answer ends."
     )
@@ -291,7 +307,7 @@ for part, (ax, title) in enumerate(zip(axes, ("the words of the answer", "the en
 shared.show(
     fig,
     "answers",
-    "Mean log-probability of seven answers (bars, with numbers) and of each one (dots): words and end token, in four wrappings.",
+    "A wrong template changes the end token more than the words: mean (bars) and each of seven answers (dots), in nats.",
 )
 
 # %%
@@ -317,7 +333,7 @@ if others:
 # is blue ... because"). What is measured is the probability of stopping *exactly here*.
 
 # %% [markdown]
-# ### The missing arm, in miniature
+# ### The missing run, in miniature
 #
 # The base model of SmolLM2 is not at hand, but nothing stops us from making a tiny base model. Its whole world is counting,
 # its vocabulary has 21 words, and it is pre-trained on two kinds of documents: *sheets* of instructions that nobody answers,
@@ -355,7 +371,7 @@ print("book:  3 to 6 : 3 4 5 6 . 9 to 9 : 9 . ...")
 
 # %% [markdown]
 # Pre-training predicts every next token of such documents. Then comes SFT: 26 of the 78 possible tasks, each as a chat, with
-# the loss on the answers only (`-100` marks a place that does not count: `F.cross_entropy` skips it by default; page 02 builds
+# the loss on the answers only (`-100` marks a position that does not count; page 02 builds
 # such targets). The other 52 tasks are the test. As a control, the same SFT is given to a model that has never been
 # pre-trained.
 
@@ -377,6 +393,7 @@ SIZES = ModelConfig(
 )
 
 
+# %%
 def newborn() -> CausalLM:
     torch.manual_seed(0)
     tiny = CausalLM(SIZES)
@@ -396,13 +413,14 @@ def train_(tiny, batches, lr: float) -> None:
         optimizer.step()
 
 
+# %%
 random.shuffle(RANGES)
 practice, unseen = ([chat(*ends) for ends in part] for part in (RANGES[:26], RANGES[26:]))
 rows = torch.full((26, 12 + 13), TINY_END)  # [B, T]: a prompt has 12 tokens, the longest answer 13
 labels = torch.full((26, 12 + 13), -100)  # [B, T]
 for row, (prompt, reply) in enumerate(practice):
     rows[row, : 12 + len(reply)] = torch.tensor(prompt + reply)
-    labels[row, 11 : 11 + len(reply)] = torch.tensor(reply)  # shifted: place 11 predicts token 12
+    labels[row, 11 : 11 + len(reply)] = torch.tensor(reply)  # shifted: position 11 predicts token 12
 documents = (torch.tensor([document() for _ in range(64)]) for _ in range(200))  # [B, T] each
 
 torch.set_num_threads(1)  # for matrices as small as these, a second thread only costs time
@@ -437,7 +455,7 @@ ax.legend(loc="upper left", ncols=2)
 shared.show(
     fig,
     "miniature",
-    "How many of 52 replies end by themselves and are right: tiny base model, base with SFT, SFT without pre-training.",
+    "Of 52 replies, base with SFT gets the most right; those of the base alone never end; SFT alone gets fewer right.",
 )
 
 # %% tags=["drawing"]
@@ -460,8 +478,8 @@ shared.say(
 # ## The same as the library
 #
 # `minisft.generation.generate` reads the prompt once, keeps keys and values of what it has read, and works on many prompts at a
-# time. `minisft.evaluation.multiple_choice.option_log_probs` scores many answers to one prompt, and reads the prompt and common beginnings once,
-# like a tree. Yours are ten lines and six. They agree: every token of every reply, and each log-probability up to rounding (the
+# time. `minisft.evaluation.multiple_choice.option_log_probs` scores many answers to one prompt, and reads the prompt and common prefixes once.
+# Yours are ten lines and six. They agree: every token of every reply, and each log-probability up to rounding (the
 # library adds in another order).
 
 # %%
@@ -510,7 +528,7 @@ print(tokenizer.decode(reply, skip_special=False))
 print("ended by itself" if reply[-1] == END else f"stopped by the limit of {LIMIT} tokens")
 
 # %% [markdown]
-# **3. "SFT puts the facts in."** The template decides the form of a reply; it cannot supply what the weights do not hold. Ask
+# **3. "SFT puts the facts in."** The template decides the form of a reply; it cannot supply what the weights do not contain. Ask
 # with the right template a question that a model of this size tends to get wrong:
 
 # %%
@@ -574,12 +592,12 @@ shared.grade(check_keep_top_p, keep_top_p)
 
 # %% [markdown]
 # **2. Which option does the model choose?** You have the log-probabilities of each option's tokens; options differ in length.
-# Return two places: the option with the highest *total*, and the one with the highest *mean per token*. The total is the real
+# Return two positions: the option with the highest *total*, and the one with the highest *mean per token*. The total is the real
 # probability of that text, and falls with every further token. The mean takes the length out again.
 
 
 # %% tags=["exercise"]
-def choose(options):  # a list of tensors, [A_0], [A_1], ... -> (place by total, place by mean)
+def choose(options):  # a list of tensors, [A_0], [A_1], ... -> (position by total, position by mean)
     raise NotImplementedError("your turn")
 
 
@@ -629,11 +647,36 @@ shared.say(
 # %% [markdown]
 # ## What was not shown
 #
-# - The base model of SmolLM2: see "The arm that is missing". The miniature shows the kind of change, not its size.
-# - Preference training (DPO, GRPO). minisft stops at SFT; TRL has both.
+# - The base model of SmolLM2: see "The run that is missing". The miniature shows the kind of change, not its size.
+# - Preference training and reinforcement learning (DPO, GRPO): page 12.
 # - Speed. Your loop reads a text of $T$ tokens $T$ times; with a KV cache each token is read once.
 # - Sampling with a temperature: divide the logits by it before the softmax. `minisft.generation.Sampling` has it beside top-p.
 # - Seven questions are an illustration, not an evaluation. No claim about SmolLM2's quality rests on them.
+
+# %% [markdown]
+# ## Summary
+#
+# > - A language model gives a probability to every next token; decoding is a loop around that.
+# > - A chat template is part of the input. The same question in another wrapping is another input.
+# > - The log-probability of an answer is a sum over its tokens, read one position earlier.
+# > - SFT goes on with the objective of pre-training on prompts with answers. It teaches form, start and end of a reply.
+# > - What an answer needs to know must be in the weights before. New facts are learned slowly.
+#
+# You can now answer:
+#
+# <details>
+# <summary>A fine-tuned model answers well and then goes on with a question of its own. What do you check first?</summary>
+#
+# The template and the end token: is the prompt wrapped as in training, and is the id that ends a turn given to the decoder?
+#
+# </details>
+#
+# <details>
+# <summary>Two answers have the same total log-probability. One has 3 tokens, the other 30. Which has the higher mean?</summary>
+#
+# The long one: the same total is divided by ten times as many tokens. So say which rule you used when you compare answers.
+#
+# </details>
 
 # %% [markdown]
 # ## References

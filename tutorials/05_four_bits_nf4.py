@@ -481,7 +481,7 @@ shared.say(
     f"They differ in one number: the smallest after zero is {E2M1[1]:.4f} in E2M1 and {other[1]:.4f} in bitsandbytes, hardly more "
     "than another zero. So there is nothing between zero and one sixth, where most weights are. "
     f"In blocks of 4096 it loses {ratio['FP4 of bitsandbytes']:.2f} times as much as NF4, and E2M1 "
-    f"{ratio['FP4 (E2M1)']:.2f} times. So a comparison with \"FP4\" says little until you know which one was meant."
+    f'{ratio["FP4 (E2M1)"]:.2f} times. So a comparison with "FP4" says little until you know which one was meant.'
 )
 
 # %% [markdown]
@@ -513,7 +513,9 @@ ax.text(-0.3, 9.6, "bars: the layer's weights", color=shared.COLORS["blue"], fon
 ax.text(-0.3, 8.8, "dots: normal numbers", color=shared.COLORS["orange"], fontsize=9)
 ax.set(xlabel="code", ylabel="how often it is used, %", xticks=range(16))
 shared.show(
-    fig, "usage", "The 16 codes are not used equally often: those in the middle far more than one time in sixteen, the outer ones less."
+    fig,
+    "usage",
+    "The 16 codes are not used equally often: those in the middle far more than one time in sixteen, the outer ones less.",
 )
 assert share.max() > 2 * share.min()
 made_for = bell.inv_cdf(tail)
