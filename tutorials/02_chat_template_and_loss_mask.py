@@ -16,9 +16,9 @@
 # %% [markdown]
 # # 02 Chat template and loss mask
 #
-# You turn a chat into token ids, mark the tokens that the model shall learn to write, and compute the loss on those alone.
-# You train a tiny model right, and once more with one popular line of code too many, and see that the second one never stops
-# talking. At the end you can look at any training row and say, token by token, what it teaches.
+# You turn a chat into token ids, mark the tokens that the model is to learn, and compute the loss on those alone. You train
+# a tiny model correctly, and once more with one popular line of code too many, and see that the second one never stops. At
+# the end you can look at any training row and say, token by token, what it teaches.
 
 # %% [markdown]
 # ## You need, you get
@@ -93,13 +93,11 @@ encoded = encode_chat(tokenizer, resolve_template(tokenizer), CHAT)  # the libra
 # %% tags=["drawing"]
 fig, ax = shared.figure(7.0, 1.9)
 draw_strip(ax, encoded.input_ids, encoded.supervised)
-shared.show(
-    fig, "strip", "A chat of five messages as boxes, one a token: the answers and their end tokens are blue, all else is grey."
-)
+shared.show(fig, "strip", "Of a chat, only the answers and their end tokens are learned (blue); all else is context (grey).")
 
 # %% [markdown]
 # Look at the borders, for that is where the mistakes are made. The words `assistant\n` are grey: the program writes them, not
-# the model. The `<|im_end|>` behind an answer is blue: the model has to say by itself that it is done. The `\n` after it is
+# the model. The `<|im_end|>` behind an answer is blue: the model has to write it by itself. The `\n` after it is
 # grey again, and so is every `<|im_end|>` behind a question.
 
 # %% [markdown]
@@ -110,13 +108,13 @@ shared.show(
 # in by itself; such surprises are part of a template.
 #
 # **The loss mask says who wrote each token.** In use, the program writes everything up to `assistant\n`, and the model writes
-# on from there until it says `<|im_end|>`. Training should practise just that.
+# on from there until `<|im_end|>`. Training should practise just that.
 #
-# **Shift by one.** The model's output at one place is its guess of the *next* token. So the target at place $t$ is token
+# **Shift by one.** The model's output at one position is its guess of the *next* token. So the target at position $t$ is token
 # $t + 1$, and it counts if token $t + 1$ is marked. Shift once, in one place of the program, and never think of it again.
 #
 # **Padding.** Rows of a batch differ in length; the shorter ones are filled up with any id. Many tokenizers name their end
-# token for this as well. Then the id alone no longer tells whether a token closes an answer or fills a hole. That is the trap
+# token for this as well. Then the id alone no longer says whether a token closes an answer or fills a hole. That is the trap
 # of this page.
 
 # %% [markdown]
@@ -137,9 +135,9 @@ shared.show(
 # ## By hand: 3 x 4
 #
 # A vocabulary of 4 tokens and a row of 4: two of the prompt (ids 0 and 1), one of the answer (2), and the end token (3).
-# Three places have a next token, so there are 3 rows of logits. We take logarithms of whole numbers again:
+# Three positions have a next token, so there are 3 rows of logits. We take logarithms of whole numbers again:
 #
-# | place | it has read | next token | target? | $e^z$ for tokens 0, 1, 2, 3 | probability | loss |
+# | position | it has read | next token | target? | $e^z$ for tokens 0, 1, 2, 3 | probability | loss |
 # |---|---|---|---|---|---|---|
 # | 1 | 0 | 1 | no, prompt: -100 | 1, 1, 1, 1 | not asked | 0 |
 # | 2 | 0, 1 | 2 | yes | 2, 1, 4, 1 | 4/8 | ln 2 |
@@ -159,8 +157,9 @@ print(f"sum {by_pytorch:.3f} nats over 2 targets, mean {by_pytorch / 2:.3f}")
 # ## Build it
 #
 # `render` writes the chat segment by segment and carries the mask along, so nothing has to be searched for afterwards. The
-# header (`assistant\n`) and the content are encoded *together*, because a tokenizer may merge characters across that border;
-# the offsets, where each token begins and ends in the text, then say which tokens hold a part of the answer. Messages are
+# header (`assistant\n`) and the content are encoded *together*, because a tokenizer may merge characters across that border.
+# (In `Answer: yes`, for instance, the space becomes a part of the token ` yes`.) The offsets, where each token begins and ends
+# in the text, then say which tokens hold a part of the answer. Messages are
 # encoded as plain text: if a user types `<|im_end|>`, it stays ten characters and closes nothing.
 
 
@@ -192,7 +191,7 @@ def make_batch(rows, pad_id):
     for b, (ids, mask) in enumerate(rows):
         ids, mask = torch.tensor(ids), torch.tensor(mask)  # [t], [t]
         input_ids[b, : len(ids)] = ids
-        targets[b, : len(ids) - 1] = torch.where(mask[1:], ids[1:], IGNORE)  # [t - 1]: place i gets token i + 1
+        targets[b, : len(ids) - 1] = torch.where(mask[1:], ids[1:], IGNORE)  # [t - 1]: position i gets token i + 1
     return input_ids, targets
 
 
@@ -225,12 +224,12 @@ ax.set(ylabel="loss of the token (nats)", xlabel="token", xlim=(-0.7, len(cost) 
 ax.grid(visible=False, axis="x")
 ax.text(0.99, 0.95, "grey: context\nblue: targets", transform=ax.transAxes, ha="right", va="top")
 shared.show(
-    fig, "token_loss", "The loss of every token of the chat as one bar each; context tokens are grey, targets are blue."
+    fig, "token_loss", "Most of the loss of a chat is in its context (grey), which the model is not to learn; targets are blue."
 )
 
 # %% tags=["drawing"]
 share = cost[~is_target].sum() / cost.sum()
-costliest = int(torch.where(is_target, cost, -1.0).argmax()) + 1  # its place among the T tokens
+costliest = int(torch.where(is_target, cost, -1.0).argmax()) + 1  # its position among the T tokens
 shared.say(
     f"{int(is_target.sum())} of {len(cost)} tokens are targets, with {cost[is_target].mean():.2f} nats each on average; "
     f"the context tokens have {cost[~is_target].mean():.2f}. Without a mask, {share:.0%} of this row's loss would come from "
@@ -252,7 +251,7 @@ shared.say(f"End of an answer: `{end_token}`, id {tokenizer.eos_ids[0]}. Padding
 # %% [markdown]
 # A popular line of code says `labels[labels == pad_id] = -100`, "ignore the padding". With pad = end it ignores every end of
 # every answer too. What does a model learn from such labels? We train a tiny model (two layers, a vocabulary of 19 words)
-# from nothing, on one task:
+# from nothing, on one task, the same as on page 01:
 #
 # `count 3 to 6` gives `3 4 5 6 <end>`
 #
@@ -300,6 +299,7 @@ SIZES = ModelConfig(
 )
 
 
+# %%
 def train(targets: torch.Tensor, steps: int = 120) -> tuple[CausalLM, list[float]]:
     """A tiny model trained on `targets` [B, T], and its loss at each step."""
     torch.manual_seed(0)
@@ -310,7 +310,7 @@ def train(targets: torch.Tensor, steps: int = 120) -> tuple[CausalLM, list[float
     optimizer = torch.optim.AdamW(tiny.parameters(), lr=5e-3)
     losses = []
     for _ in range(steps):
-        logits = tiny(input_ids)  # [B, T] -> [B, T, V]; padding stands on the right, where no earlier token looks
+        logits = tiny(input_ids)  # [B, T] -> [B, T, V]; padding is on the right, where no earlier token looks
         loss = loss_sum(logits.flatten(0, 1), targets.flatten()) / (targets != IGNORE).sum()
         optimizer.zero_grad()
         loss.backward()
@@ -319,6 +319,7 @@ def train(targets: torch.Tensor, steps: int = 120) -> tuple[CausalLM, list[float
     return tiny, losses
 
 
+# %%
 torch.set_num_threads(1)  # for matrices as small as these, a second thread only costs time
 LIMIT = 30
 runs = {}
@@ -359,7 +360,7 @@ right_ax.legend(loc="upper center")
 shared.show(
     fig,
     "never_stops",
-    "Left, the training losses of both runs over the steps; right, how long their replies are, up to the limit of 30 tokens.",
+    "The losses of both runs look alike (left); with the ends ignored, every reply runs into the limit of 30 tokens (right).",
 )
 
 # %% tags=["drawing"]
@@ -367,12 +368,13 @@ stopped = {name: sum(reply[-1] == TINY_END for reply in replies) for name, (_, r
 last = {name: losses[-1] for name, (losses, _) in runs.items()}
 begun = sum(reply[: len(a) - 1] == a[:-1] for reply, (_, a) in zip(runs["ends ignored"][1], test, strict=True))
 alike = 0.2 < last["ends ignored"] / last["your mask"] < 5
+noticed = "if you only watch the loss, you notice nothing" if alike else "here the loss differs too"
 shared.say(
     f"With your mask, {stopped['your mask']} of {len(test)} replies end by themselves; with the ends ignored, "
     f"**{stopped['ends ignored']} of {len(test)}**. The last training losses are {last['your mask']:.4f} and "
-    f"{last['ends ignored']:.4f} nats: {'who watches the loss notices nothing' if alike else 'here the loss differs too'}. "
+    f"{last['ends ignored']:.4f} nats: {noticed}. "
     f"Up to the number at which it should have stopped, {begun} of {len(test)} replies of the second model are right. It was "
-    "just never told that counting has an end, and what it says beyond the end means nothing."
+    "just never told that counting has an end, and what it writes beyond the end means nothing."
 )
 
 # %% [markdown]
@@ -383,9 +385,9 @@ shared.say(
 # %% [markdown]
 # ## The same as the library
 #
-# First the ids: against the model's own template, a program in the GGUF file, written in Jinja (a small language for text with
-# holes) and run by `resolve_template`, and against `encode_chat`, which reads the mask off that program's output. Then the
-# batch and the loss, with PyTorch as a third voice.
+# First the ids, in two comparisons. The first is with the model's own template, a program in the GGUF file, written in
+# Jinja (a small language for text with holes). The second is with `encode_chat`, which runs that program and reads the mask
+# off its output. Then the batch and the loss, with PyTorch as a third opinion.
 
 # %%
 template = resolve_template(tokenizer)
@@ -402,12 +404,12 @@ assert torch.equal(input_ids, batch.input_ids)
 assert torch.equal(targets, batch.target_ids)
 
 with torch.no_grad():
-    # segment_ids: which places hold tokens and which are padding; page 10 makes more of them
+    # segment_ids: 1 where a token is, 0 where padding is; page 10 puts several rows into one, with more numbers
     logits = model(input_ids, segment_ids=batch.segment_ids).flatten(0, 1)  # [B, T] -> [B, T, V] -> [N, V]
 flat = targets.flatten()  # [N]
 torch.testing.assert_close(loss_sum(logits, flat), cross_entropy_sum(logits, flat))
 torch.testing.assert_close(loss_sum(logits, flat), F.cross_entropy(logits, flat, ignore_index=IGNORE, reduction="sum"))
-print(f"equal: {targets.numel()} places, {batch.num_targets} targets, {loss_sum(logits, flat):.3f} nats")
+print(f"equal: {targets.numel()} positions, {batch.num_targets} targets, {loss_sum(logits, flat):.3f} nats")
 
 # %% [markdown]
 # ## What usually goes wrong
@@ -427,9 +429,9 @@ shared.say(
 )
 
 # %% [markdown]
-# **2. A mean of means.** If each row, or each part of a batch that is computed on its own (a *micro-batch*, page 10), is
-# divided by its own number of targets and the results are averaged, a target in a short answer weighs more than one in a long
-# answer. With parts, the result depends on top of that on how the batch was cut. Our three chats:
+# **2. A mean of means.** A batch can be computed in parts (*micro-batches*, page 10). If each row or part is divided by its
+# own number of targets and the results are averaged, a target in a short answer weighs more than one in a long answer. With
+# parts, the result also depends on how the batch was cut. Our three chats:
 
 # %%
 by_row = zip(logits.view(*targets.shape, -1), targets, strict=True)  # [T, V] and [T] of each row
@@ -443,7 +445,7 @@ shared.say(
 )
 
 # %% [markdown]
-# **3. "The prompt must always be masked", "the prompt must never be masked".** Both are said as if they were laws. The third
+# **3. "The prompt must always be masked", "the prompt must never be masked".** Both are stated as if they were laws. The third
 # run of the tiny model had the prompt in its loss:
 
 # %% tags=["drawing"]
@@ -479,7 +481,7 @@ def check_only_last_turn(answer):
     assert found != mask, "the first answer is still marked"
     assert any(found), "nothing is marked any more: keep the last run of True"
     assert (found[8], found[9]) == (True, False), (
-        "the mask has moved by one place: flags belong to the tokens; make_batch shifts"
+        "the mask has moved by one position: flags belong to the tokens; make_batch shifts"
     )
     assert found == [False] * 6 + [True] * 3 + [False], "keep the last run of True, all of it, and nothing else"
     assert [bool(m) for m in answer([False, True, True])] == [False, True, True], (
@@ -519,11 +521,11 @@ def check_targets_of(answer):
     # Id 2 ends an answer and pads. Row 0: prompt 1 5, answer 6 7 2. Row 1: prompt 1 2 5, answer 8 2, then two of padding.
     input_ids = torch.tensor([[1, 5, 6, 7, 2, 2, 2], [1, 2, 5, 8, 2, 2, 2]])  # [2, 7]
     found = answer(input_ids, torch.tensor([2, 3]), torch.tensor([5, 5]))
-    assert tuple(found.shape) == (2, 7), "return one target for each place, [B, T]"
+    assert tuple(found.shape) == (2, 7), "return one target for each position, [B, T]"
     assert found[0, 3] != IGNORE, (
-        "the end of the answer is gone: id 2 at its place is no padding; know padding by its place, not by its id"
+        "the end of the answer is gone: id 2 at this position is no padding; know padding by its position, not by its id"
     )
-    assert found[0, 2] == 7, "not shifted: the target at a place is the token that comes after it"
+    assert found[0, 2] == 7, "not shifted: the target at a position is the token that comes after it"
     assert found[0, 1] == 6, "the last token of the prompt predicts the first token of the answer"
     assert (found[:, 4:] == IGNORE).all(), "padding has become a target: nothing comes after the last real token of a row"
     expected = [[IGNORE, 6, 7, 2, IGNORE, IGNORE, IGNORE], [IGNORE, IGNORE, 8, 2, IGNORE, IGNORE, IGNORE]]
@@ -535,8 +537,8 @@ shared.grade(check_targets_of, targets_of)
 
 # %% tags=["solution"]
 def targets_of(input_ids, prompt_lengths, lengths):
-    place = torch.arange(1, input_ids.shape[1])  # [T - 1]: the places of the tokens to predict
-    counts = (place >= prompt_lengths[:, None]) & (place < lengths[:, None])  # [B, T - 1]
+    position = torch.arange(1, input_ids.shape[1])  # [T - 1]: the positions of the tokens to predict
+    counts = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])  # [B, T - 1]
     targets = torch.full_like(input_ids, IGNORE)  # [B, T]
     targets[:, :-1] = torch.where(counts, input_ids[:, 1:], IGNORE)
     return targets
@@ -551,11 +553,37 @@ shared.grade(check_targets_of, targets_of)
 #   program and finds the answers in its output; `minisft inspect` prints any data set token by token, as in the first
 #   picture.
 # - Tools, images and reasoning blocks in a chat: minisft does not read them.
-# - The memory that the logits take for a real vocabulary. The library's loss never computes the logits of places that do not
+# - The memory that the logits take for a real vocabulary. The library's loss never computes the logits of positions that do not
 #   count.
 # - Packing several chats into one row: page 10.
 # - The tiny models are trained with one seed. That the run without ends does not stop needs no statistics: nothing ever asked
 #   it to.
+
+# %% [markdown]
+# ## Summary
+#
+# > - A template writes roles into one stream of tokens; control tokens are single ids.
+# > - The mask marks what the assistant writes, its end token included. All else is context.
+# > - Shift targets by one position, once, in one function of the program.
+# > - Sum the loss over all targets of the step and divide once by their number.
+# > - Padding is known by its position and never by its id, because padding and end are often the same token.
+#
+# You can now answer:
+#
+# <details>
+# <summary>A model was fine-tuned and its replies never end. The training loss looked fine. What happened?</summary>
+#
+# Most likely the end tokens were masked, for instance by `labels[labels == pad_id] = -100` with pad = end. Print one row with its
+# mask, token by token.
+#
+# </details>
+#
+# <details>
+# <summary>Which token predicts the first token of an answer, and is it a target itself?</summary>
+#
+# The last token of the prompt. It is context: nothing is learned for writing it, but its row of logits is used.
+#
+# </details>
 
 # %% [markdown]
 # ## References

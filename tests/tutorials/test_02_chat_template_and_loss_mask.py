@@ -179,14 +179,14 @@ def _masked_by_id(targets: Tensor) -> Tensor:
 
 WRONG: dict[str, list[tuple[Callable[..., Any], str]]] = {
     "only_last_turn": [
-        (lambda mask: _last(mask, move=1), "moved by one place"),
+        (lambda mask: _last(mask, move=1), "moved by one position"),
         (lambda mask: list(mask), "the first answer is still marked"),
         (lambda mask: [False] * len(mask), "keep the last run"),
-        (lambda mask: [i == 8 for i in range(len(mask))], "moved by one place|keep the last run"),
+        (lambda mask: [i == 8 for i in range(len(mask))], "moved by one position|keep the last run"),
         (lambda mask: mask[6:], "one flag for each token"),
     ],
     "targets_of": [
-        (lambda ids, p, n: _masked_by_id(_targets(ids, p, n)), "by its place, not by its id"),
+        (lambda ids, p, n: _masked_by_id(_targets(ids, p, n)), "by its position, not by its id"),
         (lambda ids, p, n: _targets(ids, p, n, shift=0), "not shifted"),
         (lambda ids, p, n: _targets(ids, p, torch.full_like(n, ids.shape[1])), "padding has become a target"),
         (lambda ids, p, n: _targets(ids, p + 1, n), "predicts the first token of the answer"),
