@@ -16,10 +16,13 @@
 # %% [markdown]
 # # 03 LoRA from one matrix
 #
-# You will build LoRA (*low-rank adaptation*): wrap one linear layer so that its weight stays frozen and two thin matrices learn in its place.
-# You will see why one of the two starts at zero, what that does to the first gradient, and what `alpha` and the rank really change.
-# (The *rank* of a matrix is the number of directions that it needs; two thin matrices keep that of the change small.)
-# At the end your layer, its gradients and its list of trained numbers equal those of `minisft`.
+# You will build LoRA (*low-rank adaptation*): wrap one linear layer so that its weight stays frozen and two thin matrices
+# learn in its place. You will see why one of the two starts at zero, what that does to the first gradient, and what `alpha`
+# and the rank really change. At the end your layer, its gradients and its list of trained numbers equal those of `minisft`.
+#
+# The *rank* of a matrix is the number of terms that it needs when it is written as a sum of "one column times one row". A
+# tall thin matrix times a wide thin one is such a sum: with 4 columns and 4 rows it has 4 terms, and the product has rank 4
+# at most.
 
 # %% [markdown]
 # ## You need, you get
@@ -28,8 +31,6 @@
 # no other page has to come first. No pretrained model: the small network here is trained in front of you.
 #
 # **You get** a working LoRA layer in about 30 lines, and a feeling for its four knobs: where it sits, its rank, its scale, its start.
-#
-# **Time**: less than a minute of computing, perhaps half an hour of reading.
 
 # %% tags=["setup"]
 import copy
@@ -50,7 +51,7 @@ C = shared.COLORS
 # %% [markdown]
 # Here is the whole idea, drawn to scale for a square weight with 64 inputs, 64 outputs and rank 4.
 
-# %%
+# %% tags=["drawing"]
 from matplotlib.patches import Rectangle
 
 
@@ -62,29 +63,28 @@ def draw_block(ax, x, y, width, height, color, text, below):
 
 
 side, r = 64, 4
-
-# %% tags=["drawing"]
-fig, ax = shared.figure(width=7.0, height=3.2)
-draw_block(ax, 0, 0, side, side, C["grey"], "W", f"[{side}, {side}]: {side * side} numbers\nfrozen")
-ax.text(79, 32, r"$+\;\frac{\alpha}{r}$", ha="center", va="center", fontsize=17)
-draw_block(ax, 96, 0, r, side, C["blue"], "", f"B  [{side}, {r}]\n{side * r} numbers")
-ax.text(98, 68, "B", color=C["blue"], ha="center", fontsize=12, fontweight="bold")
-draw_block(ax, 114, 60, side, r, C["orange"], "", f"A  [{r}, {side}]: {side * r} numbers")
-ax.text(146, 68, "A", color=C["orange"], ha="center", fontsize=12, fontweight="bold")
-ax.text(146, 30, "only these two learn", ha="center", fontsize=11, style="italic")
-ax.set(xlim=(-4, 184), ylim=(-18, 76), aspect="equal")
+fig, ax = shared.figure(width=7.4, height=3.0)
+draw_block(ax, 0, 0, side, side, C["blue"], "W'", "what is used")
+ax.text(75, 32, "=", ha="center", va="center", fontsize=20)
+draw_block(ax, 86, 0, side, side, C["grey"], "W", f"[{side}, {side}]: {side * side} numbers\nfrozen")
+ax.text(163, 32, r"$+\;\frac{\alpha}{r}\;\cdot$", ha="center", va="center", fontsize=17)
+draw_block(ax, 178, 0, r, side, C["purple"], "", f"B  [{side}, {r}]\n{side * r} numbers")
+ax.text(180, 68, "B", color=C["purple"], ha="center", fontsize=12, fontweight="bold")
+ax.text(191, 32, r"$\times$", ha="center", va="center", fontsize=17)
+draw_block(ax, 200, 60, side, r, C["orange"], "", f"A  [{r}, {side}]: {side * r} numbers")
+ax.text(232, 68, "A", color=C["orange"], ha="center", fontsize=12, fontweight="bold")
+ax.text(232, 30, "only B and A learn", ha="center", fontsize=11, style="italic")
+ax.set(xlim=(-4, 270), ylim=(-20, 76), aspect="equal")
 ax.axis("off")
-shared.show(
-    fig, "to_scale", "A large grey square W, plus a tall thin blue matrix B times a wide thin orange matrix A, drawn to scale."
-)
+shared.show(fig, "to_scale", "W' = W + alpha/r times B times A, drawn to scale: W is frozen, and only the thin B and A learn.")
 
 # %% [markdown]
 # ## The idea
 #
-# Fine-tuning a layer means finding a change $\Delta W$ to add to its weight. Full fine-tuning lets every entry of $\Delta W$ move.
-# LoRA bets that a good change needs only a few *directions*: it looks at the input along $r$ directions (the rows of $A$),
-# and for each of them adds one pattern to the output (the columns of $B$). That is a matrix of rank at most $r$, and it takes
-# $r \cdot (in + out)$ numbers instead of $in \cdot out$.
+# Fine-tuning a layer means finding a change $\Delta W$ to add to its weight. Full fine-tuning lets every entry of $\Delta
+# W$ move. LoRA assumes that a good change needs only a few *directions*. It looks at the input along $r$ directions (the
+# rows of $A$), and for each of them adds one pattern to the output (the columns of $B$). That is a matrix of rank at most
+# $r$, and it takes $r \cdot (in + out)$ numbers instead of $in \cdot out$.
 #
 # Three decisions are left, and each is a common place to go wrong:
 #
@@ -107,9 +107,10 @@ shared.show(
 # $$\frac{\partial L}{\partial B} = s \, G A^T, \qquad \frac{\partial L}{\partial A} = s \, B^T G$$
 #
 # Look at the second one. If $B = 0$, the gradient of $A$ is **exactly zero**, while $B$ gets one as long as $A$ is not zero. So in the first step only $B$ moves;
-# from the second step on $B$ is no longer zero and $A$ follows. If both are zero, both gradients are zero, today and for ever.
+# from the second step on $B$ is no longer zero and $A$ follows. If both are zero, both gradients are zero and stay zero.
 #
-# The start used by the authors' code and by `minisft`: $B = 0$, and every entry of $A$ drawn evenly between $-1/\sqrt{in}$ and $+1/\sqrt{in}$.
+# The start used by the authors' code and by `minisft`: $B = 0$, and every entry of $A$ drawn evenly between $-1/\sqrt{in}$
+# and $+1/\sqrt{in}$. (The paper only says "random Gaussian" for $A$ and gives no variance; see "A starts as N(0, 1)" below.)
 
 # %% [markdown]
 # ## By hand: 3 x 4
@@ -122,10 +123,10 @@ shared.show(
 # x = \begin{pmatrix} 1 \\ 2 \\ 1 \\ 1 \end{pmatrix}$$
 #
 # 1. $A x = 1 + 0 + 2 - 1 = 2$, but $B$ is zero, so $y = W x = (2, 2, 1)$.
-# 2. We wish for $(2, 3, 1)$ and use $L = \frac{1}{2} |y - t|^2$. Its gradient at the output is $g = y - t = (0, -1, 0)$.
+# 2. The target is $t = (2, 3, 1)$, and we use $L = \frac{1}{2} |y - t|^2$. Its gradient at the output is $g = y - t = (0, -1, 0)$.
 # 3. $B$ gets $s \cdot g \cdot (A x) = 2 \cdot (0, -1, 0) \cdot 2 = (0, -4, 0)$. $A$ gets $s \cdot (B^T g) \cdot x^T = 0$.
 # 4. One step of size $1/16$ makes $B = (0, 1/4, 0)$.
-# 5. The update is now $s \, B A$: its second row is $2 \cdot \frac{1}{4} \cdot (1, 0, 2, -1) = (0.5, 0, 1, -0.5)$. The new output is $2 + 0.5 + 1 - 0.5 = 3$. Right on the wish.
+# 5. The update is now $s \, B A$: its second row is $2 \cdot \frac{1}{4} \cdot (1, 0, 2, -1) = (0.5, 0, 1, -0.5)$. The new second output is $2 + 0.5 + 1 - 0.5 = 3$, exactly the target.
 #
 # One number of $B$ was moved, and with it three weights: a whole row of the update, wherever $A$ is not zero. The next cell checks every line with autograd.
 
@@ -133,10 +134,10 @@ shared.show(
 W = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]])  # [3, 4]
 A = torch.tensor([[1.0, 0, 2, -1]], requires_grad=True)  # [1, 4]
 B = torch.zeros(3, 1, requires_grad=True)  # [3, 1]
-x, wish, s = torch.tensor([1.0, 2, 1, 1]), torch.tensor([2.0, 3, 1]), 2.0
+x, target, s = torch.tensor([1.0, 2, 1, 1]), torch.tensor([2.0, 3, 1]), 2.0
 
 y = W @ x + s * (B @ (A @ x))  # [3]
-(0.5 * (y - wish).square().sum()).backward()
+(0.5 * (y - target).square().sum()).backward()
 assert y.tolist() == [2, 2, 1]
 assert B.grad.flatten().tolist() == [0, -4, 0]
 assert A.grad.flatten().tolist() == [0, 0, 0, 0]
@@ -149,7 +150,8 @@ with torch.no_grad():
 # %% [markdown]
 # ## Build it
 #
-# First the layer. `base` is any `nn.Linear`; note that `forward` never builds the big product $B A$. It goes through the narrow middle instead: down to `rank` numbers, up again.
+# First the layer. `base` is any `nn.Linear`. `forward` never builds the big matrix $B A$: it computes `rank` numbers from the
+# input, and the output from those.
 
 
 # %% tags=["build"]
@@ -206,10 +208,11 @@ def trainable(model):
 # %% [markdown]
 # ## Run it
 #
-# ### A network learns one world, then the world turns
+# ### A network learns a task, then the task changes
 #
-# Our stand-in for a pretrained model is a small network that has learned which of two colours a point of a three-armed spiral has.
-# Then somebody turns the spiral by half a radian (a little under 30 degrees), and most of what it knows is in the wrong place. Can a thin update put it right?
+# Instead of a pretrained model we take a small network that has learned which of two colours a point of a three-armed
+# spiral has. Then the spiral is turned by half a radian (a little under 30 degrees), and most of what the network knows is
+# in the wrong position. Can a thin update correct it?
 
 
 # %%
@@ -231,6 +234,7 @@ class Net(nn.Module):
         return self.last(hidden)[:, 0]  # [n]
 
 
+# %%
 def fit(model, angle, steps, lr=0.01, seed=0):
     """Train whatever is trainable on fresh random points; the rate falls to zero in a straight line."""
     draw = torch.Generator().manual_seed(seed)
@@ -250,11 +254,12 @@ def accuracy(model, angle):
     return ((model(points) > 0) == (spiral(points, angle) > 0)).float().mean().item()
 
 
+# %%
 pretrained = fit(Net(), angle=0.0, steps=1200)
 before = accuracy(pretrained, 0.5)
 shared.say(
-    f"The network is right on **{accuracy(pretrained, 0.0):.0%}** of new points of its own world, "
-    f"and on **{before:.0%}** once the world has turned; guessing gives 50%."
+    f"The network is right on **{accuracy(pretrained, 0.0):.0%}** of new points of its own spiral, "
+    f"and on **{before:.0%}** once the spiral is turned; guessing gives 50%."
 )
 
 # %% [markdown]
@@ -291,17 +296,17 @@ for ax, (name, model) in zip(axes, arms.items(), strict=True):
 shared.show(
     fig,
     "turned_world",
-    "Five maps of what the network says in the turned world, with the true borders in black: before adapting, with adapters of rank 1, 4 and 16, and with all weights trained.",
+    "With rank, the network's colours follow the true borders (black) of the turned spiral: before, rank 1, 4, 16, all weights.",
 )
 
 # %% [markdown]
-# Colours are what the network says, black lines the true borders of the turned world. Where black lines follow the edges of the colours, it is right.
+# Colours are what the network says, black lines the true borders of the turned spiral. Where black lines follow the edges of the colours, it is right.
 
 # %% tags=["drawing"]
 if accuracy(rank_1, 0.5) < before + 0.05:
     shared.say(
-        "One direction in the middle layer is not enough for this change: in 400 steps at this rate nothing much has happened at rank 1. "
-        "A rank can be too small."
+        "Rank 1 in the middle layer has changed little in 400 steps at this rate. This run does not show whether the rank or the "
+        "rate is the cause, so do not conclude that rank 1 never works."
     )
 both = copy.deepcopy(pretrained)
 add_lora_(both, ["first", "middle"], rank=1, alpha=2)
@@ -312,14 +317,15 @@ shared.say(
     f"**Where** it sits matters too, not only its rank. Rank 1 on the first *and* the middle layer trains {few} numbers and reaches "
     f"{accuracy(both, 0.5):.0%}: {'better' if better else 'not better'} than rank 4 on the middle layer alone ({many} numbers, {accuracy(rank_4, 0.5):.0%}). "
     f"Training all {sum(trainable(full).values())} weights reaches {accuracy(full, 0.5):.0%}; at rank 16 the middle layer alone gets to {accuracy(rank_16, 0.5):.0%}. "
-    + ("No wonder: a turn of the world is a change of what the *first* layer should read. " if better else "")
-    + "In another task another layer would be the right place; one run does not weigh place against rank."
+    + ("A turn of the spiral is a change of what the *first* layer should read. " if better else "")
+    + "In another task another layer would be the right one; one run does not weigh position against rank."
 )
 shared.say(
-    "On a large model the saving is larger by far, because the matrices are. The LoRA paper reports that what has to be stored for one fine-tuned GPT-3 "
-    f"(175 billion parameters) shrank from {shared.paper('hu2021lora', 'checkpoint_full_gb')} GB to {shared.paper('hu2021lora', 'checkpoint_lora_mb')} MB, "
-    "since only A and B are stored (the frozen model is kept once, for all adapters), "
-    f"and memory in training from {shared.paper('hu2021lora', 'vram_full_gb')} GB to {shared.paper('hu2021lora', 'vram_lora_gb')} GB."
+    "On a large model the saving is larger by far, because the matrices are. For GPT-3 (175 billion parameters) the LoRA paper "
+    f"reports {shared.paper('hu2021lora', 'checkpoint_lora_mb')} MB to store for one fine-tuned model instead of "
+    f"{shared.paper('hu2021lora', 'checkpoint_full_gb')} GB. Only A and B are stored; the frozen model is kept once, for all "
+    f"adapters. Memory in training fell from {shared.paper('hu2021lora', 'vram_full_gb')} GB to "
+    f"{shared.paper('hu2021lora', 'vram_lora_gb')} GB."
 )
 
 # %% [markdown]
@@ -337,6 +343,7 @@ strength = 4 / torch.arange(1, d + 1)  # [64], how much each direction of the ch
 D = left @ torch.diag(strength) @ right.T  # [out, in]: full rank, some directions matter more
 
 
+# %%
 def adapter(rank, alpha):
     base = nn.Linear(d, d, bias=False)
     with torch.no_grad():
@@ -358,6 +365,7 @@ def follow(layer, steps, optimizer):
     return history
 
 
+# %%
 starts = {
     "A random, B zero": (True, False),
     "A zero, B random": (False, True),
@@ -379,17 +387,17 @@ for ax, (name, trace) in zip(axes, traces.items(), strict=True):
     ax.plot(range(1, 21), norms_of_a, color=C["orange"], marker="o", markersize=3, label="A")
     ax.plot(range(1, 21), norms_of_b, color=C["blue"], marker="s", markersize=3, label="B")
     ax.set_title(f"{name}\nloss {losses[0]:.2f} → {losses[-1]:.2f}", fontsize=9)
+    ax.legend(fontsize=8, loc="upper right")
     ax.set(xlabel="step", ylim=(-0.04 * top, top), xticks=[1, 10, 20])
 axes[0].set_ylabel("gradient norm")
-axes[0].text(3.0, traces["A random, B zero"][0][2] + 0.03 * top, "B", color=C["blue"], fontweight="bold")
 axes[0].annotate(
     "A: exactly 0", (1, 0), (5, 0.04 * top), color=C["orange"], fontsize=9, arrowprops={"arrowstyle": "-", "color": C["orange"]}
 )
-axes[2].text(10, 0.06 * top, "A and B: 0 for ever", ha="center", fontsize=9)
+axes[2].text(10, 0.06 * top, "A and B stay 0", ha="center", fontsize=9)
 shared.show(
     fig,
     "first_gradients",
-    "Gradient norms of A and B over 20 steps for four starts: the factor that is zero moves first and the other one follows, both zero stays zero, both random starts from a higher loss.",
+    "The factor that starts at zero moves first, the other follows; with both at zero nothing ever moves. Gradient norms, 20 steps.",
 )
 
 # %%
@@ -402,20 +410,32 @@ lower = min(("A random, B zero", "A zero, B random"), key=lambda name: traces[na
 shared.say(
     f"With one zero factor the adapter starts at the frozen layer's loss, {untouched:.3f}, and the *other* factor's gradient comes second. "
     f"With both zero nothing ever moves. With both random both learn at once, but the first loss is {first['both random'][0]:.3f}: "
-    f"step 0 is no longer the pretrained layer, and the loss has changed by {first['both random'][0] / untouched - 1:+.1%} before anything was learned. "
-    "(Li et al. find that large models shrug this off; you still lose the guarantee that an untrained adapter changes nothing.)"
+    f"step 0 is no longer the pretrained layer, and the loss has changed by {first['both random'][0] / untouched - 1:+.1%} before anything was learned."
+)
+ends = {name: trace[-1][0] for name, trace in traces.items()}
+rank_of_both = sorted(ends, key=ends.get).index("both random") + 1
+shared.say(
+    f"Both random is no bad start for all that: after 20 steps it is number {rank_of_both} of 4 here ({ends['both random']:.3f}). "
+    "Li et al. (2025) report that a nonzero start hardly hurts large models, and makes them less sensitive to learning rates that "
+    "are too small. What you lose is the guarantee that an untrained adapter changes nothing."
 )
 shared.say(
     f'Which of the two should be zero? After these 20 steps "{lower}" is ahead ({traces[lower][-1][0]:.3f}). One small run decides nothing: '
-    "Hayou et al. argue that a random A with B at zero stands a larger learning rate, and that is the start everybody uses for linear layers."
+    "Hayou et al. argue that a random A with B at zero allows a larger learning rate, and that is the usual start for linear layers."
 )
 
 # %% [markdown]
 # ### Rank and scale
 #
-# How good can rank $r$ be? Here we know: the best rank-$r$ piece of $D$ keeps its $r$ strongest directions (a theorem by Eckart and Young), and the error left over
-# is the sum of the squares of the others' strengths (divided by the 64 outputs, because our loss is a mean over them). That floor is the black line below. Now train every rank with three scales that are in use,
-# `alpha` alone, `alpha / r` and `alpha / sqrt(r)` (called rsLoRA), all with `alpha = 8`, under three optimizer settings.
+# **The conclusion first**: choose one convention for the scale, keep `alpha` fixed, and tune the learning rate. "alpha
+# should be twice the rank" is a habit, no law. Here is why.
+#
+# How good can rank $r$ be? Here we know: the best piece of $D$ of rank $r$ keeps its $r$ strongest directions (a theorem by
+# Eckart and Young). The error left over is the sum of the squares of the other strengths, divided by the 64 outputs,
+# because our loss is a mean over them. That floor is the black line below.
+#
+# We train every rank with three scales that are in use: `alpha` alone, `alpha / r`, and `alpha / sqrt(r)` (called rsLoRA),
+# all with `alpha = 8`, under three optimizer settings.
 
 # %%
 SCALES = {"alpha": lambda r: 8.0, "alpha / r": lambda r: 8 / r, "alpha / sqrt(r)": lambda r: 8 / math.sqrt(r)}
@@ -450,12 +470,13 @@ for ax, setting in zip(axes, SETTINGS, strict=True):
     ax.set(xscale="log", yscale="log", ylim=(3e-4, 1.0), xlabel="rank", xticks=ranks, xticklabels=ranks)
     ax.minorticks_off()
     ax.set_title(setting, fontsize=10)
-axes[0].set_ylabel("loss after 100 steps")
-axes[0].legend(fontsize=8, loc="lower left")
+axes[0].set_ylabel("expected loss after 100 steps")
+for ax in axes:
+    ax.legend(fontsize=7.5, loc="lower left")
 shared.show(
     fig,
     "rank_and_scale",
-    "Loss after 100 steps against rank for three scales under three optimizer settings: no scale is best in all three panels; a black line marks the best possible loss of each rank.",
+    "No scale is best under all three optimizer settings: expected loss against rank; the black line is the best possible.",
 )
 
 # %%
@@ -472,15 +493,17 @@ for setting in SETTINGS:
 # %% [markdown]
 # (A curve that stops has blown up to NaN; at rank 64 the best possible loss is zero, below the picture.)
 #
-# Read the panels from left to right. A scale is not good or bad by itself: it multiplies how fast the layer moves, as the learning rate does.
-# A large scale can rescue a rate that is too small, and ruins one that is large; with plain SGD it enters squared (exercise 2 shows why).
-# What `alpha / r` buys is that a rate which suits one rank is *safe* at another. What it costs is that high ranks may learn slowly: at a small rate with Adam (left),
-# and with plain SGD even at a rate that is too large for `alpha` (right). That is what the authors of rsLoRA point out and mend with `alpha / sqrt(r)`. So: choose one convention, keep `alpha` fixed, tune the rate. "alpha should be twice the rank" is a habit, no law.
+# - A scale is not good or bad by itself: it multiplies how fast the layer moves, as the learning rate does.
+# - A large scale can rescue a rate that is too small, and ruins one that is large. With plain SGD it enters squared (exercise 2
+#   shows why).
+# - `alpha / r` makes a rate that suits one rank *safe* at another. The price: high ranks may learn slowly, with Adam at a small
+#   rate (left), and with plain SGD even at a rate that is too large for `alpha` (right).
+# - The author of rsLoRA points out that last effect and corrects it with `alpha / sqrt(r)`.
 
 # %% [markdown]
 # ## The same as the library
 #
-# `minisft.lora.LoRALinear` fuses the two products and keeps less memory for backward. The numbers must be the same: the same draw of $A$, the same output, the same gradients,
+# `minisft.lora.LoRALinear` fuses the two matmuls and keeps less memory for backward. The numbers must be the same: the same draw of $A$, the same output, the same gradients,
 # the same names, and a fresh adapter that changes not a single bit.
 
 # %%
@@ -507,6 +530,7 @@ torch.testing.assert_close(mine.lora_A.grad, theirs.lora_A.grad)
 torch.testing.assert_close(mine.lora_B.grad, theirs.lora_B.grad)
 assert all(p.grad is None for p in mine.base.parameters())
 
+# %%
 library = copy.deepcopy(pretrained)
 minisft.surgery.apply_lora_(library, LoRAConfig(rank=4, alpha=8, targets=("middle",)))
 assert list(trainable(rank_4)) == list(trainable(library)) == ["middle.lora_A", "middle.lora_B"]
@@ -519,22 +543,25 @@ print("outputs, gradients, names and counts equal the library's")
 # ### "The scale is alpha"
 #
 # Several programs forgot to divide by the rank. Training still works after a fashion, as you saw above, so nobody notices; until an adapter trained by a correct program is
-# loaded. Here is our rank-16 adapter of the turned world, read as such a program would.
+# loaded. Here is our rank-16 adapter of the turned spiral, read as such a program would.
 
 # %% tags=["drawing"]
 misread = copy.deepcopy(rank_16)
 misread.middle.scaling = 32.0  # alpha, not divided by the rank
 strong = misread.middle.delta_weight().norm() / rank_16.middle.delta_weight().norm()
 shared.say(
-    f"The update is {strong:.0f} times too strong. Accuracy in the turned world: **{accuracy(rank_16, 0.5):.0%}** with the right scale, "
+    f"The update is {strong:.0f} times too strong. Accuracy on the turned spiral: **{accuracy(rank_16, 0.5):.0%}** with the right scale, "
     f"**{accuracy(misread, 0.5):.0%}** with the wrong one. No error, no warning."
 )
 
 # %% [markdown]
 # ### "A starts as N(0, 1)"
 #
-# Many notebooks draw $A$ from a standard normal distribution. $B$ is zero, so the first forward pass looks perfect. But $A$ enters twice:
-# the gradient of $B$ is proportional to $A$, and what a step of $B$ changes in the layer is multiplied by $A$ again. An $A$ that is ten times too large makes the first step a hundred times too large.
+# The LoRA paper says that $A$ is drawn from a "random Gaussian" and gives no variance; its code draws from a narrow uniform
+# distribution. Many notebooks follow the text and draw $A$ from a standard normal distribution. $B$ is zero, so the first
+# forward pass looks perfect. But $A$ enters twice: the gradient of $B$ is proportional to $A$, and what a step of $B$
+# changes in the layer is multiplied by $A$ again. An $A$ that is ten times too large makes the first step a hundred times
+# too large.
 
 # %%
 runs, with_adam = {}, {}
@@ -544,8 +571,8 @@ for name, lr in (("uniform", 1.0), ("N(0, 1)", 1.0), ("N(0, 1), rate / 100", 0.0
         nn.init.normal_(layer.lora_A)
     ratio = layer.lora_A.std().item() * math.sqrt(3 * d)  # against a uniform draw's 1 / sqrt(3 in)
     if lr == 1.0:
-        twin = copy.deepcopy(layer)
-        with_adam[name] = follow(twin, 60, torch.optim.Adam([twin.lora_A, twin.lora_B], lr=0.01))[-1][0]
+        other = copy.deepcopy(layer)
+        with_adam[name] = follow(other, 60, torch.optim.Adam([other.lora_A, other.lora_B], lr=0.01))[-1][0]
     runs[name] = [loss for loss, _, _ in follow(layer, 60, torch.optim.SGD([layer.lora_A, layer.lora_B], lr=lr))]
 
 # %% tags=["drawing"]
@@ -558,7 +585,7 @@ ax.set(yscale="log", ylim=(0.02, 1e4), xlim=(0, 82), xticks=range(0, 61, 10), xl
 shared.show(
     fig,
     "normal_start",
-    "Loss over 60 steps: the uniform start falls smoothly, the standard normal start blows up within a few steps at the same rate.",
+    "At the same rate the uniform start learns smoothly and the standard normal start blows up within a few steps.",
 )
 blew_up = not max(runs["N(0, 1)"]) < 1e3
 fate = "it blows up" if blew_up else f"it ends at {runs['N(0, 1)'][-1]:.3f}"
@@ -689,14 +716,39 @@ shared.grade(check_merged_change, merged_change)
 # %% [markdown]
 # ## What was not shown
 #
-# - **That real updates are low-rank.** In our one-matrix runs the change $D$ was made by us, so its spectrum proves nothing. Aghajanyan et al. and Li et al. measure how few dimensions suffice for real tasks;
+# - **That real updates are low-rank.** In our one-matrix runs the change $D$ was made by us, so its spectrum proves nothing. Aghajanyan et al. (2020) and Li et al. (2018) measure how few dimensions suffice for real tasks;
 #   a later page takes a real full fine-tuning apart.
-# - **Time and memory.** LoRA saves the gradients and optimizer state of the frozen weights, and the product that would make their gradient, one of the two of each layer's backward. It does not save the frozen weights themselves, the activations, or the forward pass, so do not expect
+# - **Time and memory.** LoRA saves the gradients and optimizer state of the frozen weights, and the matmul that would make their gradient, one of the two of each layer's backward. It does not save the frozen weights themselves, the activations, or the forward pass, so do not expect
 #   a step several times faster.
 # - **A second data set.** Accuracy was measured on points never trained on, but we chose ranks and rates while looking at it. In real work keep a validation set for choosing and a test set for the end.
 # - **Dropout on the adapter's input**, which `minisft` offers: a fresh mask for every token. Zeroing columns of $A$ once per batch is not the same thing, because all tokens then lose the same inputs.
 # - **Low precision.** Our factors have the dtype of the base. `minisft` keeps them in fp32 (32 bits a number) over a base in bf16 (16 bits) or 4 bits, because small steps vanish in bf16 (pages 05 to 07).
 # - **Merging**: adding $s B A$ to $W$ for good is exact on paper for any rank; page 09 shows where rounding makes it less so.
+
+# %% [markdown]
+# ## Summary
+#
+# > - LoRA adds (alpha / r) B A to a frozen weight; only the thin factors A and B learn.
+# > - One factor starts at zero, so a fresh adapter changes nothing. The zero factor moves first.
+# > - The scale multiplies how fast the layer moves. Fix the convention and alpha, then tune the rate.
+# > - Where the adapter is placed can matter as much as its rank.
+# > - Print what is trainable. Nothing else tells you that only A and B learn.
+#
+# You can now answer:
+#
+# <details>
+# <summary>Both A and B were set to zero by mistake. What does the training curve look like?</summary>
+#
+# Flat. Each factor's gradient is multiplied by the other factor, so both gradients are zero at every step.
+#
+# </details>
+#
+# <details>
+# <summary>Why does the loss at step 0 tell you whether an adapter was wrapped correctly?</summary>
+#
+# With one factor at zero the adapter adds exactly nothing, so the loss must equal that of the frozen model, bit for bit.
+#
+# </details>
 
 # %% [markdown]
 # ## References
