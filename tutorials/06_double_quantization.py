@@ -19,7 +19,7 @@
 #
 # The scales of page 05 cost half a bit a weight. On this page you store the scales themselves in 8 bits, as QLoRA does, and
 # three quarters of that cost are gone. Then you count every byte of a training step, from the tensors themselves, for full
-# fine-tuning, LoRA and QLoRA, and see which of them is paid for what.
+# fine-tuning, LoRA and QLoRA, and see what each of them pays for.
 
 # %% [markdown]
 # ## You need, you get
@@ -45,18 +45,28 @@ from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.step import batch_loss_sum, prepare_method, train_step
 from minisft.surgery import lora_modules, nf4_modules, quantization_targets, quantize_
+<<<<<<< HEAD
 from minisft.training.memory_estimate import Shape, estimate_step
 from minisft.training.plan import size
+=======
+from minisft.training.memory_estimate import Shape, rehearse
+>>>>>>> c109e79 (Correct page 06: one unit, the smallest scale, where the map comes from)
 
 shared.start("06", seed=0)
 
 # %% [markdown]
 # Here is the bill for a model of seven billion weights, one row of 512 tokens at a time. Nothing of that size is allocated:
+<<<<<<< HEAD
 # `minisft plan` runs a step with tensors that have a shape and no memory. We trust it for now. Further down you count the
 # bytes of a small model yourself, and compare. Adapters, where there are any, have rank 16 and sit on all linear layers but the
 # output head. (The code of this cell is book-keeping and drawing: read the picture first.)
+=======
+# `minisft plan` estimates a step with tensors that have a shape and no memory. We trust it for now. Further down you count
+# the bytes of a small model yourself, and compare. Adapters have rank 16 and are on all linear layers but the output head.
+# A *master* is an fp32 copy of a bf16 weight, which the optimizer updates.
+>>>>>>> c109e79 (Correct page 06: one unit, the smallest scale, where the map comes from)
 
-# %%
+# %% tags=["drawing"]
 METHODS = {
     "full fine-tuning": {"method": "full"},
     "LoRA": {"method": "lora"},
@@ -68,7 +78,7 @@ LINES = {  # of a bill: what the bars call them, colour, opacity
     "weights": ("dense weights, bf16", "grey", 0.6),
     "adapters": ("adapters, fp32", "green", 0.9),
     "gradients": ("gradients, fp32", "orange", 0.8),
-    "optimizer": ("optimizer, fp32", "purple", 0.8),
+    "optimizer": ("optimizer and masters, fp32", "purple", 0.8),
     "activations": ("activations", "blue", 0.3),
 }
 
@@ -114,20 +124,21 @@ large = {method: planned(SEVEN_BILLION, settings(method, 1, 512)) for method in 
 
 # %% tags=["drawing"]
 fig, axes = shared.figure(height=4.6, rows=2)
-draw(axes[0], large, 2**30, "GiB")
+draw(axes[0], large, 1e9, "GB")
+axes[0].set_title("seven billion weights")
 explain(axes[0])
-draw(axes[1], {method: large[method] for method in ("LoRA", "QLoRA")}, 2**30, "GiB")
+draw(axes[1], {method: large[method] for method in ("LoRA", "QLoRA")}, 1e9, "GB")
 axes[1].set_title("the lower two, enlarged")
 shared.show(
     fig,
     "seven_billion",
-    "Three stacked bars for seven billion weights: full training is mostly optimizer, LoRA mostly weights, QLoRA is small.",
+    "Full fine-tuning pays for the optimizer, LoRA for the weights, QLoRA mostly for activations: one step of seven billion.",
 )
 
 # %% [markdown]
-# Three bars, three different problems. In full fine-tuning the weights themselves are a minor matter; what hurts is what
-# training adds to each of them. LoRA removes that, and the frozen weights are left. QLoRA shrinks those, and now the next
-# thing is in sight: the activations, which no quantization of weights makes smaller.
+# Three bars, three different problems. In full fine-tuning the weights themselves are a minor part; most is what training
+# adds to each of them. LoRA removes that, and the frozen weights remain. QLoRA makes those smaller. What is left then are
+# the activations, which no quantization of weights makes smaller.
 
 # %% [markdown]
 # ## The idea
@@ -144,10 +155,10 @@ shared.show(
 # - **The levels are a *dynamic map*.** It has levels for numbers near one and for numbers near a millionth, like a
 #   floating-point format: seven decades, and each larger decade twice as many levels.
 #
-# **The bill.** While a model trains, six kinds of tensors are alive: weights, adapters (if any), gradients, what the
-# optimizer remembers (for Adam two running means for each trained weight, and an fp32 *master* copy where the weight itself is
-# bf16), the activations that the forward pass keeps for the backward pass, and short-lived temporaries, which we leave out. The
-# bill is a list of tensors. No formula.
+# **The bill.** While a model trains, six kinds of tensors are alive: weights, adapters (if any), gradients, the optimizer's
+# state, activations, and short-lived temporaries, which we leave out. The optimizer's state is what Adam remembers: two
+# running means for each trained weight, and an fp32 *master* copy where the weight itself is bf16. Activations are what the
+# forward pass keeps for the backward pass. The bill is a list of tensors. No formula.
 
 # %% [markdown]
 # ## The formula
@@ -181,7 +192,7 @@ ax.set(
 shared.show(
     fig,
     "dynamic_map",
-    "Seven rows of ticks, one a decade: a single level near a millionth, twice as many in each next row, 64 below one.",
+    "The dynamic map has twice as many levels in each larger decade: one near a millionth, 64 below one.",
 )
 
 # %% [markdown]
@@ -207,7 +218,7 @@ shared.show(
 # %% [markdown]
 # ## Build it
 #
-# The map, then there and back. You will recognize page 05: blocks, the largest magnitude, reciprocal, midpoints.
+# The map, then quantize and decode. You will recognize page 05: blocks, the largest magnitude, reciprocal, midpoints.
 
 
 # %% tags=["build"]
@@ -224,7 +235,7 @@ def quantize_absmax(absmax):
     offset = absmax.mean()  # []
     blocks = pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)  # [N] -> [M, 256]
     absmax2 = blocks.abs().amax(dim=1)  # [M]
-    scaled = blocks * (1 / absmax2.clamp(min=1e-38))[:, None]  # [M, 256]
+    scaled = blocks * (1 / absmax2.clamp(min=nf4.TINY))[:, None]  # [M, 256]
     levels = dynamic_map()
     codes = torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2)  # [M, 256]
     return codes.flatten()[: len(absmax)].to(torch.uint8), absmax2, offset
@@ -237,10 +248,10 @@ def decode_absmax(codes, absmax2, offset):
 
 
 # %% [markdown]
-# Now the bill: a list of tensors for each line. PyTorch tells us what we need: how large the block of memory behind a tensor
-# is, where it lies (so that two views of one block, or tied weights, are paid once), and, through `saved_tensors_hooks`, which
-# tensors the forward pass puts aside for the backward pass. A block belongs to the first line that claims it, so an activation
-# that is really a weight is not paid again.
+# Now the bill: a list of tensors for each line. PyTorch tells us two things about a tensor: how large the block of memory
+# behind it is, and its address. Two views of one block, or tied weights, have the same address and are paid once.
+# `saved_tensors_hooks` tells which tensors the forward pass puts aside for the backward pass. A block belongs to the first
+# line that claims it, so an activation that is really a weight is not paid again.
 #
 # The optimizer is the library's: it keeps an fp32 *master* of each bf16 weight that is trained, collects the gradients there,
 # and remembers two running means. Adapters are fp32 already and are their own masters.
@@ -249,8 +260,12 @@ def decode_absmax(codes, absmax2, offset):
 # %% tags=["build"]
 def bill(model, optimizer, compute_loss):
     kept = []
-    # append returns None, so the first function notes the tensor and hands it on.
-    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = compute_loss()
     loss.backward()
     lines = {
@@ -304,12 +319,12 @@ axes[0].set_ylabel("density")
 shared.show(
     fig,
     "offset",
-    "Left, the scales fill a part of the map's positive half; right, without their mean, they sit where levels are dense.",
+    "Without their mean (right) the scales are where the levels are dense; with it (left) half of the levels are never used.",
 )
 
 # %% [markdown]
-# Left, half of the levels stand where no scale can ever be. Right, both halves work, most scales are near zero, and there the
-# levels are dense. What is the mean worth?
+# Left, half of the levels are where no scale can ever be. Right, both halves are used, most scales are near zero, and there
+# the levels are dense. What is the mean worth?
 
 
 # %%
@@ -349,6 +364,7 @@ shared.say(
 SMALL = ModelConfig("llama", 2048, 256, 704, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=64)
 
 
+# %%
 def measured(config, run):
     """Your bill of a model that exists and trains."""
     model = CausalLM(config).to(torch.bfloat16)
@@ -366,14 +382,20 @@ small = {method: measured(SMALL, run) for method, run in runs.items()}
 
 # %% tags=["drawing"]
 fig, ax = shared.figure(height=3.2)
-draw(ax, small, 2**20, "MiB")
+draw(ax, small, 1e6, "MB")
 explain(ax)
 shared.show(
     fig,
     "small",
-    "The same bars for a small model, measured: the optimizer is the largest part of full training and nearly gone with LoRA.",
+    "Measured on a small model: the optimizer is the largest part of full fine-tuning and nearly gone with LoRA.",
 )
 full, lora, qlora = small.values()
+
+
+def size(num_bytes):
+    return f"{num_bytes / 1e6:,.1f} MB"
+
+
 trained = size(lora["optimizer"] + lora["gradients"])
 replaced = size(lora["weights"] - qlora["weights"])
 kept_before, kept_after = size(lora["activations"]), size(qlora["activations"])
@@ -401,9 +423,15 @@ shared.say(f"{real_bits:.3f} bits a weight, where page 05 needed {4 + 32 / 64:.3
 # ## The same as the library
 #
 # Map, codes, scales of scales, mean and rebuilt scales equal `minisft.nf4` bit for bit. And the bytes that you counted on
+<<<<<<< HEAD
 # living tensors equal the library's estimate, line by line and exactly, with one exception. Among the activations the
 # estimate also counts what happens to be alive when the backward pass begins, though it is not needed there: the loss, and
 # up to two integers a token that say where it stands.
+=======
+# living tensors equal the library's memory estimate, line by line and exactly, with one exception. Among the activations the
+# estimate also counts what happens to be alive when the backward pass begins, though it is not needed there: the loss, and
+# up to two integers a token that give its position.
+>>>>>>> c109e79 (Correct page 06: one unit, the smallest scale, where the map comes from)
 
 # %%
 assert torch.equal(dynamic_map(), nf4.dynamic_map(torch.device("cpu")))
@@ -430,20 +458,23 @@ shared.say(f"{len(runs)} bills of {len(LINES)} lines: counted and planned agree.
 #
 # ### "Full fine-tuning of 7B needs 28 GB"
 #
-# Seven billion times four bytes: that is fp32 weights, lying there. To train them takes gradients and an optimizer too.
+# Seven billion times four bytes: that is fp32 weights alone. To train them takes gradients and an optimizer too.
 
 # %%
 folklore = 28e9
 full = large["full fine-tuning"]
 numbers = full["weights"] / 2  # bf16
 states = full["weights"] + full["gradients"] + full["optimizer"]
-assert states > 3 * folklore
+assert 3 * folklore < states < sum(full.values())
 paper_gb = shared.paper("dettmers2023qlora", "vram_65b_full_gb")
 shared.say(
-    f"Weights, gradients and optimizer of this model of {numbers / 1e9:.1f} billion: {states / 1e9:.0f} GB, "
-    f"{states / numbers:.0f} bytes a weight, {states / folklore:.1f} times the folklore, and that is before a single "
-    f"activation. How many bytes it is depends on who keeps what: the QLoRA paper's figure for 65B, more than {paper_gb} GB, "
-    f"is {paper_gb / 65:.0f} bytes a weight, which leaves no room for fp32 masters. Nobody's count is four."
+    f"Weights, gradients and optimizer of this model of {numbers / 1e9:.1f} billion: {states / 1e9:.1f} GB of the "
+    f"{sum(full.values()) / 1e9:.1f} GB in the first picture; the rest are activations. That is {states / numbers:.0f} bytes a "
+    f"weight and {states / folklore:.1f} times the folklore."
+)
+shared.say(
+    f"How many bytes it is depends on what is kept. The QLoRA paper's figure for 65B, more than {paper_gb} GB, is "
+    f"{paper_gb / 65:.0f} bytes a weight, which leaves no room for fp32 masters. No count gives four."
 )
 
 # %% [markdown]
@@ -554,7 +585,7 @@ shared.grade(check_block_codes, block_codes)
 
 # %% tags=["solution"]
 def block_codes(block, levels):
-    scaled = block * (1 / block.abs().max().clamp(min=1e-38))  # [64], zeros stay zeros
+    scaled = block * (1 / block.abs().max().clamp(min=nf4.TINY))  # [64], zeros stay zeros
     return torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
 
 
@@ -573,11 +604,38 @@ shared.grade(check_block_codes, block_codes)
 # - Memory that PyTorch holds and does not use. The gaps between blocks are real, and no list of tensors shows them.
 
 # %% [markdown]
+# ## Summary
+#
+# > - Scales are numbers too: 256 of them share one fp32 number, and each keeps an 8-bit code.
+# > - Their mean comes off first, so that small deviations use all of the map.
+# > - NF4 with double quantization costs 4 + 8/64 + 32/(64 · 256) bits a weight, instead of 4 + 32/64.
+# > - Full fine-tuning pays for gradients and optimizer, LoRA for frozen weights, QLoRA mostly for activations.
+# > - Count bytes from tensors. `minisft plan` does it before anything is loaded.
+#
+# You can now answer:
+#
+# <details>
+# <summary>QLoRA runs out of memory with long texts. Does a smaller number of bits help?</summary>
+#
+# Hardly. Long texts enlarge activations, which 4-bit weights do not touch. Shorter rows or checkpointing help.
+#
+# </details>
+#
+# <details>
+# <summary>Why can a block of zeros come back as small numbers, and what prevents it?</summary>
+#
+# Its scale is zero, but after 8 bits it may come back as a small number. The codes must therefore be those of zero, so zero must
+# not be divided by zero: the scale is clamped to a normal number before it is inverted.
+#
+# </details>
+
+# %% [markdown]
 # ## References
 #
 # - Dettmers, Pagnoni, Holtzman, Zettlemoyer (2023), *QLoRA: Efficient Finetuning of Quantized LLMs*,
 #   [arXiv:2305.14314](https://arxiv.org/abs/2305.14314). Double quantization is in section 3.
 # - Dettmers, Lewis, Shleifer, Zettlemoyer (2021), *8-bit Optimizers via Block-wise Quantization*,
-#   [arXiv:2110.02861](https://arxiv.org/abs/2110.02861). The dynamic map is in section 2.
+#   [arXiv:2110.02861](https://arxiv.org/abs/2110.02861). Dynamic tree quantization is in section 1.3, its use for
+#   optimizer states in section 2.2.
 # - Rajbhandari, Rasley, Ruwase, He (2019), *ZeRO: Memory Optimizations Toward Training Trillion Parameter Models*,
 #   [arXiv:1910.02054](https://arxiv.org/abs/1910.02054). Counts what mixed-precision Adam keeps for each weight.

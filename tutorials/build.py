@@ -135,6 +135,8 @@ def run(source: Source) -> tuple[list[NotebookNode], float]:
 def _environment() -> dict[str, str]:
     """Ours, without network and GPU: a page shows the same on every machine."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_", "MPL"))}
+    # passive: threads that wait would otherwise take the other core from whatever else runs on this machine.
+    kept.setdefault("OMP_WAIT_POLICY", "passive")
     return {**kept, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 
 

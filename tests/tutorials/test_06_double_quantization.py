@@ -171,7 +171,7 @@ MUTANTS = [
     ("the mean is not taken off", "pad(absmax - offset,", "pad(absmax,"),
     ("the mean is not put back", "codes.int()] * scales + offset", "codes.int()] * scales"),
     ("the median for the mean", "absmax.mean()", "absmax.median()"),
-    ("no guard for scales that are all alike", "1 / absmax2.clamp(min=1e-38)", "1 / absmax2"),
+    ("no guard for scales that are all alike", "1 / absmax2.clamp(min=nf4.TINY)", "1 / absmax2"),
     ("rounded down instead of to the nearest", "(levels[:-1] + levels[1:]) / 2)", "levels[1:])"),
     ("scales of scales in the wrong order", "absmax2.repeat_interleave(256)", "absmax2.repeat(256)"),
     ("weights kept for backward are paid twice", " if place not in seen)", ")"),
