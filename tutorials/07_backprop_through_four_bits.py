@@ -16,8 +16,9 @@
 # # 07 Backprop through frozen 4-bit weights
 #
 # A weight that is stored in 4 bits has to become ordinary numbers again before anything can be multiplied with it. On this
-# page you write the layer that does so in forward *and* in backward, and keeps nothing in between. You will also see the
-# version that everybody writes first, and catch it holding on to all the memory it was meant to save.
+# page you write the layer that does so in forward *and* in backward, and keeps nothing in between. bitsandbytes does the
+# same. You will also see the simpler version, which many tutorials show, and measure that it keeps all the memory it was
+# meant to save.
 
 # %% [markdown]
 # ## You need, you get
@@ -26,8 +27,8 @@
 # Page 06 (the scales in 8 bits again) is what `nf4.quantize` does unless told otherwise; here it only makes the packed weight a
 # little smaller, and `absmax2=None, offset=None` means that it was not done. No GPU, no model.
 #
-# **You get** a linear layer with a 4-bit weight that gradients flow through, two instruments that tell what autograd keeps in
-# memory, and a complete, if very small, QLoRA training run. About one minute.
+# **You get** a linear layer with a 4-bit weight that gradients flow through, two instruments that tell what autograd keeps
+# in memory, and a small but complete QLoRA training run.
 
 # %% tags=["setup"]
 import torch
@@ -50,7 +51,7 @@ from minisft import nf4
 # a layer, then a long wait while all the layers that come after it have their turn, then the backward pass of this layer. The
 # areas are to scale.
 
-# %%
+# %% tags=["drawing"]
 SHAPE = (576, 576)  # [out, in]: an attention projection of a small language model
 picture_q = nf4.quantize(torch.randn(SHAPE))
 packed_bytes, dense_bytes = picture_q.nbytes, picture_q.shape.numel() * 4  # a dense weight has 4 bytes a number
@@ -80,33 +81,33 @@ def draw_story(ax, title, kept):
 
 # %% tags=["drawing"]
 fig, axes = shared.figure(height=4.6, rows=2)
-draw_story(axes[0], "The version everybody writes first: the dense weight waits for backward", kept=True)
-draw_story(axes[1], "The version of this page: made twice, kept never", kept=False)
+draw_story(axes[0], "The simple version: the dense weight waits for backward", kept=True)
+draw_story(axes[1], "The version of this page: made twice, never kept", kept=False)
 shared.show(
     fig,
     "story",
-    alt="Two timelines of one layer: in the first a large square, the dense weight, lasts from forward to backward; "
-    "in the second it exists only during each of the two, while a small square, the packed weight, lasts throughout.",
+    alt="The simple version keeps the dense weight (large square) from forward to backward; this page's makes it twice and "
+    "keeps only the packed weight (small square).",
 )
 shared.say(
     f"The orange square stands for {dense_bytes:,} bytes, the blue one for {packed_bytes:,}. If the orange one stays, the layer "
-    f"holds {1 + packed_bytes / dense_bytes:.2f} times what it would hold if nobody had quantized anything."
+    f"holds {1 + packed_bytes / dense_bytes:.2f} times what it would hold without any quantization."
 )
 
 # %% [markdown]
 # ## The idea
 #
-# In fine-tuning with LoRA the large weight $W$ is frozen. It never learns, so nobody ever asks for its own gradient. But the
+# In fine-tuning with LoRA the large weight $W$ is frozen. It never learns, so its own gradient is never needed. But the
 # layers *before* it, nearer the input, do learn (they have adapters too), and their gradients have to pass through $W$ on the
 # way back. So backward needs the values of $W$, and only those.
 #
 # PyTorch's autograd has one general answer to "backward needs a value": it **saves** the tensor during forward. For an
-# ordinary layer this costs nothing. The saved tensor *is* the parameter, which lives anyway, and saving means keeping a
-# reference, not making a copy. For a 4-bit layer it is a disaster. The dense $W$ was a scrap of paper, made a moment ago from
-# the packed codes, and saving it keeps the scrap alive until backward. Every layer does that, so just before the first
-# backward step the whole model lies in memory in full precision.
+# ordinary layer this costs nothing. The saved tensor *is* the parameter, which exists anyway, and saving means keeping a
+# reference, not making a copy. For a 4-bit layer it costs everything. The dense $W$ is a temporary, made a moment ago from the
+# packed codes, and saving it keeps it alive until backward. Every layer does that. So just before the first backward step the
+# whole model is in memory in the dtype of the computation: bf16 in practice, fp32 on this page.
 #
-# The way out: do not save what is cheap to make again. Save the packed codes (which live anyway), throw the dense weight
+# The way out: do not save what is cheap to make again. Save the packed codes (which exist anyway), throw the dense weight
 # away, and dequantize **a second time** in backward. That trade, computing again rather than remembering, is an old one;
 # *checkpointing* is its general form and makes whole stretches of forward run again. Here we need so little of it that we can
 # do it by hand: one `torch.autograd.Function`, which is PyTorch's way to say "for this step I write forward and backward
@@ -172,7 +173,7 @@ print("g W    =", (g @ W).tolist())
 # %% [markdown]
 # ## Build it
 #
-# **First the product.** An `autograd.Function` has two static methods. `forward` is handed the inputs and a notepad called
+# **First the matmul.** An `autograd.Function` has two static methods. `forward` is handed the inputs and a notepad called
 # `ctx`, in which it may write down what backward will need. `backward` is handed the gradient of the output and returns one
 # gradient for each input of `forward`, or `None` for what has none.
 #
@@ -197,7 +198,7 @@ class FrozenProduct(torch.autograd.Function):
 
 
 # %% [markdown]
-# `once_differentiable` says that nobody will differentiate our backward once more; PyTorch then tells whoever tries it.
+# `once_differentiable` says that our backward cannot be differentiated once more; PyTorch then raises an error if you try it.
 #
 # **Then two layers.** The first only holds the packed weight. The second puts a LoRA update beside it, exactly as on page 03:
 # that is all there is to QLoRA's forward.
@@ -234,11 +235,11 @@ class QLoRALinear(nn.Module):
 # **Last the instrument.** Autograd lets us look over its shoulder: a pair of *saved-tensor hooks* is called with every tensor
 # it puts away for backward, and again when it takes one out. Ours writes down the bytes and hands the tensor through. Two
 # details make the count honest. Several tensors can be views of the same memory (`W` and `W.T` are), so we count *storages*,
-# the memory below the tensors, and each only once. And a storage that lives anyway, such as a parameter's, costs nothing to
+# the memory below the tensors, and each only once. And a storage that exists anyway, such as a parameter's, costs nothing to
 # keep, so the caller can name those.
 #
 # One thing the hooks do not see: what we hang onto `ctx` ourselves, such as `ctx.q`. That one is owned by the layer, so it
-# costs nothing; a dense weight hidden there would escape this instrument, and the second one, further down, is there to catch
+# costs nothing; a dense weight hidden there would escape this instrument. The second one, further down, is there to find
 # it.
 
 
@@ -287,7 +288,7 @@ for name, product in {
 print(f"{'the packed weight':25} is    {layer.q.nbytes:9,} bytes")
 
 # %% [markdown]
-# The ordinary layer keeps nothing extra, since the weight it saved is the one it has. The naive one keeps the scrap. Ours
+# The ordinary layer keeps nothing extra, since the weight it saved is the one it has. The naive one keeps the dense weight. Ours
 # keeps nothing.
 #
 # Is the gradient still right? Backward multiplies with the same numbers in the same order, so it must agree with the ordinary
@@ -304,7 +305,7 @@ assert torch.equal(gradient(layer), gradient(lambda x: F.linear(x, dense)))
 print("gradients of ours and of the ordinary layer: the same bits")
 
 # %% [markdown]
-# Now a block as it stands in a language model: up to a wider space, a nonlinearity, down again. We compare five ways to run
+# Now a block as it is in a language model: up to a wider space, a nonlinearity, down again. We compare five ways to run
 # it, and count three kinds of bytes: what is **stored** all the time, the **dense weights** that are kept for backward, and
 # the **activations** that are kept for backward. Two of the five use PyTorch's checkpointing, which keeps only the input of
 # the block and runs the block's whole forward a second time when backward arrives.
@@ -336,6 +337,7 @@ WAYS = {
 }
 
 
+# %%
 def measure(name):
     """(stored, dense weights kept, activations kept) in bytes, and the median time of forward and backward in milliseconds."""
     times = []
@@ -373,28 +375,32 @@ ax.grid(axis="y", visible=False)
 shared.show(
     fig,
     "saved_bytes",
-    alt="Stacked bars of the memory of one block run in five ways. Naive four bits needs more than the dense block; "
-    "ours needs only the packed weights and the activations; with checkpointing only the block's input is kept.",
+    alt="Naive four bits needs more memory than the dense block; ours needs only packed weights and activations; "
+    "with checkpointing only the block's input is kept.",
 )
 
 # %% tags=["drawing"]
 total = {name: f"{sum(sizes) / 1e6:.1f} MB" for name, (sizes, _) in measured.items()}
 taken = {name: f"{ms:.0f} ms" for name, (_, ms) in measured.items()}
+slower = measured["4 bits, ours"][1] / measured["dense, frozen"][1] - 1
 shared.say(
     f"Before its backward the naive block holds **{total['4 bits, naive']}**, the dense one, which was never quantized, "
-    f"{total['dense, frozen']}, and ours {total['4 bits, ours']}. Forward and backward took {taken['dense, frozen']} dense, "
-    f"{taken['4 bits, naive']} naive, {taken['4 bits, ours']} ours and {taken['naive + checkpoint']} naive with a checkpoint."
+    f"{total['dense, frozen']}, and ours {total['4 bits, ours']}."
+)
+shared.say(
+    f"Forward and backward took {taken['dense, frozen']} dense, {taken['4 bits, naive']} naive, {taken['4 bits, ours']} ours and "
+    f"{taken['naive + checkpoint']} naive with a checkpoint. So 4 bits cost {slower:.0%} more time than dense weights here."
 )
 
 # %% [markdown]
 # Three things to read from it. *Naive four bits is no saving at all while you train*: it holds the packed weight and the
-# dense one. *Checkpointing also rids us of the dense weight*, because the naive forward that kept it is thrown away and run
-# again; so a naive QLoRA may hide its flaw behind a checkpoint, and then pays for a second product where a second
-# dequantization would have done. And *the two add up*: ours is about weights, checkpointing is mostly about activations, and
+# dense one. *Checkpointing also removes the dense weight*, because the naive forward that kept it is thrown away and run
+# again; so a naive QLoRA may hide its flaw behind a checkpoint, and then pays for a second matmul where a second
+# dequantization would have been enough. And *the two add up*: ours is about weights, checkpointing is mostly about activations, and
 # real runs on long texts use both.
 #
 # Our second dequantization is not free. Here it runs as plain PyTorch on a CPU, which is the slowest place for it. Its cost
-# does not grow with the number of tokens, and that of the product does, so the longer the batch the less it shows:
+# does not grow with the number of tokens, and that of the matmul does. So the longer the batch, the smaller its share:
 
 
 # %%
@@ -411,7 +417,7 @@ one_dequantize = milliseconds(lambda: nf4.dequantize(up))
 for tokens in (16, 256, 4096):
     grad_y = torch.randn(tokens, HIDDEN)  # [tokens, out]
     product_ms = milliseconds(lambda grad_y=grad_y: grad_y @ dense_up)
-    print(f"{tokens:5} tokens: the product {product_ms:7.2f} ms, the second dequantization {one_dequantize:5.2f} ms")
+    print(f"{tokens:5} tokens: the matmul {product_ms:7.2f} ms, the second dequantization {one_dequantize:5.2f} ms")
 
 # %% [markdown]
 # ### A real little QLoRA run
@@ -434,6 +440,7 @@ def run_stack(layers, h):
     return h
 
 
+# %%
 with torch.no_grad():
     wanted = run_stack([lambda h, W=W + D: h @ W.T for W, D in zip(pretrained, drift, strict=True)], inputs)
     unrounded = F.mse_loss(run_stack([lambda h, W=W: h @ W.T for W in pretrained], inputs), wanted).item()
@@ -472,7 +479,7 @@ from unittest import mock
 
 
 class NaiveLinear(QLoRALinear):
-    """The same layer, same numbers, with the naive product."""
+    """The same layer, same numbers, with the naive matmul."""
 
     def forward(self, x):
         return naive(x, self.base.q) + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)  # [..., in] to [..., out]
@@ -524,8 +531,8 @@ axes[1].set(
 shared.show(
     fig,
     "training",
-    alt="Left: the loss of the student falls on a logarithmic axis. Right: the dense weights alive in one training step; "
-    "naive climbs layer by layer through forward and descends in backward, ours never has more than one at a time.",
+    alt="The student learns (left). Right: naive dense weights pile up layer by layer until backward; "
+    "ours never has more than one at a time.",
 )
 peaks = {name: max(size for _, size in story) for name, story in stories.items()}
 shared.say(
@@ -534,8 +541,8 @@ shared.say(
 )
 
 # %% [markdown]
-# The orange hill grows with the depth of the model; the blue comb does not. In a model of 32 layers with seven matrices each
-# the hill is 224 matrices high, and the comb is as high as one. And it is the same training. Started from the same point,
+# The orange curve grows with the depth of the model; the blue one does not. In a model of 32 layers with seven matrices each
+# the orange peak is 224 matrices high, and the blue one is one matrix. And it is the same training. Started from the same point,
 # both give the same losses, bit for bit:
 
 
@@ -585,7 +592,7 @@ print("the library's layers agree, nothing is saved, and the gradient is the tru
 
 # %% [markdown]
 # `gradcheck` is the strictest of these: it nudges each input a little, looks how the output really moves, and compares with
-# what our `backward` claims. It takes float64, because a small nudge drowns in the rounding of float32.
+# what our `backward` claims. It takes float64, because a small nudge is lost in the rounding of float32.
 
 # %% [markdown]
 # ## What usually goes wrong
@@ -594,7 +601,7 @@ print("the library's layers agree, nothing is saved, and the gradient is the tru
 # backward. The flaw is easy to miss, because *no Python variable* refers to the dense weight any more. It is held by the
 # graph behind the output, in C++. The second exercise is about catching it.
 #
-# **"The weight is frozen, so its product needs no gradient: put it under `no_grad`."** Then the chain is cut there, and
+# **"The weight is frozen, so its matmul needs no gradient: put it under `no_grad`."** Then the chain is cut there, and
 # whatever comes before it never learns:
 
 # %%
@@ -608,8 +615,8 @@ with torch.no_grad():
 print("under no_grad: the output has a graph behind it:", cut.requires_grad)
 
 later(earlier(x)).sum().backward()
-length = earlier.lora_A.grad.norm()
-shared.say(f"With our product the earlier layer gets its gradient, of length {length:.0f}, although the later one is frozen.")
+assert earlier.lora_A.grad.any()
+print("with our matmul: the earlier layer gets its gradient, although the later one is frozen")
 assert not cut.requires_grad
 
 # %% [markdown]
@@ -742,14 +749,8 @@ shared.grade(check_outlives, outlives)
 # %% [markdown]
 # ## What was not shown
 #
-# - **Speed.** The library dequantizes with compiled code on a CPU and with Triton kernels on a GPU (page 08), and for a few
+# - **Speed.** The library dequantizes with compiled code on a CPU and with Triton kernels on a GPU (page 08). For a few
 #   rows it multiplies straight from the codes without ever making the dense weight.
-# - **Half precision.** Real runs multiply in bfloat16. The dense weight is then rounded once more, in forward and in backward
-#   alike, so the bits still agree with a dense layer.
-# - **The adapter's own activations.** A LoRA layer does keep its input `x`, because the gradient of `A` needs it. The library
-#   computes base and update in one Function and keeps `x` once for neighbours that share it.
-# - **Activations of a long text.** For those people use checkpointing, whole or selective. What it saves depends on the
-#   model's shape more than on the weights:
 
 # %% tags=["drawing"]
 base = shared.paper("dettmers2023qlora", "base_7b_mb")
@@ -761,6 +762,32 @@ shared.say(
     f"adapters {adapters} MB. The input gradients of the adapters take {input_gradients} MB, and with "
     f"checkpointing {with_checkpoints} MB for each sequence."
 )
+
+# %% [markdown]
+# ## Summary
+#
+# > - The gradient of the input needs the frozen weight; the weight's own gradient is not needed.
+# > - `F.linear` on a dequantized weight keeps that dense weight until backward, in every layer.
+# > - An autograd function that saves the packed weight and dequantizes twice keeps nothing extra.
+# > - The gradient is exact: it is that of the layer with the rounded weight, which is the layer that runs.
+# > - Checkpointing is for activations. It hides the flaw of the simple version, at a higher price.
+#
+# You can now answer:
+#
+# <details>
+# <summary>A 4-bit model uses more memory in training than in generation. Which two things do you look for?</summary>
+#
+# Activations kept for backward, which are expected, and dense weights kept for backward, which are not. Saved-tensor hooks show
+# both.
+#
+# </details>
+#
+# <details>
+# <summary>Does QLoRA need a straight-through estimator?</summary>
+#
+# No. The weight is rounded once, before training. During training the layer is an ordinary linear map with a fixed weight.
+#
+# </details>
 
 # %% [markdown]
 # ## References
