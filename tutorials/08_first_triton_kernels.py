@@ -24,8 +24,9 @@
 #
 # **You need** page 05 (codes, scales, two codes in a byte) and Triton, which minisft installs with itself on Linux. No GPU.
 #
-# **You get** the four words that every kernel is made of (program, tile, pointer, mask), a dequantization kernel that gives
-# the library's bits, a matrix-vector product straight from 4 bits, and a first look at real machine code. About one minute.
+# **You get** the four words that every kernel is made of (program, tile, pointer, mask) and a dequantization kernel that
+# gives the library's bits. You also get a matrix-vector product straight from 4 bits, and a first look at real machine
+# code.
 
 # %% tags=["setup"]
 import torch
@@ -46,7 +47,7 @@ GUARD = 4096  # numbers in front of and behind a guarded buffer
 # a column from top to bottom: a program has 16 lanes; each lane finds the byte in which its code lies and the scale of its
 # block, and writes one number.
 
-# %%
+# %% tags=["drawing"]
 from matplotlib.patches import Rectangle
 
 COUNT, LANES, BLOCK = 37, 16, 8
@@ -83,18 +84,18 @@ ax.axis("off")
 shared.show(
     fig,
     "grid",
-    alt="Three programs of 16 lanes each over 37 numbers: below each lane the byte it reads, the scale it reads "
-    "and the number it writes. The last 11 lanes of the third program are masked and touch nothing.",
+    alt="Three programs of 16 lanes share 37 numbers: each lane reads a byte and a scale and writes one number; "
+    "the last 11 lanes are masked and touch nothing.",
 )
 
 # %% [markdown]
 # Two things to see. Two neighbouring lanes read the *same byte* and take different halves of it. And 37 is no multiple of 16:
-# the last program has lanes that nothing is left for. They exist all the same, and they must be kept from touching memory.
+# the last program has more lanes than numbers. These lanes exist all the same, and must be kept from touching memory.
 
 # %% [markdown]
 # ## The idea
 #
-# In PyTorch you say `x + y` and somebody has written the loop. In Triton you write the inside of that loop, not for one
+# In PyTorch you write `x + y`, and the loop is inside. In Triton you write the inside of that loop, not for one
 # number but for a whole **tile** of them at once, say 1024; each place in the tile is a *lane*. The function that does this
 # is the *kernel*. You then launch it on a *grid*: "run 300 copies". Each copy is a **program**, and the only thing that tells
 # one from another is its number, `tl.program_id(0)`. From that number it works out which piece of the data is its own.
@@ -103,8 +104,8 @@ shared.show(
 # element `i`, and if `i` is a tile of indices, it is a tile of addresses. `tl.load` fetches what lies there and `tl.store`
 # puts something there. Shapes and strides do not exist here; a matrix is what you make of it by arithmetic on addresses.
 #
-# Nobody checks an address. If `i` runs past the end, you read or destroy what lies behind the tensor. So every load and store
-# takes a **mask**, a tile of true and false: where it is false, the lane stays away.
+# No address is checked. If `i` runs past the end, you read or destroy what lies behind the tensor. So every load and store
+# takes a **mask**, a tile of true and false: where it is false, the lane does nothing.
 #
 # That is all. Program, tile, pointer, mask: the rest is arithmetic.
 
@@ -148,8 +149,8 @@ shared.show(
 # %% [markdown]
 # ## Build it
 #
-# **Step 0, without a mask.** Before anything else, let us see the accident. We want to catch a kernel that writes where it
-# must not, so we put a strip of NaN in front of and behind each result, as neighbours that would notice.
+# **Step 0, without a mask.** Before anything else, let us see what goes wrong. We want to detect a kernel that writes where
+# it must not. So we put a strip of NaN in front of and behind each result: a NaN that has changed shows a wrong write.
 
 
 # %% tags=["build"]
@@ -174,8 +175,8 @@ for n in (16, 13):
     print(f"n = {n}: right answer {bool((out == 2).all())}, numbers written outside: {outside}")
 
 # %% [markdown]
-# With 16 numbers and two programs of 8 everything fits. With 13 the answer is still right, and three numbers that belong to
-# somebody else are gone. No error. On a GPU the neighbour may be another layer's weights.
+# With 16 numbers and two programs of 8 everything fits. With 13 the answer is still right, and three numbers outside the
+# result are gone. No error. On a GPU the neighbour may be another layer's weights.
 #
 # Some new words in that cell. `@triton.jit` makes a function a kernel. `[(2,)]` is the grid. `tl.arange(0, TILE)` is the tile
 # of lane numbers, 0 to TILE - 1. `TILE: tl.constexpr` is a number that is known when the kernel is compiled; the size of a tile
@@ -311,8 +312,8 @@ shared.say(
 # %% [markdown]
 # ### How fast is it?
 #
-# Not at all. The interpreter is Python: it runs one program after the other, and each line of a program is a NumPy operation
-# on a tile. It is there to be *right*, and to let you print and debug. Here it is beside PyTorch on the same CPU:
+# Slow. The interpreter is Python: it runs one program after the other, and each line of a program is a NumPy operation on a
+# tile. It is there to be *right*, and to let you print and debug. Here it is beside PyTorch on the same CPU:
 
 # %%
 from time import perf_counter
@@ -328,31 +329,12 @@ def milliseconds(function, repeats=3):
     return 1000 * sorted(once() for _ in range(repeats))[repeats // 2]
 
 
-SIZES = [2**power for power in range(10, 17, 2)]
-weights = [nf4.quantize(torch.randn(size), double_quant=False) for size in SIZES]
-interpreted = [milliseconds(lambda q=q: dequantize(q)) for q in weights]
-pytorch = [milliseconds(lambda q=q: nf4.dequantize(q)) for q in weights]
-
-# %% tags=["drawing"]
-fig, ax = shared.figure()
-for times, name, color in ((interpreted, "our kernel, interpreted", "orange"), (pytorch, "PyTorch", "blue")):
-    ax.loglog(SIZES, times, marker="o", color=shared.COLORS[color])
-    ax.annotate(
-        name, (SIZES[-1], times[-1]), (-8, 7), textcoords="offset points", ha="right", va="bottom", color=shared.COLORS[color]
-    )
-ax.set(xlabel="weights", ylabel="milliseconds", title="Dequantizing on this CPU")
-ax.set_xticks(SIZES, [f"{size:,}" for size in SIZES])
-ax.minorticks_off()
-shared.show(
-    fig,
-    "interpreter_time",
-    alt="Time to dequantize against the number of weights, both axes logarithmic: "
-    "our kernel in the interpreter lies far above PyTorch.",
-)
-ratio = interpreted[-1] / pytorch[-1]
+size = 2**16
+q = nf4.quantize(torch.randn(size), double_quant=False)
+interpreted, pytorch = milliseconds(lambda: dequantize(q)), milliseconds(lambda: nf4.dequantize(q))
 shared.say(
-    f"At {SIZES[-1]:,} weights the interpreter takes {interpreted[-1]:.0f} ms and PyTorch {pytorch[-1]:.1f} ms: "
-    f"our kernel is {ratio:.0f} times {'slower' if ratio > 1 else 'as fast'}."
+    f"To dequantize {size:,} weights the interpreter takes {interpreted:.0f} ms and PyTorch {pytorch:.1f} ms: our kernel, "
+    f"interpreted, is **{interpreted / pytorch:.0f} times** as slow."
 )
 
 # %% [markdown]
@@ -365,9 +347,9 @@ shared.say(
 # This happens in a second Python process, because Triton decides once, when it is imported, whether it interprets or compiles.
 # The compiler has to be told what a launch would have told it: the type of each argument, the value of each constant, and one
 # thing more, which turns out to matter: which arguments are multiples of 16. (Addresses of tensors are. `n` may be or not, so
-# we ask for both.) The cell is book-keeping: look at its output, the words in it are explained below.
+# we ask for both.) The cell is book-keeping and folded: look at its output. The words in it are explained below.
 
-# %%
+# %% tags=["drawing"]
 import inspect
 import json
 import os
@@ -448,9 +430,9 @@ for build in builds:
     )
 
 # %% [markdown]
-# A GPU takes a program apart once more. The tile is dealt out to *threads*, 32 (or 64) of which march together as a *warp*.
-# We asked for 4 warps (`num_warps`), so each thread of ours owns a few neighbouring numbers of the tile. They live in
-# registers; had there been too few, values would be *spilled* to slow memory, the first thing to look for.
+# A GPU divides a program once more. The tile is distributed over *threads*, 32 (or 64) of which run together as a *warp*.
+# We asked for 4 warps (`num_warps`), so each thread owns a few neighbouring numbers of the tile. They are in *registers*, the
+# fastest memory. With too few registers, values are *spilled* to slow memory: the first thing to look for.
 #
 # Now the instructions that touch memory. These are the stores of our kernel for the H100, first for any `n`, then for an `n`
 # that is a multiple of 16:
@@ -506,8 +488,8 @@ for place, width in enumerate((1, 2, 4, 16)):
 shared.show(
     fig,
     "instructions",
-    alt="Bars of the load and store instructions for 32 weights, by width, of our kernel and the library's on two GPUs: "
-    "ours fetches codes a byte or two at a time, the library's 16 bytes at once, and with fewer loads in all.",
+    alt="The library's kernel needs fewer loads than ours for 32 weights, because it fetches 16 bytes of codes at once; "
+    "load and store instructions on two GPUs, by width.",
 )
 
 # %% tags=["drawing"]
@@ -523,10 +505,13 @@ shared.say(
 )
 
 # %% [markdown]
-# That difference is the whole art. Both kernels need the same bytes and do the same arithmetic, but ours asks for a code and
-# a scale for each weight, and leaves it to the compiler to find out that neighbours share them. The library's kernel says so:
-# it gives each thread 32-bit *words*, eight codes in each, and fetches one scale for a word. What is left in both is one
-# table lookup a weight.
+# That difference is what makes a kernel fast. Both kernels need the same bytes and do the same arithmetic. Ours asks for a
+# code and a scale for each weight, and the compiler has to find out that neighbours share them. The library's kernel states
+# it: it gives each thread 32-bit *words*, eight codes in each, and fetches one scale for a word. What is left in both is
+# one table lookup a weight.
+#
+# What the interpreter cannot show you, then: speed; which thread holds what; and anything that depends on programs running
+# *at the same time*. The third point matters most, as you will see below.
 #
 # What the interpreter cannot show you, then: speed; which thread holds what; and anything that depends on programs running
 # *at the same time*. The third point has teeth, as you will see below.
@@ -612,10 +597,11 @@ print("if all of them load first:", total.item())
 
 # %% [markdown]
 # The interpreter runs the programs one after the other, so each finds what the one before it stored. On a GPU they run at the
-# same time, in no order: several load the same old total, and the last to store wipes out the others. The second line plays
-# the worst case on the CPU. A GPU gives something in between, and something else each time. The cure is `tl.atomic_add`, or,
-# where the same bits are wanted on every run, as in the library, to let each program write its part to a place of its own and
-# add them up afterwards.
+# same time, in no order: several load the same old total, and the last to store overwrites the others. The second line shows the
+# worst case on the CPU. A GPU gives something in between, and something else each time.
+#
+# The cure is `tl.atomic_add`. Where the same bits are wanted on every run, as in the library, each program writes its part to a
+# position of its own, and the parts are added up afterwards.
 
 # %% [markdown]
 # ## Exercises
@@ -739,6 +725,32 @@ shared.grade(check_dequantize_blocks, dequantize_blocks)
 #   some versions rounds it the wrong way (it cuts off), so test that part on real hardware.
 # - **Large weights.** `i` has 32 bits here. Beyond two billion numbers it must have 64: `tl.program_id(0).to(tl.int64)`.
 # - **The scales in 8 bits.** The library decodes them inside the same kernel. We let PyTorch do it first.
+
+# %% [markdown]
+# ## Summary
+#
+# > - A kernel is one program that runs many times; its number, `tl.program_id(0)`, says which piece it owns.
+# > - It gets addresses instead of tensors, and a mask keeps lanes away from memory that is not theirs.
+# > - A right answer does not prove a right mask. Guard strips around the result do.
+# > - Multiplying while decoding avoids writing the dense weight to memory.
+# > - The interpreter shows what is computed. It shows neither speed nor races between programs.
+#
+# You can now answer:
+#
+# <details>
+# <summary>A kernel is right for 1,024 and 2,048 numbers and wrong for 1,000. What do you check?</summary>
+#
+# The masks of all loads and of the store, the value of `other` where lanes are summed, and the grid (`cdiv`, not `//`).
+#
+# </details>
+#
+# <details>
+# <summary>Why does the matrix-vector kernel move fewer bytes than dequantizing first?</summary>
+#
+# A code is half a byte. A dense fp32 weight is 4 bytes, written once and read again. The fused kernel reads the codes and writes
+# only the result.
+#
+# </details>
 
 # %% [markdown]
 # ## References
