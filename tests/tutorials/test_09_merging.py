@@ -157,7 +157,7 @@ MUTANTS = [
     ("the base is overwritten", "base = layer.base\n", "base = layer.base; base.weight += 1\n"),
     ("only the top of the tree", "model.named_modules()", "model.named_children()"),
     ("nothing is put back", "model.set_submodule(path, layer)", "pass"),
-    ("swallowed counts what asked for nothing", "E[D != 0]", "E"),
+    ("lost counts what asked for nothing", "E[D != 0]", "E"),
     ("the error is a share of W", "(E - D).norm() / D.norm()", "(E - D).norm() / W.norm()"),
     ("survival is a share of what arrived", "(E * D).sum() / (D * D).sum()", "(E * D).sum() / (E * E).sum()"),
     ("measured on what is stored", "E = after - W", "E = after - W - D"),
@@ -232,7 +232,7 @@ WRONG = {
     "smallest_size": [
         (search(lambda W, D, s: D * s, RISING), "Is D scaled|look for the smallest"),
         (search(_to_size, FALLING), "look for the smallest"),
-        (search(_to_size, RISING, limit=0.5), "swallowed"),
+        (search(_to_size, RISING, limit=0.5), "lost"),
         (_exponent, "power of two itself"),
     ],
     "merge_two": [
