@@ -28,8 +28,6 @@
 # **You need** page 02 (targets are the tokens shifted by one, and only the answer is supervised). No pretrained model: a tiny transformer learns to count in front of you.
 #
 # **You get** five functions, about 45 lines, that together are a correct training step, and three experiments that tell a correct step from one that only looks like it.
-#
-# **Time**: less than a minute of computing, half an hour to an hour of reading.
 
 # %% tags=["setup"]
 import copy
@@ -77,8 +75,9 @@ def random_rows(count, seed):
     return [counting_row(draw.randrange(50), draw.randrange(1, 10)) for _ in range(count)]
 
 
+# %% tags=["drawing"]
 def draw_layout(ax, owners, width, title):
-    """One coloured stripe a row of data, grey where a place is empty; `owners` lists, for each tensor row, (data row, tokens)."""
+    """One coloured stripe a row of data, grey where a position is empty; `owners` lists, for each tensor row, (data row, tokens)."""
     names = ("blue", "orange", "green", "purple", "black")
     for y, items in enumerate(owners):
         ax.barh(y, width, color=C["grey"], alpha=0.22, height=0.86)
@@ -87,12 +86,13 @@ def draw_layout(ax, owners, width, title):
             ax.barh(y, length, left=left, color=C[names[index % 5]], alpha=0.8, height=0.86, edgecolor="white", linewidth=1.2)
             left += length
     used = sum(length for items in owners for _, length in items)
-    ax.set_title(f"{title}: {len(owners)} x {width} places, {1 - used / (len(owners) * width):.0%} empty", fontsize=10)
-    ax.set(xlabel="place in the row (tokens)", yticks=[], xlim=(0, width), ylim=(len(owners) - 0.4, -0.6))
+    ax.set_title(f"{title}: {len(owners)} x {width} positions, {1 - used / (len(owners) * width):.0%} empty", fontsize=10)
+    ax.set(xlabel="position in the row (tokens)", yticks=[], xlim=(0, width), ylim=(len(owners) - 0.4, -0.6))
     ax.grid(False)
     ax.spines["left"].set_visible(False)
 
 
+# %%
 CAPACITY = 64
 rows = random_rows(16, seed=1)
 lengths = [len(row.input_ids) for row in rows]
@@ -106,7 +106,7 @@ axes[1].set_ylim(len(lengths) - 0.4, -0.6)
 shared.show(
     fig,
     "padding_and_packing",
-    "Left: sixteen rows of different length, each padded to the longest, mostly grey. Right: the same rows packed end to end into a few full rows.",
+    "Packing fills a few rows (right) with what padding spreads over sixteen, mostly empty ones (left, grey).",
 )
 
 # %% [markdown]
@@ -116,13 +116,14 @@ shared.show(
 # take the longest row first, and put it where the *least* room is left over. That is called best-fit decreasing.
 #
 # Now neighbours share a row. *Attention* is the part of a transformer in which a token reads the tokens before it (what it reads from them is a weighted sum; a mask says which ones it may read).
-# It would let the second row of data read the first. So every place carries the number of its **segment**, and a token may look only at earlier tokens of its own segment.
+# It would let the second row of data read the first. So every position carries the number of its **segment**, and a token may look only at earlier tokens of its own segment.
 # On paper the allowed pairs form square blocks along the diagonal: a **block mask**.
 #
 # **The loss** is a sum over the supervised tokens, divided *once*, by how many supervised tokens the whole step has. A step may be too large for the memory and cut into **micro-batches**,
 # whose gradients add up. If each part divides by its own number of tokens, tokens in small parts count more than others, and how you cut decides what the model learns.
 #
-# **The update** comes last: shorten a gradient that is too long (clipping), let AdamW decide how far each weight moves, with a learning rate that rises for a few steps and then falls along a cosine.
+# **The update** comes last. A gradient that is too long is shortened (clipping), and AdamW decides how far each weight
+# moves. The learning rate rises for a few steps and then falls along a cosine.
 
 # %% [markdown]
 # ## The formula
@@ -142,20 +143,21 @@ shared.show(
 #
 # $$w \leftarrow w - \eta \lambda w - \eta \, \frac{m / (1 - \beta_1^k)}{\sqrt{v / (1 - \beta_2^k)} + \epsilon}$$
 #
-# And the rate, with $W$ warm-up steps of $K$ and a peak $\hat\eta$ (steps count from 1, and none of them has rate zero, since a step without a rate learns nothing):
+# And the rate, with $W$ warm-up steps of $K$ and a peak $\hat\eta$. Steps count from 1, and none of them has rate zero, since a
+# step without a rate learns nothing:
 #
 # $$\eta_k = \begin{cases} \hat\eta \, \frac{k}{W + 1} & k \le W \\ \frac{\hat\eta}{2} \left(1 + \cos \pi \frac{k - 1 - W}{K - W}\right) & k > W \end{cases}$$
 #
-# It is at its peak in step $W + 1$ and would be zero in step $K + 1$. Why warm up? In the first steps the running means rest on a handful of gradients, and AdamW would take full steps on their word.
+# It is at its peak in step $W + 1$ and would be zero in step $K + 1$. Why warm up? In the first steps the running means rest on a handful of gradients, and AdamW would take full steps because of them.
 
 # %% [markdown]
 # ## By hand: 3 x 4
 #
-# Three rows of 1, 4 and 3 tokens. Padded, they are $3 \times 4$ places, of which 4 are empty. Now pack them with room for 4:
+# Three rows of 1, 4 and 3 tokens. Padded, they are $3 \times 4$ positions, of which 4 are empty. Now pack them with room for 4:
 #
 # 1. Longest first: the row of 4 opens the first bin and fills it.
-# 2. The row of 3 finds no room, so it opens a second bin. One place is left there.
-# 3. The row of 1 fits exactly there. Two bins, $2 \times 4$ places, none empty.
+# 2. The row of 3 finds no room, so it opens a second bin. One position is left there.
+# 3. The row of 1 fits exactly there. Two bins, $2 \times 4$ positions, none empty.
 #
 # The second bin holds segments `1 1 1 2`. Which token (down) may look at which (across)?
 #
@@ -164,20 +166,23 @@ shared.show(
 # The last token is a row of its own and sees only itself.
 #
 # Now the loss. Say one micro-batch has a single supervised token with loss 4, another has three with loss 1 each. Over all four tokens the mean is $(4 + 1 + 1 + 1) / 4 = 1.75$.
-# The mean of the two means is $(4 + 1) / 2 = 2.5$: the lonely token got a weight of one half instead of one quarter.
+# The mean of the two means is $(4 + 1) / 2 = 2.5$: the single token got a weight of one half instead of one quarter.
 
 # %% [markdown]
 # ## Build it
 #
-# The packer, and the tensors. `collate` is also the only place where targets are shifted and masked: the target *at* a place is the token *after* it, if that one is supervised.
-# Note that the last place of a row has no target: what follows it is somebody else's first token.
-# Note also that holes are known by their segment number 0 and never by their token id. Some models (SmolLM2 is one) use the same id for padding and for the end of an answer; whoever
-# masks "all tokens with the padding id" there throws away every end, and the model never learns to stop.
+# The packer, and the tensors. `collate` is also the only function that shifts and masks targets. Three rules are in it:
+#
+# - The target *at* a position is the token *after* it, if that one is supervised.
+# - The last position of a row has no target: the next token belongs to another row.
+# - Empty positions are known by their segment number 0 and never by their token id. Some models (SmolLM2 is one) use the same id
+#   for padding and for the end of an answer. If you mask "all tokens with the padding id", you mask every end, and the model
+#   never learns to stop.
 
 
 # %% tags=["build"]
 def pack(lengths, capacity):
-    """Best-fit decreasing: lists of indices that share a row. Whatever is longer than the capacity lies alone."""
+    """Best-fit decreasing: lists of indices that share a row. Whatever is longer than the capacity gets a bin of its own."""
     bins = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fill = [sum(lengths[j] for j in items) for items in bins]  # [bins]
@@ -194,7 +199,7 @@ def collate(rows, bins):
     T = max(sum(len(rows[i].input_ids) for i in items) for items in bins)
     input_ids = torch.full((len(bins), T), PAD)  # [B, T]
     targets = torch.full((len(bins), T), IGNORE)  # [B, T]
-    segments = torch.zeros(len(bins), T, dtype=torch.int64)  # [B, T], 0 where nothing lies
+    segments = torch.zeros(len(bins), T, dtype=torch.int64)  # [B, T], 0 where nothing is
     for b, items in enumerate(bins):
         end = 0
         for number, i in enumerate(items, start=1):
@@ -255,7 +260,7 @@ print("segments:", segments.tolist())
 print("mask of the second bin:\n", block_mask(segments)[1].int())
 
 # %% [markdown]
-# Row 31 32 33 learns only its last token, 33, which is the target at the place of 32. The single token 11 has nothing to predict it, so it can have no target at all.
+# Row 31 32 33 learns only its last token, 33, which is the target at the position of 32. The single token 11 has nothing to predict it, so it can have no target at all.
 
 # %% [markdown]
 # ## Run it
@@ -272,6 +277,7 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
+# %%
 def tiny_model(config=CONFIG):
     torch.manual_seed(5)
     model = CausalLM(config)
@@ -281,7 +287,7 @@ def tiny_model(config=CONFIG):
 
 @torch.no_grad()
 def token_losses(model, batch):
-    """The loss of every place, 0 where there is no target: [B, T]."""
+    """The loss of every position, 0 where there is no target: [B, T]."""
     input_ids, targets, segments = batch
     logits = model(input_ids, segment_ids=segments)  # [B, T, V]
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none").view_as(targets)
@@ -305,7 +311,7 @@ torch.testing.assert_close(torch.tensor(packed), torch.tensor(alone))
 shared.say(f"Each row has the loss it has alone; the largest relative difference is {largest:.0e}, which is rounding.")
 
 # %% [markdown]
-# This is the mask that makes it so, beside the one that a model uses if nobody tells it about segments. Everything orange is a token of one row of data looking at another's.
+# This is the mask that makes it so, beside the one that a model uses if it does not know of segments. Everything orange is a token of one row of data looking at another's.
 
 # %%
 segments = collate(rows, [bin_of_five])[2]  # [1, T]
@@ -325,19 +331,21 @@ for ax, mask, title in zip(axes, (right, naive), ("block mask", f"plain causal m
 shared.show(
     fig,
     "block_mask",
-    "Left: blue triangles along the diagonal, one per row of data. Right: the same triangles with all pairs below them in orange, tokens that look into other rows.",
+    "The block mask (left) keeps each row of data to itself; a plain causal mask lets later rows read earlier ones (right, orange).",
 )
 
 # %% [markdown]
 # ### Must positions start again at zero?
 #
-# In a packed row the second segment begins at place 20, say. With **rotary positions** (RoPE), which Llama and its relatives use, attention between two tokens depends on what they are and on how far apart they stand, but not on where, so any start will do.
-# With **learned positions**, where every place has a vector of its own that is added to the token's, it does not. Both claims in one cell: one attention head, one segment of 12 tokens, started at place 0 and at place 20.
+# In a packed row the second segment begins at position 20, say. Llama and its relatives use **rotary positions** (RoPE). There,
+# attention between two tokens depends on what they are and on their distance, but not on where they are, so any start will do.
+# With **learned positions**, where every position has a vector of its own that is added to the token's, it does not. Both claims
+# in one cell: one attention head, one segment of 12 tokens, started at position 0 and at position 20.
 
 # %%
 draw = torch.Generator().manual_seed(0)
 q, k, v = (torch.randn(12, 1, 16, generator=draw, dtype=torch.float64) for _ in range(3))  # [T, heads, head dim]
-learned = torch.randn(64, 1, 16, generator=draw, dtype=torch.float64)  # [places, 1, head dim]
+learned = torch.randn(64, 1, 16, generator=draw, dtype=torch.float64)  # [positions, 1, head dim]
 
 
 def attended(q, k):
@@ -351,8 +359,8 @@ def rope_from(start):
 
 
 def learned_from(start):
-    places = learned[start : start + 12]  # [T, 1, head dim]
-    return attended(q + places, k + places)
+    added = learned[start : start + 12]  # [T, 1, head dim]
+    return attended(q + added, k + added)
 
 
 moved_rope = (rope_from(20) - rope_from(0)).abs().max().item()
@@ -385,7 +393,7 @@ def packed_in_one(rows):
 
 def packed_naively(rows):
     [(input_ids, targets, segments)] = packed_in_one(rows)
-    return [(input_ids, targets, (segments > 0).long())]  # all one segment: everybody sees what lies before
+    return [(input_ids, targets, (segments > 0).long())]  # all one segment: each token sees all earlier ones
 
 
 def train(layout):
@@ -423,7 +431,7 @@ axes[1].legend(fontsize=8)
 shared.show(
     fig,
     "learning_to_count",
-    "Left: the learning rate over the steps. Right: the loss of the packed run is a line that passes through the circles of the padded run; the run without a block mask lies elsewhere.",
+    "Packed (line) and padded (circles) are the same training; without a block mask it is another one. Left: the learning rate.",
 )
 
 # %% tags=["drawing"]
@@ -474,22 +482,26 @@ for _ in range(5):  # in turns, so that a busy moment of the machine hits all of
     for name, batches in layouts.items():
         times[name].append(seconds(batches))
 best = {name: min(values) for name, values in times.items()}
-places = {name: sum(batch[0].numel() for batch in batches) for name, batches in layouts.items()}
+positions = {name: sum(batch[0].numel() for batch in batches) for name, batches in layouts.items()}
 
 # %% tags=["drawing"]
 fig, axes = shared.figure(width=7.4, height=2.2, columns=2)
 labels = list(layouts)
-axes[0].barh(labels, [places[name] for name in labels], color=C["grey"], alpha=0.35)
+axes[0].barh(labels, [positions[name] for name in labels], color=C["grey"], alpha=0.35)
 axes[0].barh(labels, [tokens] * 3, color=C["blue"])
-axes[0].set(xlabel="places computed (blue: real tokens)")
-axes[1].barh(labels, [tokens / best[name] for name in labels], color=C["blue"])
-axes[1].set(xlabel="real tokens a second", yticks=[])
+axes[0].set(xlabel="positions computed (blue: real tokens)", xlim=(0, 1.22 * max(positions.values())))
+speeds = [tokens / best[name] for name in labels]
+axes[1].barh(labels, speeds, color=C["blue"])
+for row, name in enumerate(labels):
+    axes[0].text(positions[name], row, f" {positions[name]:,}", va="center", fontsize=9)
+    axes[1].text(speeds[row], row, f" {speeds[row]:,.0f}", va="center", fontsize=9)
+axes[1].set(xlabel="real tokens a second", yticks=[], xlim=(0, 1.22 * max(speeds)))
 for ax in axes:
     ax.invert_yaxis()
 shared.show(
     fig,
     "tokens_per_second",
-    "Bars for three layouts: how many places are computed, of which how many are real tokens; and real tokens a second.",
+    "Packing computes hardly any empty positions (left), and so the most real tokens a second (right).",
 )
 
 # %% tags=["drawing"]
@@ -497,17 +509,20 @@ slow, sorted_only, fast = (tokens / best[name] for name in labels)
 shared.say(
     f"On this machine: {slow:,.0f} tokens a second padded, {sorted_only:,.0f} after sorting, {fast:,.0f} packed: packing is "
     f"**{fast / slow:.1f} times** as fast as padding as they come, and {fast / sorted_only:.1f} times as fast as sorting alone. "
-    f"The padded batches compute {places[labels[0]] / places['packed']:.1f} times as many places as the packed one. Expect less in time: "
+    f"The padded batches compute {positions[labels[0]] / positions['packed']:.1f} times as many positions as the packed one. Expect less in time: "
     "for attention the library lays packed rows out one by one again, and clipping costs the same in every layout."
 )
 
 # %% [markdown]
-# Two honest remarks. Sorting within the step is nearly free and gets much of the gain, so compare packing with *that*. And the gain is a property of your data: rows of equal length have nothing to save.
+# Sorting within the step is nearly free and gets much of the gain, so compare packing with *that*. And the gain is a property of
+# your data: rows of equal length have nothing to save.
 #
-# ### When all rows begin alike
+# ### When all rows share a prefix
 #
-# Chats often start with the same system message. Nothing later can change what the model computes for it, because tokens look back and never forward. So `minisft` lays such a beginning down *once* a batch and lets every row continue it
-# (`batching.shared_prefix`, `batching.collate_shared`). Its gradient is the sum of what all rows send back. Here are eight rows that share 30 tokens:
+# This part shows a feature of the library; you may skip it. Chats often start with the same system message. Nothing later can
+# change what the model computes for it, because tokens look back and never forward. So `minisft` computes such a prefix *once* a
+# batch and lets every row continue it (`batching.shared_prefix`, `batching.collate_shared`). Its gradient is the sum of what all
+# rows send back. Here are eight rows that share 30 tokens:
 
 # %%
 system = list(range(FIRST, FIRST + 30))
@@ -540,25 +555,25 @@ for i, n in enumerate(own):
     left += 30 + n - common
 ax.set(
     yticks=[(len(chat_bins) - 1) / 2, y],
-    yticklabels=["packed", "beginning\nonce"],
-    xlabel="place (tokens); grey: the common beginning",
+    yticklabels=["packed", "prefix\nonce"],
+    xlabel="position (tokens); grey: the common prefix",
     ylim=(y + 0.6, -0.6),
 )
 ax.grid(False)
 shared.show(
     fig,
-    "beginning_once",
-    "Above: packed rows, each with its own grey beginning. Below: one grey beginning, followed by what each row has of its own.",
+    "prefix_once",
+    "The common prefix (grey) is computed once (below) instead of once for each packed row (above).",
 )
 shared.say(
-    f"{as_packed.input_ids.numel()} places packed, {once.input_ids.numel()} with the beginning once, and the same loss: {sums[0]:.3f} and {sums[1]:.3f}."
+    f"{as_packed.input_ids.numel()} positions packed, {once.input_ids.numel()} with the prefix once, and the same loss: {sums[0]:.3f} and {sums[1]:.3f}."
 )
 
 # %% [markdown]
 # ## The same as the library
 #
 # Five claims: the same bins, the same tensors, the same attention, the same rates, and after three whole steps the same weights. The step runs in double precision, so that only a real difference could show;
-# your side is `torch.optim.AdamW` and your `train_step`, the other side is `minisft`'s optimizer, its packer (which shares beginnings), its chunked loss and its clipping.
+# your side is `torch.optim.AdamW` and your `train_step`, the other side is `minisft`'s optimizer, its packer (which shares prefixes), its chunked loss and its clipping.
 
 # %%
 assert pack(lengths, CAPACITY) == minisft.batching.pack(lengths, CAPACITY)
@@ -580,6 +595,7 @@ mine = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), att
 other = attend(*(t.flatten(0, 1) for t in (q, k, v)), Segments.of(segments)).view(B, T, 4, 8)
 torch.testing.assert_close(mine[segments > 0], other[segments > 0])
 
+# %%
 rates = [learning_rate(step, STEPS, PEAK, WARMUP) for step in steps]
 assert rates == [minisft.schedule.learning_rate(step, STEPS, PEAK, WARMUP, "cosine") for step in steps]
 
@@ -597,7 +613,7 @@ for mine, other in zip(model_a.parameters(), model_b.parameters(), strict=True):
 print("bins, tensors, attention, rates, losses and weights equal the library's")
 
 # %% [markdown]
-# And `torch.optim.AdamW` itself, so that no box stays closed: the formula above, in four lines, on one weight.
+# And `torch.optim.AdamW` itself, so that nothing is hidden: the formula above, in four lines, on one weight.
 
 # %%
 w = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
@@ -618,7 +634,7 @@ moved, decay = seen[0] - seen[1], 0.1 * 0.01 * seen[0]
 shared.say(
     f"Look at the first step: the weight moved by {moved:.3f}. Weight decay took {decay:.3f} of it (0.1 · 0.01 · 2), and the gradient of 3 the other "
     f"{moved - decay:.3f}, the learning rate and no more. A gradient of 300 would have done the same. "
-    "That is why Adam forgives many mistakes in the loss's scale, and why such mistakes live so long."
+    "That is why Adam tolerates many mistakes in the scale of the loss, and why such mistakes stay unnoticed."
 )
 
 # %% [markdown]
@@ -649,13 +665,13 @@ for shift, (name, losses), color in zip((-0.27, 0, 0.27), readings.items(), (C["
         label=name,
     )
 ax.set(
-    xticks=range(5), xticklabels=[f"row {n}" for n in range(1, 6)], ylabel="loss per token (nats)", xlabel="place in the bin"
+    xticks=range(5), xticklabels=[f"row {n}" for n in range(1, 6)], ylabel="loss per token (nats)", xlabel="position in the bin"
 )
 ax.legend(fontsize=8)
 shared.show(
     fig,
     "leak",
-    "Loss of five rows: alone and packed with a block mask the bars agree for every row; joined without a mask the first row agrees and the later ones differ.",
+    "With a block mask every packed row has the loss that it has alone; joined without a mask, all but the first row change.",
 )
 
 first_same = math.isclose(readings["alone"][0], readings["joined, no mask"][0], rel_tol=1e-4)
@@ -664,7 +680,7 @@ assert first_same
 assert not math.isclose(second, 1, rel_tol=1e-3)
 shared.say(
     f"The first row has nothing before it and does not notice. The second row's loss is **{second:.1f} times** what it is alone, end token or not. "
-    "An end token is a hint that a model could learn to heed; a mask is a fact."
+    "An end token is a hint that a model could learn to use; a mask does not depend on learning."
 )
 
 # %% [markdown]
@@ -714,7 +730,7 @@ ax.set(
 shared.show(
     fig,
     "cuts",
-    "Relative error of the gradient against the size of the micro-batches: at rounding level when divided once, large for the mean of means as soon as there is more than one.",
+    "Divided once, every cut gives the same gradient up to rounding; the mean of means is off as soon as there are two parts.",
 )
 assert max(error[False]) < 1e-5 < error[True][-1]
 shared.say(
@@ -726,7 +742,7 @@ shared.say(
 # %% [markdown]
 # ### "A row that does not fit can wait for the next batch"
 #
-# A loader that packs on the fly keeps a buffer of rows, fills each tensor row with the longest that still fit, and leaves the others for later. A row longer than the capacity is then left for ever. Watch the buffer:
+# A loader that packs on the fly keeps a buffer of rows, fills each tensor row with the longest that still fit, and leaves the others for later. A row longer than the capacity is then never taken. Watch the buffer:
 
 
 # %%
@@ -740,7 +756,7 @@ def fill_one(buffer, capacity):
     return taken
 
 
-stream = itertools.cycle([9, 14, 30, 7, 80, 12, 25])  # every seventh row is too long for 64 places
+stream = itertools.cycle([9, 14, 30, 7, 80, 12, 25])  # every seventh row is too long for 64 positions
 buffer, batch_tokens = [], []
 while len(batch_tokens) < 30:
     while len(buffer) < 8:
@@ -773,10 +789,11 @@ for way in ("`ignore_index`", "a mask"):
 assert ruined["`ignore_index`"] == 0 < ruined["a mask"]
 
 # %% [markdown]
-# So the number in the log says NaN either way, but only one of the two destroys the model; the other goes on for ever without learning anything. Neither is what you want.
+# So the number in the log says NaN either way, but only one of the two destroys the model; the other goes on without learning anything. Neither is what you want.
 #
-# Why the difference? With `ignore_index` the loss is 0 / 0, but no place hands a gradient back, so all gradients are zero. With the mask, the division hands back 1 / 0, an infinity,
-# and the mask's zeros times infinity are NaN for every weight that took part (the others are the embeddings of tokens that did not occur).
+# Why the difference? With `ignore_index` the loss is 0 / 0, but no position has a gradient, so all gradients are zero. With the mask, the division gives 1 / 0, an infinity,
+# and the mask's zeros times infinity are NaN for every weight that took part. (The others are the embeddings of tokens that did
+# not occur.)
 #
 # Three things protect `minisft`: rows that do not fit are cut or dropped when they are read, with a message; `pack` gives an over-long row a bin of its own; and a step without targets is an error.
 
@@ -786,7 +803,7 @@ assert ruined["`ignore_index`"] == 0 < ruined["a mask"]
 # ### 1. Accumulate with unequal tokens
 #
 # Many models hand you the *mean* loss of a micro-batch. Run `backward` so that the gradients left behind are those of the mean over **all** supervised tokens. `mean_loss(batch)` gives the mean as a tensor, `count(batch)` its number of supervised tokens.
-# Mind a batch that has none: its mean is 0 / 0.
+# Watch out for a batch that has none: its mean is 0 / 0.
 
 
 # %% tags=["exercise"]
@@ -797,7 +814,7 @@ def accumulate(mean_loss, count, batches):
 
 # %% tags=["check"]
 def check_accumulate(answer):
-    def mean_loss(batch):  # as many models do it: all places, times a mask
+    def mean_loss(batch):  # as many models do it: all positions, times a mask
         return ((batch[0] @ weight).square() * batch[1]).sum() / batch[1].sum()
 
     def count(batch):
@@ -840,7 +857,7 @@ shared.grade(check_accumulate, accumulate)
 # %% [markdown]
 # ### 2. A packer that never clogs
 #
-# Mend the buffer of the last section. `take(buffer, capacity)` removes some lengths from the list `buffer` and returns them, as one tensor row: the longest first, as long as they fit. Whatever is longer than the capacity comes out alone.
+# Correct the buffer of the last section. `take(buffer, capacity)` removes some lengths from the list `buffer` and returns them, as one tensor row: the longest first, as long as they fit. Whatever is longer than the capacity comes out alone.
 # As long as the buffer is not empty, something must come out.
 
 
@@ -859,7 +876,7 @@ def check_take(answer):
                 left = len(buffer)
                 rows.append(answer(buffer, 64))
                 assert rows[-1], (
-                    f"nothing came out while the buffer held {buffer}: what is longer than the capacity stays there for ever"
+                    f"nothing came out while the buffer held {buffer}: what is longer than the capacity stays there"
                 )
                 assert len(buffer) == left - len(rows[-1]), "what you return has to leave the buffer"
         assert sorted(itertools.chain.from_iterable(rows)) == sorted(lengths), (
@@ -895,8 +912,33 @@ shared.grade(check_take, take)
 # - **A step that goes wrong.** The library's step changes nothing if the loss or the gradient is not finite, and checks in the first step that every adapter gets a gradient and nothing frozen does.
 # - **Memory.** Logits of `[B, T, V]` are the largest tensor of the step when the vocabulary is large; `minisft.loss` never builds them whole, and can compute activations again instead of keeping them (page 07).
 # - **Attention without a mask.** A `[T, T]` mask grows with the square of the packed length. The library gathers the segments into a grid instead and needs no mask at all (`attention.Segments`).
-# - **Validation.** Three splits, one of them locked away: whatever you choose by looking at a set can no longer be judged on it. Our counting rows of the validation are drawn from the same few hundred possible rows as the training rows, so that number says how well it fits, not how it generalizes.
+# - **Validation.** Three splits, one of them locked away: whatever you choose by looking at a set can no longer be judged on it. Our validation rows are drawn from the same few hundred possible rows as the training rows. So that number says how well the model fits, not how it generalizes.
 # - **Cutting rows.** Joining all text and cutting it at the capacity wastes nothing either, and tears answers apart; Ding et al. show what that costs in pretraining.
+
+# %% [markdown]
+# ## Summary
+#
+# > - Packing puts several rows into one; segment numbers and a block mask keep them apart.
+# > - A step counts its supervised tokens first, sums all losses, and divides once.
+# > - Clip after the last micro-batch, over all gradients together.
+# > - Packing changes the layout and the speed. It changes neither the loss nor the gradient.
+# > - A row that fits nowhere needs a rule, and a step without targets is an error.
+#
+# You can now answer:
+#
+# <details>
+# <summary>With micro-batches of 1, the loss curve differs from that with micro-batches of 8. What is wrong?</summary>
+#
+# Most likely each micro-batch is divided by its own number of targets. Divide the sum once, by the targets of the whole step.
+#
+# </details>
+#
+# <details>
+# <summary>Rows are joined with an end token between them and no block mask. Which rows have a wrong loss?</summary>
+#
+# All but the first of each packed row: they read what was put before them.
+#
+# </details>
 
 # %% [markdown]
 # ## References

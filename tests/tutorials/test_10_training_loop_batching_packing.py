@@ -225,7 +225,7 @@ WRONG: dict[str, list[tuple[Callable[..., Any], str]]] = {
         (lambda mean_loss, count, batches: None, "call backward"),
     ],
     "take": [
-        (_endless_buffer, "stays there for ever"),
+        (_endless_buffer, "stays there"),
         (_drops_the_over_long, "none dropped|leave the buffer"),
         (_cuts_the_over_long, "none dropped"),
         (_everything_at_once, "come alone"),
