@@ -307,7 +307,7 @@ shared.show(
 # - **int4**, 16 evenly spaced levels: the whole numbers from -8 to 7, divided by 7. (The first is never used, since no
 #   scaled weight is below -1.)
 # - **FP4 (E2M1)**, a 4-bit floating-point number: one bit for the sign, two for the exponent, one for the fraction. Its
-#   magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4 and 6, divided by 6.
+#   magnitudes are `0, 0.5, 1, 1.5, 2, 3, 4, 6`, divided by 6.
 # - **FP4 of bitsandbytes**, the library in which NF4 was born. It has the same name and other levels: see "FP4 is one
 #   format" below.
 #

@@ -767,7 +767,7 @@ shared.grade(check_merge_two, merge_two)
 # </details>
 #
 # <details>
-# <summary>A merge into bf16 reports an effect error of 0.5 and a survival of 0.98. Is the adapter lost?</summary>
+# <summary>A merge into bf16 reports an effect error of one half and a survival near one. Is the adapter lost?</summary>
 #
 # No. The update is there along its own direction, with noise around it that mostly cancels in a matmul. Compare answers before
 # you ship. A low survival would be worse.

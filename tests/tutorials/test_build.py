@@ -106,7 +106,8 @@ def test_the_cells_of_a_notebook(notebook: NotebookNode) -> None:
     nbformat.validate(notebook)
     assert [(cell.cell_type, *cell.metadata.get("tags", [])) for cell in notebook.cells] == [
         ("markdown",), ("markdown", "minutes"), ("code", "colab", "remove-cell"), ("code", "setup"), ("code",), ("code",),
-        ("code", "drawing", "hide-input"), ("code", "exercise"), ("code", "check"), ("markdown", "solution"), ("markdown", "time"),
+        ("code", "drawing", "hide-input"), ("code", "exercise"), ("code", "check"), ("markdown", "solution"),
+        ("markdown", "time"),
     ]  # fmt: skip
     assert notebook.cells[1].source == "*Run 1 min, read 5 min, exercises included.*"
     assert notebook.cells[4].source == "def double(x):\n    return x + x  # [n]"

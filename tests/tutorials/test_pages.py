@@ -29,9 +29,10 @@ from pages import NUMBERS, TUTORIALS, Page, builder, function_names, sources
 HERE = Path(__file__).parent
 HEADINGS = (
     "You need, you get", "The idea", "The formula", "By hand: 3 x 4", "Build it", "Run it", "The same as the library",
-    "What usually goes wrong", "Exercises", "What was not shown", "References",
+    "What usually goes wrong", "Exercises", "What was not shown", "Summary", "References",
 )  # fmt: skip
 MOST_BUILD_LINES = 50
+MOST_VISIBLE_LINES = 25
 MOST_MINUTES = 2.5
 LARGEST_NOTEBOOK = 1_500_000  # bytes; GitHub stops showing notebooks that are much larger
 FORBIDDEN_IMPORTS = {"transformers", "peft", "bitsandbytes", "pickle", "requests", "urllib", "ipywidgets", "tqdm"}
@@ -297,6 +298,32 @@ def test_what_the_reader_builds_is_short(page: Page) -> None:
 
 
 @every_page
+def test_long_code_that_is_not_the_lesson_is_folded(page: Page) -> None:
+    """Tag a cell ``drawing`` if it only draws or keeps books; cut it in two if a reader should see it."""
+    hidden = {"build", "drawing", "solution"}
+    cells = [cell for cell in page.cells if cell.kind == "code" and not hidden & set(cell.tags)]
+    long = {f"line {cell.line}": count for cell in cells if (count := code_lines(cell.source)) > MOST_VISIBLE_LINES}
+    assert not long, f"more than {MOST_VISIBLE_LINES} lines of code in view: {long}"
+
+
+@every_page
+def test_pictures_are_drawn_in_folded_cells(page: Page) -> None:
+    drawn = [cell for cell in page.cells if cell.kind == "code" and "shared.show(" in cell.source]
+    assert [cell.line for cell in drawn if "drawing" not in cell.tags] == []
+
+
+@every_page
+def test_a_page_ends_in_five_lines_and_two_questions(page: Page) -> None:
+    text = "\n".join(cell.source for cell in sections(page)["Summary"])
+    box = re.findall(r"^> - (.+)$", text, re.MULTILINE)
+    assert len(box) == 5, "five lines, each `> - ...`"
+    questions = re.findall(r"<details>\n<summary>([^\n]+\?)</summary>\n\n(.+?)\n\n</details>", text, re.DOTALL)
+    assert len(questions) == 2, "two questions whose answers fold"
+    assert "You can now" in text
+    assert all(len(answer.split()) >= 8 for _, answer in questions)
+
+
+@every_page
 def test_the_setup_starts_this_page(page: Page) -> None:
     setup = "\n".join(cell.source for cell in page.tagged("setup"))
     assert f'shared.start("{page.number}"' in setup
@@ -304,7 +331,7 @@ def test_the_setup_starts_this_page(page: Page) -> None:
 
 @every_page
 def test_every_cell_is_tagged_from_the_list(page: Page) -> None:
-    known = {"setup", "build", "exercise", "check", "solution"}
+    known = {"setup", "build", "drawing", "exercise", "check", "solution"}
     assert {tag for cell in page.cells for tag in cell.tags} <= known
     assert all(len(cell.tags) <= 1 for cell in page.cells)
 

@@ -20,13 +20,17 @@ exclude_patterns = ["CONTRIBUTING.md"]  # parts of it are included
 # Pages: shown as they were executed and committed.
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}
 myst_enable_extensions = ["dollarmath", "substitution", "colon_fence"]
 myst_heading_anchors = 3
 highlight_language = "none"
 myst_update_mathjax = False
 myst_substitutions = {
+    "page_map": contents.page_map(HERE / "tutorials"),
     "pages": contents.page_table(HERE / "tutorials"),
+    "total_times": contents.total_times(HERE / "tutorials"),
     "front_door": contents.front_door(),
     "latency": contents.latency(HERE / "merge_cpu.svg"),
 }
