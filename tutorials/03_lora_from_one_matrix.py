@@ -387,8 +387,8 @@ for ax, (name, trace) in zip(axes, traces.items(), strict=True):
     ax.plot(range(1, 21), norms_of_a, color=C["orange"], marker="o", markersize=3, label="A")
     ax.plot(range(1, 21), norms_of_b, color=C["blue"], marker="s", markersize=3, label="B")
     ax.set_title(f"{name}\nloss {losses[0]:.2f} → {losses[-1]:.2f}", fontsize=9)
-    ax.legend(fontsize=8, loc="upper right")
-    ax.set(xlabel="step", ylim=(-0.04 * top, top), xticks=[1, 10, 20])
+    ax.legend(fontsize=8, loc="upper left", ncols=2)
+    ax.set(xlabel="step", ylim=(-0.04 * top, 1.25 * top), xticks=[1, 10, 20])
 axes[0].set_ylabel("gradient norm")
 axes[0].annotate(
     "A: exactly 0", (1, 0), (5, 0.04 * top), color=C["orange"], fontsize=9, arrowprops={"arrowstyle": "-", "color": C["orange"]}

@@ -132,13 +132,13 @@ axes[1].set_title("the lower two, enlarged")
 shared.show(
     fig,
     "seven_billion",
-    "Full fine-tuning pays for the optimizer, LoRA for the weights, QLoRA mostly for activations: one step of seven billion.",
+    "Full fine-tuning pays for the optimizer, LoRA for the weights, QLoRA for 4-bit weights and activations.",
 )
 
 # %% [markdown]
 # Three bars, three different problems. In full fine-tuning the weights themselves are a minor part; most is what training
-# adds to each of them. LoRA removes that, and the frozen weights remain. QLoRA makes those smaller. What is left then are
-# the activations, which no quantization of weights makes smaller.
+# adds to each of them. LoRA removes that, and the frozen weights remain. QLoRA makes those smaller, and the activations
+# become a large part. No quantization of weights makes them smaller, and they grow with the length of the rows.
 
 # %% [markdown]
 # ## The idea
@@ -609,7 +609,8 @@ shared.grade(check_block_codes, block_codes)
 # > - Scales are numbers too: 256 of them share one fp32 number, and each keeps an 8-bit code.
 # > - Their mean comes off first, so that small deviations use all of the map.
 # > - NF4 with double quantization costs 4 + 8/64 + 32/(64 · 256) bits a weight, instead of 4 + 32/64.
-# > - Full fine-tuning pays for gradients and optimizer, LoRA for frozen weights, QLoRA mostly for activations.
+# > - Full fine-tuning pays for gradients and optimizer, LoRA for frozen weights, QLoRA for 4-bit
+# >   weights and activations.
 # > - Count bytes from tensors. `minisft plan` does it before anything is loaded.
 #
 # You can now answer:
