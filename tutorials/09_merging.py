@@ -491,14 +491,14 @@ for tokens in (1, 128):
     x = torch.randn(tokens, SIDE)  # [tokens, in]
     taken = {kind: [] for kind in stacks}
     with torch.inference_mode():
-        for _ in range(61):
+        for _ in range(41):
             for kind, layers in stacks.items():  # in turns, so that a busy machine slows all of them
                 began = perf_counter()
                 layers(x)
                 taken[kind].append(perf_counter() - began)
     for kind in ("unmerged", "merged"):
         # Ratios of neighbours in time, the first turn left out: it warms up.
-        pairs = torch.tensor([mine / base for mine, base in zip(taken[kind][1:], taken["base"][1:], strict=True)])  # [60]
+        pairs = torch.tensor([mine / base for mine, base in zip(taken[kind][1:], taken["base"][1:], strict=True)])  # [40]
         ratios[tokens, kind] = pairs.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
 
 # %% tags=["drawing"]
@@ -519,7 +519,7 @@ shared.show(
     fig,
     "latency",
     alt="Merged takes the time of the base, up to noise; the adapter beside the weight costs most at one token. "
-    "Medians and quartiles of 60 pairs.",
+    "Medians and quartiles of 40 pairs.",
 )
 added = 100 * RANK * 2 * SIDE / SIDE**2
 shared.say(
