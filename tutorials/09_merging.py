@@ -273,7 +273,7 @@ for name, points in curves.items():
     axes[0].loglog(SIZES, [p[2] for p in points], "o-", markersize=3, color=shared.COLORS[colors[name]])
     axes[1].semilogx(SIZES, [p[3] for p in points], "o-", markersize=3, color=shared.COLORS[colors[name]])
 axes[0].axhline(1, color=shared.COLORS["grey"], linestyle=":", linewidth=1)
-axes[0].text(0.33, 1.25, "as bad as no adapter", va="bottom", ha="right", color=shared.COLORS["grey"], fontsize=8)
+axes[0].text(1.1e-4, 1.6, "as bad as no adapter", va="bottom", ha="left", color=shared.COLORS["grey"], fontsize=8)
 for k, (name, color) in enumerate(colors.items()):  # names beside the axes, where no curve is
     axes[1].text(1.04, 0.95 - 0.12 * k, name, color=shared.COLORS[color], fontweight="bold", transform=axes[1].transAxes)
 beyond = [x for x, p in zip(SIZES, curves["into the original"], strict=True) if p[3] > 2.05]
