@@ -150,7 +150,7 @@ shared.show(
 #
 # Two details make it work.
 #
-# - **The mean comes off first.** Scales are all positive, and much alike. Without their mean, what is left lies on both sides
+# - **The mean comes off first.** Scales are all positive, and much alike. Without their mean, what is left is on both sides
 #   of zero and is small, so the same 256 levels resolve it more finely. The mean is one number for the whole matrix.
 # - **The levels are a *dynamic map*.** It has levels for numbers near one and for numbers near a millionth, like a
 #   floating-point format: seven decades, and each larger decade twice as many levels.
@@ -206,7 +206,7 @@ shared.show(
 # | 21, 19, 20, 16 | 1, -1, 0, -4 | 0.25, -0.25, 0, -1 | 201, 53, 127, 0 |
 # | 20, 23, 17, 20 | 0, 3, -3, 0 | 0, 0.75, -0.75, 0 | 127, 237, 17, 127 |
 #
-# Take 0.5. The largest decade runs from 0.1 to 1 in 64 parts, and 0.5 lies $(0.5 - 0.1) / 0.9 \cdot 64 = 28.4$ parts in,
+# Take 0.5. The largest decade runs from 0.1 to 1 in 64 parts, and 0.5 is $(0.5 - 0.1) / 0.9 \cdot 64 = 28.4$ parts in,
 # so inside part 28 (counted from 0). The middle of that part is $0.1 + 0.9 \cdot 28.5 / 64 = 0.50078$. On the way back it
 # becomes $0.50078 \cdot 4 + 20 = 22.003$ instead of 22.
 #

@@ -422,8 +422,8 @@ for tokens in (16, 256, 4096):
 # %% [markdown]
 # ### A real little QLoRA run
 #
-# Now the thing itself. A stack of eight layers plays the pretrained model. The *teacher* is the same stack after somebody
-# fine-tuned it, so that every weight has moved a little. The *student* has the pretrained weights in 4 bits, frozen, and a LoRA
+# Now the thing itself. A stack of eight layers plays the pretrained model. The *teacher* is the same stack after it was
+# fine-tuned, so that every weight has moved a little. The *student* has the pretrained weights in 4 bits, frozen, and a LoRA
 # update beside each. It learns the teacher's answers. (What fine-tuning did has rank 3, since we made it so, and the adapters
 # have rank 8, so they could hold all of it. That real updates are of low rank is not shown here.)
 

@@ -54,7 +54,7 @@ from minisft.lora import LoRALinear
 
 # %%
 weight = torch.tensor(0.0203).to(torch.bfloat16).float()  # is on a mark
-step = 2.0**-13  # the distance between the marks here: bf16 keeps 8 bits, and the weight lies between 2^-6 and 2^-5
+step = 2.0**-13  # the distance between the marks here: bf16 keeps 8 bits, and the weight is between 2^-6 and 2^-5
 updates = {"a fifth of a step": 0.2, "two thirds of a step": 0.67, "three and a third": 3.33}
 
 # %% tags=["drawing"]
@@ -239,7 +239,7 @@ shared.say(
 # ### What rounding loses as the update shrinks
 #
 # Now on real weights: one projection of SmolLM2. Its numbers are rounded to bf16 first, as in a published model. We add updates
-# of rank 8 and of many sizes, and store the sum in four ways. For the two 4-bit ways the adapter stands for one that was trained
+# of rank 8 and of many sizes, and store the sum in four ways. For the two 4-bit ways the adapter represents one that was trained
 # beside the quantized weight.
 #
 # One thing to know before you look at the right panel. Survival can exceed 1: "into the original" also undoes the rounding to 4
@@ -407,7 +407,7 @@ shared.say(
 )
 
 # %% [markdown]
-# Every dot is one of the adapted layers, and the real ones lie about where the sweep said they would. A file in bf16 is half
+# Every dot is one of the adapted layers, and the real ones are about where the sweep predicts. A file in bf16 is half
 # the size of one in fp32; the certificate is how you decide whether that is worth it.
 #
 # Did you notice that in bf16 single layers may be far off, and the answers of the model hardly move? That is no contradiction.
