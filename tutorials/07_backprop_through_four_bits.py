@@ -482,7 +482,8 @@ class NaiveLinear(QLoRALinear):
     """The same layer, same numbers, with the naive matmul."""
 
     def forward(self, x):
-        return naive(x, self.base.q) + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)  # [..., in] to [..., out]
+        update = x @ self.lora_A.T @ self.lora_B.T  # first, as above: the gradients of x then add up in the same order
+        return naive(x, self.base.q) + self.scaling * update  # [..., in] to [..., out]
 
 
 def watch(kind):
