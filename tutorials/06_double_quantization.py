@@ -45,26 +45,15 @@ from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.step import batch_loss_sum, prepare_method, train_step
 from minisft.surgery import lora_modules, nf4_modules, quantization_targets, quantize_
-<<<<<<< HEAD
 from minisft.training.memory_estimate import Shape, estimate_step
-from minisft.training.plan import size
-=======
-from minisft.training.memory_estimate import Shape, rehearse
->>>>>>> c109e79 (Correct page 06: one unit, the smallest scale, where the map comes from)
 
 shared.start("06", seed=0)
 
 # %% [markdown]
 # Here is the bill for a model of seven billion weights, one row of 512 tokens at a time. Nothing of that size is allocated:
-<<<<<<< HEAD
-# `minisft plan` runs a step with tensors that have a shape and no memory. We trust it for now. Further down you count the
-# bytes of a small model yourself, and compare. Adapters, where there are any, have rank 16 and sit on all linear layers but the
-# output head. (The code of this cell is book-keeping and drawing: read the picture first.)
-=======
 # `minisft plan` estimates a step with tensors that have a shape and no memory. We trust it for now. Further down you count
 # the bytes of a small model yourself, and compare. Adapters have rank 16 and are on all linear layers but the output head.
 # A *master* is an fp32 copy of a bf16 weight, which the optimizer updates.
->>>>>>> c109e79 (Correct page 06: one unit, the smallest scale, where the map comes from)
 
 # %% tags=["drawing"]
 METHODS = {
@@ -423,15 +412,9 @@ shared.say(f"{real_bits:.3f} bits a weight, where page 05 needed {4 + 32 / 64:.3
 # ## The same as the library
 #
 # Map, codes, scales of scales, mean and rebuilt scales equal `minisft.nf4` bit for bit. And the bytes that you counted on
-<<<<<<< HEAD
-# living tensors equal the library's estimate, line by line and exactly, with one exception. Among the activations the
-# estimate also counts what happens to be alive when the backward pass begins, though it is not needed there: the loss, and
-# up to two integers a token that say where it stands.
-=======
 # living tensors equal the library's memory estimate, line by line and exactly, with one exception. Among the activations the
 # estimate also counts what happens to be alive when the backward pass begins, though it is not needed there: the loss, and
 # up to two integers a token that give its position.
->>>>>>> c109e79 (Correct page 06: one unit, the smallest scale, where the map comes from)
 
 # %%
 assert torch.equal(dynamic_map(), nf4.dynamic_map(torch.device("cpu")))
