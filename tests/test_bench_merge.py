@@ -5,6 +5,7 @@ What it measures is not looked at here.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,8 +18,10 @@ import tiny_folder
 import torch
 from torch import nn
 
+from minisft import nf4
+
 pytest.importorskip("peft")
-pytest.importorskip("bitsandbytes")
+functional = pytest.importorskip("bitsandbytes.functional")
 pytest.importorskip("transformers")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -26,23 +29,25 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_merge  # noqa: E402
 import merge_cases  # noqa: E402
 import merge_files  # noqa: E402
+import nf4_cases  # noqa: E402
 from merge_cases import BASE, MERGED, MINISFT, PEFT, UNMERGED, Form, Sizes, Subject, Work  # noqa: E402
 
-SIZES = Sizes(shapes=((24, 16),), ranks=(2, 4), main_rank=4, context=5, rotate_bytes=1, sample_s=0.0)
+OUT, IN = 24, 64  # a row is a whole block of 4-bit weights: others are decoded wrongly by bitsandbytes' AVX-512 code
+SIZES = Sizes(shapes=((OUT, IN),), ranks=(2, 4), main_rank=4, context=5, rotate_bytes=1, sample_s=0.0)
 
 
 def layer(base: str) -> Subject:
-    return merge_cases.layer_subject((24, 16), base, SIZES, "cpu")
+    return merge_cases.layer_subject((OUT, IN), base, SIZES, "cpu")
 
 
 @pytest.mark.parametrize(
     ("base", "form", "flops", "num_bytes", "products"),
     [
-        ("fp32", Form(MINISFT, BASE), 2 * 8 * 24 * 16, 4 * 24 * 16, 1),
-        ("fp32", Form(MINISFT, UNMERGED, 4), 2 * 8 * (24 * 16 + 4 * 16 + 24 * 4), 4 * (24 * 16 + 4 * 16 + 24 * 4), 3),
-        ("bf16", Form(PEFT, MERGED), 2 * 8 * 24 * 16, 2 * 24 * 16, 1),
-        ("nf4", Form(MINISFT, MERGED), 2 * 8 * 24 * 16, 4 * 24 * 16, 1),  # dense, in the dtype of the activations
-        ("nf4", Form(PEFT, MERGED), 2 * 8 * 24 * 16, 24 * 16 * (0.5 + 1 / 64 + 4 / (64 * 256)), 1),  # in 4 bits again
+        ("fp32", Form(MINISFT, BASE), 2 * 8 * OUT * IN, 4 * OUT * IN, 1),
+        ("fp32", Form(MINISFT, UNMERGED, 4), 2 * 8 * (OUT * IN + 4 * IN + OUT * 4), 4 * (OUT * IN + 4 * IN + OUT * 4), 3),
+        ("bf16", Form(PEFT, MERGED), 2 * 8 * OUT * IN, 2 * OUT * IN, 1),
+        ("nf4", Form(MINISFT, MERGED), 2 * 8 * OUT * IN, 4 * OUT * IN, 1),  # dense, in the dtype of the activations
+        ("nf4", Form(PEFT, MERGED), 2 * 8 * OUT * IN, OUT * IN * (0.5 + 1 / 64 + 4 / (64 * 256)), 1),  # in 4 bits again
     ],
 )
 def test_flops_and_bytes_are_those_of_the_products(
@@ -89,6 +94,42 @@ def test_a_wrong_merge_is_noticed_before_anything_is_timed() -> None:
         merge_cases.differences(outputs, subject, work, SIZES.main_rank)
 
 
+@pytest.mark.parametrize("columns", [16, 48, 64, 80, 128])
+def test_a_peer_that_decodes_its_own_weight_wrongly_is_refused(columns: int) -> None:
+    """By their tables alone: whether this machine's bitsandbytes is right is its own affair, that we notice is ours."""
+    layer = nf4_cases.linear_4bit(nf4_cases.gaussian(OUT, columns, seed=1), torch.float32)
+    state = layer.weight.quant_state
+    absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    pairs = layer.weight.data.flatten().int()
+    codes = torch.stack((pairs >> 4, pairs & 15), dim=1).flatten()
+    exact = (state.code[codes].double() * absmax.repeat_interleave(64)[: OUT * columns]).view(OUT, columns)
+    ours = nf4_cases.same_weight(layer.weight.data, state)
+    assert torch.equal(nf4.dequantize(ours, torch.float32), exact.float())
+    theirs = functional.dequantize_4bit(layer.weight.data, state)
+    if float((theirs - exact).abs().max()) > 1e-6:
+        assert columns % 64, "whole blocks are decoded rightly everywhere"
+        with pytest.raises(SystemExit, match=f"24 x {columns} wrongly"):
+            merge_cases.check_peer("0", layer, ours)
+    else:
+        merge_cases.check_peer("0", layer, ours)
+
+
+def test_the_check_of_the_peer_fails_where_a_block_begins_with_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every machine: the fault of bitsandbytes' AVX-512 code, acted out."""
+
+    def by_rows(packed: torch.Tensor, state: object) -> torch.Tensor:
+        q = nf4_cases.same_weight(packed, state)
+        absmax = nf4.decode_absmax(q)
+        per_row = -(-q.shape[1] // q.block_size)
+        scales = absmax.repeat(per_row * OUT)[: OUT * per_row].repeat_interleave(q.block_size)
+        codes = nf4.unpack(q.packed, q.shape.numel())
+        return (q.levels[codes.int()].view(OUT, -1) * scales.view(OUT, -1)[:, : q.shape[1]]).view(q.shape)
+
+    monkeypatch.setattr(functional, "dequantize_4bit", by_rows)
+    with pytest.raises(SystemExit, match=r"24 x 16 wrongly, off by \d+%"):
+        merge_cases.layer_subject((OUT, 16), "nf4", SIZES, "cpu")
+
+
 def test_merging_with_peft_leaves_the_base_that_others_are_timed_on() -> None:
     subject = layer("fp32")
     weights = {
@@ -131,7 +172,8 @@ def test_targets_are_met_or_missed_by_the_numbers() -> None:
 
 @pytest.mark.exhaustive
 def test_the_benchmark_runs_to_its_end_and_writes_results_and_plot(tmp_path: Path) -> None:
-    folder = tiny_folder.write_model(tmp_path / "model", tmp_path / "scratch")
+    config = dataclasses.replace(tiny_folder.CONFIG, hidden_size=64, intermediate_size=128, head_dim=16)  # whole blocks
+    folder = tiny_folder.write_model(tmp_path / "model", tmp_path / "scratch", config)
     script = [sys.executable, "-W", "ignore", str(BENCHMARKS / "bench_merge.py"), "--quick", "--model", str(folder)]
     options = ["--rounds", "2", "--merging-rounds", "1", "--out", str(tmp_path)]
     done = subprocess.run(
