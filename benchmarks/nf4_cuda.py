@@ -45,7 +45,6 @@ from nf4_cases import (
 from torch import Tensor
 
 from minisft import nf4
-from minisft.kernels.arguments import PackedWeight
 from minisft.nf4 import QuantizedWeight
 from minisft.nf4_linear import NF4Linear
 
@@ -205,11 +204,6 @@ def quantized(shape: tuple[int, int], sizes: Sizes) -> tuple[list[tuple[Tensor, 
     return [quantize(weight) for _ in range(many)], [copy.deepcopy(first) for _ in range(many)]
 
 
-def for_kernels(q: QuantizedWeight) -> PackedWeight:
-    table = nf4.dynamic_map(q.absmax.device)
-    return PackedWeight(q.packed, q.absmax, q.levels, q.block_size, tuple(q.shape), table, q.absmax2, q.offset)
-
-
 def dequantize_case(shape: tuple[int, int], sizes: Sizes) -> Case:
     """Doubly quantized 4 bits to bf16, both into tensors that are there already."""
     from bitsandbytes import functional
@@ -217,7 +211,7 @@ def dequantize_case(shape: tuple[int, int], sizes: Sizes) -> Case:
     from minisft.kernels.dequantize import dequantize
 
     theirs, ours = quantized(shape, sizes)
-    weights = [for_kernels(q) for q in ours]
+    weights = ours
     outs = [torch.empty(shape, dtype=DTYPE, device=sizes.device) for _ in weights]
     different = share_of_differences(dequantize(weights[0], DTYPE), functional.dequantize_4bit(*theirs[0]))
     assert torch.equal(dequantize(weights[0], DTYPE), nf4.dequantize(ours[0], DTYPE)), "different dequantized weights"
@@ -274,7 +268,7 @@ def product_case(shape: tuple[int, int], num_rows: int, sizes: Sizes) -> Case:
     dense = [nf4.dequantize(ours[0], DTYPE).clone() for _ in ours]
     product = torch.nn.functional.linear
     ways: dict[str, tuple[list[Call], str]] = {
-        MINISFT: ([functools.partial(matmul, x, for_kernels(q)) for q in ours], "Triton"),
+        MINISFT: ([functools.partial(matmul, x, q) for q in ours], "Triton"),
         BITSANDBYTES: (
             [functools.partial(forward, functools.partial(bnb.matmul_4bit, B=p.t(), quant_state=s), x) for p, s in theirs],
             "matmul_4bit",
@@ -298,7 +292,7 @@ def backward_case(shape: tuple[int, int], num_rows: int, sizes: Sizes) -> Case:
     grad = gaussian(num_rows, shape[0], seed=3, dtype=DTYPE, device=sizes.device)
     dense = [nf4.dequantize(ours[0], DTYPE).clone() for _ in ours]
     ways: dict[str, tuple[list[Call], str]] = {
-        MINISFT: ([functools.partial(matmul_backward, grad, for_kernels(q)) for q in ours], "Triton"),
+        MINISFT: ([functools.partial(matmul_backward, grad, q) for q in ours], "Triton"),
         BITSANDBYTES: (
             [functools.partial(_dequantized_product, functional.dequantize_4bit, grad, p, s) for p, s in theirs],
             "dequantize_4bit and matmul",

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from minisft.kernels import cpu_nf4
-from minisft.kernels.arguments import PackedWeight
 from minisft.matmul import product_dtype
-from minisft.nf4 import QuantizedWeight, dynamic_map
+from minisft.nf4 import QuantizedWeight
 
 # ---- the two products, on tensors without gradients ------------------------------------------------------------------
 
@@ -74,19 +73,14 @@ def fused_matmul(x: Tensor, q: QuantizedWeight) -> Tensor:
     """x W^T by the Triton kernels; (..., in) to (..., out) in the dtype of ``x``, fp32, bf16 or fp16."""
     from minisft.kernels.dispatch import matmul
 
-    return matmul(x.reshape(-1, q.shape[1]), _kernel_weight(q)).view(*x.shape[:-1], q.shape[0])
+    return matmul(x.reshape(-1, q.shape[1]), q).view(*x.shape[:-1], q.shape[0])
 
 
 def fused_matmul_t(grad: Tensor, q: QuantizedWeight) -> Tensor:
     """grad W by the Triton kernels; (..., out) to (..., in)."""
     from minisft.kernels.dispatch import matmul_backward
 
-    return matmul_backward(grad.reshape(-1, q.shape[0]), _kernel_weight(q)).view(*grad.shape[:-1], q.shape[1])
-
-
-def _kernel_weight(q: QuantizedWeight) -> PackedWeight:
-    table = None if q.absmax2 is None else dynamic_map(q.absmax.device)
-    return PackedWeight(q.packed, q.absmax, q.levels, q.block_size, tuple(q.shape), table, q.absmax2, q.offset)
+    return matmul_backward(grad.reshape(-1, q.shape[0]), q).view(*grad.shape[:-1], q.shape[1])
 
 
 class _Context(FunctionCtx):

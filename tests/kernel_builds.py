@@ -82,20 +82,18 @@ def quantize_builds() -> list[Build]:
 
 
 def matvec_builds() -> list[Build]:
-    cells = [(s, d, 1, c, False) for s in SCALES for d in DTYPES for c in matvec.CONFIGS[:1]]
-    cells += [("nested", "bf16", rows, c, lora) for rows in (1, 2, 4) for c in matvec.CONFIGS for lora in (False, True)]
+    cells = [(s, d, 1, c) for s in SCALES for d in DTYPES for c in matvec.CONFIGS[:1]]
+    cells += [("nested", "bf16", rows, c) for rows in (1, 2, 4) for c in matvec.CONFIGS]
     return [_matvec(*cell) for cell in dict.fromkeys(cells)]
 
 
-def _matvec(scales: str, dtype: str, rows: int, config: matvec.Config, lora: bool) -> Build:
-    adapter = f"*{dtype}" if lora else None
+def _matvec(scales: str, dtype: str, rows: int, config: matvec.Config) -> Build:
     arguments = {
         **_weight(scales), "x_ptr": f"*{dtype}", "out_ptr": "*fp32" if config.parts > 1 else f"*{dtype}",
-        "xa_ptr": adapter, "lora_B_ptr": adapter, "scaling": "fp32", "num_rows": "i32", "num_columns": "i32",
-        "num_groups": "i32", "rank": "i32", "ROWS": rows, "COLUMNS": config.columns, "GROUPS": config.inner // 32,
-        "PARTS": config.parts, "RANK": 16 if lora else 1,
+        "num_rows": "i32", "num_columns": "i32", "num_groups": "i32", "ROWS": rows, "COLUMNS": config.columns,
+        "GROUPS": config.inner // 32, "PARTS": config.parts,
     }  # fmt: skip
-    name = f"matvec-{scales}-{dtype}-rows{rows}-{_label(config)}{'-lora' if lora else ''}"
+    name = f"matvec-{scales}-{dtype}-rows{rows}-{_label(config)}"
     return Build(name, matvec._matvec_kernel, arguments, config.num_warps, config.num_stages, unaligned=("num_rows",))
 
 
@@ -150,7 +148,7 @@ TYPICAL = (
     "dequantize-flat-fp32-64",
     "quantize-bf16-64",
     "matvec-nested-bf16-rows1-8x1024x1x4x3",
-    "matvec-nested-bf16-rows4-8x1024x1x4x3-lora",
+    "matvec-nested-bf16-rows4-8x1024x1x4x3",
     "matmul_small-nested-bf16-rows16-64x128x4x4x3",
     "matmul_small-nested-bf16-rows64-64x128x1x4x3",
     "matmul_backward-nested-bf16-rows64-128x64x4x4x3",

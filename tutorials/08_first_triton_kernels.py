@@ -523,18 +523,16 @@ shared.say(
 # The second adds up in another order, so we allow it the rounding of its sums.
 
 # %%
-from minisft.kernels.arguments import PackedWeight
 from minisft.kernels.dequantize import dequantize as library_dequantize
 from minisft.kernels.matvec import matvec as library_matvec
 
 for shape in ((61, 131), (48, 160), (1, 1)):
     q = nf4.quantize(torch.randn(shape), double_quant=False)
-    packed = PackedWeight(q.packed, q.absmax, q.levels, q.block_size, shape)
-    assert torch.equal(dequantize(q), library_dequantize(packed, torch.float32))
+    assert torch.equal(dequantize(q), library_dequantize(q, torch.float32))
 
 q = nf4.quantize(torch.randn(48, 160), double_quant=False)
 x = torch.randn(160)
-theirs = library_matvec(x[None], PackedWeight(q.packed, q.absmax, q.levels, q.block_size, (48, 160)))[0]  # [48]
+theirs = library_matvec(x[None], q)[0]  # [48]
 torch.testing.assert_close(matvec(x, q), theirs)
 print("dequantize: the same bits as the library. matvec: the same up to the order of the sum")
 

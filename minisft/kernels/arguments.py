@@ -8,45 +8,24 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCK_SIZE = 256
+from minisft.nf4 import BLOCK_SIZES, NESTED_BLOCK_SIZE, QuantizedWeight, dynamic_map
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 GROUP = 32  # weights in 16 bytes: the products read them together, with one scale
-MOST_ELEMENTS = 2**34  # word indices are 32 bits wide, and a word holds 8 elements
+MAX_ELEMENTS = 2**34  # word indices are 32 bits wide, and a word holds 8 elements
 
 
-class PackedWeight(NamedTuple):
-    """The raw tensors of a 4-bit weight of N elements in blocks of G, all contiguous and on one device.
-
-    Args:
-        packed: (ceil(N/2),) uint8, the first element in the high nibble; the address is a multiple of 4.
-        absmax: (ceil(N/G),) fp32; with double quantization uint8 codes into ``absmax_map``.
-        levels: (16,) fp32.
-        block_size: G.
-        shape: the dense shape, (out_features, in_features) for the products.
-        absmax_map, absmax2, offset: double quantization, all three or none: (256,), (ceil(N/G/256),) and () fp32.
-    """
-
-    packed: Tensor
-    absmax: Tensor
-    levels: Tensor
-    block_size: int
-    shape: tuple[int, ...]
-    absmax_map: Tensor | None = None
-    absmax2: Tensor | None = None
-    offset: Tensor | None = None
-
-    def scale_arguments(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The four pointers that ``decode.load_absmax`` takes."""
-        return self.absmax, self.absmax_map, self.absmax2, self.offset
+def scale_arguments(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The four pointers that ``decode.load_absmax`` takes: absmax, its 8-bit map, absmax2 and offset."""
+    absmax_map = None if weight.absmax2 is None else dynamic_map(weight.absmax.device)
+    return weight.absmax, absmax_map, weight.absmax2, weight.offset
 
 
-def check_weight(weight: PackedWeight) -> int:
+def check_weight(weight: QuantizedWeight) -> int:
     """The number of elements of a well-formed weight.
 
     Raises:
@@ -56,19 +35,16 @@ def check_weight(weight: PackedWeight) -> int:
     """
     n = math.prod(weight.shape)
     check_block_size(weight.block_size)
-    if not 0 < n < MOST_ELEMENTS:
-        raise ValueError(f"a packed weight has 1 to {MOST_ELEMENTS - 1} elements, not {n}: shape {tuple(weight.shape)}")
+    if not 0 < n < MAX_ELEMENTS:
+        raise ValueError(f"a quantized weight has 1 to {MAX_ELEMENTS - 1} elements, not {n}: shape {tuple(weight.shape)}")
     num_blocks = -(-n // weight.block_size)
-    nested = (weight.absmax_map, weight.absmax2, weight.offset)
-    given = [tensor for tensor in nested if tensor is not None]
-    if len(given) not in (0, 3):
-        raise ValueError("double quantization takes absmax_map, absmax2 and offset together, or none of them")
+    given = [tensor for tensor in (weight.absmax2, weight.offset) if tensor is not None]
+    if len(given) == 1:
+        raise ValueError("double quantization takes absmax2 and offset together, or none of them")
     check_vector("packed", weight.packed, torch.uint8, (n + 1) // 2)
     check_vector("absmax", weight.absmax, torch.uint8 if given else torch.float32, num_blocks)
     check_vector("levels", weight.levels, torch.float32, 16)
-    for name, tensor, size in zip(
-        ("absmax_map", "absmax2", "offset"), given, (256, -(-num_blocks // NESTED_BLOCK_SIZE), 1), strict=False
-    ):
+    for name, tensor, size in zip(("absmax2", "offset"), given, (-(-num_blocks // NESTED_BLOCK_SIZE), 1), strict=False):
         check_vector(name, tensor, torch.float32, size)
     if weight.packed.data_ptr() % 4:
         raise ValueError("packed starts at an address that is no multiple of 4 bytes: clone() it first")
@@ -110,7 +86,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def check_product(name: str, rows: Tensor, weight: PackedWeight, axis: int, most_rows: int) -> Tensor:
+def check_product(name: str, rows: Tensor, weight: QuantizedWeight, axis: int, max_rows: int) -> Tensor:
     """``rows`` (M, features along ``axis`` of the weight), contiguous: a non-contiguous one is copied, being small.
 
     Raises: as ``check_weight``; ValueError too for a weight whose rows are not whole groups of 32.
@@ -120,6 +96,6 @@ def check_product(name: str, rows: Tensor, weight: PackedWeight, axis: int, most
     check_devices(rows, weight.packed)
     if len(weight.shape) != 2 or weight.shape[1] % GROUP:
         raise ValueError(f"a fused product needs a matrix with in_features divisible by {GROUP}, not {tuple(weight.shape)}")
-    if rows.dim() != 2 or rows.shape[1] != weight.shape[axis] or not 1 <= rows.shape[0] <= most_rows:
-        raise ValueError(f"{name} is {tuple(rows.shape)}, expected (1 to {most_rows}, {weight.shape[axis]})")
+    if rows.dim() != 2 or rows.shape[1] != weight.shape[axis] or not 1 <= rows.shape[0] <= max_rows:
+        raise ValueError(f"{name} is {tuple(rows.shape)}, expected (1 to {max_rows}, {weight.shape[axis]})")
     return rows.contiguous()

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisft.kernels.arguments import PackedWeight, check_devices, check_float, check_vector, check_weight
+from minisft.kernels.arguments import check_devices, check_float, check_vector, check_weight, scale_arguments
 from minisft.kernels.decode import load_absmax, word_shifts
+from minisft.nf4 import QuantizedWeight
 
 WORDS = 1024  # 8192 outputs a program: a multiple of every block size, so that a program starts on a block
 
@@ -54,11 +55,11 @@ def _dequantize_kernel(
     tl.store(out_ptr + start * 8 + element, value.to(out_ptr.dtype.element_ty), mask=element < left)
 
 
-def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The dense weight, bit for bit that of the twin ``minisft.nf4.dequantize``.
 
     Args:
-        weight: see ``PackedWeight``.
+        weight: see ``QuantizedWeight``.
         dtype: float32, float16 or bfloat16.
         out: contiguous, of ``weight.shape`` and ``dtype``, to be written instead of a new tensor.
 
@@ -73,7 +74,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = No
     check_devices(out, weight.packed)
     with torch.cuda.device_of(out):
         _dequantize_kernel[(triton.cdiv(n, WORDS * 8),)](
-            weight.packed, *weight.scale_arguments(), weight.levels, out, n,
+            weight.packed, *scale_arguments(weight), weight.levels, out, n,
             BLOCK_SIZE=weight.block_size, WORDS=WORDS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out.view(weight.shape)

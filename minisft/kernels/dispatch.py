@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from minisft.kernels.arguments import GROUP, PackedWeight
+from minisft.kernels.arguments import GROUP
 from minisft.kernels.workspace import matmul_backward_dense, matmul_dense
+from minisft.nf4 import QuantizedWeight
 
 MATVEC_ROWS = 4
 SMALL_ROWS = 128
 
 
-def matmul(x_MI: Tensor, weight: PackedWeight) -> Tensor:
+def matmul(x_MI: Tensor, weight: QuantizedWeight) -> Tensor:
     """``x W^T``: (M, in_features) to (M, out_features) in the dtype of x, for any M, zero too."""
     num_rows = len(x_MI)
     if not 0 < num_rows <= SMALL_ROWS or weight.shape[1] % GROUP:
@@ -29,7 +30,7 @@ def matmul(x_MI: Tensor, weight: PackedWeight) -> Tensor:
     return matmul_small(x_MI, weight)
 
 
-def matmul_backward(grad_MO: Tensor, weight: PackedWeight) -> Tensor:
+def matmul_backward(grad_MO: Tensor, weight: QuantizedWeight) -> Tensor:
     """``grad W``: (M, out_features) to (M, in_features) in the dtype of ``grad_MO``, for any M, zero too."""
     if not 0 < len(grad_MO) <= SMALL_ROWS or weight.shape[1] % GROUP:
         return matmul_backward_dense(grad_MO, weight)

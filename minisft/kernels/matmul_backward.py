@@ -15,13 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisft.kernels.arguments import PackedWeight, check_product
+from minisft.kernels.arguments import check_product, scale_arguments
 from minisft.kernels.decode import decode_tile, load_groups
 from minisft.kernels.matmul_small import tile_rows
 from minisft.kernels.split_k import product_buffer, sum_partials
 from minisft.kernels.tuning import Config, fastest
+from minisft.nf4 import QuantizedWeight
 
-MOST_ROWS = 128
+MAX_ROWS = 128
 CONFIGS = (
     Config(columns=128, inner=64, parts=1),
     Config(columns=128, inner=64, parts=4),
@@ -70,7 +71,7 @@ def _matmul_backward_kernel(
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def matmul_backward(grad_MO: Tensor, weight: PackedWeight, config: Config | None = None) -> Tensor:
+def matmul_backward(grad_MO: Tensor, weight: QuantizedWeight, config: Config | None = None) -> Tensor:
     """``grad W`` with fp32 sums, rounded once to the dtype of ``grad_MO``.
 
     Args:
@@ -81,7 +82,7 @@ def matmul_backward(grad_MO: Tensor, weight: PackedWeight, config: Config | None
     Returns: (M, in_features) in the dtype of ``grad_MO``. Twin: ``grad @ nf4.dequantize(weight)`` in that dtype.
     Raises: ValueError, TypeError or RuntimeError, see ``check_product``.
     """
-    grad = check_product("grad", grad_MO, weight, 0, MOST_ROWS)
+    grad = check_product("grad", grad_MO, weight, 0, MAX_ROWS)
     row_tile = tile_rows(len(grad), grad.dtype)
     key = ("matmul_backward", grad.device, grad.dtype, row_tile, len(grad) > row_tile, weight.shape, weight.block_size)
 
@@ -93,12 +94,12 @@ def matmul_backward(grad_MO: Tensor, weight: PackedWeight, config: Config | None
         return launch(config or fastest(key, configs, launch))
 
 
-def _launch(grad: Tensor, weight: PackedWeight, row_tile: int, config: Config) -> Tensor:
+def _launch(grad: Tensor, weight: QuantizedWeight, row_tile: int, config: Config) -> Tensor:
     num_rows, (out_features, in_features) = len(grad), weight.shape
     sums = product_buffer(num_rows, in_features, config.parts, grad)
     grid = (triton.cdiv(in_features, config.columns), triton.cdiv(num_rows, row_tile), config.parts)
     _matmul_backward_kernel[grid](
-        grad, weight.packed, *weight.scale_arguments(), weight.levels, sums, num_rows, out_features, in_features // 32,
+        grad, weight.packed, *scale_arguments(weight), weight.levels, sums, num_rows, out_features, in_features // 32,
         BLOCK_SIZE=weight.block_size, ROWS=row_tile, INNER=config.inner, GROUPS=config.columns // 32, PARTS=config.parts,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
     )  # fmt: skip

@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisft.kernels.arguments import PackedWeight, check_product
+from minisft.kernels.arguments import check_product, scale_arguments
 from minisft.kernels.decode import decode_tile, load_groups
 from minisft.kernels.split_k import product_buffer, sum_partials
 from minisft.kernels.tuning import Config, fastest
+from minisft.nf4 import QuantizedWeight
 
-MOST_ROWS = 128
+MAX_ROWS = 128
 CONFIGS = (
     Config(columns=64, inner=128, parts=1),
     Config(columns=64, inner=128, parts=4),
@@ -70,7 +71,7 @@ def _matmul_small_kernel(
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def matmul_small(x_MI: Tensor, weight: PackedWeight, config: Config | None = None) -> Tensor:
+def matmul_small(x_MI: Tensor, weight: QuantizedWeight, config: Config | None = None) -> Tensor:
     """``x W^T`` with fp32 sums, rounded once to the dtype of x.
 
     Args:
@@ -81,7 +82,7 @@ def matmul_small(x_MI: Tensor, weight: PackedWeight, config: Config | None = Non
     Returns: (M, out_features) in the dtype of x. Twin: ``torch.nn.functional.linear`` over ``nf4.dequantize`` in x's dtype.
     Raises: ValueError, TypeError or RuntimeError, see ``check_product``.
     """
-    x = check_product("x", x_MI, weight, 1, MOST_ROWS)
+    x = check_product("x", x_MI, weight, 1, MAX_ROWS)
     row_tile = tile_rows(len(x), x.dtype)
     key = ("matmul_small", x.device, x.dtype, row_tile, len(x) > row_tile, weight.shape, weight.block_size)
 
@@ -98,12 +99,12 @@ def tile_rows(num_rows: int, dtype: torch.dtype) -> int:
     return 16 if dtype == torch.float32 else min(64, max(16, triton.next_power_of_2(num_rows)))
 
 
-def _launch(x: Tensor, weight: PackedWeight, row_tile: int, config: Config) -> Tensor:
+def _launch(x: Tensor, weight: QuantizedWeight, row_tile: int, config: Config) -> Tensor:
     (num_rows, in_features), out_features = x.shape, weight.shape[0]
     sums = product_buffer(num_rows, out_features, config.parts, x)
     grid = (triton.cdiv(out_features, config.columns), triton.cdiv(num_rows, row_tile), config.parts)
     _matmul_small_kernel[grid](
-        x, weight.packed, *weight.scale_arguments(), weight.levels, sums, num_rows, out_features, in_features // 32,
+        x, weight.packed, *scale_arguments(weight), weight.levels, sums, num_rows, out_features, in_features // 32,
         BLOCK_SIZE=weight.block_size, ROWS=row_tile, COLUMNS=config.columns, GROUPS=config.inner // 32, PARTS=config.parts,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
     )  # fmt: skip

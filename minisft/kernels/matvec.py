@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisft.kernels.arguments import PackedWeight, check_devices, check_product
+from minisft.kernels.arguments import check_product, scale_arguments
 from minisft.kernels.decode import load_groups
 from minisft.kernels.split_k import product_buffer, sum_partials
 from minisft.kernels.tuning import Config, fastest
+from minisft.nf4 import QuantizedWeight
 
-MOST_ROWS = 4
+MAX_ROWS = 4
 CONFIGS = (
     Config(columns=8, inner=1024, parts=1),
     Config(columns=4, inner=1024, parts=1),
@@ -33,11 +34,10 @@ CONFIGS = (
 @triton.jit
 def _matvec_kernel(
     x_ptr, packed_ptr, absmax_ptr, map_ptr, absmax2_ptr, offset_ptr, levels_ptr, out_ptr,
-    xa_ptr, lora_B_ptr, scaling, num_rows, num_columns, num_groups, rank,
-    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr,
-    PARTS: tl.constexpr, RANK: tl.constexpr,
+    num_rows, num_columns, num_groups,
+    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """out[part, m, o] = sum over this part's k of x[m, k] W[o, k]; part 0 also adds scaling * sum_r xa[m, r] B[o, r].
+    """out[part, m, o] = sum over this part's k of x[m, k] W[o, k].
 
     One program owns COLUMNS outputs of every row, and each PARTS-th tile of the inner dimension.
     Grid: (ceil(num_columns / COLUMNS), PARTS). Tile: ROWS x COLUMNS x GROUPS groups of 16 bytes, 32 weights each; the fp32
@@ -71,78 +71,40 @@ def _matvec_kernel(
         total = tl.fma(tl.sum(both, axis=3), absmax, total)
     y = tl.sum(total, axis=2)
     y_mask = (row[:, None] < num_rows) & (column[None, :] < num_columns)
-    if lora_B_ptr is not None:  # noqa: SIM102  (settled by the compiler; the inner condition by each program)
-        if part == 0:
-            y += scaling * _lora(xa_ptr, lora_B_ptr, row, column, num_rows, num_columns, rank, RANK)
     place = (part * num_rows + row[:, None]) * num_columns + column[None, :]
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=y_mask)
 
 
-@triton.jit
-def _lora(xa_ptr, lora_B_ptr, row, column, num_rows, num_columns, rank, RANK: tl.constexpr):
-    """sum_r xa[m, r] lora_B[o, r] in fp32, (ROWS, COLUMNS): 2 * rank more bytes a column, 1.6 % at rank 16 and 4096 inputs."""
-    r = tl.arange(0, RANK)
-    xa_mask = (row[:, None] < num_rows) & (r[None, :] < rank)
-    xa = tl.load(xa_ptr + row[:, None] * rank + r[None, :], mask=xa_mask, other=0.0).to(tl.float32)
-    b_mask = (column[:, None] < num_columns) & (r[None, :] < rank)
-    b = tl.load(lora_B_ptr + column[:, None] * rank + r[None, :], mask=b_mask, other=0.0).to(tl.float32)
-    return tl.sum(xa[:, None, :] * b[None, :, :], axis=2)
-
-
-def matvec(
-    x_MI: Tensor,
-    weight: PackedWeight,
-    lora: tuple[Tensor, Tensor, float] | None = None,
-    config: Config | None = None,
-) -> Tensor:
-    """``x W^T``, or ``x W^T + scaling * xa lora_B^T``, summed in fp32 and rounded once to the dtype of x.
+def matvec(x_MI: Tensor, weight: QuantizedWeight, config: Config | None = None) -> Tensor:
+    """``x W^T``, summed in fp32 and rounded once to the dtype of x.
 
     Args:
         x_MI: (1 to 4, in_features) float32, float16 or bfloat16; a non-contiguous one is copied.
         weight: shape (out_features, in_features), in_features divisible by 32.
-        lora: ``xa`` (M, rank) = x lora_A^T, ``lora_B`` (out_features, rank) and ``scaling``; both of x's dtype or fp32.
         config: a fixed configuration; None measures ``CONFIGS`` once for each shape.
 
-    Returns: (M, out_features) in the dtype of x. Twin: ``torch.nn.functional.linear`` over ``nf4.dequantize`` in fp32.
-    Raises: ValueError, TypeError or RuntimeError, see ``check_product``.
+    Returns:
+        (M, out_features) in the dtype of x. Reference: ``torch.nn.functional.linear`` over ``nf4.dequantize`` in fp32.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: see ``check_product``.
     """
-    x = check_product("x", x_MI, weight, 1, MOST_ROWS)
-    xa, lora_B, scaling = _checked_lora(x, weight, lora)
-    key = ("matvec", x.device, x.dtype, len(x), weight.shape, weight.block_size, lora is not None)
+    x = check_product("x", x_MI, weight, 1, MAX_ROWS)
+    key = ("matvec", x.device, x.dtype, len(x), weight.shape, weight.block_size)
 
     def launch(config: Config) -> Tensor:
-        return _launch(x, weight, xa, lora_B, scaling, config)
+        return _launch(x, weight, config)
 
     with torch.cuda.device_of(x):
         return launch(config or fastest(key, CONFIGS, launch))
 
 
-def _checked_lora(
-    x: Tensor, weight: PackedWeight, lora: tuple[Tensor, Tensor, float] | None
-) -> tuple[Tensor | None, Tensor | None, float]:
-    if lora is None:
-        return None, None, 0.0
-    xa, lora_B, scaling = lora
-    rank = xa.shape[-1]
-    if tuple(xa.shape) != (len(x), rank) or tuple(lora_B.shape) != (weight.shape[0], rank):
-        raise ValueError(
-            f"xa is {tuple(xa.shape)} and lora_B {tuple(lora_B.shape)}, expected ({len(x)}, rank) and ({weight.shape[0]}, rank)"
-        )
-    check_devices(x, xa, lora_B)
-    return xa.contiguous(), lora_B.contiguous(), scaling
-
-
-def _launch(
-    x: Tensor, weight: PackedWeight, xa: Tensor | None, lora_B: Tensor | None, scaling: float, config: Config
-) -> Tensor:
+def _launch(x: Tensor, weight: QuantizedWeight, config: Config) -> Tensor:
     (num_rows, in_features), out_features = x.shape, weight.shape[0]
-    rank = 0 if xa is None else xa.shape[1]
     sums = product_buffer(num_rows, out_features, config.parts, x)
     _matvec_kernel[triton.cdiv(out_features, config.columns), config.parts](
-        x, weight.packed, *weight.scale_arguments(), weight.levels, sums,
-        xa, lora_B, scaling, num_rows, out_features, in_features // 32, rank,
+        x, weight.packed, *scale_arguments(weight), weight.levels, sums, num_rows, out_features, in_features // 32,
         BLOCK_SIZE=weight.block_size, ROWS=triton.next_power_of_2(num_rows), COLUMNS=config.columns,
-        GROUPS=config.inner // 32, PARTS=config.parts, RANK=triton.next_power_of_2(max(rank, 1)),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        GROUPS=config.inner // 32, PARTS=config.parts, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return sum_partials(sums, x.dtype)

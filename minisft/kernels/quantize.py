@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisft.kernels.arguments import MOST_ELEMENTS, check_block_size, check_devices, check_float, check_vector
+from minisft.kernels.arguments import MAX_ELEMENTS, check_block_size, check_devices, check_float, check_vector
 from minisft.kernels.decode import word_shifts
 
 ELEMENTS = 4096  # inputs a program: one block of the largest size, 128 of the smallest
@@ -84,8 +84,8 @@ def quantize(weight: Tensor, levels: Tensor, block_size: int = 64) -> tuple[Tens
     check_vector("weight", weight, weight.dtype, n)
     check_vector("levels", levels, torch.float32, 16)
     check_devices(weight, levels)
-    if not 0 < n < MOST_ELEMENTS:
-        raise ValueError(f"a weight to quantize has 1 to {MOST_ELEMENTS - 1} elements, not {n}")
+    if not 0 < n < MAX_ELEMENTS:
+        raise ValueError(f"a weight to quantize has 1 to {MAX_ELEMENTS - 1} elements, not {n}")
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=weight.device)
     ascending, order = levels.sort(stable=True)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from minisft.kernels.arguments import PackedWeight
+from minisft.nf4 import QuantizedWeight
 
 _buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 _lock = threading.RLock()  # autograd runs backward in a thread of its own, on the same stream
@@ -47,7 +47,7 @@ def release() -> int:
     return freed
 
 
-def matmul_dense(x_MI: Tensor, weight: PackedWeight) -> Tensor:
+def matmul_dense(x_MI: Tensor, weight: QuantizedWeight) -> Tensor:
     """``x W^T``: (M, in_features) to (M, out_features), W rounded to x's dtype. Twin: ``nf4.dequantize`` and ``linear``."""
     from minisft.kernels.dequantize import dequantize
 
@@ -55,7 +55,7 @@ def matmul_dense(x_MI: Tensor, weight: PackedWeight) -> Tensor:
         return x_MI @ dequantize(weight, x_MI.dtype, out=dense_OI).T
 
 
-def matmul_backward_dense(grad_MO: Tensor, weight: PackedWeight) -> Tensor:
+def matmul_backward_dense(grad_MO: Tensor, weight: QuantizedWeight) -> Tensor:
     """``grad W``: (M, out_features) to (M, in_features), W rounded to the dtype of ``grad_MO``. Twin: the same in PyTorch."""
     from minisft.kernels.dequantize import dequantize
 

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minisft import nf4
-from minisft.kernels.arguments import PackedWeight
 
 pytest.importorskip("triton")
 
@@ -80,11 +79,6 @@ def by_hand(q: nf4.QuantizedWeight) -> Tensor:
     return (q.levels.double()[codes.long()] * scales).view(q.shape)
 
 
-def packed_weight(q: nf4.QuantizedWeight) -> PackedWeight:
-    table = None if q.absmax2 is None else nf4.dynamic_map(torch.device("cpu"))
-    return PackedWeight(q.packed, q.absmax, q.levels, q.block_size, tuple(q.shape), table, q.absmax2, q.offset)
-
-
 def with_zeros(outputs: int, inputs: int, seed: int) -> Tensor:
     """A random weight whose first quarter is zero."""
     weight = random(seed, outputs, inputs)
@@ -106,7 +100,7 @@ def agrees_dequantize(namespace: Namespace, q: nf4.QuantizedWeight, tile: int = 
     assert int((~buffer.isnan()).sum()) == n
     dense = namespace["dequantize"](q, tile)
     assert dense.shape == q.shape
-    assert torch.equal(bits(dense), bits(library_dequantize(packed_weight(q), torch.float32)))
+    assert torch.equal(bits(dense), bits(library_dequantize(q, torch.float32)))
     assert torch.equal(bits(dense), bits(by_hand(q).float() + 0.0))
     assert torch.equal(bits(dense).flatten(), bits(out))
 
@@ -136,7 +130,7 @@ def agrees_matvec(namespace: Namespace, x: Tensor, q: nf4.QuantizedWeight, tile:
     assert y.shape == (q.shape[0],)
     assert bool(((y.double() - dense @ x.double()).abs() <= bound).all())
     if q.shape[1] % 32 == 0:
-        theirs = library_matvec(x[None], packed_weight(q))[0]
+        theirs = library_matvec(x[None], q)[0]
         assert bool(((y.double() - theirs.double()).abs() <= 2 * bound).all())
 
 
