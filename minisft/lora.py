@@ -20,7 +20,7 @@ from minisft.common.errors import UserError
 from minisft.kernels import cpu_nf4
 from minisft.kernels.cpu_nf4 import Update, add_update_, dense_matmul, serves_dense, serves_update
 from minisft.matmul import Linear, linear, product_dtype
-from minisft.nf4 import SLAB
+from minisft.nf4 import CHUNK
 from minisft.nf4_linear import NF4Linear, nf4_matmul, nf4_matmul_t
 
 FrozenLinear = nn.Linear | NF4Linear
@@ -300,7 +300,7 @@ class DoRALinear(LoRALinear):
         """|W + scaling * B A| of each row, (out,), in the masters' dtype, without a gradient."""
         base = self.base
         weight = cpu_nf4.dense_weight(base.quantized, self.lora_A.dtype) if isinstance(base, NF4Linear) else base.weight
-        step = max(1, SLAB // weight.shape[1])
+        step = max(1, CHUNK // weight.shape[1])
         slabs = (slice(begin, begin + step) for begin in range(0, weight.shape[0], step))
         return torch.cat([torch.linalg.vector_norm(self.update_rows(rows).add_(weight[rows]), dim=1) for rows in slabs])
 

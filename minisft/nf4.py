@@ -21,20 +21,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minisft.common.errors import UserError, visible
+from minisft.config import QUANT_BLOCK_SIZES
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCK_SIZE = 256
-SLAB = 2**18  # elements handled at a time: whole blocks, whole bytes; 8 MB of scratch at most, which stay in the cache
-TINY = 1e-38  # smallest scale that is inverted: 1 / 1e-38 is still finite in fp32
-NestedRounding = Literal["nearest", "bitsandbytes-cpu"]
-Rounding = Callable[[Tensor, Tensor], Tensor]  # (numbers in [-1, 1], table) -> codes
+# The constants of the format stand here alone; the C++ and the Triton kernels are handed them.
+BLOCK_SIZES = QUANT_BLOCK_SIZES
+NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale
+# 1 / 1e-38 in fp32: what bitsandbytes multiplies blocks of smaller scales by. 1e-38 itself is subnormal, and a CPU that flushes
+# such numbers to 0 would divide by it; a bound on the reciprocal gives the same bits and is safe there too.
+MAX_RECIPROCAL = 1.0000000694406173e38
+TINY = 1.2e-38  # scales below this normal fp32 number may be flushed to 0
+CHUNK = 2**18  # elements handled at a time: whole blocks, whole bytes; 8 MB of scratch at most, which stay in the cache
 Coder = Callable[[Tensor, int, Tensor, Tensor, Tensor], None]  # what ``code_blocks`` does, perhaps in another way
 
 
@@ -136,7 +138,7 @@ class QuantizedWeight:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-# ---- there -----------------------------------------------------------------------------------------------------------
+# ---- quantize --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -147,7 +149,6 @@ def quantize(
     levels: str | Sequence[float] | Tensor = "nf4",
     *,
     name: str = "weight",
-    nested_rounding: NestedRounding = "nearest",
     coder: Coder | None = None,
 ) -> QuantizedWeight:
     """Round each weight to the nearest level of its block: ``code = nearest(levels, weight * (1 / absmax))``.
@@ -160,7 +161,6 @@ def quantize(
         double_quant: store the scales in 8 bits. Their mean is torch's, whose last bit may depend on the thread count.
         levels: see ``codebook``.
         name: what to call the tensor in an error.
-        nested_rounding: for tests only: ``bitsandbytes-cpu`` codes the scales through that library's coarse CPU table.
         coder: a faster ``code_blocks`` with the same bits, for ``minisft.kernels.cpu_nf4``.
 
     Raises:
@@ -178,14 +178,13 @@ def quantize(
         raise _non_finite(weight, name)
     absmax2 = offset = None
     if double_quant:
-        nearest = _nearest if nested_rounding == "nearest" else _bitsandbytes_cpu_nearest
-        absmax, absmax2, offset = quantize_absmax(absmax, nearest)
+        absmax, absmax2, offset = quantize_absmax(absmax)
     return QuantizedWeight(packed, absmax, absmax2, offset, table, block_size, weight.shape, weight.dtype)
 
 
 def code_blocks(flat: Tensor, block_size: int, table: Tensor, packed: Tensor, absmax: Tensor) -> None:
     """Fills ``packed`` and ``absmax`` (see ``QuantizedWeight``) from the (N,) numbers in ``flat``."""
-    for codes, packed_out in zip(_code(flat, block_size, table, _nearest, absmax), packed.split(SLAB // 2), strict=True):
+    for codes, packed_out in zip(_code(flat, block_size, table, absmax), packed.split(CHUNK // 2), strict=True):
         packed_out.copy_(pack(codes)[: len(packed_out)])
 
 
@@ -204,13 +203,13 @@ def _blocks(flat: Tensor, block_size: int) -> Tensor:
     return (F.pad(flat, (0, missing)) if missing else flat).view(-1, block_size)
 
 
-def _code(flat: Tensor, block_size: int, table: Tensor, nearest: Rounding, absmax: Tensor) -> Iterator[Tensor]:
-    """Code ``flat`` slab by slab: fills ``absmax`` and yields each slab's codes, its last block filled up."""
-    for slab, absmax_out in zip(flat.split(SLAB), absmax.split(SLAB // block_size), strict=True):
-        blocks = _blocks(slab.to(torch.float32), block_size)
+def _code(flat: Tensor, block_size: int, table: Tensor, absmax: Tensor) -> Iterator[Tensor]:
+    """Code ``flat`` a chunk at a time: fills ``absmax`` and yields each chunk's codes, its last block filled up."""
+    for chunk, absmax_out in zip(flat.split(CHUNK), absmax.split(CHUNK // block_size), strict=True):
+        blocks = _blocks(chunk.to(torch.float32), block_size)
         absmax_out.copy_(blocks.abs().amax(dim=1))
-        reciprocal = 1.0 / absmax_out.clamp(min=TINY)
-        yield nearest(blocks * reciprocal[:, None], table).flatten()
+        reciprocal = (1.0 / absmax_out).clamp(max=MAX_RECIPROCAL)
+        yield _nearest(blocks * reciprocal[:, None], table).flatten()
 
 
 def _nearest(scaled: Tensor, table: Tensor) -> Tensor:
@@ -226,7 +225,7 @@ def midpoints_of(table: Tensor) -> tuple[Tensor, Tensor]:
     return (ascending[:-1] + ascending[1:]) / 2, order
 
 
-def quantize_absmax(absmax: Tensor, nearest: Rounding = _nearest) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantization: 8-bit codes of ``absmax - mean`` in blocks of 256, their scales, and the mean."""
     offset = absmax.mean()
     if not bool(offset.isfinite()):
@@ -234,17 +233,10 @@ def quantize_absmax(absmax: Tensor, nearest: Rounding = _nearest) -> tuple[Tenso
     codes = torch.empty(absmax.shape, dtype=torch.uint8, device=absmax.device)
     absmax2 = absmax.new_empty(-(-absmax.numel() // NESTED_BLOCK_SIZE))
     table = dynamic_map(absmax.device)
-    slabs = _code(absmax - offset, NESTED_BLOCK_SIZE, table, nearest, absmax2)
-    for slab, out in zip(slabs, codes.split(SLAB), strict=True):
-        out.copy_(slab[: len(out)])
+    coded = _code(absmax - offset, NESTED_BLOCK_SIZE, table, absmax2)
+    for chunk, out in zip(coded, codes.split(CHUNK), strict=True):
+        out.copy_(chunk[: len(out)])
     return codes, absmax2, offset
-
-
-def _bitsandbytes_cpu_nearest(scaled: Tensor, table: Tensor) -> Tensor:
-    """What bitsandbytes does on a CPU: the nearest code of the nearest of 65 536 grid points, and code 0 in a zero block."""
-    grid = -1.0 + torch.arange(2**16, dtype=torch.float32, device=scaled.device) * 2.0 / (2**16 - 1)
-    grid_point = ((scaled.clamp(-1.0, 1.0) + 1.0) * 0.5 * (2**16 - 1) + 0.5).int()
-    return _nearest(grid, table)[grid_point].masked_fill_((scaled == 0).all(dim=1, keepdim=True), 0)
 
 
 def _check_request(weight: Tensor, block_size: int) -> None:
@@ -269,7 +261,7 @@ def _non_finite(weight: Tensor, name: str) -> UserError:
     )
 
 
-# ---- and back --------------------------------------------------------------------------------------------------------
+# ---- dequantize ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -281,7 +273,7 @@ def dequantize(q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
     length = q.shape.numel()
     flat = torch.empty(length, dtype=dtype or q.dtype, device=q.packed.device)
     absmax = decode_absmax(q)
-    pieces = zip(flat.split(SLAB), q.packed.split(SLAB // 2), absmax.split(SLAB // q.block_size), strict=True)
+    pieces = zip(flat.split(CHUNK), q.packed.split(CHUNK // 2), absmax.split(CHUNK // q.block_size), strict=True)
     for out, packed, scales in pieces:
         values = _unpack_levels(packed, q.levels)[: len(out)]
         products = _blocks(values, q.block_size) * scales[:, None]

@@ -148,7 +148,7 @@ def test_a_weight_that_is_not_finite_is_named(bad: float, at: int) -> None:
 
 def test_more_than_one_slab() -> None:
     needs_native()
-    weight = gaussian(2 * nf4.SLAB + 101, dtype=torch.bfloat16)
+    weight = gaussian(2 * nf4.CHUNK + 101, dtype=torch.bfloat16)
     ours, wanted = cpu_nf4.quantize(weight), nf4.quantize(weight)
     assert same_bits(ours.packed, wanted.packed)
     assert same_bits(cpu_nf4.dequantize(ours), nf4.dequantize(wanted))

@@ -18,7 +18,7 @@ from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, QuantConfig, RunConfig
 from minisft.formats import load_adapter_, save_adapter
 from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear, merged_weight
-from minisft.nf4 import SLAB
+from minisft.nf4 import CHUNK
 from minisft.nf4_linear import NF4Linear
 from minisft.step import check_gradients
 from minisft.surgery import adapters_off, apply_lora_, lora_modules, quantize_, scale_adapters_
@@ -74,7 +74,7 @@ def test_a_fresh_adapter_changes_no_number(kind, dtype, inputs, outputs, batch, 
 
 @pytest.mark.parametrize("kind", BASES)
 def test_norms_of_more_than_one_slab(kind):
-    assert 1 < 577 * 513 / SLAB < 2
+    assert 1 < 577 * 513 / CHUNK < 2
     layer = DoRALinear(BASES[kind](577, 513, bias=False, dtype=torch.float32, seed=0), 2, 3.0)
     x = randn(3, 577, dtype=torch.float32)
     assert torch.equal(layer(x), LoRALinear.forward(layer, x))

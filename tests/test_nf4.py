@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisft import nf4
 from minisft.common.errors import UserError
+from minisft.kernels import cpu_nf4
 from minisft.nf4 import BLOCK_SIZES, QuantizedWeight, codebook, decode_absmax, dequantize, dynamic_map, pack, quantize, unpack
 
 PUBLISHED_NF4 = [  # QLoRA, appendix E, with the digits of its fp32 constants
@@ -142,6 +145,22 @@ def test_bits_equal_bitsandbytes_for_every_16_bit_number(dtype: torch.dtype, shu
     check_against_bitsandbytes(weight, 64, levels)
 
 
+def their_cpu_codes(absmax: Tensor) -> Tensor:
+    """Scales in 8 bits as bitsandbytes codes them on a CPU: the nearest code of the nearest of 65 536 grid points.
+
+    A block of zeros gets code 0. ``absmax`` (N,) fp32, from which the mean has been taken off.
+    """
+    grid = -1.0 + torch.arange(2**16, dtype=torch.float32) * 2.0 / (2**16 - 1)
+    table = dynamic_map(torch.device("cpu"))
+    of_point = torch.bucketize(grid, (table[1:] + table[:-1]) / 2)
+    found = []
+    for block in absmax.split(256):
+        scaled = block * (1.0 / block.abs().max())
+        point = ((scaled.clamp(-1.0, 1.0) + 1.0) * 0.5 * (2**16 - 1) + 0.5).int()
+        found.append(torch.zeros_like(point) if not bool(block.any()) else of_point[point])
+    return torch.cat(found).to(torch.uint8)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [64, 256])
 def test_nested_scales_equal_bitsandbytes_with_its_cpu_table(dtype: torch.dtype, block_size: int) -> None:
@@ -149,9 +168,10 @@ def test_nested_scales_equal_bitsandbytes_with_its_cpu_table(dtype: torch.dtype,
     for seed, blocks in enumerate((1, 255, 256, 257, 1500)):
         weight = gaussian(blocks * block_size, dtype, seed)
         packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4", compress_statistics=True)
-        q = quantize(weight, block_size, nested_rounding="bitsandbytes-cpu")
+        flat, nearest = quantize(weight, block_size, double_quant=False), quantize(weight, block_size)
+        assert nearest.offset is not None
+        q = dataclasses.replace(nearest, absmax=their_cpu_codes(flat.absmax - nearest.offset))
         assert q.absmax2 is not None
-        assert q.offset is not None
         assert torch.equal(q.packed, packed.flatten())
         assert torch.equal(q.absmax, state.absmax)
         assert torch.equal(bits(q.absmax2), bits(state.state2.absmax))
@@ -170,6 +190,27 @@ def test_exact_nearest_scales_differ_rarely_from_bitsandbytes_and_are_never_wors
     assert 0 < differ.double().mean().item() < 0.003
     worse = (decode_absmax(q) - exact).abs().double() - (theirs - exact).abs().double()
     assert worse.max().item() <= 2.0**-22 * exact.max().item()  # two roundings of the rebuilt scale
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("quantizer", [quantize, cpu_nf4.quantize], ids=["PyTorch", "C++"])
+def test_a_block_of_zeros_stays_zero_where_the_cpu_flushes_subnormal_numbers(
+    quantizer: Callable[..., QuantizedWeight], double_quant: bool
+) -> None:
+    """A smallest scale that is itself subnormal becomes 0, its reciprocal infinite, and 0 times that a NaN."""
+    weight = gaussian(4 * 64, torch.float32)
+    weight[64:128] = 0.0
+    normal = quantizer(weight, 64, double_quant)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormal numbers")
+    try:
+        flushed = quantizer(weight, 64, double_quant)
+        assert torch.equal(dequantize(flushed)[64:128], torch.zeros(64))
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.finfo(torch.float32).tiny <= nf4.TINY
+    assert torch.equal(flushed.packed, normal.packed)
+    assert torch.equal(bits(flushed.absmax.float()), bits(normal.absmax.float()))
 
 
 # ---- bits: NumPy -----------------------------------------------------------------------------------------------------
@@ -241,7 +282,7 @@ def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch, length: int, doub
     weight = gaussian(length, torch.float32, length)
     whole = quantize(weight, 64, double_quant)
     dense = dequantize(whole)
-    monkeypatch.setattr(nf4, "SLAB", 4096)
+    monkeypatch.setattr(nf4, "CHUNK", 4096)
     pieces = quantize(weight, 64, double_quant)
     assert torch.equal(pieces.packed, whole.packed)
     assert torch.equal(pieces.absmax, whole.absmax)
@@ -263,7 +304,7 @@ class _Allocations(TorchDispatchMode):
 
 
 def test_scratch_memory_is_bounded_by_the_slab(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nf4, "SLAB", 4096)
+    monkeypatch.setattr(nf4, "CHUNK", 4096)
     weight = gaussian(2**18, torch.bfloat16)
     with _Allocations() as seen:
         q = quantize(weight)

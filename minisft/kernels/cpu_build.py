@@ -28,10 +28,13 @@ from typing import NamedTuple
 
 import torch
 
+from minisft import nf4
+
 SOURCE = Path(__file__).parent / "cpu_nf4.cpp"
 # -ffp-contract=off: a fused multiply-add has other bits. -nodefaultlibs: no C++ runtime, no second OpenMP runtime.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-exceptions", "-Wno-psabi", "-fPIC"]
 FLAGS += ["-shared", "-nodefaultlibs"]
+FLAGS += [f"-DNESTED_BLOCK_SIZE={nf4.NESTED_BLOCK_SIZE}", f"-DMAX_RECIPROCAL={nf4.MAX_RECIPROCAL}f"]
 LINK = ["-lc", "-lgcc", "-Wl,-z,defs"]  # defs: a symbol that nobody has must fail here, not at the first call
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")  # named, because GCC 12 takes newer AMD CPUs for ones without
 DIGEST_BYTES = hashlib.sha256().digest_size

@@ -39,8 +39,7 @@ typedef double Doubles __attribute__((vector_size(4 * LANES)));  // half as many
 typedef int64_t Longs __attribute__((vector_size(4 * LANES)));
 typedef float HalfFloats __attribute__((vector_size(2 * LANES)));
 
-constexpr int64_t NESTED_BLOCK_SIZE = 256;
-constexpr float TINY = 1e-38f;  // as in nf4.py
+// NESTED_BLOCK_SIZE and MAX_RECIPROCAL are nf4.py's: cpu_build.py hands them to the compiler.
 constexpr int MOST_ROWS = 8;    // rows of x in one pass: their sums stay in registers
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // multiplications; fewer are done before another thread has woken
 
@@ -177,7 +176,7 @@ inline PairBytes encode(Floats x, const float* midpoints, const Table& codes_by_
 }
 
 void quantize_block(const float* x, int64_t length, float absmax, const float* midpoints, const Table& codes, uint8_t* out) {
-    const float reciprocal = 1.0f / (absmax < TINY ? TINY : absmax);
+    const float inverse = 1.0f / absmax, reciprocal = inverse > MAX_RECIPROCAL ? MAX_RECIPROCAL : inverse;
     int64_t i = 0;
     for (; i + LANES <= length; i += LANES) {
         const PairBytes bytes = encode(load<Floats>(x + i) * reciprocal, midpoints, codes);

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minisft import nf4
 from minisft.kernels import cpu_build
-from minisft.nf4 import NESTED_BLOCK_SIZE, SLAB, QuantizedWeight
+from minisft.nf4 import CHUNK, NESTED_BLOCK_SIZE, QuantizedWeight
 
 FEW_ROWS = 16  # measured on AVX2: at 32, decoding the weight once and the dense product are faster for small weights
 # Of an fp32 weight, more rows are as fast in the BLAS; half the bytes win for longer.
@@ -161,16 +161,16 @@ def quantize(
 
 
 def _code_with(library: ctypes.CDLL, flat: Tensor, block_size: int, table: Tensor, packed: Tensor, absmax: Tensor) -> None:
-    """``nf4.code_blocks`` in C++; what is not fp32 goes slab by slab, so that widening it costs little memory."""
+    """``nf4.code_blocks`` in C++; what is not fp32 goes a chunk at a time, so that widening it costs little memory."""
     midpoints, order = nf4.midpoints_of(table)
     codes, threads = order.to(torch.int32), torch.get_num_threads()
-    step = -(-flat.numel() // SLAB) * SLAB if flat.dtype == torch.float32 else SLAB
+    step = -(-flat.numel() // CHUNK) * CHUNK if flat.dtype == torch.float32 else CHUNK
     pieces = zip(flat.split(step), packed.split(step // 2), absmax.split(step // block_size), strict=True)
-    for slab, packed_out, absmax_out in pieces:
-        wide = slab.to(torch.float32).contiguous()
-        sizes = (ctypes.c_int64(wide.numel()), ctypes.c_int64(block_size))
+    for chunk, packed_out, absmax_out in pieces:
+        numbers = chunk.to(torch.float32).contiguous()
+        sizes = (ctypes.c_int64(numbers.numel()), ctypes.c_int64(block_size))
         tables_and_results = map(_address, (midpoints, codes, packed_out, absmax_out))
-        library.nf4_quantize(_address(wide), *sizes, *tables_and_results, threads)
+        library.nf4_quantize(_address(numbers), *sizes, *tables_and_results, threads)
 
 
 @torch.no_grad()

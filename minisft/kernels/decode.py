@@ -16,7 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NESTED_BLOCK_SIZE = tl.constexpr(256)  # scales that share one second-level scale: part of the stored format
+from minisft import nf4
+
+NESTED_BLOCK_SIZE = tl.constexpr(nf4.NESTED_BLOCK_SIZE)
 
 
 @triton.jit

@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minisft import nf4
 from minisft.kernels.arguments import MAX_ELEMENTS, check_block_size, check_devices, check_float, check_vector
 from minisft.kernels.decode import word_shifts
 
 ELEMENTS = 4096  # inputs a program: one block of the largest size, 128 of the smallest
-TINY = tl.constexpr(1e-38)  # smallest scale that is inverted: its reciprocal is still finite in fp32
+MAX_RECIPROCAL = tl.constexpr(nf4.MAX_RECIPROCAL)
 
 
 @triton.jit
@@ -47,8 +48,8 @@ def _quantize_kernel(
     absmax = tl.where(finite == 1, absmax, float("nan"))
     tl.store(absmax_ptr + start // BLOCK_SIZE + block, absmax, mask=block * BLOCK_SIZE < left)
 
-    divisor = tl.maximum(absmax, tl.full((BLOCKS,), TINY, tl.float32))
-    scaled = value * tl.div_rn(tl.full((BLOCKS,), 1.0, tl.float32), divisor)[:, None, None]
+    reciprocal = tl.div_rn(tl.full((BLOCKS,), 1.0, tl.float32), absmax)
+    scaled = value * tl.minimum(reciprocal, MAX_RECIPROCAL)[:, None, None]
     code = tl.zeros((BLOCKS, BLOCK_SIZE // 8, 8), tl.int32)
     for i in tl.static_range(15):
         code += (scaled > tl.load(midpoints_ptr + i)).to(tl.int32)
