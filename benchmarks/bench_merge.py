@@ -35,7 +35,7 @@ from merge_cases import BASE, BASES, MERGED, MINISFT, MODEL, PEFT, UNMERGED, For
 from nf4_cases import Case, Contestant
 from nf4_cpu import measure
 
-from minisft.matmul import product_dtype
+from minisft.matmul import compute_dtype
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +71,7 @@ def chosen_cells(patterns: Sequence[str], sizes: Sizes) -> list[str]:
 def contestants_of(subject: Subject, work: Work, sizes: Sizes) -> list[Form]:
     """Who takes part: all ranks where they matter, and no peer that would take minutes a call."""
     like = torch.empty(0, dtype=subject.activations, device=subject.device)
-    too_long = product_dtype(like) != like.dtype and (work.kind == "generate" or work.tokens > 128)
+    too_long = compute_dtype(like) != like.dtype and (work.kind == "generate" or work.tokens > 128)
     ranks = {0, *sizes.ranks} if work.kind in sizes.every_rank else {0, sizes.main_rank}
     told_already = {Form(PEFT, MERGED)} if work.kind == "generate" else set()  # by one token and by prompts
     forms = [form for form in subject.forms if form.rank in ranks and form not in told_already]

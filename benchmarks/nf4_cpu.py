@@ -40,7 +40,8 @@ from torch import Tensor, nn
 
 from minisft import nf4
 from minisft.kernels import cpu_nf4
-from minisft.matmul import product_dtype
+from minisft.kernels.cpu_matmul import can_use_native
+from minisft.matmul import compute_dtype, dense_weight
 from minisft.nf4 import QuantizedWeight
 from minisft.nf4_linear import NF4Linear
 
@@ -126,6 +127,11 @@ def _sample(calls: Sequence[Call], repeats: int) -> float:
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
 
+def _decode_into_the_buffer(q: QuantizedWeight, dtype: torch.dtype) -> None:
+    with dense_weight(q, dtype):
+        pass
+
+
 def dequantize_case(size: int, dtype: torch.dtype) -> Case:
     """Doubly quantized 4 bits to dense: into training's reused buffer, and into a new tensor as the peers do."""
     from bitsandbytes import functional
@@ -134,11 +140,11 @@ def dequantize_case(size: int, dtype: torch.dtype) -> Case:
     packed, state = functional.quantize_4bit(weight, blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=True)
     q = same_weight(packed, state)
     theirs = functional.dequantize_4bit(packed, state)
-    for ours in (nf4.dequantize(q), cpu_nf4.dequantize(q), cpu_nf4.dense_weight(q, dtype)):
+    for ours in (nf4.dequantize(q), cpu_nf4.dequantize(q)):
         assert torch.equal(ours, theirs), "different dequantized weights"
     moved, path = q.nbytes + weight.nbytes, cpu_nf4.path()
     contestants = [
-        Contestant(REUSED, [functools.partial(cpu_nf4.dense_weight, q, dtype)], path, moved),
+        Contestant(REUSED, [functools.partial(_decode_into_the_buffer, q, dtype)], path, moved),
         Contestant(FRESH, [functools.partial(cpu_nf4.dequantize, q, dtype)], path, moved),
         Contestant(BITSANDBYTES, [functools.partial(functional.dequantize_4bit, packed, state)], "dequantize_4bit", moved),
     ]
@@ -226,10 +232,10 @@ def product_case(shape: tuple[int, int], num_rows: int, dtype: torch.dtype, rota
 
 
 def _product_path(x: Tensor, q: QuantizedWeight) -> str:
-    """Which road ``nf4_matmul`` takes: straight from the 4 bits, or through a dense weight in a reused buffer."""
-    if cpu_nf4.serves(x, q):
+    """Who multiplies in ``frozen_linear``: straight from the 4 bits, or through a dense weight in a reused buffer."""
+    if can_use_native(x, q):
         return f"4-bit product, {cpu_nf4.path()}"
-    return f"dense in {NAMES[product_dtype(x)]}, {cpu_nf4.path()}"
+    return f"dense in {NAMES[compute_dtype(x)]}, {cpu_nf4.path()}"
 
 
 def _layer_path(layer: nn.Module) -> str:

@@ -261,7 +261,7 @@ def product_case(shape: tuple[int, int], num_rows: int, sizes: Sizes) -> Case:
     """x W^T from 4 bits, against bitsandbytes' own choice of kernel, its vector kernel at one row, and dense bf16."""
     import bitsandbytes as bnb
 
-    from minisft.kernels.dispatch import matmul
+    from minisft.matmul import triton_matmul as matmul
 
     theirs, ours = quantized(shape, sizes)
     x = gaussian(num_rows, shape[1], seed=2, dtype=DTYPE, device=sizes.device)
@@ -286,7 +286,7 @@ def backward_case(shape: tuple[int, int], num_rows: int, sizes: Sizes) -> Case:
     """grad W from 4 bits, against what bitsandbytes does: dequantize, then the dense product."""
     from bitsandbytes import functional
 
-    from minisft.kernels.dispatch import matmul_backward
+    from minisft.matmul import triton_matmul_t as matmul_backward
 
     theirs, ours = quantized(shape, sizes)
     grad = gaussian(num_rows, shape[0], seed=3, dtype=DTYPE, device=sizes.device)

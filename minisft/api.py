@@ -32,12 +32,13 @@ from minisft.data.inspect_data import Report, inspect_dataset
 from minisft.data.messages import read_dataset
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
+from minisft.dora import DoRALinear
 from minisft.effect import MergeReport
 from minisft.evaluation import evaluate as evaluation
 from minisft.evaluation.evaluate import EvalResult, Metric
 from minisft.evaluation.sweep import sweep
 from minisft.formats import load_adapter_, load_model, load_tokenizer, save_adapter, save_model, save_quantized
-from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
+from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.merge_weights import merge, merge_, unmerge_
 from minisft.merging import certificate
 from minisft.merging.certificate import Verdict

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minisft.common.autograd import Context
-from minisft.matmul import product_dtype
+from minisft.matmul import compute_dtype
 
 # With bf16 instructions, up to this many keys, two batched products and a softmax beat the fused CPU kernel several times
 # over; without them the fused kernel in fp32 wins at every length (benchmarks/LOG.md).
@@ -152,11 +152,11 @@ def _group_queries(grid: Tensor, num_kv_heads: int) -> Tensor:
     """(S, L, H, E) -> (S, K, G * L, E): the queries of the G heads that share a kv head, one below the other."""
     S, L, H, E = grid.shape
     grouped = grid.view(S, L, num_kv_heads, H // num_kv_heads, E).permute(0, 2, 3, 1, 4)
-    return grouped.to(product_dtype(grid)).reshape(S, num_kv_heads, -1, E)
+    return grouped.to(compute_dtype(grid)).reshape(S, num_kv_heads, -1, E)
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    k_grid, v_grid = (x.transpose(1, 2).to(product_dtype(x)) for x in (k, v))
+    k_grid, v_grid = (x.transpose(1, 2).to(compute_dtype(x)) for x in (k, v))
     return _group_queries(q, k.shape[2]), k_grid, v_grid
 
 
@@ -181,7 +181,7 @@ def _long_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tens
     """The same through PyTorch's fused attention."""
     L, C = q.shape[1], k.shape[1]
     plain = L == C and (window is None or window >= L)
-    q_grid, k_grid, v_grid = (x.transpose(1, 2).to(product_dtype(q)) for x in (q, k, v))
+    q_grid, k_grid, v_grid = (x.transpose(1, 2).to(compute_dtype(q)) for x in (q, k, v))
     allowed = None if plain else ~_hidden_keys(L, C, window, q.device)
     out = torch.nn.functional.scaled_dot_product_attention(
         q_grid, k_grid, v_grid, attn_mask=allowed, is_causal=plain, enable_gqa=q.shape[2] != k.shape[2]
@@ -190,7 +190,7 @@ def _long_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tens
 
 
 def _prefers_short(q: Tensor, num_keys: int) -> bool:
-    return q.device.type == "cpu" and product_dtype(q) == torch.bfloat16 and num_keys <= SHORT_ROW
+    return q.device.type == "cpu" and compute_dtype(q) == torch.bfloat16 and num_keys <= SHORT_ROW
 
 
 def _attend_grid(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -252,7 +252,7 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         (B, T, H, E).
     """
     B, T, H, E = q.shape
-    wide = product_dtype(q)
+    wide = compute_dtype(q)
     q_grid = _group_queries(q, k.shape[1])  # (B, K, G * T, E)
     scores = (q_grid * (1 / math.sqrt(E))) @ k.to(wide).transpose(-1, -2)
     scores = scores.to(torch.promote_types(wide, torch.float32))

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from minisft.common.autograd import Context
-from minisft.matmul import product_dtype
+from minisft.matmul import compute_dtype
 
 IGNORE_INDEX = -100
 CHUNK_ELEMENTS = 2**23  # logits alive at once: 32 MiB in fp32
@@ -37,9 +37,9 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
-        compute_dtype = product_dtype(hidden)
-        precise = torch.promote_types(compute_dtype, torch.float32)
-        head_VD = weight.to(compute_dtype)
+        matmul_dtype = compute_dtype(hidden)
+        precise = torch.promote_types(matmul_dtype, torch.float32)
+        head_VD = weight.to(matmul_dtype)
         total = torch.zeros((), dtype=precise, device=hidden.device)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -47,7 +47,7 @@ class _HeadLoss(torch.autograd.Function):
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            h, targets = hidden[part].to(compute_dtype), target_ids[part, None]
+            h, targets = hidden[part].to(matmul_dtype), target_ids[part, None]
             logits = (h @ head_VD.T).to(precise)
             logsum = torch.logsumexp(logits, -1, keepdim=True)
             total += (logsum - logits.gather(1, targets)).sum()
@@ -56,9 +56,9 @@ class _HeadLoss(torch.autograd.Function):
             grad_logits = logits.sub_(logsum).exp_()
             grad_logits.scatter_add_(1, targets, torch.full_like(logsum, -1))
             if grad_hidden is not None:
-                grad_hidden[part] = (grad_logits.to(compute_dtype) @ head_VD).to(hidden.dtype)
+                grad_hidden[part] = (grad_logits.to(matmul_dtype) @ head_VD).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight += (grad_logits.to(compute_dtype).T @ h).to(precise)
+                grad_weight += (grad_logits.to(matmul_dtype).T @ h).to(precise)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 

@@ -21,22 +21,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from minisft.adapter import Adapter
 from minisft.common.errors import UserError, listing, visible
 from minisft.config import ModelConfig
 from minisft.effect import Effect, LayerReport, MergeReport, Onto
 from minisft.formats.loading import EMBEDDING, HEAD, empty_model, fill_
 from minisft.kernels import cpu_nf4
-from minisft.lora import LoRAEmbedding, LoRALinear, merged_weight
+from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.matmul import Linear
 from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight
 from minisft.nf4_linear import NF4Linear
 from minisft.surgery import lora_modules, quantization_of, replace_module
 
-Adapter = LoRALinear | LoRAEmbedding
-
-
 # ---- one layer -------------------------------------------------------------------------------------------------------
+
+
+def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
+    """W + D in fp32 or wider, not yet rounded.
+
+    Args:
+        weight: W, any float dtype.
+        delta: D, of the same shape, fp32 or wider.
+
+    Returns:
+        a new tensor; where D is zero W is kept bit for bit (-0.0 + 0.0 would be +0.0).
+    """
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), delta.dtype)
+    base = weight.to(dtype)
+    return torch.where(delta == 0, base, base + delta.to(dtype))
 
 
 def base_weight(adapter: Adapter) -> Tensor:
@@ -258,6 +271,7 @@ def _dense_layer(adapter: Adapter, weight: Tensor) -> nn.Module:
         return nn.Embedding.from_pretrained(weight, freeze=True, padding_idx=adapter.base.padding_idx)
     layer = Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
+    assert isinstance(adapter, LoRALinear)
     layer.register_parameter("bias", adapter.base.bias)
     return layer
 

@@ -1,15 +1,12 @@
 """A frozen linear layer in 4 bits: y = x W^T + b, where W exists only while it is being used.
 
-The layer holds the packed codes and their scales. Forward rebuilds the dense weight, multiplies, and drops it; backward
-rebuilds it again for grad_x = grad_y W. Nothing dense is kept in between, and W itself never gets a gradient: that is
-what lets a large frozen base fit beside its small trained adapters. It holds plain buffers, no tensor subclass, and it
-refuses to let ``.to(bfloat16)`` round its scales.
+The layer holds the packed codes and their scales. Forward decodes the dense weight, multiplies, and drops it; backward decodes
+it again for grad_x = grad_y W. Nothing dense is kept in between, and W itself never gets a gradient: that is what lets a large
+frozen base fit beside its small trained adapters. The idea: recompute what is cheap to rebuild, save only what is not.
 
-Precision: scales and levels are fp32 and so is their product, rounded once to ``product_dtype(x)``, the dtype in which
-this device multiplies ``x`` well; the result has the dtype of ``x``.
-
-Under ``torch.compile`` each product is one opaque operator, ``minisft::nf4_matmul`` or ``minisft::nf4_matmul_t``. A newcomer
-leaves with one idea: recompute what is cheap to rebuild, save only what is not.
+It holds plain buffers, no tensor subclass, and it refuses to let ``.to(bfloat16)`` round its scales. Scales and levels are fp32
+and so is their product, rounded once to ``compute_dtype(x)``, the dtype in which this device multiplies ``x`` well; the result
+has the dtype of ``x``. Under ``torch.compile`` each product is one opaque operator, see ``matmul.py``.
 
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3, equation 5.
 """
@@ -19,68 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from minisft.kernels import cpu_nf4
-from minisft.matmul import product_dtype
+from minisft.matmul import compute_dtype, frozen_linear, frozen_linear_t
 from minisft.nf4 import QuantizedWeight
-
-# ---- the two products, on tensors without gradients ------------------------------------------------------------------
-
-
-def nf4_matmul(x: Tensor, q: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b for a quantized W of shape (out, in).
-
-    Args:
-        x: (..., in), any float dtype.
-        q: the weight.
-        bias: (out,) or None.
-
-    Returns:
-        (..., out) in the dtype of ``x``. It carries no gradient: call it inside an ``autograd.Function``.
-    """
-    if torch.compiler.is_compiling():
-        return torch.ops.minisft.nf4_matmul(x, bias, *_flat(q))
-    with torch.no_grad():  # autograd must not remember a weight that the next layer overwrites
-        if x.is_cuda and x.dtype != torch.float64:
-            y = fused_matmul(x, q)
-            return y if bias is None else y + bias.to(y.dtype)
-        if (few_rows := cpu_nf4.matmul(x, q, bias)) is not None:
-            return few_rows
-        wide = product_dtype(x)
-        dense = cpu_nf4.dense_weight(q, wide)
-        return F.linear(x.to(wide), dense, None if bias is None else bias.to(wide)).to(x.dtype)
-
-
-def nf4_matmul_t(grad: Tensor, q: QuantizedWeight) -> Tensor:
-    """grad W for a quantized W of shape (out, in): what backward needs.
-
-    Args:
-        grad: (..., out). Returns: (..., in) in the dtype of ``grad``, without a gradient.
-    """
-    if torch.compiler.is_compiling():
-        return torch.ops.minisft.nf4_matmul_t(grad, *_flat(q))
-    with torch.no_grad():
-        if grad.is_cuda and grad.dtype != torch.float64:
-            return fused_matmul_t(grad, q)
-        wide = product_dtype(grad)
-        return (grad.to(wide) @ cpu_nf4.dense_weight(q, wide)).to(grad.dtype)
-
-
-def fused_matmul(x: Tensor, q: QuantizedWeight) -> Tensor:
-    """x W^T by the Triton kernels; (..., in) to (..., out) in the dtype of ``x``, fp32, bf16 or fp16."""
-    from minisft.kernels.dispatch import matmul
-
-    return matmul(x.reshape(-1, q.shape[1]), q).view(*x.shape[:-1], q.shape[0])
-
-
-def fused_matmul_t(grad: Tensor, q: QuantizedWeight) -> Tensor:
-    """grad W by the Triton kernels; (..., out) to (..., in)."""
-    from minisft.kernels.dispatch import matmul_backward
-
-    return matmul_backward(grad.reshape(-1, q.shape[0]), q).view(*grad.shape[:-1], q.shape[1])
 
 
 class _Context(FunctionCtx):
@@ -94,15 +35,15 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, x: Tensor, bias: Tensor | None, q: QuantizedWeight) -> Tensor:
         ctx.q = q
-        return nf4_matmul(x, q, bias)
+        return frozen_linear(x, q, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_x = nf4_matmul_t(grad, ctx.q) if ctx.needs_input_grad[0] else None
+        grad_x = frozen_linear_t(grad, ctx.q) if ctx.needs_input_grad[0] else None
         grad_bias = None
         if ctx.needs_input_grad[1]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=product_dtype(grad))
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=compute_dtype(grad))
         return grad_x, grad_bias, None
 
 
@@ -167,7 +108,7 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return nf4_matmul(x, self.quantized, self.bias)
+            return frozen_linear(x, self.quantized, self.bias)
         return _FrozenLinear.apply(x, self.bias, self.quantized)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
@@ -183,54 +124,3 @@ class NF4Linear(nn.Module):
     def extra_repr(self) -> str:
         shape = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
         return f"{shape}, block_size={self.block_size}, double_quant={self.absmax2 is not None}"
-
-
-# ---- the same two products as opaque operators, for torch.compile ----------------------------------------------------
-
-_Fields = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, int, list[int]]
-
-
-def _flat(q: QuantizedWeight) -> _Fields:
-    return q.packed, q.absmax, q.absmax2, q.offset, q.levels, q.block_size, list(q.shape)
-
-
-@torch.library.custom_op("minisft::nf4_matmul", mutates_args=())
-def _nf4_matmul_op(
-    x: Tensor,
-    bias: Tensor | None,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    levels: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-) -> Tensor:
-    return nf4_matmul(x, QuantizedWeight(packed, absmax, absmax2, offset, levels, block_size, torch.Size(shape), x.dtype), bias)
-
-
-@torch.library.custom_op("minisft::nf4_matmul_t", mutates_args=())
-def _nf4_matmul_t_op(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    levels: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-) -> Tensor:
-    q = QuantizedWeight(packed, absmax, absmax2, offset, levels, block_size, torch.Size(shape), grad.dtype)
-    return nf4_matmul_t(grad, q)
-
-
-@_nf4_matmul_op.register_fake
-def _(x: Tensor, bias: Tensor | None, *fields: *_Fields) -> Tensor:
-    out_features, _ = fields[-1]
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
-@_nf4_matmul_t_op.register_fake
-def _(grad: Tensor, *fields: *_Fields) -> Tensor:
-    _, in_features = fields[-1]
-    return grad.new_empty(*grad.shape[:-1], in_features)

@@ -16,11 +16,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from minisft.adapter import Adapter, FrozenLinear, check_rank
 from minisft.common.errors import UserError, listing, nearest, visible
 from minisft.common.safe_json import JSON
 from minisft.common.seeds import generator
 from minisft.config import ALL_LINEAR, QUANT_LEVELS, LoRAConfig, QuantConfig
-from minisft.lora import DoRALinear, FrozenLinear, LoRAEmbedding, LoRALinear, check_rank
+from minisft.dora import DoRALinear
+from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.nf4 import codebook
 from minisft.nf4_linear import NF4Linear
 
@@ -33,9 +35,9 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return ask() if callable(ask) else getattr(model, "lm_head", None)
 
 
-def lora_modules(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
+def lora_modules(model: nn.Module) -> dict[str, Adapter]:
     """All adapters by path, in the model's order."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, (LoRALinear, LoRAEmbedding))}
+    return {path: m for path, m in model.named_modules() if isinstance(m, Adapter)}
 
 
 def nf4_modules(model: nn.Module) -> dict[str, NF4Linear]:

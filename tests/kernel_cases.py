@@ -19,8 +19,8 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 pytest.importorskip("triton")
 
-from minisft import nf4
-from minisft.kernels import dispatch, tuning, workspace
+from minisft import matmul, nf4
+from minisft.kernels import tuning, workspace
 from minisft.kernels.dequantize import dequantize
 from minisft.kernels.matmul_backward import CONFIGS as BACKWARD_CONFIGS
 from minisft.kernels.matmul_backward import matmul_backward
@@ -124,7 +124,9 @@ def test_dequantize_does_not_depend_on_what_lies_behind_the_codes() -> None:
     weight = quantized(999)
     roomy = torch.full((len(weight.packed) + 64,), 0xFF, dtype=torch.uint8, device=DEVICE)
     roomy[: len(weight.packed)] = weight.packed
-    assert torch.equal(dequantize(dataclasses.replace(weight, packed=roomy[: len(weight.packed)]), torch.float32), by_hand(weight))
+    assert torch.equal(
+        dequantize(dataclasses.replace(weight, packed=roomy[: len(weight.packed)]), torch.float32), by_hand(weight)
+    )
 
 
 # ---- quantize --------------------------------------------------------------------------------------------------------
@@ -203,6 +205,8 @@ def check_product(got: Tensor, exact: Tensor, magnitude: Tensor, inner: int, twi
     bound = rounding * exact.abs() + 2 * inner * 2.0**-24 * magnitude + 2.0**-25
     assert got.shape == exact.shape
     assert bool((error <= bound).all()), f"{(error / bound).max().item():.3f} of the bound"
+    if got.numel() < 16:  # the error of a few numbers is luck, and no yardstick
+        return
     yardstick = (twin.double() - exact).square().mean().sqrt().item()
     floor = rounding * exact.square().mean().sqrt().item() / 4
     assert error.square().mean().sqrt().item() <= 1.5 * yardstick + floor
@@ -265,16 +269,16 @@ def test_partial_sums_are_added_in_order_and_rounded_once() -> None:
 
 @pytest.mark.parametrize("inputs", [64, 40, 33])
 @pytest.mark.parametrize("rows", [0, 1, 4, 5, 130])
-def test_dispatch_serves_every_shape(rows: int, inputs: int) -> None:
+def test_every_shape_is_multiplied(rows: int, inputs: int) -> None:
     weight = quantized(12, inputs)
     dense = by_hand(weight)
     x, grad = gaussian(rows, inputs), gaussian(rows, 12, seed=1)
-    torch.testing.assert_close(dispatch.matmul(x, weight), (x.double() @ dense.double().T).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(matmul.triton_matmul(x, weight), (x.double() @ dense.double().T).float(), rtol=1e-5, atol=1e-5)
     expected = (grad.double() @ dense.double()).float()
-    torch.testing.assert_close(dispatch.matmul_backward(grad, weight), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(matmul.triton_matmul_t(grad, weight), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_one_workspace_serves_all_layers_and_can_be_freed() -> None:
+def test_one_buffer_is_shared_by_all_layers_and_can_be_freed() -> None:
     workspace.release()
     device = torch.device(DEVICE)
     with workspace.borrowed((64, 32), torch.float32, device) as large:

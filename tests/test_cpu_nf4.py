@@ -31,9 +31,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minisft import effect, nf4
 from minisft.common.errors import UserError
-from minisft.kernels import cpu_build, cpu_nf4
+from minisft.kernels import cpu_build, cpu_matmul, cpu_nf4
 from minisft.lora import LoRALinear
-from minisft.matmul import Linear
+from minisft.matmul import Linear, dense_weight
 
 SIZES = st.one_of(st.integers(1, 300), st.integers(4000, 4200), st.just(40_000))
 BLOCKS = st.sampled_from(nf4.BLOCK_SIZES)
@@ -197,9 +197,9 @@ def test_a_weight_laid_out_otherwise_is_left_to_the_reference(
     change: Callable[[nf4.QuantizedWeight], nf4.QuantizedWeight],
 ) -> None:
     q = nf4.quantize(gaussian(5, 96))
-    assert cpu_nf4._is_plain(q)
-    assert not cpu_nf4._is_plain(change(q))
-    assert not cpu_nf4.serves(torch.zeros(1, 96), change(q))
+    assert cpu_nf4.is_plain(q)
+    assert not cpu_nf4.is_plain(change(q))
+    assert not cpu_matmul.can_use_native(torch.zeros(1, 96), change(q))
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def within_bound(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> b
 
 
 PRODUCTS = {
-    "num_rows": st.integers(1, cpu_nf4.FEW_ROWS),
+    "num_rows": st.integers(1, cpu_matmul.MAX_ROWS),
     "groups": st.integers(1, 12),
     "outputs": st.integers(1, 9),
     "dtype": FEW_FLOATS,
@@ -243,9 +243,9 @@ def test_few_rows(
     q = nf4.quantize(gaussian(outputs, 16 * groups, seed=seed), block_size, nested)
     x = gaussian(num_rows, 16 * groups, seed=seed + 1, dtype=dtype)
     bias = gaussian(outputs, seed=seed + 2, dtype=dtype) if with_bias else None
-    assert cpu_nf4.serves(x, q)
+    assert cpu_matmul.can_use_native(x, q)
     with threads(count):
-        y = cpu_nf4.matmul(x, q, bias)
+        y = cpu_matmul.native_matmul(x, q, bias)
     assert (y.dtype, y.shape) == (dtype, (num_rows, outputs))
     assert within_bound(y, x, nf4.dequantize(q, torch.float64), bias)
 
@@ -267,7 +267,7 @@ def test_few_rows_with_a_dense_weight(
     x = gaussian(num_rows, 16 * groups, seed=seed + 1, dtype=dtype)
     bias = gaussian(outputs, seed=seed + 2, dtype=dtype) if with_bias else None
     with threads(count):
-        y = cpu_nf4.dense_matmul(x, weight, bias)
+        y = cpu_matmul.native_matmul(x, weight, bias)
     assert (y.dtype, y.shape) == (dtype, (num_rows, outputs))
     assert within_bound(y, x, weight, bias)
 
@@ -277,30 +277,31 @@ def test_products_keep_the_batch_shape(shape: tuple[int, ...]) -> None:
     needs_native()
     q, weight = nf4.quantize(gaussian(5, 48)), gaussian(5, 48, dtype=torch.bfloat16)
     x = gaussian(*shape, seed=3)
-    assert cpu_nf4.matmul(x, q).shape == cpu_nf4.dense_matmul(x, weight).shape == (*shape[:-1], 5)
-    assert within_bound(cpu_nf4.matmul(x, q), x, nf4.dequantize(q), None)
+    assert cpu_matmul.native_matmul(x, q).shape == cpu_matmul.native_matmul(x, weight).shape == (*shape[:-1], 5)
+    assert within_bound(cpu_matmul.native_matmul(x, q), x, nf4.dequantize(q), None)
 
 
 def test_an_input_that_is_not_contiguous() -> None:
     needs_native()
     q, base = nf4.quantize(gaussian(7, 32)), gaussian(32, 64, seed=1)
     for x in (base[:, :5].T, base[:4, ::2], base[:1, :32].expand(6, 32), base[:3, 1:33]):
-        assert torch.equal(cpu_nf4.matmul(x, q), cpu_nf4.matmul(x.clone(memory_format=torch.contiguous_format), q))
+        assert torch.equal(
+            cpu_matmul.native_matmul(x, q), cpu_matmul.native_matmul(x.clone(memory_format=torch.contiguous_format), q)
+        )
 
 
 def test_what_is_not_served() -> None:
     q, odd = nf4.quantize(gaussian(4, 32)), nf4.quantize(gaussian(4, 24))
     refused = [
         (torch.zeros(1, 32, dtype=torch.float64), q),
-        (torch.zeros(cpu_nf4.FEW_ROWS + 1, 32), q),
+        (torch.zeros(cpu_matmul.MAX_ROWS + 1, 32), q),
         (torch.zeros(0, 32), q),
         (torch.zeros(2, 16), q),
         (torch.zeros(1, 32, device="meta"), q),
         (torch.zeros(1, 24), odd),
     ]
     for x, weight in refused:
-        assert not cpu_nf4.serves(x, weight)
-        assert cpu_nf4.matmul(x, weight) is None
+        assert not cpu_matmul.can_use_native(x, weight)
 
 
 @pytest.mark.parametrize("weight", ["fp32", "bf16", "nf4", "none"])
@@ -313,20 +314,20 @@ def test_an_update_is_added_to_a_product_or_in_place(weight: str, rank: int, cou
         gaussian(*shape, seed=seed)
         for seed, shape in enumerate(((count, 21), (count, width), (rank, width), (21, rank), (21, width)))
     )
-    assert cpu_nf4.serves_update(rows, lora_A, lora_B)
+    assert cpu_matmul.can_use_native(rows, None, (lora_A, lora_B))
     down = rows.double() @ lora_A.double().T
     added = 1.5 * down @ lora_B.double().T
-    update = cpu_nf4.Update(lora_A, lora_B, 1.5, torch.empty(count, rank))
+    update = cpu_matmul.Update(lora_A, lora_B, 1.5, torch.empty(count, rank))
     with threads(2):
         if weight == "none":
-            before, after = y.clone(), cpu_nf4.add_update_(y, rows, update)
+            before, after = y.clone(), cpu_matmul.add_update_(y, rows, update)
             assert after is y
         elif weight == "nf4":
             q = nf4.quantize(W)
-            before, after = cpu_nf4.matmul(rows, q), cpu_nf4.matmul(rows, q, update=update)
+            before, after = cpu_matmul.native_matmul(rows, q), cpu_matmul.native_matmul(rows, q, update=update)
         else:
             W = W.bfloat16() if weight == "bf16" else W
-            before, after = cpu_nf4.dense_matmul(rows, W), cpu_nf4.dense_matmul(rows, W, update=update)
+            before, after = cpu_matmul.native_matmul(rows, W), cpu_matmul.native_matmul(rows, W, update=update)
     # Sums of width and of rank products in fp32, the factor, and the sum with what was there before.
     unit = 2.0**-24
     off_down = (width + 2) * unit * (rows.double().abs() @ lora_A.double().abs().T)
@@ -339,7 +340,7 @@ def test_an_update_is_added_to_a_product_or_in_place(weight: str, rank: int, cou
 def test_which_updates_are_served() -> None:
     needs_native()
     rows, lora_A, lora_B = torch.zeros(2, 32), torch.zeros(4, 32), torch.zeros(5, 4)
-    assert cpu_nf4.serves_update(rows, lora_A, lora_B)
+    assert cpu_matmul.can_use_native(rows, None, (lora_A, lora_B))
     refused = [
         (torch.zeros(0, 32), lora_A, lora_B),
         (torch.zeros(()), lora_A, lora_B),
@@ -354,16 +355,16 @@ def test_which_updates_are_served() -> None:
     ]
     with FakeTensorMode():
         refused.append((torch.zeros(2, 32), torch.zeros(4, 32), torch.zeros(5, 4)))
-    assert not any(cpu_nf4.serves_update(*tensors) for tensors in refused)
+    assert not any(cpu_matmul.can_use_native(x, None, factors) for x, *factors in refused)
 
 
 def test_which_dense_products_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     needs_native()
-    monkeypatch.setattr(cpu_nf4, "LEAST_DENSE", 64)
+    monkeypatch.setattr(cpu_matmul, "MIN_DENSE_SIZE", 64)
     for dtype, most in ((torch.float32, 8), (torch.bfloat16, 16)):
         weight = torch.zeros(4, 32, dtype=dtype)
-        assert cpu_nf4.serves_dense(torch.zeros(1, 32), weight)
-        assert cpu_nf4.serves_dense(torch.zeros(1, most, 32, dtype=dtype), weight)
+        assert cpu_matmul.can_use_native(torch.zeros(1, 32), weight)
+        assert cpu_matmul.can_use_native(torch.zeros(1, most, 32, dtype=dtype), weight)
         refused = [
             (torch.zeros(0, 32), weight),
             (torch.zeros(()), weight),
@@ -378,7 +379,7 @@ def test_which_dense_products_are_served(monkeypatch: pytest.MonkeyPatch) -> Non
         ]
         with FakeTensorMode(allow_non_fake_inputs=True):
             refused += [(torch.zeros(2, 32), weight), (torch.zeros(2, 32), torch.zeros(4, 32, dtype=dtype))]
-        assert not any(cpu_nf4.serves_dense(x, w) for x, w in refused)
+        assert not any(cpu_matmul.can_use_native(x, w) for x, w in refused)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
@@ -388,7 +389,7 @@ def test_a_layer_gives_one_answer_with_and_without_gradients(
 ) -> None:
     """Served or not depends on shapes alone; a fresh adapter then changes no bit, and the gradient is the dense one."""
     needs_native()
-    monkeypatch.setattr(cpu_nf4, "LEAST_DENSE", 64)
+    monkeypatch.setattr(cpu_matmul, "MIN_DENSE_SIZE", 64)
     layer = Linear(32, 6, bias=bias).to(weight_dtype).requires_grad_(False)
     x = gaussian(3, 32, dtype=weight_dtype)
     with torch.no_grad():
@@ -465,24 +466,30 @@ def test_effect_of_other_tensors_is_left_to_the_reference(change: Callable[[Tens
 # ---- the buffer ------------------------------------------------------------------------------------------------------
 
 
-def test_one_buffer_serves_all_weights_of_a_thread() -> None:
+def test_all_weights_of_a_thread_are_decoded_into_one_buffer() -> None:
     needs_native()
     large, small = nf4.quantize(gaussian(64, 96)), nf4.quantize(gaussian(8, 96, seed=1))
-    first = cpu_nf4.dense_weight(large, torch.float32)
-    assert same_bits(first, nf4.dequantize(large, torch.float32))
-    second = cpu_nf4.dense_weight(small, torch.float32)
-    assert second.data_ptr() == first.data_ptr()
-    assert same_bits(second, nf4.dequantize(small, torch.float32))
+    with dense_weight(large, torch.float32) as first:
+        address = first.data_ptr()
+        assert same_bits(first, nf4.dequantize(large, torch.float32))
+    with dense_weight(small, torch.float32) as second:
+        assert second.data_ptr() == address
+        assert same_bits(second, nf4.dequantize(small, torch.float32))
 
 
 def test_each_thread_has_a_buffer_of_its_own() -> None:
     needs_native()
     q, other = nf4.quantize(gaussian(8, 96)), nf4.quantize(gaussian(8, 96, seed=1))
-    ours = cpu_nf4.dense_weight(q, torch.bfloat16)
-    thread = threading.Thread(target=cpu_nf4.dense_weight, args=(other, torch.bfloat16))
-    thread.start()
-    thread.join()
-    assert same_bits(ours, nf4.dequantize(q, torch.bfloat16))
+
+    def decode() -> None:
+        with dense_weight(other, torch.bfloat16):
+            pass
+
+    with dense_weight(q, torch.bfloat16) as ours:
+        thread = threading.Thread(target=decode)
+        thread.start()
+        thread.join()
+        assert same_bits(ours, nf4.dequantize(q, torch.bfloat16))
 
 
 # ---- compiling, loading, refusing ------------------------------------------------------------------------------------
@@ -656,7 +663,7 @@ def test_a_library_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     assert cpu_nf4.path() == "PyTorch (the compiled code gave wrong bits)"
     q = cpu_nf4.quantize(gaussian(100))
     assert same_bits(cpu_nf4.dequantize(q), nf4.dequantize(nf4.quantize(gaussian(100))))
-    assert not cpu_nf4.serves(torch.zeros(1, 32), nf4.quantize(gaussian(4, 32)))
+    assert not cpu_matmul.can_use_native(torch.zeros(1, 32), nf4.quantize(gaussian(4, 32)))
 
 
 WITHOUT = """

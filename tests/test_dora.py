@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, QuantConfig, RunConfig
+from minisft.dora import DoRALinear
 from minisft.formats import load_adapter_, save_adapter
-from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear, merged_weight
+from minisft.lora import LoRAEmbedding, LoRALinear
+from minisft.merge_weights import merged_weight
 from minisft.nf4 import CHUNK
 from minisft.nf4_linear import NF4Linear
 from minisft.step import check_gradients

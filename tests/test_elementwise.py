@@ -168,10 +168,10 @@ def test_linear_keeps_no_activation_for_a_frozen_weight(frozen):
     assert {t.data_ptr() for t in kept} == expected
 
 
-def test_product_dtype():
+def test_compute_dtype():
     half = {name: torch.zeros(1, dtype=getattr(torch, name)) for name in ("float64", "float32", "bfloat16", "float16")}
     with mock.patch.object(matmul, "_cpu_multiplies_bf16", return_value=True):
-        assert [matmul.product_dtype(x) for x in half.values()] == [torch.float64, torch.float32, torch.bfloat16, torch.float32]
+        assert [matmul.compute_dtype(x) for x in half.values()] == [torch.float64, torch.float32, torch.bfloat16, torch.float32]
     with mock.patch.object(matmul, "_cpu_multiplies_bf16", return_value=False):
-        assert [matmul.product_dtype(x) for x in half.values()] == [torch.float64, torch.float32, torch.float32, torch.float32]
+        assert [matmul.compute_dtype(x) for x in half.values()] == [torch.float64, torch.float32, torch.float32, torch.float32]
     assert isinstance(matmul._cpu_multiplies_bf16(), bool)

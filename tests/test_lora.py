@@ -64,10 +64,10 @@ def as_laid_out(x: Tensor, layout: str) -> Tensor:
 def test_zero_b_changes_no_bit(kind, dtype, inputs, outputs, batch, bias, seed):
     base = make_linear(inputs, outputs, bias, dtype, kind, seed)
     x = randn(*batch, inputs, seed=seed + 9, dtype=dtype)
-    if kind is Linear or matmul.product_dtype(x) == dtype:
+    if kind is Linear or matmul.compute_dtype(x) == dtype:
         expected = base(x)
     else:  # somebody else's layer would multiply in bf16 here; the adapter widens the operands
-        with mock.patch.object(matmul, "serves_dense", return_value=False):
+        with mock.patch.object(matmul, "can_use_native", return_value=False):
             expected = matmul.linear(x, base.weight, base.bias)
     layer = LoRALinear(base, 1, 3.0)
     assert layer.lora_A.any()

@@ -17,10 +17,13 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
+from minisft import nf4
 from minisft.common.errors import UserError
 from minisft.kernels import cpu_nf4
+from minisft.kernels.cpu_matmul import MAX_ROWS, can_use_native
+from minisft.matmul import frozen_linear, frozen_linear_t
 from minisft.nf4 import QuantizedWeight, dequantize, quantize
-from minisft.nf4_linear import NF4Linear, nf4_matmul, nf4_matmul_t
+from minisft.nf4_linear import NF4Linear
 
 OUT, IN = 40, 96  # rows of one and a half blocks
 BUFFERS = ("packed", "absmax", "absmax2", "offset", "levels")
@@ -54,11 +57,11 @@ def dense_gradients(module: NF4Linear, x: Tensor, grad: Tensor) -> tuple[Tensor,
 def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The products in C++, where it compiles, and those without it."""
     if request.param == "reference":
-        monkeypatch.setattr(cpu_nf4, "_library", lambda: None)
+        monkeypatch.setattr(cpu_nf4, "library", lambda: None)
     return request.param
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (2, 5), (cpu_nf4.FEW_ROWS + 1,)])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (2, 5), (MAX_ROWS + 1,)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -72,7 +75,7 @@ def test_gradients_equal_dense_autograd(
     y.backward(grad)
     wanted = dense_gradients(module, x, grad)
     found = (y.detach(), x.grad, None if module.bias is None else module.bias.grad)
-    other_order = cpu_nf4.serves(x, module.quantized)
+    other_order = can_use_native(x, module.quantized)
     assert not (other_order and road == "reference")
     for ours, dense in zip(found, wanted, strict=True):
         if dense is None:
@@ -135,9 +138,9 @@ def test_functional_products_equal_the_layers() -> None:
     x, grad = inputs((4,), torch.float32)
     y = module(x)
     y.backward(grad)
-    assert torch.equal(nf4_matmul(x.detach(), module.quantized), y.detach())
+    assert torch.equal(frozen_linear(x.detach(), module.quantized), y.detach())
     assert x.grad is not None
-    assert torch.equal(nf4_matmul_t(grad, module.quantized), x.grad)
+    assert torch.equal(frozen_linear_t(grad, module.quantized), x.grad)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -167,9 +170,10 @@ def test_the_dense_weight_dies_with_each_product_in_the_reference(monkeypatch: p
         made.append(weakref.ref(dense))
         return dense
 
-    monkeypatch.setattr(cpu_nf4, "dense_weight", recording)
+    monkeypatch.setattr(cpu_nf4, "library", lambda: None)
+    monkeypatch.setattr(nf4, "dequantize", recording)
     module = layer()
-    x, grad = inputs((cpu_nf4.FEW_ROWS + 1,), torch.float32)
+    x, grad = inputs((MAX_ROWS + 1,), torch.float32)
     y = module(x)
     gc.collect()
     assert [ref() for ref in made] == [None]
@@ -193,22 +197,22 @@ def test_a_product_called_outside_of_autograd_carries_no_gradient(road: str) -> 
     module = layer()
     for rows in (3, 50):
         x, grad = inputs((rows,), torch.float32)
-        assert not nf4_matmul(x, module.quantized, module.bias).requires_grad
-        assert not nf4_matmul_t(grad.requires_grad_(), module.quantized).requires_grad
+        assert not frozen_linear(x, module.quantized, module.bias).requires_grad
+        assert not frozen_linear_t(grad.requires_grad_(), module.quantized).requires_grad
 
 
 INTERPRETED = """
 import torch
-from minisft import nf4, nf4_linear
+from minisft import matmul, nf4
 torch.manual_seed(0)
-for inputs in (64, 72):  # whole groups of 32, and not: two roads in the dispatcher
+for inputs in (64, 72):  # whole groups of 32, and not: two kinds of kernel
     for nested in (False, True):
         q = nf4.quantize(torch.randn(48, inputs), double_quant=nested)
         for shape in ((inputs,), (2, 3, inputs), (0, inputs)):
             x = torch.randn(shape)
-            y = nf4_linear.fused_matmul(x, q)
+            y = matmul.triton_matmul(x, q)
             torch.testing.assert_close(y, x @ nf4.dequantize(q).T, rtol=1e-4, atol=1e-4)
-            back = nf4_linear.fused_matmul_t(y, q)
+            back = matmul.triton_matmul_t(y, q)
             torch.testing.assert_close(back, y @ nf4.dequantize(q), rtol=1e-4, atol=1e-3)
 print("equal")
 """

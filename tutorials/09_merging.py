@@ -7,7 +7,7 @@
 #     needs: smollm2
 #     after: ["03", "05"]
 #     contract:
-#       merged_weight: minisft.lora.merged_weight
+#       merged_weight: minisft.merge_weights.merged_weight
 #       merge_: minisft.merge_weights.merge_
 #       unmerge_: minisft.merge_weights.unmerge_
 #       effect_of: minisft.merge_weights.Effect
@@ -548,7 +548,7 @@ shared.say(
 
 # %%
 from minisft import merge_weights as library
-from minisft.lora import merged_weight as library_merged_weight
+from minisft.merge_weights import merged_weight as library_merged_weight
 
 assert torch.equal(merged_weight(W16, D[:256, :256]), library_merged_weight(W16, D[:256, :256]))
 

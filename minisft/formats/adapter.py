@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minisft.adapter import Adapter
 from minisft.common.atomic_files import disk_errors, staged_folder
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.config import LoRAConfig
+from minisft.dora import DoRALinear
 from minisft.formats.adapter_config import CONFIG_FILE, adapter_config, config_path, needs_patterns, read_adapter_config
 from minisft.formats.adapter_selection import run_patterns
 from minisft.formats.adapter_tensors import (
@@ -39,7 +41,7 @@ from minisft.formats.fields import Fields, read_json_object, write_json
 from minisft.formats.hf import quantized_from
 from minisft.formats.safetensors_file import Header, read_header, read_tensors, write_safetensors
 from minisft.formats.source import base_fingerprint, origin_of, regular_file
-from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
+from minisft.lora import LoRAEmbedding
 from minisft.nf4_linear import NF4Linear
 from minisft.surgery import (
     apply_lora_,
@@ -116,7 +118,7 @@ def write_adapter(
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
 
-def _trained(path: str, adapter: LoRALinear | LoRAEmbedding) -> dict[str, nn.Parameter]:
+def _trained(path: str, adapter: Adapter) -> dict[str, nn.Parameter]:
     """What the adapter at ``path`` has learned, by the names in the file."""
     name_A, name_B = tensor_names(path, isinstance(adapter, LoRAEmbedding))
     parameters = {name_A: adapter.lora_A, name_B: adapter.lora_B}

@@ -18,17 +18,18 @@ from typing import TypeVar
 
 from torch import nn
 
+from minisft.adapter import Adapter
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.config import ALL_LINEAR, LoRAConfig
+from minisft.dora import DoRALinear
 from minisft.formats.adapter_selection import read_narrowing, selected, target_names
 from minisft.formats.fields import Fields, read_json_object
 from minisft.formats.source import regular_file
-from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from minisft.surgery import matches
 
 T = TypeVar("T", int, float)
-Adapters = Mapping[str, LoRALinear | LoRAEmbedding]
+Adapters = Mapping[str, Adapter]
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_VERSION = "0.21.2"  # the version whose layout this is

@@ -16,6 +16,8 @@ from minisft.nf4 import BLOCK_SIZES, NESTED_BLOCK_SIZE, QuantizedWeight, dynamic
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 GROUP = 32  # weights in 16 bytes: the products read them together, with one scale
+MATVEC_ROWS = 4  # rows of x that ``matvec`` takes
+SMALL_ROWS = 128  # rows that ``matmul_small`` and ``matmul_backward`` take
 MAX_ELEMENTS = 2**34  # word indices are 32 bits wide, and a word holds 8 elements
 
 

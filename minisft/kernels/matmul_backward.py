@@ -15,14 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisft.kernels.arguments import check_product, scale_arguments
+from minisft.kernels.arguments import SMALL_ROWS, check_product, scale_arguments
 from minisft.kernels.decode import decode_tile, load_groups
 from minisft.kernels.matmul_small import tile_rows
 from minisft.kernels.split_k import product_buffer, sum_partials
 from minisft.kernels.tuning import Config, fastest
 from minisft.nf4 import QuantizedWeight
 
-MAX_ROWS = 128
 CONFIGS = (
     Config(columns=128, inner=64, parts=1),
     Config(columns=128, inner=64, parts=4),
@@ -82,7 +81,7 @@ def matmul_backward(grad_MO: Tensor, weight: QuantizedWeight, config: Config | N
     Returns: (M, in_features) in the dtype of ``grad_MO``. Twin: ``grad @ nf4.dequantize(weight)`` in that dtype.
     Raises: ValueError, TypeError or RuntimeError, see ``check_product``.
     """
-    grad = check_product("grad", grad_MO, weight, 0, MAX_ROWS)
+    grad = check_product("grad", grad_MO, weight, 0, SMALL_ROWS)
     row_tile = tile_rows(len(grad), grad.dtype)
     key = ("matmul_backward", grad.device, grad.dtype, row_tile, len(grad) > row_tile, weight.shape, weight.block_size)
 

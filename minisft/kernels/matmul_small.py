@@ -16,13 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisft.kernels.arguments import check_product, scale_arguments
+from minisft.kernels.arguments import SMALL_ROWS, check_product, scale_arguments
 from minisft.kernels.decode import decode_tile, load_groups
 from minisft.kernels.split_k import product_buffer, sum_partials
 from minisft.kernels.tuning import Config, fastest
 from minisft.nf4 import QuantizedWeight
 
-MAX_ROWS = 128
 CONFIGS = (
     Config(columns=64, inner=128, parts=1),
     Config(columns=64, inner=128, parts=4),
@@ -82,7 +81,7 @@ def matmul_small(x_MI: Tensor, weight: QuantizedWeight, config: Config | None = 
     Returns: (M, out_features) in the dtype of x. Twin: ``torch.nn.functional.linear`` over ``nf4.dequantize`` in x's dtype.
     Raises: ValueError, TypeError or RuntimeError, see ``check_product``.
     """
-    x = check_product("x", x_MI, weight, 1, MAX_ROWS)
+    x = check_product("x", x_MI, weight, 1, SMALL_ROWS)
     row_tile = tile_rows(len(x), x.dtype)
     key = ("matmul_small", x.device, x.dtype, row_tile, len(x) > row_tile, weight.shape, weight.block_size)
 

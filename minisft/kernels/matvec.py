@@ -16,13 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisft.kernels.arguments import check_product, scale_arguments
+from minisft.kernels.arguments import MATVEC_ROWS, check_product, scale_arguments
 from minisft.kernels.decode import load_groups
 from minisft.kernels.split_k import product_buffer, sum_partials
 from minisft.kernels.tuning import Config, fastest
 from minisft.nf4 import QuantizedWeight
 
-MAX_ROWS = 4
 CONFIGS = (
     Config(columns=8, inner=1024, parts=1),
     Config(columns=4, inner=1024, parts=1),
@@ -89,7 +88,7 @@ def matvec(x_MI: Tensor, weight: QuantizedWeight, config: Config | None = None) 
     Raises:
         ValueError, TypeError, RuntimeError: see ``check_product``.
     """
-    x = check_product("x", x_MI, weight, 1, MAX_ROWS)
+    x = check_product("x", x_MI, weight, 1, MATVEC_ROWS)
     key = ("matvec", x.device, x.dtype, len(x), weight.shape, weight.block_size)
 
     def launch(config: Config) -> Tensor:

@@ -1,63 +1,66 @@
-"""Both products for any number of rows: the dense weight written once into a reused buffer, then the vendor's matmul.
+"""One reusable buffer for a weight made dense: filled, multiplied with, and overwritten by the next layer.
 
-With hundreds of rows a tile of weights would be decoded again for every row tile, and a tuned dense product is hard to beat:
-decode once, multiply at full speed, and keep no dense weight. One buffer serves all layers, since kernels of one stream run
-one after the other: the product has read the weight before the next layer's overwrites it. That is the idea to leave with.
+A new tensor for each product would be new pages each time, which cost more than decoding. On a GPU one buffer serves all
+layers, since kernels of one stream run one after the other: the product has read the weight before the next layer's overwrites
+it. On a CPU each thread has its own, because autograd runs backward in another one.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from minisft.nf4 import QuantizedWeight
+_Buffers = dict[Hashable, Tensor]
 
-_buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
-_lock = threading.RLock()  # autograd runs backward in a thread of its own, on the same stream
+
+class _OfThisThread(threading.local):
+    def __init__(self) -> None:
+        self.buffers: _Buffers = {}
+
+
+_on_gpus: _Buffers = {}
+_on_cpu = _OfThisThread()
+_lock = threading.RLock()  # two threads that fill one stream's buffer
 
 
 @contextmanager
 def borrowed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """An uninitialised tensor that is valid until the block ends; the work launched inside may finish later.
+    """An uninitialised tensor that is valid until the block ends; work of a GPU that was launched inside may finish later.
 
-    One flat buffer for each device, dtype and stream, which grows to the largest weight and is kept until ``release``.
-    Nothing that outlives the block may refer to the tensor. Inside a CUDA graph's capture the buffer must already be large
-    enough: run the largest layer once before.
+    One flat buffer for each device, dtype and stream or thread, which grows to the largest weight and is kept until
+    ``release``. Nothing that outlives the block may refer to the tensor, and blocks of one dtype may not be nested. Inside a
+    CUDA graph's capture the buffer must already be large enough: run the largest layer once before.
+
+    Args:
+        shape, dtype, device: of the tensor.
+
+    Yields:
+        the tensor.
     """
-    size = math.prod(shape)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, dtype, stream)
+    if device.type != "cuda":
+        yield _grown(_on_cpu.buffers, (device, dtype), shape, dtype, device)
+        return
     with _lock:
-        if key not in _buffers or _buffers[key].numel() < size:
-            _buffers.pop(key, None)  # the old one is freed before the new one is allocated
-            _buffers[key] = torch.empty(size, dtype=dtype, device=device)
-        yield _buffers[key][:size].view(shape)
+        yield _grown(_on_gpus, (device, dtype, torch.cuda.current_stream(device).cuda_stream), shape, dtype, device)
+
+
+def _grown(buffers: _Buffers, key: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    size = math.prod(shape)
+    if key not in buffers or buffers[key].numel() < size:
+        buffers.pop(key, None)  # the old one is freed before the new one is allocated
+        buffers[key] = torch.empty(size, dtype=dtype, device=device)
+    return buffers[key][:size].view(shape)
 
 
 def release() -> int:
-    """Frees all buffers and returns how many bytes they held."""
+    """Free the buffers of all GPUs and of this thread, and return how many bytes they took."""
     with _lock:
-        freed = sum(buffer.numel() * buffer.element_size() for buffer in _buffers.values())
-        _buffers.clear()
+        freed = sum(buffer.nbytes for buffers in (_on_gpus, _on_cpu.buffers) for buffer in buffers.values())
+        _on_gpus.clear()
+        _on_cpu.buffers.clear()
     return freed
-
-
-def matmul_dense(x_MI: Tensor, weight: QuantizedWeight) -> Tensor:
-    """``x W^T``: (M, in_features) to (M, out_features), W rounded to x's dtype. Twin: ``nf4.dequantize`` and ``linear``."""
-    from minisft.kernels.dequantize import dequantize
-
-    with borrowed(weight.shape, x_MI.dtype, x_MI.device) as dense_OI:
-        return x_MI @ dequantize(weight, x_MI.dtype, out=dense_OI).T
-
-
-def matmul_backward_dense(grad_MO: Tensor, weight: QuantizedWeight) -> Tensor:
-    """``grad W``: (M, out_features) to (M, in_features), W rounded to the dtype of ``grad_MO``. Twin: the same in PyTorch."""
-    from minisft.kernels.dequantize import dequantize
-
-    with borrowed(weight.shape, grad_MO.dtype, grad_MO.device) as dense_OI:
-        return grad_MO @ dequantize(weight, grad_MO.dtype, out=dense_OI)

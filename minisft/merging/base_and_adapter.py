@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minisft.adapter import Adapter
 from minisft.common.errors import UserError, visible
 from minisft.config import QUANT_LEVELS, ModelConfig, QuantConfig
 from minisft.data.chat import resolve_template
@@ -29,7 +30,6 @@ from minisft.formats.lazy_weights import PIECE, In4Bits, Pieces, StoredModel, op
 from minisft.formats.loading import EMBEDDING, HEAD, empty_model, expected_shapes
 from minisft.formats.safetensors_file import read_header
 from minisft.formats.source import Origin, file_sha256, regular_file, resolve, set_origin_
-from minisft.merge_weights import Adapter
 from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight, codebook
 from minisft.nf4_linear import NF4Linear

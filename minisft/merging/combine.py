@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisft.adapter import scaling_of
 from minisft.common.atomic_files import disk_errors, staged_folder
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
@@ -41,7 +42,6 @@ from minisft.formats.lazy_weights import PIECE, Pieces, open_model, read_flat
 from minisft.formats.loading import EMBEDDING, HEAD
 from minisft.formats.safetensors_file import Header, read_header, read_tensors, write_safetensors
 from minisft.formats.source import file_sha256, regular_file, resolve
-from minisft.lora import scaling_of
 from minisft.surgery import pattern_value
 
 # ---- one layer -------------------------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ from minisft.common.seeds import generator
 from minisft.effect import Effect, LayerReport
 from minisft.generation import no_dropout
 from minisft.kernels import cpu_nf4
-from minisft.lora import LoRALinear, merged_weight
-from minisft.merge_weights import base_weight, merge
+from minisft.lora import LoRALinear
+from minisft.merge_weights import base_weight, merge, merged_weight
 from minisft.model import CausalLM
 from minisft.nf4 import TINY, QuantizedWeight, decode_absmax, midpoints_of, pack, unpack
 from minisft.nf4_linear import NF4Linear

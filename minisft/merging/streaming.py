@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisft.adapter import Adapter
 from minisft.common.atomic_files import FileRecord, disk_errors, require_space, staged_folder
 from minisft.common.errors import visible
 from minisft.config import check_calibration
@@ -32,8 +33,7 @@ from minisft.formats.lazy_weights import Pieces, StoredModel, read_flat, read_ro
 from minisft.formats.loading import HEAD, empty_model, expected_shapes
 from minisft.formats.shard_writer import MAX_SHARD_BYTES, TensorSpec, write_shards
 from minisft.formats.source import regular_file
-from minisft.lora import merged_weight
-from minisft.merge_weights import Adapter, rounded, splits_tie
+from minisft.merge_weights import merged_weight, rounded, splits_tie
 from minisft.merging.base_and_adapter import MARK, AdaptedFiles, check_onto, open_adapted, row_ranges
 from minisft.merging.compensate import CompensationReport
 from minisft.merging.four_bits import write_compensated, write_requantized

@@ -20,15 +20,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisft.adapter import Adapter
 from minisft.common.errors import UserError, listing, visible
 from minisft.config import check_calibration
+from minisft.dora import DoRALinear
 from minisft.effect import SURVIVAL_FLOOR, Effect, LayerReport, Target
 from minisft.formats import load_model
 from minisft.formats.lazy_weights import Packed, Pieces, StoredModel, open_model, read_rows
 from minisft.formats.loading import EMBEDDING, HEAD, empty_model, expected_shapes
 from minisft.formats.source import resolve
-from minisft.lora import DoRALinear, LoRAEmbedding, merged_weight
-from minisft.merge_weights import Adapter, splits_tie
+from minisft.lora import LoRAEmbedding
+from minisft.merge_weights import merged_weight, splits_tie
 from minisft.merging.base_and_adapter import AdaptedFiles, check_onto, held_in_4_bits, open_adapted, row_ranges
 from minisft.merging.four_bits import merge_compensated
 from minisft.nf4 import unpack

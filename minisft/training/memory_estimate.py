@@ -27,7 +27,7 @@ from minisft.batching import Batch
 from minisft.common.device import DTYPES
 from minisft.config import ModelConfig, QuantConfig, RunConfig
 from minisft.formats.loading import empty_model, expected_shapes
-from minisft.matmul import product_dtype
+from minisft.matmul import compute_dtype
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.step import batch_loss_sum, prepare_method
@@ -126,12 +126,12 @@ def _fake_model(run: RunConfig, shape: Shape, device: torch.device, num_layers: 
     Such a weight is multiplied as a dense one in the dtype of the product: that is what it is made into, for a moment.
     """
     dtype = DTYPES[run.dtype]
-    compute_dtype = product_dtype(torch.empty(0, dtype=dtype, device=device))
+    matmul_dtype = compute_dtype(torch.empty(0, dtype=dtype, device=device))
     model = empty_model(replace(shape.config, num_layers=num_layers))
     with FakeTensorMode(allow_non_fake_inputs=True):  # ids, positions and targets are real: how many there are is what counts
         for name, size in expected_shapes(model).items():
             owner, _, leaf = name.rpartition(".")
-            weight = torch.empty(size, dtype=compute_dtype if name in shape.in_4_bits else dtype, device=device)
+            weight = torch.empty(size, dtype=matmul_dtype if name in shape.in_4_bits else dtype, device=device)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(weight))
     if model.config.tie_word_embeddings:
         model.tie()

@@ -29,7 +29,7 @@ from minisft.formats.gguf_header import read_gguf
 from minisft.formats.hf import check_folder
 from minisft.formats.loading import available_bytes, empty_model, expected_shapes, nf4_bytes
 from minisft.formats.source import Source, resolve
-from minisft.matmul import product_dtype
+from minisft.matmul import compute_dtype
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.step import prepare_method, train_step
@@ -198,8 +198,8 @@ def _fixed_items(shape: Shape, run: RunConfig, device: torch.device, libraries: 
     numbers = {name: math.prod(shape.tensors[name]) for name in shape.in_4_bits}
     codes = sum(-(-n // 2) for n in numbers.values())
     scales = sum(nf4_bytes(n, shape.in_4_bits[name]) for name, n in numbers.items()) - codes
-    compute_dtype = product_dtype(torch.empty(0, dtype=DTYPES[run.dtype], device=device))
-    workspace = max(numbers.values(), default=0) * compute_dtype.itemsize
+    matmul_dtype = compute_dtype(torch.empty(0, dtype=DTYPES[run.dtype], device=device))
+    workspace = max(numbers.values(), default=0) * matmul_dtype.itemsize
     lines = {
         "interpreter and libraries": libraries,
         "4-bit codes": codes,

@@ -23,10 +23,12 @@ from hypothesis import strategies as st
 from tiny import build, randn
 from torch import Tensor, nn
 
+from minisft.adapter import Adapter
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
-from minisft.lora import DoRALinear, LoRAEmbedding, LoRALinear
-from minisft.matmul import Linear, product_dtype
-from minisft.merge_weights import Adapter, merge_
+from minisft.dora import DoRALinear
+from minisft.lora import LoRAEmbedding, LoRALinear
+from minisft.matmul import Linear, compute_dtype
+from minisft.merge_weights import merge_
 from minisft.model import CausalLM
 from minisft.nf4_linear import NF4Linear
 from minisft.surgery import apply_lora_, lora_modules, quantize_
@@ -367,7 +369,7 @@ def statistical(e: Exact, dtype: torch.dtype) -> Tensor:
 
 def multiplies_in(dtype: torch.dtype) -> bool:
     """Whether this machine multiplies the 16-bit ``dtype`` without widening it first."""
-    return dtype.itemsize == 2 and product_dtype(torch.empty(0, dtype=dtype)) == dtype
+    return dtype.itemsize == 2 and compute_dtype(torch.empty(0, dtype=dtype)) == dtype
 
 
 def _absolute(e: Exact, dtype: torch.dtype) -> Tensor:

@@ -12,8 +12,7 @@ from laws import BASES, DENSE, IN_FP64, KINDS, LAYERS, LORA, Case, assert_within
 from tiny import randn
 from torch import Tensor, nn
 
-from minisft.lora import merged_weight
-from minisft.merge_weights import merge_
+from minisft.merge_weights import merge_, merged_weight
 
 seeds = st.integers(0, 2**20)
 

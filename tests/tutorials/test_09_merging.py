@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pages import page, wrong_answers_test
 from torch import Tensor, nn
 
-from minisft import lora, merge_weights
+from minisft import merge_weights
 from minisft.lora import LoRALinear
 
 PAGE = "09_merging"
@@ -54,7 +54,7 @@ def same_bits(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 def agrees_merged_weight(namespace: Namespace, weight: Tensor, delta: Tensor) -> None:
     """Bit for bit, in the same wide dtype."""
-    ours, theirs = namespace["merged_weight"](weight, delta), lora.merged_weight(weight, delta)
+    ours, theirs = namespace["merged_weight"](weight, delta), merge_weights.merged_weight(weight, delta)
     assert ours.dtype == theirs.dtype
     assert torch.equal(ours, theirs)
 
@@ -120,7 +120,7 @@ def test_effect_of_equals_the_library(outputs: int, inputs: int, dtype: torch.dt
     base = random(seed, outputs, inputs, dtype=dtype)
     delta = 2.0**size * random(seed + 1, outputs, inputs)
     delta[0] = 0  # a row that asks for nothing
-    agrees_effect_of(page(PAGE).build(), base, delta, lora.merged_weight(base, delta).to(dtype))
+    agrees_effect_of(page(PAGE).build(), base, delta, merge_weights.merged_weight(base, delta).to(dtype))
 
 
 # ---- and what no library object says ---------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def agrees(namespace: Namespace) -> None:
     agrees_merge_(namespace, adapted(torch.bfloat16, (9, 14), 2, 5.0, 4), None)
     agrees_merge_(namespace, adapted(torch.float32, (9, 14), 2, 5.0, 4), torch.float16)
     agrees_unmerge_(namespace, adapted(torch.float32, (9, 14), 2, 5.0, 4))
-    agrees_effect_of(namespace, base, delta, lora.merged_weight(base, delta).bfloat16())
+    agrees_effect_of(namespace, base, delta, merge_weights.merged_weight(base, delta).bfloat16())
     agrees_ulps(namespace)
 
 
@@ -187,7 +187,7 @@ def test_a_mutated_page_disagrees(old: str, new: str) -> None:
 
 
 def _swallowed(W: Tensor, D: Tensor, dtype: torch.dtype) -> float:
-    stored = lora.merged_weight(W, D).to(dtype)
+    stored = merge_weights.merged_weight(W, D).to(dtype)
     return float((stored.double() == W.double())[D != 0].double().mean())
 
 
@@ -207,25 +207,25 @@ def _exponent(W: Tensor, D: Tensor, dtype: torch.dtype) -> float:
 
 
 def _one_scaling(W: Tensor, first: Adapter, second: Adapter, dtype: torch.dtype) -> Tensor:
-    return lora.merged_weight(W, first[2] * (first[1] @ first[0] + second[1] @ second[0])).to(dtype)
+    return merge_weights.merged_weight(W, first[2] * (first[1] @ first[0] + second[1] @ second[0])).to(dtype)
 
 
 def _both_scalings(W: Tensor, first: Adapter, second: Adapter, dtype: torch.dtype) -> Tensor:
-    return lora.merged_weight(W, first[2] * second[2] * (first[1] @ first[0] + second[1] @ second[0])).to(dtype)
+    return merge_weights.merged_weight(W, first[2] * second[2] * (first[1] @ first[0] + second[1] @ second[0])).to(dtype)
 
 
 def _one_after_the_other(W: Tensor, first: Adapter, second: Adapter, dtype: torch.dtype) -> Tensor:
     for lora_A, lora_B, scaling in (first, second):
-        W = lora.merged_weight(W, scaling * lora_B @ lora_A).to(dtype)
+        W = merge_weights.merged_weight(W, scaling * lora_B @ lora_A).to(dtype)
     return W
 
 
 def _only_the_first(W: Tensor, first: Adapter, second: Adapter, dtype: torch.dtype) -> Tensor:
-    return lora.merged_weight(W, first[2] * first[1] @ first[0]).to(dtype)
+    return merge_weights.merged_weight(W, first[2] * first[1] @ first[0]).to(dtype)
 
 
 def _not_rounded(W: Tensor, first: Adapter, second: Adapter, dtype: torch.dtype) -> Tensor:
-    return lora.merged_weight(W, first[2] * first[1] @ first[0] + second[2] * second[1] @ second[0])
+    return merge_weights.merged_weight(W, first[2] * first[1] @ first[0] + second[2] * second[1] @ second[0])
 
 
 WRONG = {
