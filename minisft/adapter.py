@@ -1,7 +1,7 @@
 """What every adapter shares: a frozen base, two thin factors and their scaling.
 
 The factors are fp32 whatever the dtype of the base, and the base never gets a gradient; it may be dense or quantized (QLoRA).
-Every adapter can say what D = W' - W is, also for a few rows at a time (``delta_rows``).
+Every adapter gives D = W' - W, also for a few rows at a time (``delta_rows``).
 """
 
 from __future__ import annotations

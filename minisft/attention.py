@@ -4,7 +4,7 @@ Padded left or right, or packed end to end: a batch is always a set of segments.
 lie, and attention gathers them into a grid (S, L) with every segment at the left edge. There plain causal attention is
 all that is needed: a real token never sees what stands to its right, so padding needs no mask, and segments cannot see each
 other because they are different rows. Nothing is ever quadratic in the packed length. Where all segments continue a
-common beginning, its keys stand once more to the left of each of them.
+common prefix, its keys stand once more to the left of each of them.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Segments:
     """Where each token of a batch (B, T) stands in its segment, and where each place of the grid (S, L) comes from.
 
     Attributes:
-        positions: (B, T) int64, 0 at the start of each segment, or P after a common beginning; 0 for padding.
+        positions: (B, T) int64, 0 at the start of each segment, or P after a common prefix; 0 for padding.
         take: (S * L,) int64: flat batch index of the token at each place of the grid; 0 where the grid is empty.
         put: (N,) int64: flat grid place of each token; 0 for padding.
-        empty: (S, L, 1, 1) bool: places of the grid without a token; None when there are none.
+        empty: (S, L, 1, 1) bool: positions of the grid without a token; None when there are none.
         padding: (N, 1, 1) bool: tokens without a place; None when there are none, or when nothing moves.
         shape: (S, L).
         trivial: the batch already is the grid, so nothing has to move.
@@ -58,7 +58,7 @@ class Segments:
             segment_ids: (B, T) int64; 0 is padding, equal positive neighbours in a row are one segment.
             prefix_length: P; if not 0, B is 1 and the first P tokens are what all other segments continue.
         """
-        assert prefix_length == 0 or segment_ids.shape[0] == 1, "a common beginning stands in the only row of its batch"
+        assert prefix_length == 0 or segment_ids.shape[0] == 1, "a common prefix stands in the only row of its batch"
         ids = segment_ids.cpu()[:, prefix_length:]
         B, T = ids.shape
         starts = torch.ones(B, T, dtype=torch.bool)
@@ -90,7 +90,7 @@ class Segments:
         )
 
     def to_grid(self, flat: Tensor) -> Tensor:
-        """(N, heads, E) -> (S, L, heads, E), zero at empty places."""
+        """(N, heads, E) -> (S, L, heads, E), zero at empty positions."""
         grid = flat if self.trivial else flat.index_select(0, self.take)
         return self._only_real(grid.view(*self.shape, *flat.shape[1:]))
 
@@ -101,7 +101,7 @@ class Segments:
         return flat if self.padding is None else flat.masked_fill(self.padding, 0)
 
     def _only_real(self, grid: Tensor) -> Tensor:
-        """Zeros at empty places, also in the gradient that comes back through them."""
+        """Zeros at empty positions, also in the gradient that comes back through them."""
         return grid if self.empty is None else grid.masked_fill(self.empty, 0)
 
 
@@ -201,7 +201,7 @@ def _attend_grid(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v within each segment and the common beginning before it, causal.
+    """softmax(q k^T / sqrt(E)) v within each segment and the common prefix before it, causal.
 
     Args:
         q: (B * T, H, E), rotated already.
@@ -218,44 +218,45 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | No
     q_grid, k_grid, v_grid = (segments.to_grid(x[P:]) for x in (q, k, v))
     if P == 0:
         return segments.from_grid(_attend_grid(q_grid, k_grid, v_grid, window))
-    beginning = _attend_grid(q[None, :P], k[None, :P], v[None, :P], window)[0]
+    prefix = _attend_grid(q[None, :P], k[None, :P], v[None, :P], window)[0]
     k_grid, v_grid = (torch.cat((x[:P].expand(grid.shape[0], -1, -1, -1), grid), 1) for x, grid in ((k, k_grid), (v, v_grid)))
-    return torch.cat((beginning, segments.from_grid(_attend_grid(q_grid, k_grid, v_grid, window))))
+    return torch.cat((prefix, segments.from_grid(_attend_grid(q_grid, k_grid, v_grid, window))))
 
 
-def hidden_in_cache(positions: Tensor, num_places: int, window: int | None = None) -> Tensor:
-    """Which places of a KV cache a query may not see: those after its own, and those before its window.
+def cache_attn_mask(positions: Tensor, num_positions: int, window: int | None = None) -> Tensor:
+    """Which positions of a KV cache a query may not see: those after its own, and those before its window.
 
     Args:
-        positions: (B, T) int64, the cache place of each query.
-        num_places: C, how many places of the cache are looked at.
+        positions: (B, T) int64, the cache position of each query.
+        num_positions: C, how many positions of the cache are looked at.
+        window: how many keys a query may see, itself included; None for all.
 
     Returns:
         (B, 1, 1, T, C) bool.
     """
-    keys = torch.arange(num_places, device=positions.device)
-    hidden = keys > positions.unsqueeze(-1)
+    keys = torch.arange(num_positions, device=positions.device)
+    attn_mask = keys > positions.unsqueeze(-1)
     if window is not None:
-        hidden |= keys <= positions.unsqueeze(-1) - window
-    return hidden[:, None, None]
+        attn_mask |= keys <= positions.unsqueeze(-1) - window
+    return attn_mask[:, None, None]
 
 
-def attend_cached(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
     """Attention of new tokens over everything in a KV cache (inference only).
 
     Args:
         q: (B, T, H, E) new queries.
         k, v: (B, K, C, E) cache, the new keys and values included.
-        hidden: (B, 1, 1, T, C), from ``hidden_in_cache``.
+        attn_mask: (B, 1, 1, T, C), from ``cache_attn_mask``; True where a query may not see.
 
     Returns:
         (B, T, H, E).
     """
     B, T, H, E = q.shape
-    wide = compute_dtype(q)
+    dtype = compute_dtype(q)
     q_grid = _group_queries(q, k.shape[1])  # (B, K, G * T, E)
-    scores = (q_grid * (1 / math.sqrt(E))) @ k.to(wide).transpose(-1, -2)
-    scores = scores.to(torch.promote_types(wide, torch.float32))
-    scores = scores.view(B, k.shape[1], -1, T, k.shape[2]).masked_fill_(hidden, -torch.inf)
-    out = torch.softmax(scores, -1).to(wide).view(B, k.shape[1], -1, k.shape[2]) @ v.to(wide)
+    scores = (q_grid * (1 / math.sqrt(E))) @ k.to(dtype).transpose(-1, -2)
+    scores = scores.to(torch.promote_types(dtype, torch.float32))
+    scores = scores.view(B, k.shape[1], -1, T, k.shape[2]).masked_fill_(attn_mask, -torch.inf)
+    out = torch.softmax(scores, -1).to(dtype).view(B, k.shape[1], -1, k.shape[2]) @ v.to(dtype)
     return out.to(q.dtype).view(B, k.shape[1], H // k.shape[1], T, E).permute(0, 3, 1, 2, 4).reshape(B, T, H, E)

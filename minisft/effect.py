@@ -1,7 +1,7 @@
-"""What became of an adapter in a merge: its effect W' - W as it is stored, held against D as it was trained.
+"""What a merge did to an adapter: its effect W' - W as it is stored, held against D as it was trained.
 
-An adapter that vanished in rounding leaves a W' close to W + D; only the effect shows it. The sums run in fp64, a slab at a
-time, so that a layer can be measured in pieces. This room changes no weight.
+An adapter that vanished in rounding leaves a W' close to W + D; only the effect shows it. The sums run in fp64, a chunk at a
+time, so that a layer can be measured in pieces. Nothing here changes a weight.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minisft.kernels.cpu_nf4 import EffectSums, effect_sums
 
-SLAB = 2**17  # numbers at a time: three such pieces in fp32 stay in a core's cache
+CHUNK = 2**17  # numbers at a time: three such pieces in fp32 stay in a core's cache
 # Which weight D is added to, and how the sum is stored. ``merge.merge`` knows the first three.
 Onto = Literal["dequantized", "original", "requantized"]
 Target = Literal["dequantized", "original", "requantized", "compensated"]
@@ -45,7 +45,7 @@ class LayerReport:
 
 
 class Effect:
-    """The sums behind a ``LayerReport``, so that a layer can be measured in pieces. All in fp64, a slab at a time."""
+    """The sums behind a ``LayerReport``, so that a layer can be measured in pieces. All in fp64, a chunk at a time."""
 
     def __init__(self) -> None:
         self.base = self.delta = self.error = self.dot = self.shift = 0.0
@@ -60,8 +60,8 @@ class Effect:
             stored: W' as it will be read back.
             trained: the weight that D was trained on, if that is not W.
         """
-        for slab in _slabs(base, delta, stored):
-            sums = effect_sums(*slab) or _sums(*(piece.double() for piece in slab))
+        for chunk in _chunks(base, delta, stored):
+            sums = effect_sums(*chunk) or _sums(*(piece.double() for piece in chunk))
             self.base += sums.base
             self.delta += sums.delta
             self.error += sums.error
@@ -69,7 +69,7 @@ class Effect:
             self.asked += sums.asked
             self.changed += sums.changed
         if trained is not None:
-            self.shift += sum(_square(w.double() - before.double()) for w, before in _slabs(base, trained))
+            self.shift += sum(_square(w.double() - before.double()) for w, before in _chunks(base, trained))
 
     def report(self, path: str) -> LayerReport:
         """The finished measure; a layer whose adapter is zero has nothing to lose."""
@@ -93,10 +93,10 @@ def _sums(w: Tensor, d: Tensor, after: Tensor) -> EffectSums:
     return EffectSums(_square(w), _square(d), _square(effect - d), float(effect.dot(d)), *counts)
 
 
-def _slabs(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Tensors of one shape, flat and in fp32 or wider, ``SLAB`` numbers at a time."""
-    for slab in zip(*(t.reshape(-1).split(SLAB) for t in tensors), strict=True):
-        yield [piece if piece.dtype == torch.float64 else piece.float() for piece in slab]
+def _chunks(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Tensors of one shape, flat and in fp32 or wider, ``CHUNK`` numbers at a time."""
+    for chunk in zip(*(t.reshape(-1).split(CHUNK) for t in tensors), strict=True):
+        yield [piece if piece.dtype == torch.float64 else piece.float() for piece in chunk]
 
 
 def _square(x: Tensor) -> float:

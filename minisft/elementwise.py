@@ -14,15 +14,15 @@ from torch.autograd.function import once_differentiable
 from minisft.common.autograd import Context
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32 at least; fp64 stays fp64 so that laws can be tested in it."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x_wide = x.to(_wide(x.dtype))
-    rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
-    return weight * (x_wide * rstd).to(x.dtype), rstd
+    x_sum = x.to(_sum_dtype(x.dtype))
+    rstd = torch.rsqrt(x_sum.square().mean(-1, keepdim=True) + eps)
+    return weight * (x_sum * rstd).to(x.dtype), rstd
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -36,14 +36,14 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rstd = ctx.saved_tensors
-        wide = _wide(x.dtype)
-        normed = x.to(wide) * rstd
+        dtype = _sum_dtype(x.dtype)
+        normed = x.to(dtype) * rstd
         grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad.to(wide) * normed).reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
+            grad_weight = (grad.to(dtype) * normed).reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             # d(x r)/dx with r = (mean x^2 + eps)^-1/2:  r (g - n mean(g n)),  n = x r
-            g = grad.to(wide) * weight.to(wide)
+            g = grad.to(dtype) * weight.to(dtype)
             mean = (g * normed).mean(-1, keepdim=True)
             grad_x = normed.mul_(mean).neg_().add_(g).mul_(rstd).to(x.dtype)
         return grad_x, grad_weight, None
@@ -55,6 +55,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Args:
         x: (..., D).
         weight: (D,).
+        eps: added to the mean square.
+
+    Returns:
+        (..., D) in the dtype of ``x``.
 
     Ref: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
     """
@@ -89,6 +93,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         x: (..., heads, E).
         cos, sin: (..., 1, E/2), same dtype as ``x``.
+
+    Returns:
+        (..., heads, E) in the dtype of ``x``.
 
     Ref: Su et al. 2021, arXiv:2104.09864, section 3.2.2, in Hugging Face's order of the pairs.
     """

@@ -60,7 +60,16 @@ def base_weight(adapter: Adapter) -> Tensor:
 
 
 def rounded(name: str, numbers: Tensor, dtype: torch.dtype, own: bool = False) -> Tensor:
-    """``numbers`` in ``dtype``, which may be too narrow for them; with ``own`` in memory of their own.
+    """``numbers`` in ``dtype``, which may be too narrow for them.
+
+    Args:
+        name: of the weight, for the message.
+        numbers: any float dtype.
+        dtype: of the result.
+        own: whether the result must have memory of its own.
+
+    Returns:
+        a tensor of the same shape.
 
     Raises:
         UserError: a number that is not finite after rounding, naming the weight.
@@ -81,12 +90,17 @@ def rounded(name: str, numbers: Tensor, dtype: torch.dtype, own: bool = False) -
 def merge_layer(
     path: str, adapter: Adapter, onto: Onto, dtype: torch.dtype, original: Tensor | None = None
 ) -> tuple[Tensor | QuantizedWeight, LayerReport]:
-    """W' of one layer, and what became of its adapter.
+    """W' of one layer, and what the merge did to its adapter.
 
     Args:
+        path: of the layer, for the report.
+        adapter: the layer.
         onto: which W; with ``requantized`` W' goes back to 4 bits, as its base was.
         dtype: of a dense W'.
         original: the weight before it was quantized; needed for ``onto="original"`` over a base in 4 bits.
+
+    Returns:
+        W', a tensor or a quantized weight, and the report.
 
     Raises:
         UserError: W' is not finite, or ``requantized`` over a base that is dense.

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from minisft.attention import Segments, attend, attend_cached, hidden_in_cache
+from minisft.attention import Segments, attend, attend_cached, cache_attn_mask
 from minisft.config import ModelConfig
 from minisft.elementwise import rms_norm, rotate, swiglu
 from minisft.matmul import Linear
@@ -33,7 +33,7 @@ def _direct(block: nn.Module, *args: object) -> Tensor:
 class KVCache:
     """Keys and values of everything read so far, one preallocated pair of (B, K, C, E) buffers a layer.
 
-    ``lengths[b]`` tokens of row b are filled; appending writes row b at its own place, so rows of different length need
+    ``lengths[b]`` tokens of row b are filled; appending writes row b at its own position, so rows of different length need
     no padding between their tokens. Whatever lies beyond ``lengths`` is garbage that no query may see.
     """
 
@@ -47,6 +47,7 @@ class KVCache:
 
     @property
     def max_length(self) -> int:
+        """How many tokens a row can hold."""
         return self.keys.shape[3]
 
     def select(self, rows: Tensor) -> KVCache:
@@ -57,7 +58,16 @@ class KVCache:
         return chosen
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, T, K, E) at ``positions`` (B, T) and return what is filled so far, (B, K, C, E) each."""
+        """Write new keys and values.
+
+        Args:
+            layer: which one's.
+            k, v: (B, T, K, E), in the cache's dtype.
+            positions: (B, T) int64, where they go in each row.
+
+        Returns:
+            the layer's keys and values, (B, K, C, E) each.
+        """
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         self.keys[layer][rows, :, positions] = k
         self.values[layer][rows, :, positions] = v
@@ -73,15 +83,17 @@ class _Context:
         sin: Tensor,
         segments: Segments | None,
         cache: KVCache | None,
-        places: Tensor,
+        positions: Tensor,
         end: int,
-        hidden: Tensor | None,
+        attn_mask: Tensor | None,
     ) -> None:
         self.cos, self.sin = cos, sin
-        self.segments, self.cache, self.places, self.end, self.hidden = segments, cache, places, end, hidden
+        self.segments, self.cache, self.positions, self.end, self.attn_mask = segments, cache, positions, end, attn_mask
 
 
 class RMSNorm(nn.Module):
+    """Root mean square norm with a learned factor a column, see ``elementwise.rms_norm``."""
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
@@ -92,6 +104,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal self-attention with grouped queries and rotary positions, see ``attention.attend``."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         D, E = config.hidden_size, config.head_dim
@@ -114,17 +128,19 @@ class Attention(nn.Module):
             assert context.segments is not None
             out = attend(q, k, v, context.segments, self.window)
         else:
-            assert context.hidden is not None
-            B, T = context.places.shape
+            assert context.attn_mask is not None
+            B, T = context.positions.shape
             keys, values = context.cache.append(
-                self.layer, k.view(B, T, -1, self.head_dim), v.view(B, T, -1, self.head_dim), context.places
+                self.layer, k.view(B, T, -1, self.head_dim), v.view(B, T, -1, self.head_dim), context.positions
             )
             seen = slice(None), slice(None), slice(context.end)
-            out = attend_cached(q.view(B, T, -1, self.head_dim), keys[seen], values[seen], context.hidden)
+            out = attend_cached(q.view(B, T, -1, self.head_dim), keys[seen], values[seen], context.attn_mask)
         return self.o_proj(out.reshape(x_ND.shape[0], -1))
 
 
 class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), see ``elementwise.swiglu``."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D, I = config.hidden_size, config.intermediate_size  # noqa: E741
@@ -137,6 +153,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
@@ -190,7 +208,7 @@ class CausalLM(nn.Module):
         return self.model.norm.weight.dtype
 
     def forward(self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Logits of the next token at every place.
+        """Logits of the next token at every position.
 
         Args:
             input_ids: (B, T) int64.
@@ -209,10 +227,14 @@ class CausalLM(nn.Module):
     def hidden(
         self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: KVCache | None = None, prefix_length: int = 0
     ) -> Tensor:
-        """Hidden states after the final norm, (B, T, D); arguments as in ``forward``.
+        """Hidden states after the final norm.
 
         Args:
+            input_ids, segment_ids, cache: as in ``forward``.
             prefix_length: the first so many tokens of the only row are a segment that all its others continue.
+
+        Returns:
+            (B, T, D) in the model's dtype.
         """
         B, T = input_ids.shape
         context = self._context(input_ids, segment_ids, cache, prefix_length)
@@ -225,26 +247,28 @@ class CausalLM(nn.Module):
         T = input_ids.shape[1]
         if cache is None:
             segments = Segments.of(torch.ones_like(input_ids) if segment_ids is None else segment_ids, prefix_length)
-            places, end = segments.positions, T
+            positions, end = segments.positions, T
         else:
             real = torch.ones_like(input_ids) if segment_ids is None else (segment_ids > 0).long()
             segments = None
-            places = cache.lengths[:, None] + torch.arange(T, device=input_ids.device)
+            positions = cache.lengths[:, None] + torch.arange(T, device=input_ids.device)
             end = int(cache.lengths.max()) + T
             if end > cache.max_length:
                 raise ValueError(f"the KV cache holds {cache.max_length} tokens; {end} are needed")
             assert bool((real[:, 1:] <= real[:, :-1]).all()), "padding must stand to the right of the new tokens"
             cache.lengths = cache.lengths + real.sum(1)
-        cos, sin = rope_angles(self.config, places.reshape(-1), self.dtype)
-        hidden = None if cache is None else hidden_in_cache(places, end, self.config.sliding_window)
-        return _Context(cos, sin, segments, cache, places, end, hidden)
+        cos, sin = rope_angles(self.config, positions.reshape(-1), self.dtype)
+        attn_mask = None if cache is None else cache_attn_mask(positions, end, self.config.sliding_window)
+        return _Context(cos, sin, segments, cache, positions, end, attn_mask)
 
 
 def rope_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2i/E), stretched as Llama 3 does when the config says so.
 
     Args:
+        config: the model's theta, head dimension and stretching.
         positions: (N,) int64.
+        dtype: of the result.
 
     Returns:
         (N, 1, E/2) each; angles in fp32, rounded to ``dtype`` once.

@@ -55,7 +55,14 @@ def codebook(levels: str | Sequence[float] | Tensor) -> Tensor:
     if isinstance(levels, str):
         if levels not in _BUILT_IN:
             choices = ", ".join(_BUILT_IN)
-            raise UserError("config/bad-value", "no such codebook", where="levels", found=visible(levels), expected=choices)
+            raise UserError(
+                "config/bad-value",
+                "no such codebook",
+                where="levels",
+                found=visible(levels),
+                expected=choices,
+                fix="name one of these or give 16 numbers",
+            )
         return torch.tensor(_BUILT_IN[levels](), dtype=torch.float32, device="cpu")
     values = torch.as_tensor(levels, dtype=torch.float32, device="cpu").flatten()
     if values.numel() != 16 or not bool((values[1:] > values[:-1]).all()):
@@ -163,6 +170,9 @@ def quantize(
         name: what to call the tensor in an error.
         coder: a faster ``code_blocks`` with the same bits, for ``minisft.kernels.cpu_nf4``.
 
+    Returns:
+        the quantized weight, on the device of ``weight``.
+
     Raises:
         UserError: ``model/non-finite-weight`` for a NaN or an infinity; ``config/bad-value`` for the block size or levels.
 
@@ -183,7 +193,14 @@ def quantize(
 
 
 def code_blocks(flat: Tensor, block_size: int, table: Tensor, packed: Tensor, absmax: Tensor) -> None:
-    """Fills ``packed`` and ``absmax`` (see ``QuantizedWeight``) from the (N,) numbers in ``flat``."""
+    """Fill the codes and the scales of a weight, see ``QuantizedWeight``.
+
+    Args:
+        flat: (N,), any float dtype.
+        block_size: numbers that share a scale.
+        table: (16,) fp32, the levels.
+        packed, absmax: (ceil(N/2),) uint8 and (ceil(N/block_size),) fp32, written to.
+    """
     for codes, packed_out in zip(_code(flat, block_size, table, absmax), packed.split(CHUNK // 2), strict=True):
         packed_out.copy_(pack(codes)[: len(packed_out)])
 
@@ -243,7 +260,14 @@ def _check_request(weight: Tensor, block_size: int) -> None:
     if block_size not in BLOCK_SIZES:
         choices = ", ".join(map(str, BLOCK_SIZES))
         found = visible(block_size)
-        raise UserError("config/bad-value", "no such block size", where="block_size", found=found, expected=choices)
+        raise UserError(
+            "config/bad-value",
+            "no such block size",
+            where="block_size",
+            found=found,
+            expected=choices,
+            fix="choose one of these, 64 for instance",
+        )
     if not weight.is_floating_point() or weight.numel() == 0:
         raise ValueError(f"only a non-empty floating-point tensor can be quantized, not {weight.dtype} {tuple(weight.shape)}")
 

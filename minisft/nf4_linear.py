@@ -91,7 +91,15 @@ class NF4Linear(nn.Module):
         levels: str | Sequence[float] | Tensor = "nf4",
         name: str = "weight",
     ) -> NF4Linear:
-        """The layer in 4 bits, on the same device; it shares the bias. See ``nf4.quantize`` for the arguments and errors."""
+        """The layer in 4 bits, on the same device; it shares the bias.
+
+        Args:
+            linear: the dense layer.
+            block_size, double_quant, levels, name: see ``nf4.quantize``, for the errors too.
+
+        Returns:
+            a new layer.
+        """
         return cls(cpu_nf4.quantize(linear.weight, block_size, double_quant, levels, name=name), linear.bias)
 
     @property

@@ -83,13 +83,21 @@ def match_targets(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]
 def _compiled(pattern: str) -> re.Pattern[str]:
     if len(pattern) > 1000:
         raise UserError(
-            "config/bad-pattern", "the target pattern is too long", found=f"{len(pattern)} characters", expected="at most 1000"
+            "config/bad-pattern",
+            "the target pattern is too long",
+            found=f"{len(pattern)} characters",
+            expected="at most 1000",
+            fix="name the layers by their last parts",
         )
     try:
         return re.compile(pattern)
     except re.error as error:
         raise UserError(
-            "config/bad-pattern", "the target pattern is no regular expression", where=visible(pattern), found=str(error)
+            "config/bad-pattern",
+            "the target pattern is no regular expression",
+            where=visible(pattern),
+            found=str(error),
+            fix="correct it, or name the layers",
         ) from None
 
 
@@ -106,7 +114,16 @@ def _no_match(name: str, candidates: Mapping[str, nn.Module]) -> list[str]:
 
 
 def pattern_value(path: str, patterns: Mapping[str, T], default: T) -> T:
-    """The value of the first pattern that matches the end of ``path`` (PEFT's rule for rank_pattern and alpha_pattern)."""
+    """The value of the first pattern that matches the end of ``path`` (PEFT's rule for rank_pattern and alpha_pattern).
+
+    Args:
+        path: of the module.
+        patterns: regular expression -> value.
+        default: where none matches.
+
+    Returns:
+        the value.
+    """
     for key, value in patterns.items():
         if _compiled(rf"(.*\.)?({key})").fullmatch(path):
             return value
@@ -114,7 +131,13 @@ def pattern_value(path: str, patterns: Mapping[str, T], default: T) -> T:
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put ``module`` where ``path`` is."""
+    """Put ``module`` where ``path`` is.
+
+    Args:
+        model: the tree, changed in place.
+        path: of the module to replace.
+        module: the new one.
+    """
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 
@@ -206,7 +229,16 @@ def _check_numbers(path: str, linear: nn.Linear, config: QuantConfig) -> None:
 
 
 def in_4_bits(path: str, linear: nn.Linear, config: QuantConfig) -> NF4Linear:
-    """The layer that stands at ``path`` in 4 bits; it shares the bias. Errors as in ``nf4.quantize``."""
+    """The quantized layer for ``path``; it shares the bias. Errors as in ``nf4.quantize``.
+
+    Args:
+        path: of the layer, for messages.
+        linear: the dense layer.
+        config: how to quantize.
+
+    Returns:
+        a new layer, in the same mode.
+    """
     layer = NF4Linear.from_linear(linear, config.block_size, config.double_quant, config.levels, name=f"{path}.weight")
     return layer.train(linear.training)
 
@@ -299,7 +331,14 @@ def scale_adapters_(model: nn.Module, scale: float) -> None:
         UserError: no adapters, or a ``scale`` that is not finite.
     """
     if not math.isfinite(scale):
-        raise UserError("config/bad-value", "a setting is out of range", where="scale", found=str(scale), expected="a number")
+        raise UserError(
+            "config/bad-value",
+            "a setting is out of range",
+            where="scale",
+            found=str(scale),
+            expected="a number",
+            fix="give a finite scale",
+        )
     adapters = lora_modules(model)
     if not adapters:
         raise UserError("adapter/none", "the model has no adapters to scale", fix="load one, or leave the scale at 1")

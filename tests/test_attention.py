@@ -13,7 +13,7 @@ from tiny import assert_close, randn
 from torch import Tensor
 
 from minisft import attention, matmul
-from minisft.attention import Segments, attend, attend_cached, hidden_in_cache
+from minisft.attention import Segments, attend, attend_cached, cache_attn_mask
 
 windows = st.none() | st.integers(1, 8)
 heads_and_kv_heads = st.sampled_from([(1, 1), (2, 2), (2, 1), (6, 2), (3, 3)])
@@ -211,7 +211,7 @@ def test_cached_attention(dtype, tolerance, fast_bf16, heads, filled, new, windo
     q = randn(B, new, H, 4, seed=seed + 2).to(dtype)
     positions = torch.tensor(filled)[:, None] + torch.arange(new)
     with mock.patch.object(matmul, "_cpu_multiplies_bf16", return_value=fast_bf16):
-        out = attend_cached(q, k, v, hidden_in_cache(positions, C, window))
+        out = attend_cached(q, k, v, cache_attn_mask(positions, C, window))
     assert out.dtype == dtype
     for b, length in enumerate(filled):
         total = length + new

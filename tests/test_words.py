@@ -25,7 +25,7 @@ INSTEAD = {
     r"places": "positions",
     r"beginnings?": "prefix",
     r"WORTH_SHARING|MOST_ROWS|SLAB": "MIN_SHARED_..., MAX_..., a name of its own",
-    r"wide|compute_dtype": "compute_dtype",
+    r"wide|product_dtype": "compute_dtype",
     r"houses?|rooms?|streets?|floors|ground|strangers?": "package, module, level, CLI, base, untrusted",
     r"said aloud|aloud": "reported",
     r"mends?|mended|mending": "fix",

@@ -1,14 +1,15 @@
-"""The kernels: one file each, raw tensors in, tensors out, every one proven against its PyTorch twin in ``minisft.nf4``.
+"""The kernels: one file each, raw tensors in, tensors out, every one proven against its PyTorch reference in ``minisft.nf4``.
 
 | file | what it computes | who decodes the weight |
 |---|---|---|
 | ``dequantize.py`` | 4 bits to fp32, fp16 or bf16, the 8-bit scales decoded in the same launch | once, to memory |
 | ``quantize.py`` | fp32, fp16 or bf16 to 4 bits and fp32 scales | - |
-| ``matvec.py`` | y = x W^T for 1 to 4 rows, with LoRA's epilogue | in registers, beside a dot product on ordinary cores |
+| ``matvec.py`` | y = x W^T for 1 to 4 rows | in registers, beside a dot product on ordinary cores |
 | ``matmul_small.py`` | y = x W^T for up to 128 rows | in registers, for the tensor cores |
 | ``matmul_backward.py`` | dX = G W for up to 128 rows | the same, the other way round |
-| ``workspace.py`` | both products for any number of rows | once, into a reused buffer; then cuBLAS |
-| ``dispatch.py`` | which of these serves a product | - |
+| ``workspace.py`` | the reused buffer for a dense weight | - |
+| ``cpu_nf4.py`` ``cpu_nf4.cpp`` ``cpu_build.py`` | the same on a CPU, in C++ compiled at the first call | in registers |
+| ``cpu_matmul.py`` | y = x W^T for up to 16 rows on a CPU | in registers |
 
 Importing this package imports no Triton. The files with kernels in them import it at their top, because ``@triton.jit``
 needs it there: import such a file inside the function that is about to launch it. Nothing here runs on a CPU, except

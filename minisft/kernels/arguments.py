@@ -18,7 +18,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 GROUP = 32  # weights in 16 bytes: the products read them together, with one scale
 MATVEC_ROWS = 4  # rows of x that ``matvec`` takes
 SMALL_ROWS = 128  # rows that ``matmul_small`` and ``matmul_backward`` take
-MAX_ELEMENTS = 2**34  # word indices are 32 bits wide, and a word holds 8 elements
+MAX_ELEMENTS = 2**34  # word indices have 32 bits, and a word holds 8 elements
 
 
 def scale_arguments(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -55,12 +55,23 @@ def check_weight(weight: QuantizedWeight) -> int:
 
 
 def check_block_size(block_size: int) -> None:
+    """Refuse a block size that is none of ``BLOCK_SIZES``: ``ValueError``."""
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size is one of {', '.join(map(str, BLOCK_SIZES))}, not {block_size}")
 
 
 def check_vector(name: str, tensor: Tensor, dtype: torch.dtype, size: int) -> None:
-    """``tensor`` holds exactly ``size`` contiguous items of ``dtype``; a weight is refused, never copied silently."""
+    """Refuse a tensor that does not hold exactly ``size`` contiguous items of ``dtype``; it is never copied silently.
+
+    Args:
+        name: of the argument, for the message.
+        tensor: the argument.
+        dtype, size: what it must have.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another size, or strides.
+    """
     if tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype}, expected {dtype}")
     if tensor.numel() != size:
@@ -70,6 +81,7 @@ def check_vector(name: str, tensor: Tensor, dtype: torch.dtype, size: int) -> No
 
 
 def check_float(name: str, dtype: torch.dtype) -> None:
+    """Refuse a dtype that the kernels do not read: ``TypeError``."""
     if dtype not in FLOATS:
         raise TypeError(f"{name} is {dtype}, expected one of {', '.join(map(str, FLOATS))}")
 
@@ -89,9 +101,21 @@ def interpreting() -> bool:
 
 
 def check_product(name: str, rows: Tensor, weight: QuantizedWeight, axis: int, max_rows: int) -> Tensor:
-    """``rows`` (M, features along ``axis`` of the weight), contiguous: a non-contiguous one is copied, being small.
+    """Check both sides of a product.
 
-    Raises: as ``check_weight``; ValueError too for a weight whose rows are not whole groups of 32.
+    Args:
+        name: of the rows, for messages.
+        rows: (M, features along ``axis`` of the weight).
+        weight: the matrix.
+        axis: of the weight, 1 for ``x W^T`` and 0 for ``grad W``.
+        max_rows: the largest M.
+
+    Returns:
+        ``rows``, contiguous: a non-contiguous one is copied, being small.
+
+    Raises:
+        ValueError: another shape, or a weight whose rows are not whole groups of 32.
+        TypeError, RuntimeError: as ``check_weight``.
     """
     check_weight(weight)
     check_float(name, rows.dtype)

@@ -95,8 +95,8 @@ def _compiler() -> list[str]:
 def _commands(compiler: list[str]) -> Iterator[list[str]]:
     """Ways to compile, best first, without the output: on PyTorch's own threads, and on one thread."""
     has = set(_cpu_features().split())
-    wide = [f"-m{name}" for name in AVX512] if has.issuperset(AVX512) else []
-    start = [*compiler, *FLAGS, *wide, str(SOURCE)]
+    vectors = [f"-m{name}" for name in AVX512] if has.issuperset(AVX512) else []
+    start = [*compiler, *FLAGS, *vectors, str(SOURCE)]
     if openmp := _openmp_of_torch():
         yield [*start, "-fopenmp", openmp, *LINK]
     yield [*start, "-Wno-unknown-pragmas", *LINK]

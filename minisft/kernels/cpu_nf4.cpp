@@ -1,8 +1,8 @@
-// NF4 on the CPU: dequantize, quantize, products of a few rows with weights in 4 bits, bfloat16 or fp32; and the sums that
-// tell what became of an update in a merge.
+// NF4 on the CPU: dequantize, quantize, products of a few rows with weights in 4 bits, bfloat16 or fp32; and the sums of
+// a merge report.
 //
-// The format and its twin in PyTorch are in minisft/nf4.py: weight = levels[code] * absmax[block], the first element of a byte
-// in its high nibble. dequantize and quantize give the twin's bits, so nothing here may be reordered or fused behind our back:
+// The format and its reference in PyTorch are in minisft/nf4.py: weight = levels[code] * absmax[block], the first element of a byte
+// in its high nibble. dequantize and quantize give the reference's bits, so nothing here may be reordered or fused behind our back:
 // compile with -ffp-contract=off and without -ffast-math. One idea does most of the work: the 16 levels fit in one or two
 // vector registers, so they are multiplied by the scale once a block, and a permutation then looks up 8 or 16 weights at a time.
 //
@@ -40,7 +40,7 @@ typedef int64_t Longs __attribute__((vector_size(4 * LANES)));
 typedef float HalfFloats __attribute__((vector_size(2 * LANES)));
 
 // NESTED_BLOCK_SIZE and MAX_RECIPROCAL are nf4.py's: cpu_build.py hands them to the compiler.
-constexpr int MOST_ROWS = 8;    // rows of x in one pass: their sums stay in registers
+constexpr int MAX_ROWS = 8;    // rows of x in one pass: their sums stay in registers
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // multiplications; fewer are done before another thread has woken
 
 // One 4-bit weight; cpu_nf4.py declares the same struct. map is null where absmax holds fp32 scales, not 8-bit codes.
@@ -223,7 +223,7 @@ struct Product {
     const void* weight;     // (out, in): a Weight, or numbers in bf16 or fp32
     const float *A, *B;     // (rank, in) and (out, rank); A is null where there is no adapter
     float* down;            // (rows, rank): x A^T, for backward
-    float* wide;            // null where x and y are fp32; where they are bf16, room for both in fp32
+    float* fp32;            // null where x and y are fp32; where they are bf16, memory for both in fp32
     int64_t rows, in, out, rank;
     float scaling;
     int32_t threads;
@@ -251,10 +251,10 @@ void product(const Product& p, const Matrix& weight) {
 
 template <class Matrix>
 void all_rows(Product p, const Matrix& weight) {
-    for (; p.rows > 0; p.rows -= MOST_ROWS) {
-        product<MOST_ROWS>(p, weight);
-        p.x += MOST_ROWS * p.in;
-        p.y += MOST_ROWS * p.out;
+    for (; p.rows > 0; p.rows -= MAX_ROWS) {
+        product<MAX_ROWS>(p, weight);
+        p.x += MAX_ROWS * p.in;
+        p.y += MAX_ROWS * p.out;
     }
 }
 
@@ -283,28 +283,28 @@ void add_update(const Product& p) {
 
 template <class Matrix>
 void matmul(const Product& p, const Matrix& weight) {
-    if (!p.wide) {
+    if (!p.fp32) {
         all_rows(p, weight);
         if (p.A) add_update(p);
         return;
     }
-    Product wide = p;
-    wide.x = p.wide;
-    wide.y = p.wide + p.rows * p.in;
-    wide.wide = nullptr;
+    Product fp32 = p;
+    fp32.x = p.fp32;
+    fp32.y = p.fp32 + p.rows * p.in;
+    fp32.fp32 = nullptr;
     const uint16_t* x = reinterpret_cast<const uint16_t*>(p.x);
-    for (int64_t i = 0; i < p.rows * p.in; i += LANES) put(p.wide + i, widened(x + i));
-    matmul(wide, weight);
+    for (int64_t i = 0; i < p.rows * p.in; i += LANES) put(p.fp32 + i, widened(x + i));
+    matmul(fp32, weight);
     uint16_t* y = reinterpret_cast<uint16_t*>(p.y);
     const int64_t size = p.rows * p.out;
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) put(y + i, load<Floats>(wide.y + i));
+    for (; i + LANES <= size; i += LANES) put(y + i, load<Floats>(fp32.y + i));
     uint16_t rest[LANES];
-    put(rest, load_some<Floats>(wide.y + i, 4 * (size - i)));
+    put(rest, load_some<Floats>(fp32.y + i, 4 * (size - i)));
     memcpy(y + i, rest, 2 * (size - i));
 }
 
-// ---- what became of an update --------------------------------------------------------------------------------------------
+// ---- merge report -------------------------------------------------------------------------------------------------------
 
 // With E = W' - W as stored and D as trained; cpu_nf4.py declares the same struct.
 struct EffectSums {

@@ -124,7 +124,14 @@ def quantize(
     *,
     name: str = "weight",
 ) -> QuantizedWeight:
-    """``nf4.quantize``, with its arguments, bits and errors."""
+    """``nf4.quantize``, with its bits and errors.
+
+    Args:
+        weight, block_size, double_quant, levels, name: as there.
+
+    Returns:
+        the quantized weight.
+    """
     native = library() if weight.device.type == "cpu" else None
     coder = None if native is None else functools.partial(_code_with, native)
     return nf4.quantize(weight, block_size, double_quant, levels, name=name, coder=coder)
@@ -151,6 +158,9 @@ def dequantize(q: QuantizedWeight, dtype: torch.dtype | None = None, out: Tensor
         q: the weight, on any device.
         dtype: of the result; the source's own if None.
         out: contiguous, of ``q.shape`` and ``dtype``, on the device of ``q``; a new tensor if None.
+
+    Returns:
+        ``out``, the dense weight.
 
     Raises:
         ValueError: ``out`` is something else.
@@ -180,7 +190,14 @@ def _dequantize_with(library: ctypes.CDLL, q: QuantizedWeight, out: Tensor) -> N
 
 
 def effect_sums(base: Tensor, delta: Tensor, stored: Tensor) -> EffectSums | None:
-    """The sums of ``effect.Effect`` over W, D and W', flat and of one size; None for what the C++ does not read."""
+    """The sums of ``effect.Effect`` over W, D and W'.
+
+    Args:
+        base, delta, stored: W, D and W', flat and of one size.
+
+    Returns:
+        the sums; None for what the C++ does not read.
+    """
     native = library()
     if native is None or not all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in (base, delta, stored)):
         return None

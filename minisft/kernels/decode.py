@@ -25,9 +25,13 @@ NESTED_BLOCK_SIZE = tl.constexpr(nf4.NESTED_BLOCK_SIZE)
 def load_absmax(block, mask, absmax_ptr, map_ptr, absmax2_ptr, offset_ptr):
     """fp32 scales of the flat blocks ``block``; 0 where ``mask`` is false.
 
+    Args:
+        block, mask: indices, and whether each is inside.
+        absmax_ptr, map_ptr, absmax2_ptr, offset_ptr: what ``arguments.scale_arguments`` gives.
+
     ``absmax_ptr`` holds fp32 scales, or, when ``map_ptr`` is given, 8-bit codes into the 256-entry map. The product
     ``map[code] * absmax2[block // 256]`` is rounded and then the sum with ``offset``: launch with ``enable_fp_fusion=False``,
-    because one fused multiply-add would round only once. Twin: ``minisft.nf4.decode_absmax``.
+    because one fused multiply-add would round only once. Reference: ``minisft.nf4.decode_absmax``.
     """
     stored = tl.load(absmax_ptr + block, mask=mask, other=0)
     if map_ptr is None:
@@ -55,6 +59,12 @@ def load_groups(
 ):  # fmt: skip
     """Bytes and scales of the groups of 32 weights at (``row``, ``group``) of a matrix with ``num_groups`` groups a row.
 
+    Args:
+        packed_ptr, absmax_ptr, map_ptr, absmax2_ptr, offset_ptr: the weight.
+        row, group, inside: which groups, and whether each is inside the matrix.
+        num_groups: in a row.
+        BLOCK_SIZE: numbers that share a scale.
+
     A group is 16 bytes and lies in one row and in one block, so that it needs one load of each. Returns int32 bytes
     (..., R, C, 16) and fp32 scales (..., R, C) for ``row`` (..., R, 1) and ``group`` (C,); outside ``inside`` the scale is 0.
     """
@@ -73,7 +83,14 @@ def gather_levels(levels, code):
 
 @triton.jit
 def decode_tile(pair, absmax, levels, ROWS: tl.constexpr, PAIRS: tl.constexpr, dtype: tl.constexpr):
-    """The weights at even and at odd columns, (ROWS, PAIRS) each, rounded to ``dtype`` exactly as ``dequantize`` rounds."""
+    """The weights at even and at odd columns, (ROWS, PAIRS) each, rounded to ``dtype`` exactly as ``dequantize`` rounds.
+
+    Args:
+        pair, absmax: from ``load_groups``.
+        levels: (16,) fp32.
+        ROWS, PAIRS: of the tile.
+        dtype: of the weights.
+    """
     first = gather_levels(levels, pair >> 4) * absmax[:, :, None]
     second = gather_levels(levels, pair & 15) * absmax[:, :, None]
     return tl.reshape(first.to(dtype), (ROWS, PAIRS)), tl.reshape(second.to(dtype), (ROWS, PAIRS))

@@ -31,7 +31,7 @@ def _dequantize_kernel(
 
     One program owns WORDS words, 8 * WORDS outputs. Grid: ceil(n / (8 * WORDS)). Tile: [WORDS, 8]. Mask: words inside
     whole 16-byte vectors are loaded as vectors; the last program fetches what is left byte by byte, so that nothing past
-    the end of the buffer is read. Adding 0 turns -0 into +0, as the twin does.
+    the end of the buffer is read. Adding 0 turns -0 into +0, as the reference does.
 
     Bytes: n/2 + n/BLOCK_SIZE (nested) read, n * itemsize written. Limit: memory bandwidth, about 8 instructions a weight.
     """
@@ -56,14 +56,19 @@ def _dequantize_kernel(
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The dense weight, bit for bit that of the twin ``minisft.nf4.dequantize``.
+    """The dense weight, bit for bit that of the reference ``minisft.nf4.dequantize``.
 
     Args:
         weight: see ``QuantizedWeight``.
         dtype: float32, float16 or bfloat16.
         out: contiguous, of ``weight.shape`` and ``dtype``, to be written instead of a new tensor.
 
-    Raises: ValueError, TypeError or RuntimeError, see ``check_weight``.
+    Returns:
+        the dense weight, ``out`` if it was given.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: see ``check_weight``.
+
     Cost: one launch; with double quantization in blocks of 64, 0.516 bytes a weight read, and itemsize bytes written.
     """
     n = check_weight(weight)

@@ -78,7 +78,7 @@ def matmul_backward(grad_MO: Tensor, weight: QuantizedWeight, config: Config | N
         weight: shape (out_features, in_features), in_features divisible by 32.
         config: a fixed configuration; None measures ``CONFIGS`` once for each shape.
 
-    Returns: (M, in_features) in the dtype of ``grad_MO``. Twin: ``grad @ nf4.dequantize(weight)`` in that dtype.
+    Returns: (M, in_features) in the dtype of ``grad_MO``. Reference: ``grad @ nf4.dequantize(weight)`` in that dtype.
     Raises: ValueError, TypeError or RuntimeError, see ``check_product``.
     """
     grad = check_product("grad", grad_MO, weight, 0, SMALL_ROWS)

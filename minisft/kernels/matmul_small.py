@@ -78,8 +78,11 @@ def matmul_small(x_MI: Tensor, weight: QuantizedWeight, config: Config | None = 
         weight: shape (out_features, in_features), in_features divisible by 32.
         config: a fixed configuration; None measures ``CONFIGS`` once for each shape.
 
-    Returns: (M, out_features) in the dtype of x. Twin: ``torch.nn.functional.linear`` over ``nf4.dequantize`` in x's dtype.
-    Raises: ValueError, TypeError or RuntimeError, see ``check_product``.
+    Returns:
+        (M, out_features) in the dtype of x. Reference: ``torch.nn.functional.linear`` over ``nf4.dequantize`` in x's dtype.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: see ``check_product``.
     """
     x = check_product("x", x_MI, weight, 1, SMALL_ROWS)
     row_tile = tile_rows(len(x), x.dtype)

@@ -67,7 +67,7 @@ def _quantize_kernel(
 
 
 def quantize(weight: Tensor, levels: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
-    """Packed codes and fp32 scales, bit for bit those of the twin ``minisft.nf4.quantize`` without double quantization.
+    """Packed codes and fp32 scales, bit for bit those of the reference ``minisft.nf4.quantize`` without double quantization.
 
     Args:
         weight: contiguous, float32, float16 or bfloat16, any shape; refused when not contiguous.
@@ -77,7 +77,8 @@ def quantize(weight: Tensor, levels: Tensor, block_size: int = 64) -> tuple[Tens
     Returns:
         (ceil(n/2),) uint8 and (ceil(n/block_size),) fp32. A block with a NaN or an infinity has a NaN for a scale.
 
-    Raises: ValueError, TypeError or RuntimeError for sizes, dtypes or devices that the kernel cannot read.
+    Raises:
+        ValueError, TypeError, RuntimeError: sizes, dtypes or devices that the kernel cannot read.
     """
     n = weight.numel()
     check_block_size(block_size)

@@ -33,12 +33,21 @@ def _sum_partials_kernel(partials_ptr, out_ptr, size, PARTS: tl.constexpr, TILE:
 
 
 def product_buffer(rows: int, columns: int, parts: int, like: Tensor) -> Tensor:
-    """Where a kernel puts its sums: (parts, rows, columns), fp32 if there is more than one part, else as ``like``."""
+    """Where a kernel puts its sums.
+
+    Args:
+        rows, columns: of the product.
+        parts: how many programs share a sum.
+        like: gives the device, and the dtype where there is one part.
+
+    Returns:
+        an uninitialised (parts, rows, columns), fp32 if there is more than one part.
+    """
     return torch.empty((parts, rows, columns), dtype=torch.float32 if parts > 1 else like.dtype, device=like.device)
 
 
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """(parts, M, N) to (M, N) in ``dtype``; a single part is already rounded. Twin: ``partials.sum(0).to(dtype)``."""
+    """(parts, M, N) to (M, N) in ``dtype``; a single part is already rounded. Reference: ``partials.sum(0).to(dtype)``."""
     parts, *shape = partials.shape
     if parts == 1:
         return partials[0]

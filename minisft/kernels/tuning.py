@@ -35,6 +35,14 @@ def fastest(key: Hashable, configs: Sequence[Config], run: Callable[[Config], ob
 
     The first one is returned unmeasured, and not remembered, where measuring is impossible: inside the capture of a CUDA
     graph and in the interpreter. Run each shape once before capturing it.
+
+    Args:
+        key: what the choice depends on: kernel, device, dtype, shape.
+        configs: to choose from.
+        run: launches the kernel with one of them.
+
+    Returns:
+        the configuration.
     """
     if key in _chosen:
         return _chosen[key]

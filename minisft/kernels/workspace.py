@@ -1,6 +1,6 @@
 """One reusable buffer for a weight made dense: filled, multiplied with, and overwritten by the next layer.
 
-A new tensor for each product would be new pages each time, which cost more than decoding. On a GPU one buffer serves all
+A new tensor for each product would be new pages each time, which cost more than decoding. On a GPU one buffer is enough for all
 layers, since kernels of one stream run one after the other: the product has read the weight before the next layer's overwrites
 it. On a CPU each thread has its own, because autograd runs backward in another one.
 """

@@ -129,7 +129,7 @@ def test_a_layer_is_measured_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their size, and the last one short: none is left out, none is counted twice."""
     whole = dataclasses.astuple(merge_(adapter_of_size(0.01, torch.bfloat16, 65)).layers[0])[1:]
     for size in (1000, 65 * 65 - 1, 65 * 65):
-        monkeypatch.setattr(effect_module, "SLAB", size)
+        monkeypatch.setattr(effect_module, "CHUNK", size)
         assert dataclasses.astuple(merge_(adapter_of_size(0.01, torch.bfloat16, 65)).layers[0])[1:] == pytest.approx(
             whole, rel=1e-12
         )
