@@ -30,7 +30,7 @@ class LayerReport:
     Attributes:
         path: the layer.
         delta_ratio: |D| / |W|, Frobenius norms.
-        swallowed: share of the entries of D that are not zero but changed nothing.
+        fraction_lost: share of the entries of D that are not zero but changed nothing.
         effect_error: |E - D| / |D|; 0 when D is 0.
         survival: <E, D> / |D|^2, the share of D that is still there; 1 when D is 0.
         base_shift: |W - W_trained| / |D| when W is not the weight that D was trained on (``onto="original"``), else 0.
@@ -38,7 +38,7 @@ class LayerReport:
 
     path: str
     delta_ratio: float
-    swallowed: float
+    fraction_lost: float
     effect_error: float
     survival: float
     base_shift: float = 0.0
@@ -49,7 +49,7 @@ class Effect:
 
     def __init__(self) -> None:
         self.base = self.delta = self.error = self.dot = self.shift = 0.0
-        self.changed = self.asked = 0
+        self.num_changed = self.num_nonzero = 0
 
     def add(self, base: Tensor, delta: Tensor, stored: Tensor, trained: Tensor | None = None) -> None:
         """Take in a piece of a layer.
@@ -66,8 +66,8 @@ class Effect:
             self.delta += sums.delta
             self.error += sums.error
             self.dot += sums.dot
-            self.asked += sums.asked
-            self.changed += sums.changed
+            self.num_nonzero += sums.num_nonzero
+            self.num_changed += sums.num_changed
         if trained is not None:
             self.shift += sum(_square(w.double() - before.double()) for w, before in _chunks(base, trained))
 
@@ -78,7 +78,7 @@ class Effect:
         return LayerReport(
             path,
             delta_ratio=(self.delta / self.base) ** 0.5 if self.base else float("inf"),
-            swallowed=1 - self.changed / self.asked,
+            fraction_lost=1 - self.num_changed / self.num_nonzero,
             effect_error=(self.error / self.delta) ** 0.5,
             survival=self.dot / self.delta,
             base_shift=(self.shift / self.delta) ** 0.5,
@@ -87,9 +87,9 @@ class Effect:
 
 def _sums(w: Tensor, d: Tensor, after: Tensor) -> EffectSums:
     """``effect_sums`` in PyTorch, of numbers in fp64."""
-    effect, asked = after - w, d != 0
-    changed = (effect != 0).logical_and_(asked)
-    counts = int(asked.count_nonzero()), int(changed.count_nonzero())
+    effect, nonzero = after - w, d != 0
+    changed = (effect != 0).logical_and_(nonzero)
+    counts = int(nonzero.count_nonzero()), int(changed.count_nonzero())
     return EffectSums(_square(w), _square(d), _square(effect - d), float(effect.dot(d)), *counts)
 
 
@@ -111,9 +111,9 @@ class MergeReport:
     layers: tuple[LayerReport, ...]
 
     @property
-    def swallowed(self) -> float:
-        """The largest share of an update's entries that rounding swallowed in a layer."""
-        return max(layer.swallowed for layer in self.layers)
+    def fraction_lost(self) -> float:
+        """The largest share of an update's entries that rounding left without effect in a layer."""
+        return max(layer.fraction_lost for layer in self.layers)
 
     @property
     def survival(self) -> float:

@@ -181,7 +181,7 @@ def test_kl_is_the_formula(seed: int, spread: float) -> None:
 
 
 def layer(**changes: float) -> LayerReport:
-    return LayerReport("a.b", **{"delta_ratio": 0.1, "swallowed": 0.0, "effect_error": 1e-5, "survival": 1.0, **changes})
+    return LayerReport("a.b", **{"delta_ratio": 0.1, "fraction_lost": 0.0, "effect_error": 1e-5, "survival": 1.0, **changes})
 
 
 @pytest.mark.parametrize(

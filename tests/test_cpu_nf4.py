@@ -428,8 +428,8 @@ def test_effect_sums(size: int, scale: float, dtype: torch.dtype, begin: int, se
         "delta": math.fsum(x * x for x in d),
         "error": math.fsum((e - x) ** 2 for e, x in pairs),
         "dot": math.fsum(e * x for e, x in pairs),
-        "asked": sum(x != 0 for x in d),
-        "changed": sum(x != 0 and e != 0 for e, x in pairs),
+        "num_nonzero": sum(x != 0 for x in d),
+        "num_changed": sum(x != 0 and e != 0 for e, x in pairs),
     }
     sums = {name: getattr(found, name) for name in expected}
     magnitude = math.fsum(abs(e * x) for e, x in pairs)

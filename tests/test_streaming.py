@@ -414,7 +414,7 @@ def test_16_bits_that_swallow_the_update_warn_and_name_the_dtype(tmp_path: Path)
     base, _ = base_of("bf16", tmp_path)
     adapter = trained(tmp_path, base, None, size=0.02)
     with pytest.warns(UserWarning, match=r"lost .*--dtype fp32"):
-        assert merge_folder(adapter, tmp_path / "out").report.swallowed > 0.05
+        assert merge_folder(adapter, tmp_path / "out").report.fraction_lost > 0.05
     merge_folder(adapter, tmp_path / "wide", dtype=torch.float32)
 
 

@@ -378,7 +378,7 @@ print(f"{'':5} {'effect error':>13} {'survival':>9} {'lost':>10} {'KL merge':>9}
 for name, (layers, models, _, _) in certificates.items():
     worst = max(layer.effect_error for layer in layers.layers)
     print(
-        f"{name:5} {worst:13.2e} {layers.survival:9.4f} {layers.swallowed:10.1%} {models.kl_mean:9.1e} "
+        f"{name:5} {worst:13.2e} {layers.survival:9.4f} {layers.fraction_lost:10.1%} {models.kl_mean:9.1e} "
         f"{models.adapter_kl_mean:11.2f} {models.same_choice:11.1%}"
     )
 for name, (_, _, verdict, warned) in certificates.items():
@@ -567,7 +567,7 @@ for state in (ours.state_dict(), theirs.state_dict()):
 measure = library.Effect()
 measure.add(W, D, merged_weight(W, D).bfloat16())
 report = measure.report("a layer")
-found = report.delta_ratio, report.swallowed, report.effect_error, report.survival
+found = report.delta_ratio, report.fraction_lost, report.effect_error, report.survival
 torch.testing.assert_close(effect_of(W, D, merged_weight(W, D).bfloat16()), found, rtol=1e-9, atol=1e-12)
 print("the same merged weights, every bit back after unmerging, the same measures")
 

@@ -309,12 +309,12 @@ void matmul(const Product& p, const Matrix& weight) {
 // With E = W' - W as stored and D as trained; cpu_nf4.py declares the same struct.
 struct EffectSums {
     double base, delta, error, dot;  // sums of W^2, D^2, (E - D)^2 and E D
-    int64_t asked, changed;          // how many entries of D are not zero, and how many of those changed W
+    int64_t num_nonzero, num_changed;          // how many entries of D are not zero, and how many of those changed W
 };
 
 struct LaneSums {
     Doubles base = {}, delta = {}, error = {}, dot = {};
-    Longs asked = {}, changed = {};
+    Longs num_nonzero = {}, num_changed = {};
 
     void add(HalfFloats base_, HalfFloats delta_, HalfFloats stored_) {
         const Doubles w = __builtin_convertvector(base_, Doubles), d = __builtin_convertvector(delta_, Doubles);
@@ -323,8 +323,8 @@ struct LaneSums {
         delta += d * d;
         error += (effect - d) * (effect - d);
         dot += effect * d;
-        asked -= (Longs)(d != 0);
-        changed -= (Longs)(d != 0) & (Longs)(effect != 0);
+        num_nonzero -= (Longs)(d != 0);
+        num_changed -= (Longs)(d != 0) & (Longs)(effect != 0);
     }
 };
 
@@ -344,7 +344,7 @@ EffectSums effect_sums(const float* base, const float* delta, const float* store
     const int64_t rest = 4 * (length - i);  // zeros change no sum
     s.add(load_some<HalfFloats>(base + i, rest), load_some<HalfFloats>(delta + i, rest), load_some<HalfFloats>(stored + i, rest));
     return {sum_of<double>(s.base), sum_of<double>(s.delta), sum_of<double>(s.error), sum_of<double>(s.dot),
-            sum_of<int64_t>(s.asked), sum_of<int64_t>(s.changed)};
+            sum_of<int64_t>(s.num_nonzero), sum_of<int64_t>(s.num_changed)};
 }
 
 }  // namespace

@@ -36,18 +36,18 @@ class EffectSums(ctypes.Structure):
 
     Attributes:
         base, delta, error, dot: sums of W^2, D^2, (E - D)^2 and E D, in fp64.
-        asked, changed: how many entries of D are not zero, and how many of those changed W.
+        num_nonzero, num_changed: how many entries of D are not zero, and how many of those changed W.
     """
 
     base: float
     delta: float
     error: float
     dot: float
-    asked: int
-    changed: int
+    num_nonzero: int
+    num_changed: int
     _fields_ = (
         *((name, ctypes.c_double) for name in ("base", "delta", "error", "dot")),
-        *((name, ctypes.c_int64) for name in ("asked", "changed")),
+        *((name, ctypes.c_int64) for name in ("num_nonzero", "num_changed")),
     )
 
 

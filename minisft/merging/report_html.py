@@ -22,7 +22,7 @@ _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Ok
 # An axis, and the columns of the report that are drawn on it.
 _PANELS: dict[str, dict[str, str]] = {
     "|D| / |W|": {"delta_ratio": _BLUE},
-    "swallowed": {"swallowed": _ORANGE},
+    "fraction_lost": {"fraction_lost": _ORANGE},
     "effect error": {"effect_error": _ORANGE},
     "survival": {"survival": _GREEN},
 }
@@ -41,7 +41,7 @@ _STYLE = (
 )
 _EXPLAINED = {
     "delta_ratio": "|D| / |W|: how large the update is",
-    "swallowed": "share of the update's entries that rounding left without effect",
+    "fraction_lost": "share of the update's entries that rounding left without effect",
     "effect_error": "|E - D| / |D|: how far the change that was stored is from the one that was trained",
     "survival": "the part of D that is still there; 1 is all of it",
     "base_shift": "|W - W in training| / |D|",

@@ -110,7 +110,7 @@ class Merged:
         """One line for people."""
         found = self.compensation
         if found is None:
-            kept = f"survival at least {self.report.survival:.4f}, lost at most {self.report.swallowed:.2%}"
+            kept = f"survival at least {self.report.survival:.4f}, lost at most {self.report.fraction_lost:.2%}"
         else:
             plain = max(layer.plain_output_error for layer in found.layers)
             kept = (
@@ -184,9 +184,9 @@ def merge_folder(
 
 def _rounding_loss(report: MergeReport) -> str:
     """What rounding did to the worst layer, in words; empty if it is little."""
-    most = max(report.layers, key=lambda layer: layer.swallowed)
-    if most.swallowed > SWALLOWED_LIMIT:
-        return f"lost {most.swallowed:.1%} of the update in {visible(most.path)}"
+    most = max(report.layers, key=lambda layer: layer.fraction_lost)
+    if most.fraction_lost > SWALLOWED_LIMIT:
+        return f"lost {most.fraction_lost:.1%} of the update in {visible(most.path)}"
     worst = max(report.layers, key=lambda layer: layer.effect_error)
     if worst.effect_error > NOISE_LIMIT:
         return f"moved {visible(worst.path)} by {worst.effect_error:.0%} of its update"

@@ -58,7 +58,7 @@ def test_a_zero_update_is_the_identity_bit_for_bit(layer: tuple[str, str], zero:
 def test_a_zero_update_has_nothing_to_lose(layer: tuple[str, str], zero: str) -> None:
     report = merge_(nothing_added(layer, zero))
     assert report.layers[0].survival == 1
-    assert report.swallowed == report.layers[0].delta_ratio == 0
+    assert report.fraction_lost == report.layers[0].delta_ratio == 0
 
 
 @given(seed=seeds, rows=st.integers(0, 16))

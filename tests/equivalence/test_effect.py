@@ -58,7 +58,7 @@ def test_the_report_gives_the_numbers_of_its_definitions(case: Case) -> None:
     noise = 4 * 2.0**-24 * max(1.0, float(W.norm()) / (float(D.norm()) or 1.0))  # of D in fp32, and of W + D
     assert report.path == expected.path
     assert report.delta_ratio == pytest.approx(expected.delta_ratio, rel=1e-4)
-    assert report.swallowed == pytest.approx(expected.swallowed, abs=2 / D.numel())  # an entry may lie on the border
+    assert report.fraction_lost == pytest.approx(expected.fraction_lost, abs=2 / D.numel())  # an entry may lie on the border
     assert report.effect_error == pytest.approx(expected.effect_error, rel=1e-4, abs=noise)
     assert report.survival == pytest.approx(expected.survival, rel=1e-4, abs=noise)
     assert report.base_shift == 0
@@ -90,7 +90,7 @@ def test_what_16_bits_swallow(dtype: torch.dtype, ratio: float, swallowed: float
     """The smaller the update, the less of it a 16-bit weight can take in. Figures measured once, on other random numbers."""
     report = merge_(adapter_of_size(ratio, dtype)).layers[0]
     assert report.delta_ratio == pytest.approx(ratio, rel=0.1)
-    assert report.swallowed == pytest.approx(swallowed, rel=0.15)
+    assert report.fraction_lost == pytest.approx(swallowed, rel=0.15)
     assert report.effect_error == pytest.approx(error, rel=0.15)
 
 
@@ -99,7 +99,7 @@ def test_a_wider_dtype_brings_the_update_back() -> None:
     model = adapter_of_size(0.001, torch.bfloat16)
     W, D = model[0].base.weight.double(), model[0].delta_weight().double()
     report = merge_(model, dtype=torch.float32).layers[0]
-    assert report.swallowed < 1e-3
+    assert report.fraction_lost < 1e-3
     assert report.effect_error < 1e-3
     assert float((model[0].weight.double() - W - D).norm() / D.norm()) < 1e-3
 
@@ -110,7 +110,7 @@ def test_an_update_too_small_even_for_the_sum_is_reported_as_lost() -> None:
     before = model[0].base.weight.fill_(0.02).clone()
     report = merge_(model).layers[0]
     assert report.delta_ratio == pytest.approx(1e-9, rel=0.2)
-    assert (report.swallowed, report.survival, report.effect_error) == (1.0, 0.0, pytest.approx(1.0))
+    assert (report.fraction_lost, report.survival, report.effect_error) == (1.0, 0.0, pytest.approx(1.0))
     assert torch.equal(model[0].weight, before)
 
 
@@ -142,15 +142,15 @@ def test_entries_without_an_update_are_not_counted_as_swallowed() -> None:
         model[0].lora_B[::2] = 0.0
     W, D = model[0].base.weight.detach().double(), model[0].delta_weight().double()
     report = merge_(model).layers[0]
-    assert report.swallowed == pytest.approx(measured(W, D, model[0].weight).swallowed, abs=1e-3)
-    assert report.swallowed == pytest.approx(0.78, rel=0.15)
+    assert report.fraction_lost == pytest.approx(measured(W, D, model[0].weight).fraction_lost, abs=1e-3)
+    assert report.fraction_lost == pytest.approx(0.78, rel=0.15)
 
 
 def test_the_whole_is_as_good_as_its_worst_layer() -> None:
     model = nn.Sequential(*(adapter_of_size(ratio, torch.bfloat16)[0] for ratio in (0.1, 0.001, 0.01)))
     report = merge_(model)
     assert [layer.path for layer in report.layers] == ["0", "1", "2"]
-    assert report.swallowed == report.layers[1].swallowed
+    assert report.fraction_lost == report.layers[1].fraction_lost
     assert report.survival == min(layer.survival for layer in report.layers)
 
 

@@ -152,7 +152,7 @@ def test_requantizing_a_zero_update_is_the_identity(base: str) -> None:
     merged, report = merge(model, "requantized")
     for old, new in zip(nf4_modules(model).values(), nf4_modules(merged).values(), strict=True):
         assert same(old.quantized, new.quantized)
-    assert (report.swallowed, report.survival) == (0, 1)
+    assert (report.fraction_lost, report.survival) == (0, 1)
     assert torch.equal(logits(merged), logits(model))
 
 
@@ -167,7 +167,7 @@ def test_the_report_says_how_much_of_the_adapter_lives(base: str, seed: int, exp
     E = dequantize(q, torch.float32).double() - W
     assert report.survival == pytest.approx(float((E * D).sum() / (D * D).sum()), rel=1e-4, abs=1e-4)
     assert report.effect_error == pytest.approx(float((E - D).norm() / D.norm()), rel=1e-4)
-    assert report.swallowed == pytest.approx(float((E == 0).double().mean()), abs=1e-9)
+    assert report.fraction_lost == pytest.approx(float((E == 0).double().mean()), abs=1e-9)
     assert report.delta_ratio == pytest.approx(float(D.norm() / W.norm()), rel=1e-4)
 
 
@@ -196,7 +196,7 @@ def test_the_models_report_is_that_of_its_worst_layer() -> None:
     report = merge(model, "requantized")[1]
     trained = [layer for layer in report.layers if layer.delta_ratio > 0]
     assert report.survival == min(layer.survival for layer in trained) < 0.1
-    assert report.swallowed == max(layer.swallowed for layer in trained) > 0
+    assert report.fraction_lost == max(layer.fraction_lost for layer in trained) > 0
 
 
 @pytest.mark.parametrize("base", ["fp64", "bf16"])

@@ -110,7 +110,7 @@ def agrees_effect_of(namespace: Namespace, base: Tensor, delta: Tensor, stored: 
     measure = merge_weights.Effect()
     measure.add(base, delta, stored)
     report = measure.report("")
-    wanted = report.delta_ratio, report.swallowed, report.effect_error, report.survival
+    wanted = report.delta_ratio, report.fraction_lost, report.effect_error, report.survival
     torch.testing.assert_close(namespace["effect_of"](base, delta, stored), wanted, rtol=1e-9, atol=1e-12)
 
 
