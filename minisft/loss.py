@@ -97,3 +97,90 @@ def head_loss_sum(hidden: Tensor, head: nn.Module, target_ids: Tensor) -> Tensor
     parts = zip(rows.split(chunk), targets.split(chunk), strict=True)
     losses = [checkpoint(lambda h, t: cross_entropy_sum(head(h), t), h, t, use_reentrant=False) for h, t in parts]
     return torch.stack(losses).sum()  # without a supervised token there is one part, of no rows
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log softmax(h W^T / T) at the targets, chunk by chunk; backward computes each chunk's logits again.
+
+    dl_n/dh_n = (onehot(target_n) - softmax(h_n W^T / T)) W / T.
+    """
+
+    @staticmethod
+    def forward(ctx: Context, hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float) -> Tensor:
+        log_probs = [_chunk_log_probs(*chunk, weight, temperature)[0] for chunk in _chunks(hidden, weight, target_ids)]
+        ctx.save_for_backward(hidden, weight, target_ids, torch.tensor(temperature, dtype=torch.float64))
+        return torch.cat(log_probs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weight, target_ids, saved_temperature = ctx.saved_tensors
+        temperature = saved_temperature.item()
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden: list[Tensor] = []
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if need_weight else None
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for (h, targets), g in zip(_chunks(hidden, weight, target_ids), grad.split(rows), strict=True):
+            _, logits, logsum = _chunk_log_probs(h, targets, weight, temperature)
+            grad_logits = logits.sub_(logsum).exp_().mul_(-g[:, None])
+            grad_logits.scatter_add_(1, targets[:, None], g[:, None])
+            grad_logits /= temperature
+            dtype = product_dtype(hidden)
+            if need_hidden:
+                grad_hidden.append((grad_logits.to(dtype) @ weight.to(dtype)).to(hidden.dtype))
+            if grad_weight is not None:
+                grad_weight += (grad_logits.to(dtype).T @ h.to(dtype)).to(grad.dtype)
+        return (
+            torch.cat(grad_hidden) if need_hidden else None,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
+            None,
+        )
+
+
+def _chunks(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Rows of hidden states and their targets, few enough for ``CHUNK_ELEMENTS`` logits; at least one chunk."""
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    return list(zip(hidden.split(rows), target_ids.split(rows), strict=True))
+
+
+def _chunk_log_probs(h: Tensor, targets: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log-probabilities (n,), logits / T (n, V) and their logsumexp (n, 1), all in fp32 at least."""
+    dtype = product_dtype(h)
+    logits = (h.to(dtype) @ weight.to(dtype).T).to(torch.promote_types(dtype, torch.float32)) / temperature
+    logsum = torch.logsumexp(logits, -1, keepdim=True)
+    return (logits.gather(1, targets[:, None]) - logsum).squeeze(1), logits, logsum
+
+
+def token_log_probs(hidden: Tensor, head: nn.Module, target_ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p(target_n | what precedes it) of each supervised position, without all logits ever existing at once.
+
+    l_n = log softmax(head(h_n) / T)[target_n]. SFT's loss is minus their sum; DPO and GRPO are built on them.
+
+    Args:
+        hidden: (..., D) hidden states after the final norm.
+        head: (N, D) -> (N, V); a linear without bias takes the fused path, anything else runs chunk by chunk with
+            recomputation.
+        target_ids: (...) int64, already shifted, ``IGNORE_INDEX`` where nothing is scored.
+        temperature: T > 0, what the logits are divided by.
+
+    Returns:
+        (N',) in fp32 at least, one for each position with a target, in their order in ``target_ids``.
+
+    Cost: N' D V multiply-adds forward and 2 N' D V backward, and 32 MiB of logits.
+    """
+    scored = (target_ids.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, scored)
+    targets = target_ids.reshape(-1).index_select(0, scored)
+    if isinstance(head, nn.Linear) and head.bias is None:
+        weight = head.weight if torch.is_grad_enabled() else head.weight.detach()
+        return _TokenLogProbs.apply(rows, weight, targets, temperature)
+
+    def part(h: Tensor, t: Tensor) -> Tensor:
+        logits = head(h)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        return logits.log_softmax(-1).gather(1, t[:, None]).squeeze(1)
+
+    chunk = max(1, CHUNK_ELEMENTS // 2**16)
+    parts = zip(rows.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([checkpoint(part, h, t, use_reentrant=False) for h, t in parts])

@@ -34,6 +34,7 @@ FLAT = [
     "nf4_linear",
     "batching",
     "loss",
+    "preference",
     "optim",
     "schedule",
     "step",
@@ -44,7 +45,7 @@ FLAT = [
 FRONT = ["__init__", "api", "__main__"]
 # A folder is one place, and so is a flat file.
 LEVELS = (
-    "common optim schedule",
+    "common optim preference schedule",
     "config data elementwise nf4",
     "kernels",
     "effect matmul",

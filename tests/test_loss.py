@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minisft import loss, matmul
 from minisft.lora import LoRALinear
-from minisft.loss import IGNORE_INDEX, cross_entropy_sum, head_loss_sum
+from minisft.loss import IGNORE_INDEX, cross_entropy_sum, head_loss_sum, token_log_probs
 from minisft.matmul import Linear
 
 VOCAB, D = 13, 5
@@ -178,3 +178,47 @@ def test_without_grad_no_gradient_is_computed(kind):
         total = head_loss_sum(hidden, head, target_ids)
     assert not total.requires_grad
     assert_close(total, by_hand(head(hidden), target_ids))
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "lora"])
+@given(target=targets, size=chunk_elements, temperature=st.sampled_from([1.0, 0.5, 2.0]), seed=seeds)
+def test_token_log_probs_equal_a_softmax_of_full_logits(kind, target, size, temperature, seed):
+    """Value, hidden states and everything in the head that is trained, under any weighting of the tokens."""
+    target_ids = torch.tensor(target, dtype=torch.int64)
+    head = make_head(kind)
+    hidden = randn(len(target), D, seed=seed).requires_grad_()
+    trained = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    scored = [i for i, t in enumerate(target) if t != IGNORE_INDEX]
+    weights = randn(len(scored), seed=seed + 1)
+    with mock.patch.object(loss, "CHUNK_ELEMENTS", size):
+        ours = token_log_probs(hidden, head, target_ids, temperature)
+        found = torch.autograd.grad((ours * weights).sum(), trained, allow_unused=True)
+    full = torch.log_softmax(head(hidden) / temperature, -1)
+    theirs = full[scored, target_ids[scored]]
+    wanted = torch.autograd.grad((theirs * weights).sum(), trained, allow_unused=True)
+    assert_close(ours, theirs)
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(torch.zeros_like(b) if a is None else a, b)
+
+
+def test_the_loss_is_minus_the_sum_of_log_probs():
+    head, hidden = make_head("plain"), randn(9, D, seed=4)
+    target_ids = torch.tensor([1, IGNORE_INDEX, 3, 0, 12, IGNORE_INDEX, 5, 6, 7])
+    assert_close(-token_log_probs(hidden, head, target_ids).sum(), head_loss_sum(hidden, head, target_ids))
+
+
+def test_log_probs_never_hold_all_logits():
+    """The largest tensor that lives while the function runs has one chunk of logits."""
+    rows, sizes = 64, []
+    head = Linear(D, VOCAB, bias=False, dtype=torch.float64)
+    hidden = randn(rows, D, seed=1).requires_grad_()
+    real = torch.logsumexp
+
+    def spy(logits, *args, **kwargs):
+        sizes.append(logits.numel())
+        return real(logits, *args, **kwargs)
+
+    with mock.patch.object(loss, "CHUNK_ELEMENTS", 4 * VOCAB), mock.patch.object(torch, "logsumexp", spy):
+        token_log_probs(hidden, head, torch.arange(rows) % VOCAB).sum().backward()
+    assert max(sizes) == 4 * VOCAB
+    assert len(sizes) == 2 * rows // 4  # once forward, once again in backward
