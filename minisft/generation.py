@@ -80,6 +80,25 @@ class Sampling:
         return probabilities / probabilities.sum(-1, keepdim=True), ids
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """One sampled answer.
+
+    Attributes:
+        ids: the new tokens; the last one is an end token if and only if the answer stopped by itself.
+        log_probs: log p of each under softmax(logits / temperature), in the model's own precision of logits.
+        entropy: mean over the tokens of the entropy of what each was drawn from, in nats.
+    """
+
+    ids: list[int]
+    log_probs: list[float]
+    entropy: float
+
+    def stopped(self, eos_ids: Collection[int]) -> bool:
+        """Whether the answer ends by itself, not at the limit of tokens."""
+        return self.ids[-1] in eos_ids
+
+
 def _require_positive(name: str, value: int) -> None:
     if value < 1:
         what, expected = "a setting is out of range", "at least 1"
@@ -133,6 +152,59 @@ def generate(
     return answers
 
 
+def sample_groups(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    num_answers: int,
+    *,
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[list[Sampled]]:
+    """Sample several answers to each prompt from the whole distribution, and note what each token's probability was.
+
+    p = softmax(logits / temperature), no top-k and no top-p: what is sampled is what ``token_log_probs`` scores.
+
+    Args:
+        model: the model, its adapters as they are; dropout is off while it samples.
+        prompts: token ids of each prompt; none empty.
+        num_answers: G, answers to each.
+        max_new_tokens: the most tokens of an answer.
+        eos_ids: ids that end an answer.
+        temperature: > 0.
+        seed: answer g of prompt i is a function of (seed, i, g), whatever else is in the batch (but for rounding).
+        batch_size: answers computed at once; a group may be cut by it.
+
+    Returns:
+        A group of ``num_answers`` for each prompt, in order.
+
+    Raises:
+        UserError: a setting is out of range, a prompt is empty or leaves no room in the context.
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        what, expected = "a setting is out of range", "a positive number"
+        raise UserError("config/bad-value", what, where="temperature", found=str(temperature), expected=expected, fix="try 1")
+    _require_positive("num_answers", num_answers)
+    _require_positive("max_new_tokens", max_new_tokens)
+    _check_prompts(model, prompts)
+    sampling = Sampling(temperature, seed=seed)
+    jobs = [(i, g) for i in range(len(prompts)) for g in range(num_answers)]
+    found: dict[int, list[tuple[int, float, float]]] = {job: [] for job in range(len(jobs))}
+    for start in range(0, len(jobs), batch_size):
+        batch = {job: prompts[jobs[job][0]] for job in range(start, min(start + batch_size, len(jobs)))}
+        for job, token, log_prob, entropy in _scored_tokens(model, batch, max_new_tokens, eos_ids, sampling):
+            found[job].append((token, log_prob, entropy))
+    answers = [_sampled(found[job]) for job in range(len(jobs))]
+    return [answers[i * num_answers : (i + 1) * num_answers] for i in range(len(prompts))]
+
+
+def _sampled(tokens: Sequence[tuple[int, float, float]]) -> Sampled:
+    ids, log_probs, entropies = (list(column) for column in zip(*tokens, strict=True))
+    return Sampled(ids, log_probs, sum(entropies) / len(entropies))
+
+
 def _check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]]) -> None:
     context = model.config.max_position_embeddings
     for index, prompt in enumerate(prompts):
@@ -151,15 +223,32 @@ def _tokens(
     model: CausalLM, prompts: dict[int, Sequence[int]], max_new_tokens: int, eos_ids: Collection[int], sampling: Sampling
 ) -> Iterator[tuple[int, int]]:
     """(prompt index, token), step by step, for one batch."""
+    for row, token, _, _ in _scored_tokens(model, prompts, max_new_tokens, eos_ids, sampling, scored=False):
+        yield row, token
+
+
+@torch.inference_mode()
+def _scored_tokens(
+    model: CausalLM,
+    prompts: dict[int, Sequence[int]],
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    sampling: Sampling,
+    scored: bool = True,
+) -> Iterator[tuple[int, int, float, float]]:
+    """(prompt index, token, its log-probability, entropy), step by step, for one batch; zeros unless ``scored``."""
     context = model.config.max_position_embeddings
     limits = {i: min(max_new_tokens, context - len(prompt)) for i, prompt in prompts.items()}
     rows = list(prompts)
     with no_dropout(model):
         cache, hidden_BD = read_prompts(model, list(prompts.values()), max(limits.values()))
         for step in range(max_new_tokens):
-            tokens = sampling.choose(model.head(hidden_BD), rows, step)
+            logits_BV = model.head(hidden_BD)
+            tokens = sampling.choose(logits_BV, rows, step)
             chosen = tokens.tolist()
-            yield from zip(rows, chosen, strict=True)
+            zeros = [0.0] * len(rows)
+            log_probs, entropies = _scores(logits_BV, tokens, sampling.temperature) if scored else (zeros, zeros)
+            yield from zip(rows, chosen, log_probs, entropies, strict=True)
             active = [r for r, i in enumerate(rows) if chosen[r] not in eos_ids and step + 1 < limits[i]]
             if not active:
                 return
@@ -169,8 +258,16 @@ def _tokens(
             hidden_BD = model.hidden(tokens[:, None], cache=cache)[:, 0]
 
 
+def _scores(logits_BV: Tensor, tokens: Tensor, temperature: float) -> tuple[list[float], list[float]]:
+    """log softmax(logits / temperature) at ``tokens``, and the entropy of each row in nats."""
+    scaled = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) / temperature
+    log_probs_BV = scaled.log_softmax(-1)
+    entropy = -(log_probs_BV.exp() * log_probs_BV).sum(-1)
+    return log_probs_BV.gather(-1, tokens[:, None]).squeeze(-1).tolist(), entropy.tolist()
+
+
 def read_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], num_new: int) -> tuple[KVCache, Tensor]:
-    """Run prompts through the model once; a prefix that all of them share is computed for all of them together.
+    """Run prompts through the model once; equal prompts are read once, and so is a prefix that all of them share.
 
     Args:
         model: the decoder.
@@ -181,6 +278,11 @@ def read_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], num_new: int
         a KV cache with space for ``num_new`` more tokens a row, and the hidden state (B, D) at each prompt's last token.
     """
     device = model.model.norm.weight.device
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    if len(different) < len(prompts):
+        cache, hidden_BD = read_prompts(model, different, num_new)
+        rows = torch.tensor([different.index(tuple(prompt)) for prompt in prompts], device=device)
+        return cache.select(rows), hidden_BD[rows]
     longest, P = max(map(len, prompts)), _shared_prefix(prompts)
     cache = KVCache(model.config, 1 if P else len(prompts), longest + num_new, model.dtype, device)
     if P:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minisft.common.errors import UserError
 from minisft.config import ModelConfig
-from minisft.generation import Sampling, TextStream, generate, no_dropout, read_prompts, safe_text, stream_chat
+from minisft.generation import Sampling, TextStream, generate, no_dropout, read_prompts, safe_text, sample_groups, stream_chat
 from minisft.model import CausalLM
 
 VOCAB = 23
@@ -70,11 +70,12 @@ def test_a_common_beginning_is_read_once(model):
     beginning = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     try:
         read_prompts(model, [[*beginning, 11, 12], [*beginning, 13], beginning], 1)
-        read_prompts(model, [beginning[:5], beginning[:5]], 1)  # too short to be worth it
+        read_prompts(model, [beginning[:5], [*beginning[:4], 12]], 1)  # too short to be worth it
+        read_prompts(model, [beginning, [13], beginning], 1)  # equal ones are read once, whatever stands between
         read_prompts(model, [beginning], 1)
     finally:
         hook.remove()
-    assert seen == [9, 3 * 3, 2 * 5, 10]
+    assert seen == [9, 3 * 3, 2 * 5, 2 * 10, 10]
 
 
 @given(prompt_lists, st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5))
@@ -238,3 +239,49 @@ def test_chat_streams_what_generate_says():
     answer = stream_chat(wide, ByteTokenizer(), [5, 6, 7], shown.append, max_new_tokens=20, eos_ids=(0,), sampling=Sampling())
     assert answer == bytes(t for t in expected if t).decode(errors="replace")
     assert "".join(shown) == safe_text(answer)
+
+
+# ---- groups of sampled answers ----
+
+
+@given(prompt_lists, st.integers(1, 3), st.integers(1, 6), st.sampled_from([0.7, 1.0, 1.6]), st.sets(tokens, max_size=3))
+def test_what_was_sampled_is_what_is_scored(model, prompts, G, steps, temperature, eos_ids):
+    """Log-probabilities noted at the cache equal those of the whole text read at once, by hand; so do the entropies."""
+    groups = sample_groups(
+        model, prompts, G, max_new_tokens=steps, eos_ids=eos_ids, temperature=temperature, seed=3, batch_size=4
+    )
+    for prompt, group in zip(prompts, groups, strict=True):
+        for answer in group:
+            logits = model(torch.tensor([prompt + answer.ids]))[0, len(prompt) - 1 : -1] / temperature
+            log_probs = logits - logits.exp().sum(-1, keepdim=True).log()
+            wanted = [float(log_probs[i, token]) for i, token in enumerate(answer.ids)]
+            assert answer.log_probs == pytest.approx(wanted, abs=1e-9)
+            entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+            assert answer.entropy == pytest.approx(float(entropy), abs=1e-9)
+            ended = [i for i, token in enumerate(answer.ids) if token in eos_ids]
+            assert ended == ([len(answer.ids) - 1] if answer.stopped(eos_ids) else [])
+            assert answer.stopped(eos_ids) or len(answer.ids) == steps
+
+
+def test_a_sample_does_not_depend_on_the_batch(model):
+    prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 10, 11], [4]]
+    settings = {"max_new_tokens": 6, "eos_ids": {0}, "seed": 8}
+    groups = [sample_groups(model, prompts, 4, batch_size=size, **settings) for size in (1, 3, 12)]
+    ids = [[[answer.ids for answer in group] for group in found] for found in groups]
+    assert ids[0] == ids[1] == ids[2]
+    assert len({tuple(answer) for answer in ids[0][0]}) > 1  # the answers of a group are draws of their own
+    assert ids[0] != [[a.ids for a in g] for g in sample_groups(model, prompts, 4, **{**settings, "seed": 9})]
+
+
+def test_a_group_reads_its_prompt_once(model, monkeypatch):
+    read = []
+    hidden = CausalLM.hidden
+    monkeypatch.setattr(CausalLM, "hidden", lambda self, ids, **kw: (read.append(ids.numel()), hidden(self, ids, **kw))[1])
+    sample_groups(model, [[1, 2, 3], [4, 5, 6]], 5, max_new_tokens=1, eos_ids=())
+    assert sum(read) == 6
+
+
+@pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"temperature": math.nan}, {"num_answers": 0}, {"max_new_tokens": 0}])
+def test_bad_settings_of_a_group(model, bad):
+    with pytest.raises(UserError, match="out of range"):
+        sample_groups(model, [[1]], **{"num_answers": 2, "max_new_tokens": 1, "eos_ids": (), **bad})
