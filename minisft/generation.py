@@ -10,6 +10,7 @@ where no query looks, and the random number of a draw is a function of (seed, pr
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
