@@ -14,7 +14,8 @@ from pathlib import Path
 
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
-from minisft.data.json_rows import MAX_ROW_BYTES, RowFile, json_type
+from minisft.data.columns import parse_mapping, require_text
+from minisft.data.json_rows import MAX_ROW_BYTES, RowFile
 from minisft.data.messages import Message, turns_of
 
 FIELDS = ("prompt", "chosen", "rejected", "conversations", "system")
@@ -65,7 +66,7 @@ def read_pairs(path: str | Path, mapping: Sequence[str] = ()) -> PairDataset:
     Raises:
         UserError: ``data/...`` with file and line; ``config/bad-map``.
     """
-    source, columns = RowFile(Path(path), MAX_ROW_BYTES), _parse_mapping(mapping)
+    source, columns = RowFile(Path(path), MAX_ROW_BYTES), parse_mapping(mapping, FIELDS, "chosen=better rejected=worse")
     form: str | None = None
     pairs: list[Pair] = []
     seen: set[tuple[object, ...]] = set()
@@ -88,19 +89,6 @@ def read_pairs(path: str | Path, mapping: Sequence[str] = ()) -> PairDataset:
         raise _nothing_left(source.path, counts)
     notes = (f"form: {form}", *source.notes, *_drop_notes(counts), *_contradictions(pairs))
     return PairDataset(tuple(pairs), form, str(path), source.sha256, counts, notes)
-
-
-def _parse_mapping(mapping: Sequence[str]) -> dict[str, str]:
-    columns = {name: name for name in FIELDS}
-    for entry in mapping:
-        name, separator, column = entry.partition("=")
-        if not (separator and column and name in FIELDS):
-            raise UserError(
-                "config/bad-map", "--map needs FIELD=COLUMN", found=visible(entry), expected=f"FIELD one of {listing(FIELDS)}",
-                fix="for instance --map chosen=better rejected=worse",
-            )  # fmt: skip
-        columns[name] = column
-    return columns
 
 
 # ---- the forms -------------------------------------------------------------------------------------------------------
@@ -137,13 +125,13 @@ def _read(form: str, row: dict[str, JSON], values: dict[str, JSON], where: str) 
             "data/missing-column", "the row is not like the first", where=where, found=f"the keys {listing(values)}",
             expected=listing(missing), fix="bring all rows to one form",
         )  # fmt: skip
-    system = [] if not row.get("system") else [Message("system", _text(row["system"], f"{where}: system"))]
+    system = [] if not row.get("system") else [Message("system", require_text(row["system"], f"{where}: system"))]
     if form == CHATS:
         return _chat(system, row["chosen"], f"{where}: chosen"), _chat(system, row["rejected"], f"{where}: rejected")
     if form == SHAREGPT:
         prompt = _chat(system, row["conversations"], f"{where}: conversations")
     elif form == TEXTS:
-        prompt = [*system, Message("user", _text(row["prompt"], f"{where}: prompt"))]
+        prompt = [*system, Message("user", require_text(row["prompt"], f"{where}: prompt"))]
     else:
         prompt = _chat(system, row["prompt"], f"{where}: prompt")
     chosen, rejected = ([*prompt, *_answer(row[side], f"{where}: {side}")] for side in ("chosen", "rejected"))
@@ -165,15 +153,6 @@ def _answer(value: JSON, where: str) -> Chat:
     if isinstance(value, str):
         return [Message("assistant", value)]
     return turns_of(value if isinstance(value, list) else [value], where)
-
-
-def _text(value: JSON, where: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(
-            "data/content-type", "the content is not text", where=where, found=json_type(value), expected="a string",
-            fix="give a string, or drop the row",
-        )  # fmt: skip
-    return value
 
 
 # ---- a pair ----------------------------------------------------------------------------------------------------------
