@@ -24,7 +24,7 @@ QUANT_LEVELS = ("nf4", "fp4", "int4")
 QUANT_BLOCK_SIZES = tuple(2**k for k in range(5, 13))  # 32 to 4096
 
 
-def _require(ok: bool, name: str, found: object, expected: str, fix: str = "") -> None:
+def require(ok: bool, name: str, found: object, expected: str, fix: str = "") -> None:
     if not ok:
         raise UserError(
             "config/bad-value", "a setting is out of range", where=name, found=visible(found), expected=expected, fix=fix
@@ -131,12 +131,12 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
-            _require(rank >= 1, name, rank, "a rank of at least 1")
+            require(rank >= 1, name, rank, "a rank of at least 1")
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            _require(math.isfinite(alpha), name, alpha, "a finite alpha")
-        _require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "a probability in [0, 1)")
-        _require(self.dropout == 0.0 or not self.use_dora, "dropout with use_dora", self.dropout, "0: DoRA has no dropout here")
-        _require(bool(self.targets), "targets", self.targets, "at least one module name")
+            require(math.isfinite(alpha), name, alpha, "a finite alpha")
+        require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "a probability in [0, 1)")
+        require(self.dropout == 0.0 or not self.use_dora, "dropout with use_dora", self.dropout, "0: DoRA has no dropout here")
+        require(bool(self.targets), "targets", self.targets, "at least one module name")
 
 
 @dataclass(frozen=True)
@@ -158,13 +158,13 @@ class QuantConfig:
     targets: str | tuple[str, ...] = ALL_LINEAR
 
     def __post_init__(self) -> None:
-        _require(self.levels in QUANT_LEVELS, "levels", self.levels, " or ".join(QUANT_LEVELS))
+        require(self.levels in QUANT_LEVELS, "levels", self.levels, " or ".join(QUANT_LEVELS))
         sizes = ", ".join(map(str, QUANT_BLOCK_SIZES))
-        _require(self.block_size in QUANT_BLOCK_SIZES, "block_size", self.block_size, f"one of {sizes}")
-        _require(bool(self.targets), "targets", self.targets, "at least one module name")
+        require(self.block_size in QUANT_BLOCK_SIZES, "block_size", self.block_size, f"one of {sizes}")
+        require(bool(self.targets), "targets", self.targets, "at least one module name")
 
 
-def _flag(help_text: str, default: object = dataclasses.MISSING, metavar: str | None = None) -> typing.Any:
+def flag(help_text: str, default: object = dataclasses.MISSING, metavar: str | None = None) -> typing.Any:
     return field(default=default, metadata={"help": help_text, "metavar": metavar})
 
 
@@ -179,99 +179,97 @@ _COUNTS = ("batch_size", "micro_batch_size", "steps", "eval_every", "save_every"
 class RunConfig:
     """Everything that decides one training run. Each field is a flag of ``minisft train`` and a key of ``--config``."""
 
-    model: str = _flag("model folder, GGUF file, hub id or smollm2-135m-instruct", metavar="M")
-    data: str = _flag("training rows, JSONL or JSON", metavar="F")
-    out: str = _flag("run folder: new, or with --resume the one to go on with", metavar="DIR")
-    eval_data: str | None = _flag("validation rows; without it a share of --data is held out", None, "F")
-    validation_share: float = _flag("share of --data held out when there is no --eval-data", 0.05)
-    map: tuple[str, ...] = _flag(
+    model: str = flag("model folder, GGUF file, hub id or smollm2-135m-instruct", metavar="M")
+    data: str = flag("training rows, JSONL or JSON", metavar="F")
+    out: str = flag("run folder: new, or with --resume the one to go on with", metavar="DIR")
+    eval_data: str | None = flag("validation rows; without it a share of --data is held out", None, "F")
+    validation_share: float = flag("share of --data held out when there is no --eval-data", 0.05)
+    map: tuple[str, ...] = flag(
         "column of your file for a field of ours, e.g. prompt=question (repeatable)", (), "FIELD=COLUMN"
     )
-    template: str | None = _flag("chat template instead of the model's own: a .jinja file, chatml or plain", None, "T")
-    turns: Literal["all", "last"] = _flag("which assistant turns are trained", "all")
-    max_length: int = _flag(
+    template: str | None = flag("chat template instead of the model's own: a .jinja file, chatml or plain", None, "T")
+    turns: Literal["all", "last"] = flag("which assistant turns are trained", "all")
+    max_length: int = flag(
         "longest row in tokens; longer prompts are cut from the left, and rows whose answers do not fit are dropped", 1024, "N"
     )
-    strict: bool = _flag("stop at rows that are too long instead of counting and dropping them", False)
-    allow_control_tokens: bool = _flag("let control tokens that stand in the data act as such (default: they are text)", False)
-    packing: bool = _flag(
+    strict: bool = flag("stop at rows that are too long instead of counting and dropping them", False)
+    allow_control_tokens: bool = flag("let control tokens that stand in the data act as such (default: they are text)", False)
+    packing: bool = flag(
         "padding-free batches: rows one after the other, a prefix that all share computed once; same result as padded", True
     )
-    method: Literal["lora", "full"] = _flag("train adapters, or every weight", "lora")
-    init_adapter: str | None = _flag("start from this adapter; rank, alpha, targets and form are its own", None, "DIR")
-    rank: int | None = _flag("LoRA rank (default 16)", None, "R")
-    alpha: float | None = _flag("LoRA alpha; the update is scaled by alpha / rank (default 32)", None)
-    dropout: float = _flag("LoRA dropout in [0, 1)", 0.0, "P")
-    use_rslora: bool | None = _flag("scale by alpha / sqrt(rank) (default no)", None)
-    use_dora: bool | None = _flag("DoRA: train the length of each weight row apart from its direction (default no)", None)
-    targets: tuple[str, ...] | None = _flag(
+    method: Literal["lora", "full"] = flag("train adapters, or every weight", "lora")
+    init_adapter: str | None = flag("start from this adapter; rank, alpha, targets and form are its own", None, "DIR")
+    rank: int | None = flag("LoRA rank (default 16)", None, "R")
+    alpha: float | None = flag("LoRA alpha; the update is scaled by alpha / rank (default 32)", None)
+    dropout: float = flag("LoRA dropout in [0, 1)", 0.0, "P")
+    use_rslora: bool | None = flag("scale by alpha / sqrt(rank) (default no)", None)
+    use_dora: bool | None = flag("DoRA: train the length of each weight row apart from its direction (default no)", None)
+    targets: tuple[str, ...] | None = flag(
         "module names or one regular expression (default all-linear: every linear but the head)", None, "NAME"
     )
-    quant: Literal["none", "nf4"] = _flag("quantize the frozen base to 4 bits and train adapters on it (QLoRA)", "none")
-    double_quant: bool = _flag("with --quant: store the scales of the 4-bit blocks in 8 bits too", True)
-    steps: int | None = _flag("optimizer steps (or give --epochs)", None, "N")
-    epochs: float | None = _flag("passes over the data (default 1)", None, "N")
-    batch_size: int = _flag("rows in an optimizer step", 8, "N")
-    micro_batch_size: int | None = _flag(
-        "rows computed at once (default: the whole batch); never changes the result", None, "N"
-    )
-    lr: float | None = _flag("peak learning rate (default 2e-4 for lora, 2e-5 for full)", None)
-    schedule: Literal["cosine", "linear", "constant"] = _flag("learning rate after the warm-up", "cosine")
-    warmup: float = _flag("share of the steps that warm up", 0.03)
-    weight_decay: float = _flag("decoupled weight decay", 0.0)
-    beta1: float = _flag("AdamW beta1", 0.9)
-    beta2: float = _flag("AdamW beta2", 0.999)
-    clip: float = _flag("largest gradient norm; 0 switches clipping off", 1.0)
-    dtype: Literal["auto", "bf16", "fp32"] = _flag(
+    quant: Literal["none", "nf4"] = flag("quantize the frozen base to 4 bits and train adapters on it (QLoRA)", "none")
+    double_quant: bool = flag("with --quant: store the scales of the 4-bit blocks in 8 bits too", True)
+    steps: int | None = flag("optimizer steps (or give --epochs)", None, "N")
+    epochs: float | None = flag("passes over the data (default 1)", None, "N")
+    batch_size: int = flag("rows in an optimizer step", 8, "N")
+    micro_batch_size: int | None = flag("rows computed at once (default: the whole batch); never changes the result", None, "N")
+    lr: float | None = flag("peak learning rate (default 2e-4 for lora, 2e-5 for full)", None)
+    schedule: Literal["cosine", "linear", "constant"] = flag("learning rate after the warm-up", "cosine")
+    warmup: float = flag("share of the steps that warm up", 0.03)
+    weight_decay: float = flag("decoupled weight decay", 0.0)
+    beta1: float = flag("AdamW beta1", 0.9)
+    beta2: float = flag("AdamW beta2", 0.999)
+    clip: float = flag("largest gradient norm; 0 switches clipping off", 1.0)
+    dtype: Literal["auto", "bf16", "fp32"] = flag(
         "of the base model and activations; auto: bf16 where the processor has bf16 instructions, else fp32", "auto"
     )
-    checkpointing: Literal["none", "selective", "full"] = _flag("recompute activations in backward to save memory", "none")
-    device: str = _flag("cpu, cuda or auto", "auto")
-    seed: int = _flag("decides data order, initialisation, dropout and split", 0)
-    eval_every: int | None = _flag("validate every N steps (default: ten times in the run)", None, "N")
-    save_every: int | None = _flag("checkpoint every N steps (default: at each validation)", None, "N")
-    keep_last: int = _flag("how many newest checkpoints stay (the best always stays)", 2, "N")
-    patience: int | None = _flag("stop after N validations without improvement", None, "N")
-    log_every: int = _flag("print a line every N steps when there is no terminal", 10, "N")
+    checkpointing: Literal["none", "selective", "full"] = flag("recompute activations in backward to save memory", "none")
+    device: str = flag("cpu, cuda or auto", "auto")
+    seed: int = flag("decides data order, initialisation, dropout and split", 0)
+    eval_every: int | None = flag("validate every N steps (default: ten times in the run)", None, "N")
+    save_every: int | None = flag("checkpoint every N steps (default: at each validation)", None, "N")
+    keep_last: int = flag("how many newest checkpoints stay (the best always stays)", 2, "N")
+    patience: int | None = flag("stop after N validations without improvement", None, "N")
+    log_every: int = flag("print a line every N steps when there is no terminal", 10, "N")
 
     def __post_init__(self) -> None:
         if self.init_adapter is None:  # nobody else says them
             for name, value in _ADAPTER_DEFAULTS.items():
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, value)
-        for name, kind in _choices().items():
-            _require(getattr(self, name) in kind, f"--{name.replace('_', '-')}", getattr(self, name), " or ".join(kind))
+        for name, kind in _choices(type(self)).items():
+            require(getattr(self, name) in kind, f"--{name.replace('_', '-')}", getattr(self, name), " or ".join(kind))
         for name in _COUNTS:
             value = getattr(self, name)
-            _require(value is None or value >= 1, flag_name(name), value, "at least 1")
-        _require(self.max_length >= 8, "--max-length", self.max_length, "at least 8 tokens")
-        _require(
+            require(value is None or value >= 1, flag_name(name), value, "at least 1")
+        require(self.max_length >= 8, "--max-length", self.max_length, "at least 8 tokens")
+        require(
             self.epochs is None or (math.isfinite(self.epochs) and self.epochs > 0),
             "--epochs",
             self.epochs,
             "a positive number",
         )
-        _require(self.steps is None or self.epochs is None, "--steps and --epochs", "both", "one of them")
-        _require(
+        require(self.steps is None or self.epochs is None, "--steps and --epochs", "both", "one of them")
+        require(
             self.micro_batch_size is None or self.batch_size % self.micro_batch_size == 0,
             "--micro-batch-size",
             self.micro_batch_size,
             f"a divisor of --batch-size {self.batch_size}",
         )
-        _require(self.lr is None or (math.isfinite(self.lr) and self.lr > 0), "--lr", self.lr, "a positive number")
-        _require(0.0 <= self.warmup < 1.0, "--warmup", self.warmup, "a share in [0, 1), less than all steps")
-        _require(0.0 <= self.validation_share < 1.0, "--validation-share", self.validation_share, "a share in [0, 1)")
-        _require(
+        require(self.lr is None or (math.isfinite(self.lr) and self.lr > 0), "--lr", self.lr, "a positive number")
+        require(0.0 <= self.warmup < 1.0, "--warmup", self.warmup, "a share in [0, 1), less than all steps")
+        require(0.0 <= self.validation_share < 1.0, "--validation-share", self.validation_share, "a share in [0, 1)")
+        require(
             math.isfinite(self.weight_decay) and self.weight_decay >= 0, "--weight-decay", self.weight_decay, "zero or more"
         )
-        _require(math.isfinite(self.clip) and self.clip >= 0, "--clip", self.clip, "zero or more")
+        require(math.isfinite(self.clip) and self.clip >= 0, "--clip", self.clip, "zero or more")
         for name in ("beta1", "beta2"):
-            _require(0.0 <= getattr(self, name) < 1.0, f"--{name}", getattr(self, name), "a number in [0, 1)")
-        _require(
+            require(0.0 <= getattr(self, name) < 1.0, f"--{name}", getattr(self, name), "a number in [0, 1)")
+        require(
             self.quant == "none" or self.method == "lora", "--quant with --method full", self.quant, "none",
             "a frozen 4-bit base has nothing to train in full; leave --method away and adapters are trained on it",
         )  # fmt: skip
-        _require(
+        require(
             self.init_adapter is None or self.method == "lora", "--init-adapter with --method full", self.method, "lora",
             "leave --init-adapter away, or merge it first and train the merged model",
         )  # fmt: skip
@@ -318,17 +316,17 @@ def flag_name(field_name: str) -> str:
 
 
 @functools.cache
-def _hints() -> dict[str, typing.Any]:
-    return typing.get_type_hints(RunConfig)
+def _hints(kind: typing.Any) -> dict[str, typing.Any]:
+    return typing.get_type_hints(kind)
 
 
-def _choices() -> dict[str, tuple[str, ...]]:
-    return {name: typing.get_args(hint) for name, hint in _hints().items() if typing.get_origin(hint) is Literal}
+def _choices(kind: typing.Any) -> dict[str, tuple[str, ...]]:
+    return {name: typing.get_args(hint) for name, hint in _hints(kind).items() if typing.get_origin(hint) is Literal}
 
 
-def field_type(name: str) -> tuple[type, bool, tuple[str, ...]]:
-    """What a field of ``RunConfig`` holds: (element type, is it a tuple, its choices)."""
-    hint = _hints()[name]
+def field_type(name: str, of: typing.Any = RunConfig) -> tuple[type, bool, tuple[str, ...]]:
+    """What a field of a run's settings holds: (element type, is it a tuple, its choices)."""
+    hint = _hints(of)[name]
     if typing.get_origin(hint) is Literal:
         return str, False, typing.get_args(hint)
     if isinstance(hint, types.UnionType):
@@ -338,13 +336,33 @@ def field_type(name: str) -> tuple[type, bool, tuple[str, ...]]:
     return hint, False, ()
 
 
+Config = typing.TypeVar("Config", bound=RunConfig)
+
+
 def run_config(values: dict[str, object], where: str = "settings") -> RunConfig:
-    """Build a ``RunConfig`` from loose values (TOML, JSON, flags), checking names and types.
+    """``config_of(RunConfig, values, where)``.
 
     Raises:
         UserError: unknown key (names the nearest), missing key, wrong type or value.
     """
-    known = {f.name: f for f in dataclasses.fields(RunConfig)}
+    return config_of(RunConfig, values, where)
+
+
+def config_of(kind: type[Config], values: dict[str, object], where: str = "settings") -> Config:
+    """Build a run's settings from loose values (TOML, JSON, flags), checking names and types.
+
+    Args:
+        kind: ``RunConfig``, or the settings of another kind of run.
+        values: field -> value; a field may be written with dashes.
+        where: where the values come from, for errors.
+
+    Returns:
+        The settings.
+
+    Raises:
+        UserError: unknown key (names the nearest), missing key, wrong type or value.
+    """
+    known = {f.name: f for f in dataclasses.fields(kind)}
     checked: dict[str, typing.Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
@@ -355,7 +373,7 @@ def run_config(values: dict[str, object], where: str = "settings") -> RunConfig:
                 where=f"{where}: {visible(key)}",
                 fix=nearest(name, known) or f"known: {listing(known, 60)}",
             )
-        checked[name] = _typed(name, value, where)
+        checked[name] = _typed(name, value, where, kind)
     missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in checked]
     if missing:
         raise UserError(
@@ -365,12 +383,12 @@ def run_config(values: dict[str, object], where: str = "settings") -> RunConfig:
             expected=", ".join(map(flag_name, missing)),
             fix="give it as a flag, or as a key of --config",
         )
-    return RunConfig(**checked)
+    return kind(**checked)
 
 
-def _typed(name: str, value: object, where: str) -> object:
-    kind, is_tuple, _ = field_type(name)
-    if value is None and types.NoneType in typing.get_args(_hints()[name]):
+def _typed(name: str, value: object, where: str, of: typing.Any) -> object:
+    kind, is_tuple, _ = field_type(name, of)
+    if value is None and types.NoneType in typing.get_args(_hints(of)[name]):
         return None
     if is_tuple and isinstance(value, (list, tuple)) and all(isinstance(v, kind) for v in value):
         return tuple(value)
@@ -427,11 +445,11 @@ def check_sampling(temperature: float, top_p: float, top_k: int, prefix: str = "
         UserError: ``config/bad-value``.
     """
     finite = math.isfinite(temperature) and temperature >= 0
-    _require(finite, f"{prefix}temperature", temperature, "zero or more", "0 takes the likeliest token, 1 samples as it is")
+    require(finite, f"{prefix}temperature", temperature, "zero or more", "0 takes the likeliest token, 1 samples as it is")
     name = "top-p" if prefix else "top_p"
-    _require(0 < top_p <= 1, prefix + name, top_p, "a share in (0, 1]", "1 keeps every token")
+    require(0 < top_p <= 1, prefix + name, top_p, "a share in (0, 1]", "1 keeps every token")
     name = "top-k" if prefix else "top_k"
-    _require(top_k >= 0, prefix + name, top_k, "zero (off) or more", "0 keeps every token")
+    require(top_k >= 0, prefix + name, top_k, "zero (off) or more", "0 keeps every token")
 
 
 def check_calibration(onto: str, calibration: str | Path | None) -> None:

@@ -89,7 +89,7 @@ def train_step(
     dropout_seed: Callable[[int], int] | None = None,
     check: Callable[[], None] | None = None,
 ) -> StepResult:
-    """One optimizer step over micro-batches.
+    """One optimizer step of next-token prediction over micro-batches.
 
     Args:
         model: in training mode.
@@ -103,8 +103,30 @@ def train_step(
     Returns:
         A ``StepResult``; a non-finite loss or gradient leaves parameters and moments as they were.
     """
+    return optimizer_step(optimizer, batches, lambda: accumulate_gradients(model, batches, dropout_seed), lr, clip, check)
+
+
+def optimizer_step(
+    optimizer: MasterAdamW,
+    batches: Sequence[Batch],
+    gradients: Callable[[], float],
+    lr: float,
+    clip: float = 0.0,
+    check: Callable[[], None] | None = None,
+) -> StepResult:
+    """One optimizer step of any loss.
+
+    Args:
+        optimizer: over the model's trained parameters.
+        batches: what the step computes; only counted here.
+        gradients: runs backward through all of it and returns the step's loss.
+        lr, clip, check: as in ``train_step``.
+
+    Returns:
+        A ``StepResult``; a non-finite loss or gradient leaves parameters and moments as they were.
+    """
     optimizer.zero_grad()
-    loss = accumulate_gradients(model, batches, dropout_seed)
+    loss = gradients()
     grad_norm = optimizer.grad_norm()
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
     if not skipped:

@@ -13,8 +13,9 @@ from pathlib import Path
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.data.columns import parse_mapping, require_text
+from minisft.data.examples import Message
 from minisft.data.json_rows import MAX_ROW_BYTES, RowFile
-from minisft.data.messages import Message, turns_of
+from minisft.data.row_forms import turns_of
 
 EXPECTED = "messages, conversations, prompt or instruction"
 FIELDS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system")

@@ -108,6 +108,18 @@ def _turn(item: JSON, where: str, role_key: str, content_key: str) -> Message:
     return Message(SPEAKERS[role], _text(item[content_key], where), _is_trained(item, where), fields)
 
 
+def turns_of(value: JSON, where: str) -> list[Message]:
+    """A list of messages as objects, ``{role, content}`` or ``{from, value}`` each.
+
+    Raises:
+        UserError: ``data/...``, naming ``where`` and the message.
+    """
+    if not isinstance(value, list):
+        raise _bad("not-a-list", "the messages are not a list", where, json_type(value), expected="a list of messages")
+    keys = [("from", "value") if isinstance(item, dict) and "from" in item else ("role", "content") for item in value]
+    return [_turn(item, f"{where}: message {i}", *pair) for i, (item, pair) in enumerate(zip(value, keys, strict=True), 1)]
+
+
 def _fields(item: dict[str, JSON], where: str, taken: tuple[str, str]) -> tuple[tuple[str, str], ...]:
     """The message's further texts; those that are null or empty count as absent."""
     given = [(key, item[key]) for key in TEXT_FIELDS if key not in taken and item.get(key) not in _EMPTY]

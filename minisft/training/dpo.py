@@ -6,7 +6,7 @@ pair before the first step, computed once; no second model exists. ``preference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -110,7 +110,7 @@ def answer_log_probs(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     return sums, torch.bincount(side, minlength=2)
 
 
-def reference_log_probs(model: CausalLM, batches: Sequence[Batch]) -> dict[int, tuple[float, float]]:
+def reference_log_probs(model: CausalLM, batches: Iterable[Batch]) -> dict[int, tuple[float, float]]:
     """row -> (chosen, rejected) log pi under the model as it is now, dropout off. Call it before the first step."""
     with torch.no_grad(), no_dropout(model):
         sums = {batch.rows[0]: answer_log_probs(model, batch.to(model.model.norm.weight.device))[0] for batch in batches}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
@@ -14,10 +15,11 @@ from minisft.formats import load_adapter_
 from minisft.formats.adapter_config import read_adapter_config
 from minisft.surgery import lora_modules, match_targets
 
+Config = TypeVar("Config", bound=RunConfig)
 SETTINGS = ("rank", "alpha", "use_rslora", "use_dora")
 
 
-def with_adapter_settings(run: RunConfig, model: nn.Module) -> tuple[RunConfig, LoRAConfig]:
+def with_adapter_settings(run: Config, model: nn.Module) -> tuple[Config, LoRAConfig]:
     """The settings of a run that starts from ``run.init_adapter``.
 
     Args:

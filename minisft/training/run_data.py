@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 
@@ -26,12 +27,15 @@ from minisft.training.identity import tokens_sha256
 RECORDED_PACKAGES = ("minisft", "torch", "numpy", "safetensors", "tokenizers", "triton", "jinja2", "gguf")
 
 
+Row = TypeVar("Row")
+
+
 @dataclass(frozen=True)
-class RunData:
+class RunData(Generic[Row]):
     """Encoded rows to train and validate on, what identifies them, and facts for ``data.json``."""
 
-    train: tuple[Encoded, ...]
-    validation: tuple[Encoded, ...]
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
     identity: dict[str, JSON]
     facts: dict[str, JSON]
 
@@ -42,7 +46,7 @@ def prepare_data(
     log: Callable[[str], None],
     began: datetime.datetime | None = None,
     context: int | None = None,
-) -> tuple[ChatTemplate, RunData]:
+) -> tuple[ChatTemplate, RunData[Encoded]]:
     """Read, split and encode the rows of a run.
 
     Args:
@@ -59,7 +63,7 @@ def prepare_data(
         UserError: bad rows, no usable row, data on which training would be broken.
     """
     now = began or current_time()
-    template = resolve_template(tokenizer, _template_choice(run, log), now)
+    template = resolve_template(tokenizer, template_choice(run, log), now)
     dataset = read_dataset(run.data, run.map)
     held_out = read_dataset(run.eval_data, run.map) if run.eval_data else None
     if held_out is None:
@@ -99,7 +103,7 @@ def prepare_data(
     return template, RunData(encoded.rows, encoded_validation.rows, identity, facts)
 
 
-def _template_choice(run: RunConfig, log: Callable[[str], None]) -> str | None:
+def template_choice(run: RunConfig, log: Callable[[str], None]) -> str | None:
     """``--template``, or else the one that the adapter of ``--init-adapter`` was trained with."""
     if run.template is not None or run.init_adapter is None:
         return run.template

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -20,16 +21,23 @@ from minisft.common.device import DTYPES, pick_device, pick_dtype
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.config import RunConfig
+from minisft.data.chat import Encoded
+from minisft.data.template import ChatTemplate
+from minisft.data.tokenizer import Tokenizer
 from minisft.formats import load_model
 from minisft.kernels import cpu_nf4
 from minisft.model import CausalLM
 from minisft.surgery import nf4_modules, num_parameters, weight_bytes
 from minisft.training.checkpoint import Checkpoint, RunLock, load_latest
 from minisft.training.init_adapter import load_init_adapter_, with_adapter_settings
-from minisft.training.run_data import RunData, environment, prepare_data
-from minisft.training.trainer import Trainer
+from minisft.training.run_data import Row, RunData, environment, prepare_data
+from minisft.training.sft import SFTTrainer
+from minisft.training.trainer import Log, Trainer
 from minisft.training.trainer import TrainResult as TrainResult
-from minisft.training.untrained_tokens import untrained_tokens
+
+Config = TypeVar("Config", bound=RunConfig)
+# (settings, model, tokenizer, log, when a resumed run began) -> the chat template and the rows
+Prepare = Callable[[Config, CausalLM, Tokenizer, Log, datetime.datetime | None], tuple[ChatTemplate, RunData[Row]]]
 
 
 def train(run: RunConfig, resume: bool = False, log: Callable[[str], None] = print) -> TrainResult:
@@ -46,6 +54,33 @@ def train(run: RunConfig, resume: bool = False, log: Callable[[str], None] = pri
     Raises:
         UserError: bad input, a changed run, three non-finite steps, three failed saves.
     """
+
+    def prepare(
+        run: RunConfig, model: CausalLM, tokenizer: Tokenizer, log: Log, began: datetime.datetime | None
+    ) -> tuple[ChatTemplate, RunData[Encoded]]:
+        return prepare_data(run, tokenizer, log, began, model.config.max_position_embeddings)
+
+    return run_training(run, prepare, SFTTrainer, resume, log)
+
+
+def run_training(
+    run: Config, prepare: Prepare[Config, Row], trainer_class: type[Trainer[Row]], resume: bool, log: Log
+) -> TrainResult:
+    """One run of any kind: folder, lock, model, rows, loop.
+
+    Args:
+        run: the settings.
+        prepare: (settings, model, tokenizer, log, when a resumed run began) -> the chat template and the rows.
+        trainer_class: what is learned from them.
+        resume: go on from the newest checkpoint that verifies.
+        log: where the run's few sentences go.
+
+    Returns:
+        Where the run ended.
+
+    Raises:
+        UserError: bad input, a changed run, three non-finite steps, three failed saves.
+    """
     out, device = _checked_out(run, resume), pick_device(run.device)
     run = replace(run, dtype=pick_dtype(run.dtype, device))
     with contextlib.ExitStack() as lock:
@@ -55,14 +90,12 @@ def train(run: RunConfig, resume: bool = False, log: Callable[[str], None] = pri
             saved = _newest(out, log)
         model, tokenizer = load_model(run.model, DTYPES[run.dtype], device, run.quantization)
         _check_quantized(run, model, device, log)
-        context = model.config.max_position_embeddings
-        run = replace(_with_init_adapter(run, model, log), max_length=min(run.max_length, context))
-        template, data = prepare_data(run, tokenizer, log, _began(saved), context)
-        trainer = Trainer(run, model, tokenizer, template, data, log)
-        for note in untrained_tokens(model, tokenizer, data.train):
-            log(note)
+        run = replace(_with_init_adapter(run, model, log), max_length=min(run.max_length, model.config.max_position_embeddings))
+        template, data = prepare(run, model, tokenizer, log, _began(saved))
+        trainer = trainer_class(run, model, tokenizer, template, data, log)
         if not resume:
             lock.enter_context(RunLock(out))  # from here on something is written
+        trainer.prepare()
         if saved is not None:
             trainer.restore(saved)
         _write_records(out, run, data, device)
@@ -74,7 +107,7 @@ def train(run: RunConfig, resume: bool = False, log: Callable[[str], None] = pri
         return trainer.fit()
 
 
-def _with_init_adapter(run: RunConfig, model: CausalLM, log: Callable[[str], None]) -> RunConfig:
+def _with_init_adapter(run: Config, model: CausalLM, log: Log) -> Config:
     """Put the adapter of ``--init-adapter`` on the model; the settings with what it decides."""
     if run.init_adapter is None:
         return run
@@ -135,7 +168,7 @@ def _newest(out: Path, log: Callable[[str], None]) -> Checkpoint | None:
     return saved
 
 
-def _write_records(out: Path, run: RunConfig, data: RunData, device: torch.device) -> None:
+def _write_records(out: Path, run: RunConfig, data: RunData[Row], device: torch.device) -> None:
     records: dict[str, dict[str, JSON]] = {"config": run.to_dict(), "env": environment(device), "data": data.facts}
     for name, record in records.items():
         write_durably(out / f"{name}.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())

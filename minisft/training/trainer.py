@@ -1,8 +1,10 @@
 """The training loop: rows to batches, step, log, validate, save; then the result.
 
-Everything that a step needs follows from (settings, data, step), so what is saved with a checkpoint is small: the trained
-numbers, the optimizer's moments and the few counters of ``RunState``. ``Trainer.fit`` is the loop, on one screen. How a run
-comes about (its folder, its lock, its model and its rows) is ``train.py``'s business.
+``Trainer`` is the loop, whatever is learned; its subclasses (``sft``, ``dpo_run``, ``grpo_run``) say what a row is, what its
+batches are and where the gradient comes from. Everything that a step needs follows from (settings, data, step), so what is
+saved with a checkpoint is small: the trained numbers, the optimizer's moments and the few counters of ``RunState``.
+``Trainer.fit`` is the loop, on one screen. How a run comes about (its folder, its lock, its model and its rows) is
+``train.py``'s business.
 """
 
 from __future__ import annotations
@@ -10,29 +12,29 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic
 
-from minisft.batching import Batch, micro_batches, step_rows
+from minisft.batching import Batch, step_rows
 from minisft.common.atomic_files import sync_folder
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
-from minisft.common.seeds import derive_seed
 from minisft.config import RunConfig
-from minisft.data.chat import Encoded
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats import base_fingerprint, save_adapter, save_model, write_adapter
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.schedule import learning_rate
-from minisft.step import StepResult, check_gradients, prepare_method, train_step, validation_loss
+from minisft.step import StepResult, check_gradients, optimizer_step, prepare_method
 from minisft.surgery import num_parameters
 from minisft.training.checkpoint import Checkpoint, load_step, save_checkpoint
 from minisft.training.identity import adapter_sha256, require_same_run, run_identity
 from minisft.training.lossplot import plot_loss
-from minisft.training.run_data import RunData
+from minisft.training.run_data import Row, RunData
 from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_bytes
 from minisft.training.stop_signal import StopSignal
 
@@ -81,8 +83,10 @@ class TrainResult:
     signal: int | None = None
 
 
-class Trainer:
+class Trainer(ABC, Generic[Row]):
     """A run in progress: the model, its optimizer, its rows, and how far it has come (``state``).
+
+    ``batches``, ``gradients`` and ``evaluate`` are left to the subclasses.
 
     Args:
         run: the settings.
@@ -94,7 +98,13 @@ class Trainer:
     """
 
     def __init__(
-        self, run: RunConfig, model: CausalLM, tokenizer: Tokenizer, template: ChatTemplate, data: RunData, log: Log = print
+        self,
+        run: RunConfig,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        data: RunData[Row],
+        log: Log = print,
     ) -> None:
         self.run, self.model, self.tokenizer, self.template, self.data, self.log = run, model, tokenizer, template, data, log
         self.out = Path(run.out)
@@ -106,11 +116,12 @@ class Trainer:
         self.eval_every = run.eval_every or max(1, math.ceil(self.total_steps / 10))
         self.save_every = run.save_every or self.eval_every
         self.micro_batch_size = run.micro_batch_size or run.batch_size
-        groups = (data.validation[i : i + self.micro_batch_size] for i in range(0, len(data.validation), self.micro_batch_size))
-        self.validation = [batch for rows in groups for batch in self._cut(rows)]
         self.state = RunState(self.total_steps)
         init_adapter = adapter_sha256(Path(run.init_adapter)) if run.init_adapter else None
         self.identity = run_identity(run, data.identity, base_fingerprint(model), self.device, init_adapter)
+
+    def prepare(self) -> None:
+        """What has to be computed before the first step, by the model as it starts; the run's folder is locked by now."""
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -158,7 +169,7 @@ class Trainer:
     @property
     def is_validation_step(self) -> bool:
         """The step just done is followed by a validation, if there are rows for one."""
-        return bool(self.validation) and (self.state.step % self.eval_every == 0 or self.state.step == self.total_steps)
+        return bool(self.data.validation) and (self.state.step % self.eval_every == 0 or self.state.step == self.total_steps)
 
     @property
     def is_save_step(self) -> bool:
@@ -168,17 +179,25 @@ class Trainer:
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of one optimizer step (from 1), on the model's device."""
-        rows = [self.data.train[i] for i in step_rows(step, self.run.batch_size, len(self.data.train), self.run.seed)]
-        return [batch.to(self.device) for batch in self._cut(rows)]
 
-    def _cut(self, rows: Sequence[Encoded]) -> list[Batch]:
-        run = self.run
-        share_prefix = run.dropout == 0
-        return micro_batches(
-            rows, self.micro_batch_size, self.tokenizer.pad_id, run.packing, run.max_length, share_prefix=share_prefix
-        )
+    @abstractmethod
+    def gradients(self, step: int, batches: Sequence[Batch]) -> float:
+        """Run backward through the micro-batches of a step and return its loss."""
+
+    @abstractmethod
+    def evaluate(self) -> tuple[float, dict[str, JSON]]:
+        """What is made small on the rows held out, and more numbers for the log."""
+
+    def facts(self) -> dict[str, JSON]:
+        """More numbers about the step just done, for ``metrics.jsonl``."""
+        return {}
+
+    def step_rows(self, step: int) -> list[Row]:
+        """The rows of one optimizer step (from 1)."""
+        return [self.data.train[i] for i in step_rows(step, self.run.batch_size, len(self.data.train), self.run.seed)]
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of one optimizer step (from 1)."""
@@ -198,15 +217,9 @@ class Trainer:
         Raises:
             UserError: ``numeric/non-finite`` for the third such step in a row; what the first step's self-check finds.
         """
-        run = self.run
-        result = train_step(
-            self.model,
-            self.optimizer,
-            batches,
-            lr,
-            clip=run.clip,
-            dropout_seed=(lambda micro: derive_seed(run.seed, "dropout", step, micro)) if run.dropout > 0 else None,
-            check=(lambda: check_gradients(self.model)) if step == 1 else None,
+        check = (lambda: check_gradients(self.model)) if step == 1 else None
+        result = optimizer_step(
+            self.optimizer, batches, lambda: self.gradients(step, batches), lr, clip=self.run.clip, check=check
         )
         self.state.step = step
         self._check_finite(result, batches)
@@ -242,19 +255,23 @@ class Trainer:
             "tokens_per_s": round(tokens_per_s, 1),
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
-        return row | {"skipped": True} if result.skipped else row
+        return row | ({"skipped": True} if result.skipped else {}) | self.facts()
 
     # ---- validation, checkpoints, the result -------------------------------------------------------------------------
 
     def _validate(self, log: Log) -> dict[str, JSON]:
         """The validation loss, noted as the best if it is."""
-        loss, state = validation_loss(self.model, self.validation), self.state
+        (loss, more), state = self.evaluate(), self.state
         if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
             state.best_step, state.best_loss, state.evals_since_best = state.step, loss, 0
         else:
             state.evals_since_best += 1
-        log(f"step {state.step}: validation loss {loss:.4f}")
-        return {"eval_loss": loss}
+        log(f"step {state.step}: {self.validation_words(loss, more)}")
+        return {"eval_loss": loss, **more}
+
+    def validation_words(self, loss: float, more: dict[str, JSON]) -> str:
+        """A validation in a few words."""
+        return f"validation loss {loss:.4f}"
 
     def save(self, metrics: MetricsLog, log: Log) -> None:
         """Save a checkpoint of everything. A full disk is survived twice; the third time in a row it stops the run."""

@@ -1,0 +1,88 @@
+"""Settings of ``minisft dpo`` and ``minisft grpo``: a run's, and the numbers of the loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from minisft.config import RunConfig, flag, flag_name, require
+
+# What a run on pairs or on sampled answers has no use for.
+UNUSED_BY_DPO = ("turns", "packing", "micro_batch_size", "strict")
+UNUSED_BY_GRPO = (*UNUSED_BY_DPO, "batch_size", "allow_control_tokens")
+
+
+@dataclass(frozen=True)
+class DPOConfig(RunConfig):
+    """Everything that decides one DPO run. Each field is a flag of ``minisft dpo`` and a key of ``--config``."""
+
+    data: str = flag("preference pairs, JSONL or JSON", metavar="F")
+    beta: float = flag("how strongly a pair pulls away from the reference", 0.1)
+    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = flag("the loss of a pair", "sigmoid")
+    label_smoothing: float = flag("share of pairs believed to be labelled the wrong way round, in [0, 0.5)", 0.0)
+    rpo_alpha: float = flag("weight of a cross-entropy on the chosen answer, which keeps it likely", 0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(math.isfinite(self.beta) and self.beta > 0, "--beta", self.beta, "a positive number", "try 0.1")
+        require(
+            0 <= self.label_smoothing < 0.5, "--label-smoothing", self.label_smoothing, "a share in [0, 0.5)",
+            "give the share of wrong labels; at one half the labels say nothing",
+        )  # fmt: skip
+        require(
+            not self.label_smoothing or self.loss in ("sigmoid", "robust"), "--label-smoothing", self.loss,
+            "--loss sigmoid or robust", "leave it away, or choose one of these losses",
+        )  # fmt: skip
+        require(math.isfinite(self.rpo_alpha) and self.rpo_alpha >= 0, "--rpo-alpha", self.rpo_alpha, "zero or more", "try 1")
+
+    @property
+    def peak_lr(self) -> float:
+        """``lr``, or about ten times the field's usual rate of full DPO for adapters."""
+        return self.lr if self.lr is not None else (2e-5 if self.method == "lora" else 1e-6)
+
+
+@dataclass(frozen=True)
+class GRPOConfig(RunConfig):
+    """Everything that decides one GRPO run. Each field is a flag of ``minisft grpo`` and a key of ``--config``."""
+
+    data: str = flag("prompts, JSONL or JSON; the rows' own answers are what exact_match and json compare with", metavar="F")
+    reward: str = flag("exact_match, json, regex:PATTERN or FILE.py:function", "", "R")
+    num_generations: int = flag("answers sampled to each prompt", 8, "G")
+    prompts_per_step: int = flag("prompts in an optimizer step", 8, "N")
+    max_new_tokens: int = flag("the most tokens of an answer", 64, "N")
+    temperature: float = flag("of sampling, and of the scored distribution alike", 1.0)
+    loss: Literal["dapo", "dr_grpo", "grpo"] = flag("the denominator of the loss", "dapo")
+    advantage: Literal["mean", "zscore"] = flag("reward minus the group's mean, or that over the group's spread", "mean")
+    beta: float = flag("weight of the KL term against the model as it was before step 1", 0.0)
+    epsilon: float = flag("clip range of the probability ratio", 0.2)
+    epsilon_high: float | None = flag("its upper side, where that differs", None)
+    mask_truncated: bool = flag("leave answers that did not stop out of the loss", False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batch_size", self.prompts_per_step)
+        super().__post_init__()
+        require(
+            bool(self.reward), "--reward", "nothing", "a reward", "give exact_match, json, regex:PATTERN or FILE.py:function"
+        )
+        require(
+            self.num_generations >= 2, "--num-generations", self.num_generations, "at least 2",
+            "an answer is compared with the others of its group",
+        )  # fmt: skip
+        for name in ("prompts_per_step", "max_new_tokens"):
+            require(getattr(self, name) >= 1, flag_name(name), getattr(self, name), "at least 1", "give 1 or more")
+        require(
+            math.isfinite(self.temperature) and self.temperature > 0, "--temperature", self.temperature, "a positive number",
+            "try 1",
+        )  # fmt: skip
+        require(math.isfinite(self.beta) and self.beta >= 0, "--beta", self.beta, "zero or more", "try 0")
+        require(0 < self.epsilon < 1, "--epsilon", self.epsilon, "a number in (0, 1)", "try 0.2")
+        require(
+            self.epsilon_high is None or (math.isfinite(self.epsilon_high) and self.epsilon_high > 0), "--epsilon-high",
+            self.epsilon_high, "a positive number", "try 0.28",
+        )  # fmt: skip
+
+    @property
+    def peak_lr(self) -> float:
+        """``lr``, or about ten times the field's usual rate of full GRPO for adapters."""
+        return self.lr if self.lr is not None else (1e-5 if self.method == "lora" else 1e-6)

@@ -1,0 +1,49 @@
+"""Supervised fine-tuning as the training loop sees it: rows to micro-batches, next-token loss, validation loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from minisft.batching import Batch, micro_batches
+from minisft.common.safe_json import JSON
+from minisft.common.seeds import derive_seed
+from minisft.data.chat import Encoded
+from minisft.step import accumulate_gradients, validation_loss
+from minisft.training.trainer import Trainer
+from minisft.training.untrained_tokens import untrained_tokens
+
+
+class SFTTrainer(Trainer[Encoded]):
+    """Learns to predict the supervised tokens of chats."""
+
+    def prepare(self) -> None:
+        """Report special tokens that the rows train and the model cannot say."""
+        for note in untrained_tokens(self.model, self.tokenizer, self.data.train):
+            self.log(note)
+
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches of one optimizer step (from 1), on the model's device."""
+        return [batch.to(self.device) for batch in self._cut(self.step_rows(step))]
+
+    def gradients(self, step: int, batches: Sequence[Batch]) -> float:
+        """Backward of the mean cross-entropy per supervised token; with dropout, masks follow from (seed, step)."""
+        run = self.run
+        seed = (lambda micro: derive_seed(run.seed, "dropout", step, micro)) if run.dropout > 0 else None
+        return accumulate_gradients(self.model, batches, seed)
+
+    def evaluate(self) -> tuple[float, dict[str, JSON]]:
+        """The mean cross-entropy per supervised token of the rows held out."""
+        return validation_loss(self.model, self._validation), {}
+
+    @cached_property
+    def _validation(self) -> list[Batch]:
+        rows, size = self.data.validation, self.micro_batch_size
+        return [batch for i in range(0, len(rows), size) for batch in self._cut(rows[i : i + size])]
+
+    def _cut(self, rows: Sequence[Encoded]) -> list[Batch]:
+        run = self.run
+        share_prefix = run.dropout == 0
+        return micro_batches(
+            rows, self.micro_batch_size, self.tokenizer.pad_id, run.packing, run.max_length, share_prefix=share_prefix
+        )
