@@ -36,6 +36,7 @@ from minisft.training.trainer import Log, Trainer
 from minisft.training.trainer import TrainResult as TrainResult
 
 Config = TypeVar("Config", bound=RunConfig)
+MakeTrainer = Callable[[Config, CausalLM, Tokenizer, ChatTemplate, RunData[Row], Log], Trainer[Row]]
 # (settings, model, tokenizer, log, when a resumed run began) -> the chat template and the rows
 Prepare = Callable[[Config, CausalLM, Tokenizer, Log, datetime.datetime | None], tuple[ChatTemplate, RunData[Row]]]
 
@@ -64,14 +65,14 @@ def train(run: RunConfig, resume: bool = False, log: Callable[[str], None] = pri
 
 
 def run_training(
-    run: Config, prepare: Prepare[Config, Row], trainer_class: type[Trainer[Row]], resume: bool, log: Log
+    run: Config, prepare: Prepare[Config, Row], make_trainer: MakeTrainer[Config, Row], resume: bool, log: Log
 ) -> TrainResult:
     """One run of any kind: folder, lock, model, rows, loop.
 
     Args:
         run: the settings.
         prepare: (settings, model, tokenizer, log, when a resumed run began) -> the chat template and the rows.
-        trainer_class: what is learned from them.
+        make_trainer: (settings, model, tokenizer, template, rows, log) -> what is learned from them.
         resume: go on from the newest checkpoint that verifies.
         log: where the run's few sentences go.
 
@@ -92,7 +93,7 @@ def run_training(
         _check_quantized(run, model, device, log)
         run = replace(_with_init_adapter(run, model, log), max_length=min(run.max_length, model.config.max_position_embeddings))
         template, data = prepare(run, model, tokenizer, log, _began(saved))
-        trainer = trainer_class(run, model, tokenizer, template, data, log)
+        trainer = make_trainer(run, model, tokenizer, template, data, log)
         if not resume:
             lock.enter_context(RunLock(out))  # from here on something is written
         trainer.prepare()

@@ -191,6 +191,10 @@ class Trainer(ABC, Generic[Row]):
     def evaluate(self) -> tuple[float, dict[str, JSON]]:
         """What is made small on the rows held out, and more numbers for the log."""
 
+    def check_first_step(self) -> None:
+        """The self-check between backward and update of step 1."""
+        check_gradients(self.model)
+
     def facts(self) -> dict[str, JSON]:
         """More numbers about the step just done, for ``metrics.jsonl``."""
         return {}
@@ -217,7 +221,7 @@ class Trainer(ABC, Generic[Row]):
         Raises:
             UserError: ``numeric/non-finite`` for the third such step in a row; what the first step's self-check finds.
         """
-        check = (lambda: check_gradients(self.model)) if step == 1 else None
+        check = self.check_first_step if step == 1 else None
         result = optimizer_step(
             self.optimizer, batches, lambda: self.gradients(step, batches), lr, clip=self.run.clip, check=check
         )

@@ -1,0 +1,220 @@
+"""A GRPO run as the training loop sees it: prompts to sampled groups, rewards, one update, and what held-out prompts say.
+
+Samples are functions of (seed, step, prompt, answer), so a resumed run draws the same ones. Every answer with its reward is
+kept in ``samples.jsonl``. Watch the reward, not the loss: with one update for each sampling the loss is about 0 whatever is
+learned.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from minisft.batching import Batch
+from minisft.common.errors import UserError
+from minisft.common.safe_json import JSON
+from minisft.common.seeds import derive_seed
+from minisft.data.chat import stop_ids
+from minisft.data.template import ChatTemplate
+from minisft.data.tokenizer import Tokenizer
+from minisft.generation import Sampled, sample_groups
+from minisft.model import CausalLM
+from minisft.training.grpo import Group, GRPOSettings, GRPOStats, group_gradients, make_group, reference_of_group
+from minisft.training.preference_config import GRPOConfig
+from minisft.training.preference_data import EncodedPrompt
+from minisft.training.rewards import Reward
+from minisft.training.run_data import RunData
+from minisft.training.trainer import Log, Trainer
+
+SAMPLES = "samples.jsonl"
+RIGHT = 1.0  # a reward from here on counts as a right answer in pass@1 and pass@G
+HOPELESS_STEPS, HOPELESS_SHARE = 10, 0.9  # so many steps with so many constant groups teach nothing
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One prompt's answers with their texts and rewards."""
+
+    prompt: EncodedPrompt
+    answers: list[Sampled]
+    texts: list[str]
+    rewards: list[float]
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the group's rewards are all equal, so that it teaches nothing."""
+        return len({value for value in self.rewards if math.isfinite(value)}) < 2
+
+
+class GRPOTrainer(Trainer[EncodedPrompt]):
+    """Learns to answer so that ``reward`` pays; everything else is as for ``Trainer``."""
+
+    run: GRPOConfig
+
+    def __init__(
+        self,
+        run: GRPOConfig,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        data: RunData[EncodedPrompt],
+        log: Log = print,
+        *,
+        reward: Reward,
+    ) -> None:
+        super().__init__(run, model, tokenizer, template, data, log)
+        self.reward = reward
+
+    def prepare(self) -> None:
+        """What sampling and the KL term need; the trained numbers as they start are the KL term's reference."""
+        run = self.run
+        self.settings = GRPOSettings(
+            run.loss, run.advantage, run.beta, run.epsilon, run.epsilon_high, run.temperature, run.max_new_tokens,
+            run.mask_truncated,
+        )  # fmt: skip
+        self.eos_ids = stop_ids(self.tokenizer, self.template)
+        parameters = self.optimizer.parameters
+        self.start = {name: p.detach().clone() for name, p in parameters.items()} if run.beta else {}
+        self.groups: list[Group] = []
+        self.sampled: list[_Scored] = []
+        self.stats = GRPOStats(0.0, 0.0, 0.0, 0.0, 0)
+        self._constant: list[float] = []
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def batches(self, step: int) -> list[Batch]:
+        """Sample a group for each prompt of the step, score it and keep the samples; one batch a group."""
+        run = self.run
+        self.sampled = self._sample(self.step_rows(step), run.num_generations, derive_seed(run.seed, "grpo", step))
+        self._keep_samples(step)
+        self.groups = [self._group(scored) for scored in self.sampled]
+        self._constant.append(sum(s.is_constant for s in self.sampled) / len(self.sampled))
+        self._require_hope(step)
+        return [group.batch for group in self.groups]
+
+    def _sample(self, prompts: Sequence[EncodedPrompt], num_answers: int, seed: int) -> list[_Scored]:
+        run = self.run
+        groups = sample_groups(
+            self.model, [prompt.input_ids for prompt in prompts], num_answers, max_new_tokens=run.max_new_tokens,
+            eos_ids=self.eos_ids, temperature=run.temperature, seed=seed,
+        )  # fmt: skip
+        return [self._score(prompt, answers) for prompt, answers in zip(prompts, groups, strict=True)]
+
+    def _score(self, prompt: EncodedPrompt, answers: list[Sampled]) -> _Scored:
+        texts = [self.tokenizer.decode(answer.ids[:-1] if answer.stopped(self.eos_ids) else answer.ids) for answer in answers]
+        rewards = [self.reward.score(text, prompt.columns, prompt.where) for text in texts]
+        return _Scored(prompt, answers, texts, rewards)
+
+    def _group(self, scored: _Scored) -> Group:
+        counted = [not self.run.mask_truncated or answer.stopped(self.eos_ids) for answer in scored.answers]
+        group = make_group(
+            scored.prompt.input_ids, scored.answers, scored.rewards, scored.prompt.row, self.tokenizer.pad_id, counted
+        )
+        if not self.run.beta:
+            return group
+        return replace(group, reference_log_probs=reference_of_group(self.model, group, self.start, self.run.temperature))
+
+    def _keep_samples(self, step: int) -> None:
+        """Append the step's samples, after taking off what a stopped run had written of this step and later ones."""
+        path = self.out / SAMPLES
+        if step == 1 or not self.groups:
+            _truncate(path, step)
+        lines = [
+            {
+                "step": step, "row": scored.prompt.row, "answer": g, "reward": reward if math.isfinite(reward) else None,
+                "stopped": answer.stopped(self.eos_ids), "tokens": len(answer.ids), "text": text,
+            }
+            for scored in self.sampled
+            for g, (answer, text, reward) in enumerate(zip(scored.answers, scored.texts, scored.rewards, strict=True))
+        ]  # fmt: skip
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def _require_hope(self, step: int) -> None:
+        recent = self._constant[-HOPELESS_STEPS:]
+        if len(recent) < HOPELESS_STEPS or min(recent) <= HOPELESS_SHARE:
+            return
+        rewards = [value for scored in self.sampled for value in scored.rewards if math.isfinite(value)]
+        mean = sum(rewards) / len(rewards) if rewards else math.nan
+        raise UserError(
+            "data/constant-rewards", f"nearly all groups have equal rewards, {HOPELESS_STEPS} steps in a row",
+            where=f"step {step}", found=f"mean reward {mean:.3g}, {recent[-1]:.0%} of groups constant",
+            expected="groups with right and wrong answers",
+            fix="take easier prompts or train with `minisft train` first when nothing is right; stop when everything is",
+        )  # fmt: skip
+
+    def gradients(self, step: int, batches: Sequence[Batch]) -> float:
+        """Backward through the step's groups."""
+        self.stats = group_gradients(self.model, self.groups, self.settings)
+        return self.stats.loss
+
+    def check_first_step(self) -> None:
+        """The self-check of the first step, unless no group could teach anything."""
+        if any(not scored.is_constant for scored in self.sampled) or self.run.beta:
+            super().check_first_step()
+
+    def facts(self) -> dict[str, JSON]:
+        """Rewards, lengths and how far the policy moved, under TRL's names where it has one."""
+        return {
+            **_summary(self.sampled, self.eos_ids),
+            "frac_reward_zero_std": self._constant[-1],
+            "kl": self.stats.kl,
+            "clip_ratio": self.stats.clip_share,
+            "sampling_error": self.stats.ratio_error,
+        }
+
+    # ---- held-out prompts --------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> tuple[float, dict[str, JSON]]:
+        """Minus the mean reward of answers to the held-out prompts, and pass@1 and pass@G; the same draws every time."""
+        run = self.run
+        scored = self._sample(self.data.validation, run.num_generations, derive_seed(run.seed, "grpo-validation"))
+        values = [[value for value in one.rewards if math.isfinite(value)] for one in scored]
+        rewards = [value for group in values for value in group]
+        mean = sum(rewards) / len(rewards) if rewards else math.nan
+        more: dict[str, JSON] = {
+            "eval_reward": mean,
+            "eval_pass_at_1": sum(value >= RIGHT for value in rewards) / max(len(rewards), 1),
+            f"eval_pass_at_{run.num_generations}": sum(any(v >= RIGHT for v in group) for group in values) / len(values),
+        }
+        return -mean, more
+
+    def validation_words(self, loss: float, more: dict[str, JSON]) -> str:
+        """Reward and share of right answers of the held-out prompts."""
+        G = self.run.num_generations
+        return f"held out: reward {-loss:.4f}, pass@1 {more['eval_pass_at_1']:.1%}, pass@{G} {more[f'eval_pass_at_{G}']:.1%}"
+
+
+def _summary(groups: Sequence[_Scored], eos_ids: Sequence[int]) -> dict[str, JSON]:
+    answers = [answer for scored in groups for answer in scored.answers]
+    rewards = torch.tensor([v for scored in groups for v in scored.rewards if math.isfinite(v)], dtype=torch.float64)
+    stopped = [len(answer.ids) for answer in answers if answer.stopped(eos_ids)]
+    return {
+        "reward": float(rewards.mean()) if len(rewards) else None,
+        "reward_std": float(rewards.std()) if len(rewards) > 1 else None,
+        "completions/mean_length": sum(len(answer.ids) for answer in answers) / len(answers),
+        "completions/mean_terminated_length": sum(stopped) / len(stopped) if stopped else None,
+        "completions/clipped_ratio": 1 - len(stopped) / len(answers),
+        "entropy": sum(answer.entropy for answer in answers) / len(answers),
+    }
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Take off the samples of ``step`` and later ones: they will be drawn again."""
+    if not path.exists():
+        return
+    kept = []
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                if json.loads(line)["step"] >= step:
+                    break
+            except (ValueError, KeyError):
+                break
+            kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")
