@@ -1,9 +1,9 @@
 """minisft: supervised fine-tuning with LoRA, from scratch.
 
-``load_model`` reads a pretrained model, ``quantize_`` stores its linears in 4 bits, ``apply_lora_`` adds adapters, ``train`` is
-a whole run from data to adapter, ``generate`` and ``evaluate`` ask a model, ``merge`` folds adapters into weights,
-``save_adapter`` and ``load_adapter_`` exchange them with other programs. Every command of ``minisft`` is one call here;
-``api.py`` lists them.
+``load_model`` reads a pretrained model, ``quantize_`` stores its linears in 4 bits, ``apply_lora_`` adds adapters, ``train``,
+``dpo`` and ``grpo`` are whole runs from data to adapter, ``generate`` and ``evaluate`` ask a model, ``merge`` folds adapters
+into weights, ``save_adapter`` and ``load_adapter_`` exchange them with other programs. Every command of ``minisft`` is one
+call here; ``api.py`` lists them.
 
 Importing this package imports no PyTorch and touches no GPU, network, environment variable or thread setting. The first use of
 a name that needs PyTorch loads it, and with it the rest of the package.
@@ -23,6 +23,7 @@ from minisft.common.errors import (
     UserError,
 )
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig, RunConfig
+from minisft.training.preference_config import DPOConfig, GRPOConfig
 
 if TYPE_CHECKING:
     from minisft.api import (
@@ -39,8 +40,12 @@ if TYPE_CHECKING:
         apply_lora_,
         certify,
         combine_folders,
+        dpo,
+        dpo_loss,
         evaluate,
         generate,
+        grpo,
+        grpo_loss,
         inspect_rows,
         load_adapter_,
         load_model,
@@ -57,6 +62,7 @@ if TYPE_CHECKING:
         save_quantized,
         scale_adapters_,
         sweep,
+        token_log_probs,
         train,
         unmerge_,
         verify,
@@ -68,9 +74,11 @@ __all__ = [
     "CausalLM",
     "CheckpointError",
     "ConfigError",
+    "DPOConfig",
     "DataError",
     "DoRALinear",
     "EvalResult",
+    "GRPOConfig",
     "LoRAConfig",
     "LoRAEmbedding",
     "LoRALinear",
@@ -90,8 +98,12 @@ __all__ = [
     "apply_lora_",
     "certify",
     "combine_folders",
+    "dpo",
+    "dpo_loss",
     "evaluate",
     "generate",
+    "grpo",
+    "grpo_loss",
     "inspect_rows",
     "load_adapter_",
     "load_model",
@@ -108,6 +120,7 @@ __all__ = [
     "save_quantized",
     "scale_adapters_",
     "sweep",
+    "token_log_probs",
     "train",
     "unmerge_",
     "verify",

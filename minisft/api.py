@@ -6,6 +6,8 @@ a command joins: template, tokens, model. ``import minisft`` gives all of them a
 The commands, and the calls that do the same:
 
 - ``train``: ``train(RunConfig(...))``
+- ``dpo``: ``dpo(DPOConfig(...))``
+- ``grpo``: ``grpo(GRPOConfig(...), reward=None)``
 - ``eval``: ``evaluate``
 - ``generate``, ``chat``: ``generate``
 - ``inspect``: ``inspect_rows``
@@ -39,6 +41,7 @@ from minisft.evaluation.evaluate import EvalResult, Metric
 from minisft.evaluation.sweep import sweep
 from minisft.formats import load_adapter_, load_model, load_tokenizer, save_adapter, save_model, save_quantized
 from minisft.lora import LoRAEmbedding, LoRALinear
+from minisft.loss import token_log_probs
 from minisft.merge_weights import merge, merge_, unmerge_
 from minisft.merging import certificate
 from minisft.merging.certificate import Verdict
@@ -47,9 +50,11 @@ from minisft.merging.streaming import Merged, merge_folder
 from minisft.merging.verify import verify
 from minisft.model import CausalLM
 from minisft.nf4_linear import NF4Linear
+from minisft.preference import dpo_loss, grpo_loss
 from minisft.quickstart.run import run_quickstart
 from minisft.surgery import adapters_off, apply_lora_, lora_modules, quantize_, scale_adapters_
 from minisft.training.plan import plan
+from minisft.training.preference import dpo, grpo
 from minisft.training.train import TrainResult, train
 
 __all__ = [
@@ -66,8 +71,12 @@ __all__ = [
     "apply_lora_",
     "certify",
     "combine_folders",
+    "dpo",
+    "dpo_loss",
     "evaluate",
     "generate",
+    "grpo",
+    "grpo_loss",
     "inspect_rows",
     "load_adapter_",
     "load_model",
@@ -84,6 +93,7 @@ __all__ = [
     "save_quantized",
     "scale_adapters_",
     "sweep",
+    "token_log_probs",
     "train",
     "unmerge_",
     "verify",
@@ -293,7 +303,7 @@ def certify(merged: Merged, data: str | Path | None = None, *, compare: bool = T
         compare: load both models and compare their answers; without, only what is known of each layer is judged.
 
     Returns:
-        the verdict; ``merge_report.json``, ``.html`` and ``.svg`` in the merged folder say how it came about.
+        the verdict; ``merge_report.json``, ``.html`` and ``.svg`` in the merged folder show how it came about.
 
     Raises:
         UserError: rows that cannot be read, a full disk.

@@ -25,6 +25,18 @@ QUANT_BLOCK_SIZES = tuple(2**k for k in range(5, 13))  # 32 to 4096
 
 
 def require(ok: bool, name: str, found: object, expected: str, fix: str = "") -> None:
+    """Refuse a setting unless ``ok``.
+
+    Args:
+        ok: whether the setting is all right.
+        name: its flag or field.
+        found: its value.
+        expected: what would have been right.
+        fix: what to do.
+
+    Raises:
+        UserError: ``config/bad-value``.
+    """
     if not ok:
         raise UserError(
             "config/bad-value", "a setting is out of range", where=name, found=visible(found), expected=expected, fix=fix
@@ -165,6 +177,16 @@ class QuantConfig:
 
 
 def flag(help_text: str, default: object = dataclasses.MISSING, metavar: str | None = None) -> typing.Any:
+    """A field of a run's settings that is a flag of its command too.
+
+    Args:
+        help_text: what ``--help`` prints.
+        default: its default; without one the flag must be given.
+        metavar: what stands for the value in ``--help``.
+
+    Returns:
+        A dataclass field.
+    """
     return field(default=default, metadata={"help": help_text, "metavar": metavar})
 
 

@@ -182,7 +182,7 @@ def sample_groups(
         A group of ``num_answers`` for each prompt, in order.
 
     Raises:
-        UserError: a setting is out of range, a prompt is empty or leaves no room in the context.
+        UserError: a setting is out of range, a prompt is empty or fills the context.
     """
     if not (math.isfinite(temperature) and temperature > 0):
         what, expected = "a setting is out of range", "a positive number"

@@ -38,6 +38,7 @@ WHAT = {
     "nf4_linear": "a frozen linear layer in 4 bits, and its gradient",
     "batching": "rows to batches: padded, or packed with shared prefixes; where the shift and the mask happen",
     "loss": "cross-entropy as a sum over supervised tokens",
+    "preference": "the losses of DPO and GRPO",
     "optim": "AdamW with fp32 master weights",
     "schedule": "the learning rate of each step",
     "step": "one optimizer step: the sum divided once",

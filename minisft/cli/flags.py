@@ -16,6 +16,7 @@ from typing import NoReturn, get_args
 from minisft.common.errors import UserError, nearest, visible
 from minisft.config import RunConfig, check_calibration, check_sampling, field_type, flag_name
 from minisft.evaluation.metrics import Metric
+from minisft.training.preference_config import UNUSED_BY_DPO, UNUSED_BY_GRPO, DPOConfig, GRPOConfig
 
 # The settings of a run that decide its memory.
 PLANNED = (
@@ -92,6 +93,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         name: commands.add_parser(name, help=text, description=text, allow_abbrev=False, argument_default=argparse.SUPPRESS)
         for name, text in (
             ("train", "fine-tune a model on your rows"),
+            ("dpo", "teach a model which of two answers is preferred"),
+            ("grpo", "train a model on its own answers and a reward that a program can check"),
             ("eval", "score a model on a file"),
             ("generate", "answer one prompt"),
             ("chat", "talk to a model"),
@@ -108,6 +111,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     for command in made.values():
         command.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
     _train_flags(made["train"])
+    _train_flags(made["dpo"], DPOConfig, UNUSED_BY_DPO)
+    _train_flags(made["grpo"], GRPOConfig, UNUSED_BY_GRPO)
     for name in ("eval", "generate", "chat"):
         _model_flags(made[name])
     _eval_flags(made["eval"])
@@ -131,16 +136,16 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, made
 
 
-def _train_flags(parser: Parser) -> None:
+def _train_flags(parser: Parser, of: type[RunConfig] = RunConfig, unused: Sequence[str] = ()) -> None:
     parser.add_argument("--config", metavar="F.toml", help="settings as a flat TOML table; flags override them")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; its settings are read from there")
-    _run_flags(parser, [field.name for field in dataclasses.fields(RunConfig)])
+    _run_flags(parser, [field.name for field in dataclasses.fields(of) if field.name not in unused], of)
 
 
-def _run_flags(parser: Parser, names: Sequence[str]) -> None:
-    """Flags for these fields of ``RunConfig``."""
-    for field in (field for field in dataclasses.fields(RunConfig) if field.name in names):
-        kind, is_tuple, choices = field_type(field.name)
+def _run_flags(parser: Parser, names: Sequence[str], of: type[RunConfig] = RunConfig) -> None:
+    """Flags for these fields of a run's settings."""
+    for field in (field for field in dataclasses.fields(of) if field.name in names):
+        kind, is_tuple, choices = field_type(field.name, of)
         shown = "" if field.default in (dataclasses.MISSING, None, ()) else f" (default {_shown(field.default)})"
         text, metavar = field.metadata["help"] + shown, field.metadata["metavar"]
         if kind is bool:

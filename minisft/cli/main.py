@@ -13,13 +13,20 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from minisft import __version__
 from minisft.cli import commands_answers, commands_weights
 from minisft.cli.flags import parse
 from minisft.cli.libraries import load_libraries
 from minisft.common.errors import UserError, visible
-from minisft.config import read_toml, run_config
+from minisft.config import RunConfig, config_of, read_toml, run_config
+from minisft.training.preference_config import DPOConfig, GRPOConfig
+
+if TYPE_CHECKING:
+    from minisft.training.trainer import TrainResult
+
+Config = TypeVar("Config", bound=RunConfig)
 
 MEMORY_ADVICE = (
     "use a smaller --micro-batch-size (same result), then --checkpointing selective or full, a shorter --max-length, "
@@ -80,8 +87,41 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    run = _run_settings(arguments, RunConfig)
+    load_libraries()
+    from minisft.training.train import train
+
+    return _ended(train(run, _resumes(arguments)))
+
+
+def _dpo(arguments: argparse.Namespace) -> int:
+    run = _run_settings(arguments, DPOConfig)
+    load_libraries()
+    from minisft.training.preference import dpo
+
+    return _ended(dpo(run, _resumes(arguments)))
+
+
+def _grpo(arguments: argparse.Namespace) -> int:
+    run = _run_settings(arguments, GRPOConfig)
+    load_libraries()
+    from minisft.training.preference import grpo
+
+    return _ended(grpo(run, resume=_resumes(arguments)))
+
+
+def _resumes(arguments: argparse.Namespace) -> bool:
+    return bool(getattr(arguments, "resume", False))
+
+
+def _ended(result: TrainResult) -> int:
+    return 0 if result.signal is None else 128 + result.signal
+
+
+def _run_settings(arguments: argparse.Namespace, kind: type[Config]) -> Config:
+    """The settings of a run: those it was started with, then ``--config``, then the flags."""
     given = {k: v for k, v in vars(arguments).items() if k not in ("command", "version", "debug", "config", "resume")}
-    resume = getattr(arguments, "resume", False)
+    resume = _resumes(arguments)
     values: dict[str, object] = {}
     if resume and "out" in given:
         values |= _saved_settings(Path(str(given["out"])))
@@ -91,12 +131,7 @@ def _train(arguments: argparse.Namespace) -> int:
         where = visible(config)
     if resume and given.keys() & {"steps", "epochs"}:  # one of them replaces whichever the run was started with
         values |= {"steps": None, "epochs": None}
-    run = run_config(values | given, where)
-    load_libraries()
-    from minisft.training.train import train
-
-    result = train(run, resume)
-    return 0 if result.signal is None else 128 + result.signal
+    return config_of(kind, values | given, where)
 
 
 def _saved_settings(out: Path) -> dict[str, object]:
@@ -169,6 +204,8 @@ def _quickstart(arguments: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
+    "dpo": _dpo,
+    "grpo": _grpo,
     "eval": commands_answers.eval_command,
     "generate": commands_answers.generate_command,
     "chat": commands_answers.chat_command,

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from tqdm import tqdm
 
 from minisft.batching import Batch
 from minisft.common.atomic_files import write_durably
@@ -25,7 +24,7 @@ from minisft.training.trainer import Trainer
 
 REFERENCE = "reference.safetensors"
 WORST_CHANGE = -1.0  # nats a token: below it the chosen answer itself has become unlikely
-# Parts of a run's identity that the reference does not depend on (its tokens say what template and date have made of them).
+# Parts of a run's identity that the reference does not depend on (its tokens show what template and date made of the rows).
 FORGIVEN = ("config", "compute", "format", "template", "date")
 
 
@@ -49,6 +48,8 @@ class DPOTrainer(Trainer[EncodedPair]):
             self.reference = _read(path, identity)
             return
         self.log(f"reference: log-probabilities of {len(self.data.train) + len(self.data.validation)} pairs, before step 1")
+        from tqdm import tqdm  # late: nothing else here needs it
+
         # ``rows`` says which pair a batch is: training pairs count from 0, validation pairs follow.
         batches = [self._batch(pair, i) for i, pair in enumerate((*self.data.train, *self.data.validation))]
         self.reference = reference_log_probs(self.model, tqdm(batches, "reference", unit="pair", leave=False, disable=None))

@@ -123,7 +123,16 @@ def make_group(
 
 
 def group_log_probs(model: CausalLM, batch: Batch, temperature: float) -> Tensor:
-    """(N,) log-probabilities of a group's sampled tokens under softmax(logits / temperature), answer after answer."""
+    """Log-probabilities of a group's sampled tokens under softmax(logits / temperature).
+
+    Args:
+        model: the decoder.
+        batch: of ``group_batch``, on the model's device.
+        temperature: as in sampling.
+
+    Returns:
+        (N,) in fp32 at least, answer after answer.
+    """
     hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=batch.prefix_length)
     return token_log_probs(hidden, model.lm_head, batch.target_ids, temperature)
 

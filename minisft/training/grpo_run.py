@@ -1,4 +1,4 @@
-"""A GRPO run as the training loop sees it: prompts to sampled groups, rewards, one update, and what held-out prompts say.
+"""A GRPO run as the training loop sees it: prompts to sampled groups, rewards, one update, validation on held-out prompts.
 
 Samples are functions of (seed, step, prompt, answer), so a resumed run draws the same ones. Every answer with its reward is
 kept in ``samples.jsonl``. Watch the reward, not the loss: with one update for each sampling the loss is about 0 whatever is

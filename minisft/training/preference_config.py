@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from minisft.config import RunConfig, flag, flag_name, require
@@ -11,6 +11,13 @@ from minisft.config import RunConfig, flag, flag_name, require
 # What a run on pairs or on sampled answers has no use for.
 UNUSED_BY_DPO = ("turns", "packing", "micro_batch_size", "strict")
 UNUSED_BY_GRPO = (*UNUSED_BY_DPO, "batch_size", "allow_control_tokens")
+
+
+def _refuse_unused(run: RunConfig, names: tuple[str, ...], command: str) -> None:
+    """A setting that this kind of run has no use for must be as it is by default, not ignored."""
+    for field in (f for f in fields(RunConfig) if f.name in names):
+        given = getattr(run, field.name)
+        require(given == field.default, flag_name(field.name), given, f"nothing: {command} has no use for it", "leave it away")
 
 
 @dataclass(frozen=True)
@@ -25,10 +32,11 @@ class DPOConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _refuse_unused(self, UNUSED_BY_DPO, "dpo")
         require(math.isfinite(self.beta) and self.beta > 0, "--beta", self.beta, "a positive number", "try 0.1")
         require(
             0 <= self.label_smoothing < 0.5, "--label-smoothing", self.label_smoothing, "a share in [0, 0.5)",
-            "give the share of wrong labels; at one half the labels say nothing",
+            "give the share of wrong labels; at one half the labels carry nothing",
         )  # fmt: skip
         require(
             not self.label_smoothing or self.loss in ("sigmoid", "robust"), "--label-smoothing", self.loss,

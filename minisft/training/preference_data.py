@@ -185,7 +185,7 @@ def prepare_prompts(
         The chat template, and the prompts.
 
     Raises:
-        UserError: bad rows, no prompt that leaves room for an answer.
+        UserError: bad rows, no prompt that leaves tokens for an answer.
     """
     now = began or current_time()
     template = resolve_template(tokenizer, template_choice(run, log), now)
@@ -202,7 +202,7 @@ def prepare_prompts(
         log(note)
     if not encoded[0]:
         raise UserError(
-            "data/no-rows", "no prompt leaves room for an answer", where=visible(run.data), found=f"{len(train)} prompts",
+            "data/no-rows", "no prompt leaves tokens for an answer", where=visible(run.data), found=f"{len(train)} prompts",
             expected=f"at most {longest} tokens with --max-new-tokens {run.max_new_tokens}",
             fix="lower --max-new-tokens or raise --max-length",
         )  # fmt: skip
@@ -228,5 +228,5 @@ def _encode_prompts(
         else:
             found.append(EncodedPrompt(ids, {**prompt.columns, REFERENCE: prompt.answer}, prompt.row, prompt.where))
     if too_long:
-        log(f"{len(too_long)} prompts dropped: no room for an answer: rows {listing(map(str, too_long))}")
+        log(f"{len(too_long)} prompts dropped: no tokens left for an answer: rows {listing(map(str, too_long))}")
     return tuple(found)

@@ -18,7 +18,7 @@ class SFTTrainer(Trainer[Encoded]):
     """Learns to predict the supervised tokens of chats."""
 
     def prepare(self) -> None:
-        """Report special tokens that the rows train and the model cannot say."""
+        """Report special tokens that the rows train and the model cannot produce."""
         for note in untrained_tokens(self.model, self.tokenizer, self.data.train):
             self.log(note)
 

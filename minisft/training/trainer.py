@@ -1,6 +1,6 @@
 """The training loop: rows to batches, step, log, validate, save; then the result.
 
-``Trainer`` is the loop, whatever is learned; its subclasses (``sft``, ``dpo_run``, ``grpo_run``) say what a row is, what its
+``Trainer`` is the loop, whatever is learned; its subclasses (``sft``, ``dpo_run``, ``grpo_run``) define what a row is, what its
 batches are and where the gradient comes from. Everything that a step needs follows from (settings, data, step), so what is
 saved with a checkpoint is small: the trained numbers, the optimizer's moments and the few counters of ``RunState``.
 ``Trainer.fit`` is the loop, on one screen. How a run comes about (its folder, its lock, its model and its rows) is
