@@ -125,7 +125,7 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_logits = logits.sub_(logsum).exp_().mul_(-g[:, None])
             grad_logits.scatter_add_(1, targets[:, None], g[:, None])
             grad_logits /= temperature
-            dtype = product_dtype(hidden)
+            dtype = compute_dtype(hidden)
             if need_hidden:
                 grad_hidden.append((grad_logits.to(dtype) @ weight.to(dtype)).to(hidden.dtype))
             if grad_weight is not None:
@@ -146,7 +146,7 @@ def _chunks(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> list[tuple[Te
 
 def _chunk_log_probs(h: Tensor, targets: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """log-probabilities (n,), logits / T (n, V) and their logsumexp (n, 1), all in fp32 at least."""
-    dtype = product_dtype(h)
+    dtype = compute_dtype(h)
     logits = (h.to(dtype) @ weight.to(dtype).T).to(torch.promote_types(dtype, torch.float32)) / temperature
     logsum = torch.logsumexp(logits, -1, keepdim=True)
     return (logits.gather(1, targets[:, None]) - logsum).squeeze(1), logits, logsum
