@@ -52,7 +52,7 @@ WHAT = {
     "data": "rows to chats to token ids, each a target or context",
     "kernels": "the same 4-bit numbers fast: Triton for GPUs, C++ for CPUs",
     "formats": "other programs' files, read as untrusted: Hugging Face, GGUF, bitsandbytes, PEFT",
-    "training": "a run: its loop, checkpoints, log, and its memory before it starts",
+    "training": "a run (SFT, DPO, GRPO): its loop, checkpoints, log, and its memory before it starts",
     "evaluation": "scores with intervals, multiple choice, scale sweeps",
     "merging": "merges from files to files, their certificate, combining, checking",
     "quickstart": "the quickstart and its generated task",
@@ -60,7 +60,7 @@ WHAT = {
 MORE = {
     "tests/": "what is claimed, proven: [tests/README.md](tests/README.md)",
     "benchmarks/": "what is fast, and what is not: [benchmarks/README.md](benchmarks/README.md)",
-    "tutorials/": "pages that build the library in front of you: [tutorials/README.md](tutorials/README.md)",
+    "tutorials/": "pages that build the library in front of you (`make tutorials`, `make site`): [tutorials/README.md](tutorials/README.md)",
 }
 
 
