@@ -54,7 +54,7 @@ LEVELS = (
     "generation step surgery",
     "formats",
     "evaluation merge_weights",
-    "merging training",
+    "judging merging training",
     "quickstart",
     "api",
     "__init__",
@@ -64,7 +64,8 @@ LEVELS = (
 LEVEL_OF = {place: level for level, places in enumerate(LEVELS) for place in places.split()}
 
 CORE = {"torch", "numpy", "safetensors", "tokenizers", "jinja2"}
-LATE = {"triton", "gguf", "matplotlib", "tqdm", "huggingface_hub"}  # only inside the function that needs them
+EXTRAS = {"sacrebleu", "rouge_score", "starlette", "uvicorn", "lm_eval"}
+LATE = {"triton", "gguf", "matplotlib", "tqdm", "huggingface_hub"} | EXTRAS  # only inside the function that needs them
 UNSAFE = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
 NETWORK = {"socket", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "xmlrpc"}
 
