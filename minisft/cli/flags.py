@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import NoReturn, get_args
 
+from minisft.cli.flags_judging import judging_flags
 from minisft.common.errors import UserError, nearest, visible
 from minisft.config import RunConfig, check_calibration, check_sampling, field_type, flag_name
 from minisft.evaluation.metrics import Metric
@@ -105,6 +106,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("combine", "add several adapters of one base up to one adapter"),
             ("sweep", "score a model at several scales of its adapter: what the task gains, what general knowledge loses"),
             ("verify", "check that a folder is a base with an adapter merged in, whoever wrote it"),
+            ("compare", "judge two models by the rows that eval wrote: gates, bad cases, a report"),
             ("quickstart", "generate a task, fine-tune a small model on it, show what it learned and kept"),
         )
     }
@@ -128,6 +130,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     _combine_flags(made["combine"])
     _verify_flags(made["verify"])
     _plan_flags(made["plan"])
+    judging_flags(made)
     quickstart = made["quickstart"]
     quickstart.add_argument(
         "--out", default="runs/quickstart", metavar="DIR", help="where everything goes (default %(default)s)"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from minisft import __version__
-from minisft.cli import commands_answers, commands_weights
+from minisft.cli import commands_answers, commands_judging, commands_weights
 from minisft.cli.flags import parse
 from minisft.cli.libraries import load_libraries
 from minisft.common.errors import UserError, visible
@@ -216,6 +216,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "combine": commands_weights.combine_command,
     "sweep": commands_answers.sweep_command,
     "verify": commands_weights.verify_command,
+    "compare": commands_judging.compare_command,
     "quickstart": _quickstart,
 }
 
