@@ -107,6 +107,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("sweep", "score a model at several scales of its adapter: what the task gains, what general knowledge loses"),
             ("verify", "check that a folder is a base with an adapter merged in, whoever wrote it"),
             ("compare", "judge two models by the rows that eval wrote: gates, bad cases, a report"),
+            ("ab", "plan an A/B test, or judge one from a file"),
             ("quickstart", "generate a task, fine-tune a small model on it, show what it learned and kept"),
         )
     }

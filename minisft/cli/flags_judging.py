@@ -10,6 +10,7 @@ from collections.abc import Mapping
 def judging_flags(made: Mapping[str, argparse.ArgumentParser]) -> None:
     """Add them to the commands' parsers, by name."""
     _compare_flags(made["compare"])
+    _ab_flags(made["ab"])
 
 
 def positive(text: str) -> float:
@@ -41,3 +42,47 @@ def _compare_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cluster", default=None, metavar="COLUMN", help="rows with equal values belong together")
     parser.add_argument("--seed", type=int, default=0, help="decides every draw (default 0)")
+
+
+def _ab_flags(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="plan|analyze", required=True, parser_class=type(parser))
+    plan, analyze = (
+        actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        for name, text in (("plan", "how many units and days a test takes"), ("analyze", "judge a test from a file"))
+    )
+    plan.add_argument("--baseline", type=float, required=True, metavar="P", help="the rate today, for instance 0.10")
+    plan.add_argument(
+        "--effect", required=True, metavar="E", help="smallest change worth finding: 0.02, or 20%%rel of the baseline"
+    )
+    plan.add_argument(
+        "--design", choices=("fixed", "sequential"), default="fixed", help="one look at the end (default), or many"
+    )
+    plan.add_argument("--alpha", type=float, default=0.05, metavar="A", help="chance of a false alarm (default 0.05)")
+    plan.add_argument("--power", type=float, default=0.8, metavar="P", help="chance to find the effect (default 0.8)")
+    plan.add_argument("--traffic", type=float, default=None, metavar="N", help="units a day, all arms together")
+    plan.add_argument(
+        "--out", default=None, metavar="F.json", help="keep the plan; analyze reads it and notes every look in it"
+    )
+    analyze.add_argument(
+        "--data", required=True, metavar="F", help="CSV or JSONL: unit, variant, converted[, value, time, segment]"
+    )
+    analyze.add_argument("--plan", default=None, metavar="F.json", help="the plan: design, tau, units")
+    analyze.add_argument("--design", choices=("fixed", "sequential"), default=None, help="without a plan")
+    analyze.add_argument(
+        "--looks", type=int, default=None, metavar="N", help="fixed: how often the data was looked at; must be 1"
+    )
+    analyze.add_argument("--tau", type=positive, default=None, metavar="T", help="sequential: effect expected before the data")
+    analyze.add_argument(
+        "--control", default=None, metavar="NAME", help="variant to hold the others against (default: first by name)"
+    )
+    analyze.add_argument(
+        "--split", type=positive, nargs="+", default=None, metavar="S", help="planned shares by name (default equal)"
+    )
+    analyze.add_argument(
+        "--guardrail", nargs="+", default=[], metavar="COL<=X", help='must not get worse: "latency<=0.05" "value>=-1"'
+    )
+    analyze.add_argument(
+        "--covariate", default=None, metavar="COL", help="column from before the test that explains value (CUPED)"
+    )
+    analyze.add_argument("--seed", type=int, default=0, help="decides every draw (default 0)")
+    analyze.add_argument("--out", default=None, metavar="F.json", help="the analysis, for compare --business")

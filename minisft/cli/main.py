@@ -217,6 +217,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "sweep": commands_answers.sweep_command,
     "verify": commands_weights.verify_command,
     "compare": commands_judging.compare_command,
+    "ab": commands_judging.ab_command,
     "quickstart": _quickstart,
 }
 
