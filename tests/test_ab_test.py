@@ -59,7 +59,9 @@ def test_an_effect_that_may_mean_two_things_is_refused(text):
 
 
 def test_effects_are_those_of_the_statistics(units):
-    report = analyze(units, design="fixed", looks=1, guardrails=[parse_guardrail("latency<=0.05"), parse_guardrail("value>=-1")])
+    report = analyze(
+        units, design="fixed", looks=1, guardrails=[parse_guardrail("latency<=0.05"), parse_guardrail("value>=-1")]
+    )
     trial = read_trial(units, ["latency"])
     a, b = trial.of("a"), trial.of("b")
     k_a, k_b = sum(u.converted for u in a), sum(u.converted for u in b)
@@ -82,7 +84,9 @@ def test_effects_are_those_of_the_statistics(units):
 
 
 def test_a_guardrail_that_is_broken_is_not_kept(units):
-    report = analyze(units, design="fixed", looks=1, guardrails=[parse_guardrail("latency<=0.001"), parse_guardrail("value>=2")])
+    report = analyze(
+        units, design="fixed", looks=1, guardrails=[parse_guardrail("latency<=0.001"), parse_guardrail("value>=2")]
+    )
     assert [g["kept"] for g in report["guardrails"]] == [False, False]
 
 

@@ -8,9 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from minisft.cli.libraries import load_libraries
 from minisft.common.atomic_files import disk_errors, require_unused, write_durably
 from minisft.common.errors import visible
+
+if TYPE_CHECKING:
+    from minisft.judging.arena_models import Contestant
 
 
 def compare_command(arguments: argparse.Namespace) -> int:
@@ -91,4 +96,69 @@ def _ab_analyze(arguments: argparse.Namespace) -> int:
         with disk_errors(Path(arguments.out).absolute().parent):
             write_durably(arguments.out, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
         print(visible(arguments.out))
+    return 0
+
+
+def arena_command(arguments: argparse.Namespace) -> int:
+    """Let people compare two models on a page on this machine."""
+    from minisft.common.extras import require_extra
+    from minisft.evaluation.evaluate import terminal_progress
+    from minisft.judging.arena import VOTES, check_port, make_arena, open_store, prepare, serve, summary, write_result
+    from minisft.judging.arena_app import Answer
+    from minisft.judging.arena_models import answerer
+    from minisft.judging.arena_store import Side
+
+    require_extra("arena", "starlette", "uvicorn")
+    out, port, names = Path(arguments.out), check_port(arguments.port), (arguments.a, arguments.b)
+    store = open_store(out, names, arguments.prompts, arguments.system)
+    make_arena(store, None, live=False, host=arguments.host, port=port, token=arguments.token)  # refuses before models load
+    load_libraries()
+    sides: tuple[Side, Side] = ("a", "b")
+    answers: dict[Side, Answer] = {
+        side: answerer(_contestant(name, arguments), arguments.max_new_tokens) for side, name in zip(sides, names, strict=True)
+    }
+    if not arguments.live:
+        with terminal_progress("answers") as progress:
+            prepare(store, answers, progress)
+    arena = make_arena(store, answers, live=arguments.live, host=arguments.host, port=port, token=arguments.token)
+    try:
+        serve(arena, arguments.host, port, out, lambda text: print(text, flush=True))
+    finally:
+        result = write_result(store, out)
+        store.close()
+    print(summary(result, names))
+    print(visible(out / VOTES))
+    return 0
+
+
+def _contestant(name: str, arguments: argparse.Namespace) -> Contestant:
+    from minisft.cli.commands_answers import _load
+    from minisft.judging.arena import split_name
+    from minisft.judging.arena_models import Contestant
+
+    model, adapter = split_name(name)
+    given = argparse.Namespace(**{**vars(arguments), "model": model, "adapter": adapter, "scale": 1.0})
+    return Contestant(name, *_load(given))
+
+
+def feedback_command(arguments: argparse.Namespace) -> int:
+    """Turn votes and thumbs into rates and rows."""
+    from minisft.judging.feedback import BAD, PAIRS, SFT, eval_hashes, make_rows, read_guard, write_feedback
+    from minisft.judging.feedback_file import read_feedback
+
+    require_unused(Path(arguments.out))
+    feedback = read_feedback(arguments.feedback)
+    trained = {digest for path in arguments.trained for digest in read_guard(path)}
+    evaluated = {digest for path in arguments.eval for digest in eval_hashes(path)}
+    made = make_rows(feedback, trained, evaluated)
+    result = write_feedback(feedback, made, arguments.out)
+    print(result["selection_bias"])
+    for name, counts in (("sft candidates", made.sft), ("preference pairs", made.pairs), ("bad cases", made.bad)):
+        file = {"sft candidates": SFT, "preference pairs": PAIRS, "bad cases": BAD}[name]
+        print(f"{len(counts)} {name}: {visible(Path(arguments.out) / file)}")
+    for reason, count in made.left_out.items():
+        if count:
+            print(f"{count} {reason}")
+    if result["pii_rows"]:
+        print(f"{result['pii_rows']} rows look as if they held an address, a phone or a card number: see the column pii")
     return 0

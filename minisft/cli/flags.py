@@ -108,6 +108,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("verify", "check that a folder is a base with an adapter merged in, whoever wrote it"),
             ("compare", "judge two models by the rows that eval wrote: gates, bad cases, a report"),
             ("ab", "plan an A/B test, or judge one from a file"),
+            ("arena", "let people compare two models blind, on a page on this machine"),
+            ("feedback", "turn votes and thumbs into rates, preference pairs and bad cases"),
             ("quickstart", "generate a task, fine-tune a small model on it, show what it learned and kept"),
         )
     }

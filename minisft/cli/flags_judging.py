@@ -11,6 +11,8 @@ def judging_flags(made: Mapping[str, argparse.ArgumentParser]) -> None:
     """Add them to the commands' parsers, by name."""
     _compare_flags(made["compare"])
     _ab_flags(made["ab"])
+    _arena_flags(made["arena"])
+    _feedback_flags(made["feedback"])
 
 
 def positive(text: str) -> float:
@@ -86,3 +88,38 @@ def _ab_flags(parser: argparse.ArgumentParser) -> None:
     )
     analyze.add_argument("--seed", type=int, default=0, help="decides every draw (default 0)")
     analyze.add_argument("--out", default=None, metavar="F.json", help="the analysis, for compare --business")
+
+
+def _arena_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--a", required=True, metavar="MODEL[+ADAPTER]", help="first model: folder, GGUF file or hub id")
+    parser.add_argument("--b", required=True, metavar="MODEL[+ADAPTER]", help="second model")
+    parser.add_argument("--prompts", required=True, metavar="F", help="rows to answer; their own last answer is not used")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for votes.sqlite and arena.json; may be gone on with"
+    )
+    parser.add_argument("--port", type=int, default=8765, metavar="P", help="of the page (default %(default)s)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="H", help="another address needs --token (default this machine only)"
+    )
+    parser.add_argument("--token", default=None, metavar="T", help="what others have to know, at least 16 characters")
+    parser.add_argument("--live", action="store_true", default=False, help="answer when a prompt is shown, not all beforehand")
+    parser.add_argument("--system", default=None, metavar="TEXT", help="system message")
+    parser.add_argument("--template", default=None, metavar="T", help="chat template: a .jinja file, chatml or plain")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--quant", choices=("none", "nf4"), default="none", help="hold the models' linears in 4 bits")
+    parser.add_argument(
+        "--double-quant", action=argparse.BooleanOptionalAction, default=True, help="with --quant: scales in 8 bits"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default %(default)s)")
+
+
+def _feedback_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--in", dest="feedback", required=True, metavar="F", help="an arena's votes.sqlite, or thumbs as JSON lines"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for rows and rates")
+    parser.add_argument(
+        "--trained", nargs="+", default=[], metavar="F.sha256", help="hashes of prompts that were trained on before"
+    )
+    parser.add_argument("--eval", nargs="+", default=[], metavar="F", help="evaluation rows, which never become training rows")

@@ -218,6 +218,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": commands_weights.verify_command,
     "compare": commands_judging.compare_command,
     "ab": commands_judging.ab_command,
+    "arena": commands_judging.arena_command,
+    "feedback": commands_judging.feedback_command,
     "quickstart": _quickstart,
 }
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
-import torch
-
 _NORMAL = NormalDist()
 _TINY, _EPS, _MAX_TERMS = 1e-300, 1e-15, 20_000
 
@@ -27,8 +25,44 @@ def normal_tail(z: float) -> float:
 
 def chi_square_tail(value: float, degrees: int) -> float:
     """P(X >= value) for a chi-square X with ``degrees`` degrees of freedom."""
-    half = torch.tensor([degrees / 2, value / 2], dtype=torch.float64)
-    return float(torch.special.gammaincc(half[0], half[1]))
+    return incomplete_gamma_tail(degrees / 2, value / 2)
+
+
+def incomplete_gamma_tail(a: float, x: float) -> float:
+    """The regularized upper incomplete gamma function Q(a, x) = 1 - P(a, x), for ``a`` above 0 and ``x`` at least 0.
+
+    Ref: Abramowitz and Stegun 1964, 6.5.29 (the series, for small x) and 6.5.31 (the continued fraction).
+    """
+    if x <= 0:
+        return 1.0
+    front = math.exp(a * math.log(x) - x - math.lgamma(a))
+    return 1 - front * _gamma_series(a, x) if x < a + 1 else front * _gamma_fraction(a, x)
+
+
+def _gamma_series(a: float, x: float) -> float:
+    """sum_n x^n / (a (a+1) ... (a+n))."""
+    term = total = 1 / a
+    for n in range(1, _MAX_TERMS):
+        term *= x / (a + n)
+        total += term
+        if term < total * _EPS:
+            break
+    return total
+
+
+def _gamma_fraction(a: float, x: float) -> float:
+    """1 / (x+1-a - 1(1-a) / (x+3-a - 2(2-a) / ...)), by Lentz's method."""
+    b = x + 1 - a
+    up, down = 1 / _TINY, 1 / b
+    value = down
+    for n in range(1, _MAX_TERMS):
+        d, b = -n * (n - a), b + 2
+        down = 1 / ((d * down + b) or _TINY)
+        up = (b + d / up) or _TINY
+        value *= up * down
+        if abs(up * down - 1) < _EPS:
+            break
+    return value
 
 
 def incomplete_beta(a: float, b: float, x: float) -> float:
