@@ -121,7 +121,7 @@ def evaluate(
             arXiv:1606.05250).
         choice: the option with the highest log p(option, end of turn | prompt) is the reference. Options: the row's
             ``choices``, or all distinct references of ``examples``. ``score`` is lm-eval's acc (sum over the option's
-            tokens); ``acc_norm`` divides by the option's bytes.
+            tokens); ``acc_norm`` divides by the option's characters, ``acc_bytes`` by its bytes.
         loss: mean -log p per supervised token (all assistant turns that train); ``perplexity`` is its exponential. Rows longer
             than the model's context are cut or dropped as in training, and counted.
 
@@ -275,16 +275,19 @@ def _choice(scorer: Scorer, examples: Sequence[Example], labels: list[str]) -> E
     norm = sum(row.extra["prediction_norm"] == row.reference for row in in_order) / len(in_order)
     chance = sum(1 / len(question.options) for question in questions) / len(questions)
     interval: list[JSON] = list(wilson(result.score, result.n))
-    return replace(result, extra={"acc_norm": norm, "chance": chance, "interval_95": interval})
+    by_bytes = sum(row.extra["prediction_bytes"] == row.reference for row in in_order) / len(in_order)
+    return replace(result, extra={"acc_norm": norm, "acc_bytes": by_bytes, "chance": chance, "interval_95": interval})
 
 
 def _choice_row(question: Question, log_probs: list[float]) -> RowResult:
     by_sum = dict(zip(question.options, log_probs, strict=True))
+    by_character = {option: total / max(1, len(option)) for option, total in by_sum.items()}
     by_byte = {option: total / max(1, len(option.encode())) for option, total in by_sum.items()}
-    prediction, prediction_norm = max(by_sum, key=by_sum.__getitem__), max(by_byte, key=by_byte.__getitem__)
+    prediction, prediction_norm = max(by_sum, key=by_sum.__getitem__), max(by_character, key=by_character.__getitem__)
     right = question.reference
     extra: dict[str, JSON] = {
         "prediction_norm": prediction_norm,
+        "prediction_bytes": max(by_byte, key=by_byte.__getitem__),
         "log_prob": by_sum[prediction],
         "log_prob_reference": by_sum[right],
     }

@@ -1,0 +1,207 @@
+"""Plain text, without a chat template: bits per byte, continuations by likelihood, and how far two models' predictions are apart.
+
+What a general benchmark of a base model asks. Every token is predicted once; a text that is longer than a window is cut into windows
+that begin where the last one ended.
+
+The idea to take home: nats per token depend on the tokenizer, bits per byte do not, and hundreds of paired texts see a change of one
+percent where sixty questions see nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minisft.batching import IGNORE_INDEX, collate
+from minisft.data.chat import Encoded
+from minisft.data.tokenizer import Tokenizer
+from minisft.evaluation.results import Progress
+from minisft.loss import head_loss_sum
+from minisft.model import CausalLM
+
+WINDOW = 1_024
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A context and what follows it, as token ids; what is scored are the target tokens."""
+
+    context: list[int]
+    target: list[int]
+
+
+def split_continuation(tokenizer: Tokenizer, context: str, continuation: str) -> Continuation:
+    """Tokens of ``context + continuation``, cut where the tokens of ``context`` alone end.
+
+    Trailing spaces of the context move to the continuation. Where the tokenizer merges across the border, the cut is by count, as
+    lm-evaluation-harness does it.
+
+    Args:
+        tokenizer: the model's.
+        context: may be empty: then the first token follows the begin token, or the end token where there is none.
+        continuation: not empty.
+
+    Returns:
+        both parts.
+    """
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    if not context:
+        return Continuation([prefix_id(tokenizer)], tokenizer.encode(continuation))
+    start = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    whole, length = tokenizer.encode(context + continuation), len(tokenizer.encode(context))
+    return Continuation([*start, *whole[:length]], whole[length:])
+
+
+def prefix_id(tokenizer: Tokenizer) -> int:
+    """What the first token of a text follows: the begin token, or the end token where there is none."""
+    if tokenizer.bos_id is not None:
+        return tokenizer.bos_id
+    return tokenizer.eos_ids[0] if tokenizer.eos_ids else tokenizer.pad_id
+
+
+@torch.inference_mode()
+def log_probs(
+    model: CausalLM, parts: Sequence[Continuation], pad_id: int, batch_size: int = 16, progress: Progress | None = None
+) -> list[float]:
+    """sum_t log p(target_t | context, target_<t) of each part.
+
+    Args:
+        model: any.
+        parts: each with a context of at least one token; at most the model's context together.
+        pad_id: what fills a batch.
+        batch_size: parts computed at once; never changes a result (but for rounding).
+        progress: called with (parts done, parts in all).
+
+    Returns:
+        natural logarithms, in the order of the parts.
+    """
+    found: dict[int, float] = {}
+    order = sorted(range(len(parts)), key=lambda i: -len(parts[i].context) - len(parts[i].target))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        hidden_BTD, target_ids = _hidden(model, [parts[i] for i in chosen], pad_id)
+        losses = [float(head_loss_sum(h, model.lm_head, ids)) for h, ids in zip(hidden_BTD, target_ids, strict=True)]
+        found.update(zip(chosen, [-loss for loss in losses], strict=True))
+        if progress is not None:
+            progress(len(found), len(order))
+    return [found[i] for i in range(len(found))]
+
+
+def _hidden(model: CausalLM, parts: Sequence[Continuation], pad_id: int) -> tuple[Tensor, Tensor]:
+    rows = [_encoded(part) for part in parts]
+    batch = collate(rows, pad_id).to(model.model.norm.weight.device)
+    return model.hidden(batch.input_ids, segment_ids=batch.segment_ids), batch.target_ids
+
+
+def _encoded(part: Continuation) -> Encoded:
+    supervised = [False] * len(part.context) + [True] * len(part.target)
+    return Encoded([*part.context, *part.target], supervised, 0, len(part.context))
+
+
+# --- bits per byte
+
+
+@dataclass(frozen=True)
+class TextBits:
+    """A text's bits, its UTF-8 bytes and the tokens that were predicted."""
+
+    bits: float
+    num_bytes: int
+    num_tokens: int
+
+    @property
+    def per_byte(self) -> float:
+        """Bits per byte."""
+        return self.bits / self.num_bytes
+
+
+def windows(tokenizer: Tokenizer, text: str, size: int) -> Iterator[Continuation]:
+    """The text's tokens in windows of ``size``, each token a target once; the last window is filled up with context.
+
+    Args:
+        tokenizer: the model's.
+        text: not empty.
+        size: tokens of a window.
+
+    Yields:
+        windows in order.
+    """
+    ids = [prefix_id(tokenizer), *tokenizer.encode(text)]
+    for start in range(1, len(ids), size):
+        end = min(len(ids), start + size)
+        first = max(0, end - size - 1) if start > 1 else 0
+        yield Continuation(ids[first:start], ids[start:end])
+
+
+def bits_per_byte(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    window: int = WINDOW,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> list[TextBits]:
+    """-sum log2 p(token | the tokens before it in its window) for each text, with its bytes.
+
+    Args:
+        model: any.
+        tokenizer: the model's.
+        texts: none empty.
+        window: tokens at once, at most the model's context less one.
+        batch_size: windows computed at once.
+        progress: called with (windows done, windows in all).
+
+    Returns:
+        one entry a text.
+    """
+    size = min(window, model.config.max_position_embeddings - 1)
+    parts = [list(windows(tokenizer, text, size)) for text in texts]
+    totals = iter(log_probs(model, [p for each in parts for p in each], tokenizer.pad_id, batch_size, progress))
+    made = []
+    for text, each in zip(texts, parts, strict=True):
+        nats = -sum(next(totals) for _ in each)
+        made.append(TextBits(nats / math.log(2), len(text.encode()), sum(len(part.target) for part in each)))
+    return made
+
+
+# --- two models
+
+
+@torch.inference_mode()
+def kl_per_token(base: CausalLM, tuned: CausalLM, tokenizer: Tokenizer, texts: Sequence[str], window: int = 512) -> list[float]:
+    """KL(base || tuned) in nats a token for each text's first window: 0 where nothing changed; no reference is needed.
+
+    Args:
+        base: the model before.
+        tuned: the model after; the same vocabulary.
+        tokenizer: of both.
+        texts: none empty.
+        window: tokens of each text.
+
+    Returns:
+        the mean over a text's tokens, for each text.
+
+    Raises:
+        ValueError: the two have different vocabularies.
+    """
+    if base.config.vocab_size != tuned.config.vocab_size:
+        raise ValueError(f"vocabularies of {base.config.vocab_size} and {tuned.config.vocab_size} tokens")
+    found = []
+    for text in texts:
+        part = next(windows(tokenizer, text, min(window, base.config.max_position_embeddings - 1)))
+        logs = [_window_log_probs(model, part, tokenizer.pad_id) for model in (base, tuned)]
+        found.append(max(0.0, float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())))
+    return found
+
+
+def _window_log_probs(model: CausalLM, part: Continuation, pad_id: int) -> Tensor:
+    """(N, V) log-probabilities in fp64 at the positions that predict."""
+    hidden_BTD, target_ids = _hidden(model, [part], pad_id)
+    return model.head(hidden_BTD[0][target_ids[0] != IGNORE_INDEX]).double().log_softmax(-1)
