@@ -1,4 +1,4 @@
-"""The commands that ask a model: ``eval``, ``sweep``, ``generate`` and ``chat``.
+"""The commands that ask a model: ``sweep``, ``generate`` and ``chat``; ``eval`` has a module of its own.
 
 Each loads the model and its adapter the same way and is a few lines over the modules below; see ``cli.main`` for errors and
 output.
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from minisft.model import CausalLM
 
 
-def _load(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, ChatTemplate]:
+def load_adapted(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, ChatTemplate]:
+    """The model with its adapter, its tokenizer and its chat template, as the flags name them."""
     import torch
 
     from minisft.common.device import pick_device
@@ -48,35 +49,6 @@ def _load(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, ChatTempl
     return model.eval(), tokenizer, resolve_template(tokenizer, choice)
 
 
-def eval_command(arguments: argparse.Namespace) -> int:
-    """Score a model's answers, and write the score and every row."""
-    load_libraries()
-    from minisft.data.messages import read_dataset
-    from minisft.evaluation.evaluate import evaluate, write
-
-    dataset = read_dataset(arguments.data, tuple(arguments.map), keep_duplicates=True)
-    model, tokenizer, template = _load(arguments)
-    for note in (*dataset.notes, *tokenizer.notes):
-        print(note)
-    result = evaluate(
-        model,
-        tokenizer,
-        template,
-        dataset.examples,
-        arguments.metric,
-        max_new_tokens=arguments.max_new_tokens,
-        limit=arguments.limit,
-        batch_size=arguments.batch_size,
-        system=arguments.system,
-    )
-    if longer := result.extra.get("longer_than_context"):
-        dropped = result.extra["dropped_for_context"]
-        print(f"{longer} rows are longer than the model's context: {dropped} of them dropped, the others' prompts cut")
-    rows = write(result, arguments.out)
-    print(f"{result.metric} {result.score:.4f} over {result.n} rows; {visible(arguments.out)}, rows in {visible(rows)}")
-    return 0
-
-
 def sweep_command(arguments: argparse.Namespace) -> int:
     """Task score against general score, at several scales of the adapter."""
     out, model_path = Path(arguments.out), Path(arguments.model)
@@ -90,7 +62,7 @@ def sweep_command(arguments: argparse.Namespace) -> int:
 
     task = read_dataset(arguments.data, tuple(arguments.map), keep_duplicates=True).examples
     general = read_dataset(arguments.general, keep_duplicates=True).examples
-    model, tokenizer, template = _load(arguments)
+    model, tokenizer, template = load_adapted(arguments)
 
     def score(examples: Sequence[Example], metric: Metric) -> Callable[[CausalLM], EvalResult]:
         def ask(model: CausalLM) -> EvalResult:
@@ -140,7 +112,7 @@ def generate_command(arguments: argparse.Namespace) -> int:
     from minisft.generation import stream_chat
 
     sampling = _sampling(arguments)
-    model, tokenizer, template = _load(arguments)
+    model, tokenizer, template = load_adapted(arguments)
     prompt = encode_chat(tokenizer, template, _prompt_messages(arguments, arguments.prompt), add_generation_prompt=True)
     stream_chat(
         model,
@@ -167,7 +139,7 @@ def chat_command(arguments: argparse.Namespace) -> int:
     from minisft.generation import stream_chat
 
     sampling = _sampling(arguments)
-    model, tokenizer, template = _load(arguments)
+    model, tokenizer, template = load_adapted(arguments)
     stops = stop_ids(tokenizer, template)
     print("An empty line or Ctrl-D ends the chat.", file=sys.stderr)
     history: tuple[Message, ...] = ()

@@ -132,13 +132,13 @@ def arena_command(arguments: argparse.Namespace) -> int:
 
 
 def _contestant(name: str, arguments: argparse.Namespace) -> Contestant:
-    from minisft.cli.commands_answers import _load
+    from minisft.cli.commands_answers import load_adapted
     from minisft.judging.arena import split_name
     from minisft.judging.arena_models import Contestant
 
     model, adapter = split_name(name)
     given = argparse.Namespace(**{**vars(arguments), "model": model, "adapter": adapter, "scale": 1.0})
-    return Contestant(name, *_load(given))
+    return Contestant(name, *load_adapted(given))
 
 
 def feedback_command(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import NoReturn, get_args
 
-from minisft.cli.flags_judging import judging_flags
+from minisft.cli.flags_judging import eval_metric_flags, judging_flags
 from minisft.common.errors import UserError, nearest, visible
 from minisft.config import RunConfig, check_calibration, check_sampling, field_type, flag_name
 from minisft.evaluation.metrics import Metric
@@ -222,8 +222,7 @@ def scales(text: str) -> tuple[float, ...]:
 
 
 def _eval_flags(parser: Parser) -> None:
-    parser.add_argument("--data", required=True, metavar="F", help="rows whose last assistant turn is the right answer")
-    parser.add_argument("--metric", required=True, choices=METRICS, help="how an answer is judged")
+    eval_metric_flags(parser)
     parser.add_argument("--out", required=True, metavar="F.json", help="result; rows go to F.rows.jsonl beside it")
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N rows")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows computed at once (default %(default)s)")

@@ -6,6 +6,9 @@ import argparse
 import math
 from collections.abc import Mapping
 
+# As in minisft.evaluation.several, which loads PyTorch; a test holds the two together.
+EVAL_METRICS = ("exact_match", "json", "f1", "label", "bleu", "chrf", "rouge", "choice", "loss", "bits_per_byte")
+
 
 def judging_flags(made: Mapping[str, argparse.ArgumentParser]) -> None:
     """Add them to the commands' parsers, by name."""
@@ -123,3 +126,22 @@ def _feedback_flags(parser: argparse.ArgumentParser) -> None:
         "--trained", nargs="+", default=[], metavar="F.sha256", help="hashes of prompts that were trained on before"
     )
     parser.add_argument("--eval", nargs="+", default=[], metavar="F", help="evaluation rows, which never become training rows")
+
+
+def eval_metric_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``eval`` that choose what is scored: rows by metrics, or a suite."""
+    parser.add_argument("--data", default=None, metavar="F", help="rows whose last assistant turn is the right answer")
+    parser.add_argument(
+        "--metric", nargs="+", default=None, choices=EVAL_METRICS, metavar="M",
+        help=f"how an answer is judged: {', '.join(EVAL_METRICS)}; several share one pass",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cluster", default=None, metavar="COLUMN", help="rows with equal values belong together, for intervals"
+    )
+    parser.add_argument("--bleu-tokenize", default="13a", metavar="T", help="of bleu: 13a (default), zh, char, intl or none")
+    parser.add_argument("--suite", choices=("general",), default=None, help="general ability instead of --data and --metric")
+    parser.add_argument("--mmlu", default=None, metavar="F", help="of the suite: four-choice questions, asked in cloze form")
+    parser.add_argument("--texts", default=None, metavar="F", help="of the suite: {text} rows for bits per byte")
+    parser.add_argument(
+        "--base", default=None, metavar="M", help="of the suite: the model before, for KL(base || tuned) a token"
+    )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from minisft import __version__
-from minisft.cli import commands_answers, commands_judging, commands_weights
+from minisft.cli import commands_answers, commands_eval, commands_judging, commands_weights
 from minisft.cli.flags import parse
 from minisft.cli.libraries import load_libraries
 from minisft.common.errors import UserError, visible
@@ -206,7 +206,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "dpo": _dpo,
     "grpo": _grpo,
-    "eval": commands_answers.eval_command,
+    "eval": commands_eval.eval_command,
     "generate": commands_answers.generate_command,
     "chat": commands_answers.chat_command,
     "inspect": _inspect,

@@ -1,10 +1,11 @@
-"""Plain text, without a chat template: bits per byte, continuations by likelihood, and how far two models' predictions are apart.
+"""Plain text, without a chat template: bits per byte, continuations by likelihood, and how far two models' predictions are
+apart.
 
-What a general benchmark of a base model asks. Every token is predicted once; a text that is longer than a window is cut into windows
-that begin where the last one ended.
+What a general benchmark of a base model asks. Every token is predicted once; a text that is longer than a window is cut into
+windows that begin where the last one ended.
 
-The idea to take home: nats per token depend on the tokenizer, bits per byte do not, and hundreds of paired texts see a change of one
-percent where sixty questions see nothing.
+The idea to take home: nats per token depend on the tokenizer, bits per byte do not, and hundreds of paired texts see a change
+of one percent where sixty questions see nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisft.batching import IGNORE_INDEX, collate
+from minisft.batching import collate
 from minisft.data.chat import Encoded
 from minisft.data.tokenizer import Tokenizer
 from minisft.evaluation.results import Progress
-from minisft.loss import head_loss_sum
+from minisft.loss import IGNORE_INDEX, head_loss_sum
 from minisft.model import CausalLM
 
 WINDOW = 1_024
@@ -37,8 +38,8 @@ class Continuation:
 def split_continuation(tokenizer: Tokenizer, context: str, continuation: str) -> Continuation:
     """Tokens of ``context + continuation``, cut where the tokens of ``context`` alone end.
 
-    Trailing spaces of the context move to the continuation. Where the tokenizer merges across the border, the cut is by count, as
-    lm-evaluation-harness does it.
+    Trailing spaces of the context move to the continuation. Where the tokenizer merges across the border, the cut is by
+    count, as lm-evaluation-harness does it.
 
     Args:
         tokenizer: the model's.
@@ -101,7 +102,7 @@ def _hidden(model: CausalLM, parts: Sequence[Continuation], pad_id: int) -> tupl
 
 def _encoded(part: Continuation) -> Encoded:
     supervised = [False] * len(part.context) + [True] * len(part.target)
-    return Encoded([*part.context, *part.target], supervised, 0, len(part.context))
+    return Encoded([*part.context, *part.target], supervised, 0, 0, len(part.context))
 
 
 # --- bits per byte
