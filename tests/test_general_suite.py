@@ -18,8 +18,16 @@ from minisft.config import LoRAConfig
 from minisft.data.chat import resolve_template
 from minisft.data.messages import read_dataset
 from minisft.evaluation import evaluate as single
-from minisft.evaluation.general_suite import cloze, distance, own_questions, read_mmlu, read_texts, run_suite, web_text
-from minisft.evaluation.general_suite import SuiteData
+from minisft.evaluation.general_suite import (
+    SuiteData,
+    cloze,
+    distance,
+    own_questions,
+    read_mmlu,
+    read_texts,
+    run_suite,
+    web_text,
+)
 from minisft.evaluation.paired import compare_paired
 from minisft.evaluation.plain_text import Continuation, bits_per_byte, kl_per_token, log_probs, split_continuation, windows
 from minisft.evaluation.several import ALL_METRICS, evaluate_all
@@ -27,8 +35,9 @@ from minisft.formats import load_model
 from minisft.surgery import apply_lora_, scale_adapters_
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Ein Text mit Umlauten: äöüß.", "柏林是德国的首都。" * 3, "x" * 200]
+HEADER = "The following are multiple choice questions (with answers) about  s.\n\n"
 MMLU = [
-    {"subject": "s", "input": "The following are multiple choice questions (with answers) about  s.\n\nOne and\nmore?\nA. a1\nB. b two\nC. c\nD. d\nAnswer:", "output": "B"},
+    {"subject": "s", "input": f"{HEADER}One and\nmore?\nA. a1\nB. b two\nC. c\nD. d\nAnswer:", "output": "B"},
     {"question": "Two?", "choices": ["yes", "no"], "answer": 1},
 ]  # fmt: skip
 
@@ -189,7 +198,9 @@ def test_several_metrics_are_those_of_single_passes(loaded, folder, monkeypatch)
     examples = read_dataset(folder / "rows.jsonl").examples
     calls = []
     monkeypatch.setattr("minisft.evaluation.several.evaluate", lambda *a, **k: calls.append(a[4]) or single.evaluate(*a, **k))
-    found = evaluate_all(model, tokenizer, template, examples, ["exact_match", "f1", "label", "choice", "loss"], max_new_tokens=4)
+    found = evaluate_all(
+        model, tokenizer, template, examples, ["exact_match", "f1", "label", "choice", "loss"], max_new_tokens=4
+    )
     assert calls == ["exact_match", "choice", "loss"]  # the model answered once
     for metric in ("exact_match", "f1", "choice", "loss"):
         alone = single.evaluate(model, tokenizer, template, examples, metric, max_new_tokens=4)

@@ -103,15 +103,28 @@ def arena_command(arguments: argparse.Namespace) -> int:
     """Let people compare two models on a page on this machine."""
     from minisft.common.extras import require_extra
     from minisft.evaluation.evaluate import terminal_progress
-    from minisft.judging.arena import VOTES, check_port, make_arena, open_store, prepare, serve, summary, write_result
+    from minisft.judging.arena import (
+        VOTES,
+        check_access,
+        check_port,
+        make_arena,
+        open_store,
+        prepare,
+        serve,
+        split_name,
+        summary,
+        write_result,
+    )
     from minisft.judging.arena_app import Answer
     from minisft.judging.arena_models import answerer
     from minisft.judging.arena_store import Side
 
     require_extra("arena", "starlette", "uvicorn")
     out, port, names = Path(arguments.out), check_port(arguments.port), (arguments.a, arguments.b)
+    check_access(arguments.host, arguments.token)
+    for name in names:
+        split_name(name)
     store = open_store(out, names, arguments.prompts, arguments.system)
-    make_arena(store, None, live=False, host=arguments.host, port=port, token=arguments.token)  # refuses before models load
     load_libraries()
     sides: tuple[Side, Side] = ("a", "b")
     answers: dict[Side, Answer] = {

@@ -53,8 +53,8 @@ def open_store(out: Path, names: tuple[str, str], prompts: str | Path, system: s
     Raises:
         UserError: bad rows, no prompts, or a folder with votes on other models or prompts.
     """
-    make_folder(out.absolute())
     dataset = read_prompts(prompts)
+    make_folder(out.absolute())
     store = ArenaStore(out / VOTES)
     digest = hashlib.sha256(json.dumps([[(m.role, m.content) for m in talk] for talk in dataset]).encode()).hexdigest()
     store.begin({"a": names[0], "b": names[1], "prompts": digest})
@@ -130,6 +130,18 @@ def make_arena(
     Raises:
         UserError: another host without a token, or a token too short to be one.
     """
+    check_access(host, token)
+    names = {*LOOPBACK, host} if host in LOOPBACK else {host}
+    hosts = {f"[{name}]:{port}" if ":" in name else f"{name}:{port}" for name in names}
+    return Arena(store, answers, live, frozenset(hosts), token)
+
+
+def check_access(host: str, token: str | None) -> None:
+    """Refuse to open the page to the network without a token.
+
+    Raises:
+        UserError: another host without a token, or a token too short to be one.
+    """
     if host not in LOOPBACK and token is None:
         fix = "give --token with at least 16 characters; people open the page with #token=..."
         raise UserError(
@@ -138,9 +150,6 @@ def make_arena(
     if token is not None and len(token) < 16:
         fix = f"for instance --token {secrets.token_urlsafe(16)}"
         raise UserError("config/short-token", "the token is too short", found=f"{len(token)} characters", fix=fix)
-    names = {*LOOPBACK, host} if host in LOOPBACK else {host}
-    hosts = {f"[{name}]:{port}" if ":" in name else f"{name}:{port}" for name in names}
-    return Arena(store, answers, live, frozenset(hosts), token)
 
 
 def serve(arena: Arena, host: str, port: int, out: Path, log: Callable[[str], None]) -> None:
