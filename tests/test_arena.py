@@ -443,3 +443,45 @@ def test_threads_share_the_store(store):
         thread.join()
     assert len(store.judgements()) == 4 * (len(PROMPTS) + 1)
     assert len(HOSTILE) > 1_000_000
+
+
+@pytest.mark.slow
+def test_the_command_from_two_models_to_preference_pairs(tmp_path, capsys):
+    """``minisft arena`` with a model and its adapter, voted on by a script, stopped by SIGTERM; ``feedback`` makes pairs."""
+    pytest.importorskip("uvicorn")
+    import torch
+    from tiny_folder import write_model
+
+    from minisft.cli.main import main
+    from minisft.config import LoRAConfig
+    from minisft.formats import load_model, save_adapter
+    from minisft.surgery import apply_lora_
+
+    write_model(tmp_path / "model", tmp_path / "scratch")
+    model, _ = load_model(tmp_path / "model")
+    apply_lora_(model, LoRAConfig(rank=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    save_adapter(model, tmp_path / "adapter")
+    contestants = [str(tmp_path / "model"), f"{tmp_path / 'model'}+{tmp_path / 'adapter'}"]
+    port, out = _free_port(), tmp_path / "votes"
+    command = [sys.executable, "-m", "minisft", "arena", "--a", contestants[0], "--b", contestants[1], "--port", str(port)]
+    more = ["--prompts", str(write_prompts(tmp_path)), "--out", str(out), "--max-new-tokens", "5"]
+    process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    address = process.stdout.readline().strip()
+    assert address == f"http://127.0.0.1:{port}/"
+    subprocess.run([sys.executable, "-c", CLIENT, address], capture_output=True, text=True, timeout=60, check=True)
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    result = json.loads((out / "arena.json").read_text())
+    assert result["pairs"] == 3
+    assert "valid at any time" in printed
+    assert main(["feedback", "--in", str(out / "votes.sqlite"), "--out", str(tmp_path / "rows")]) == 0
+    pairs = [json.loads(line) for line in (tmp_path / "rows" / "pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) == 3
+    assert {pair["model"] for pair in pairs} <= set(contestants)
+    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)

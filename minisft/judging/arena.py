@@ -5,10 +5,12 @@ Both models stay in memory while the page is served, so that people can also cha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from minisft.common.atomic_files import make_folder, write_durably
@@ -166,10 +168,24 @@ def serve(arena: Arena, host: str, port: int, out: Path, log: Callable[[str], No
     """
     import uvicorn
 
+    class Server(uvicorn.Server):
+        """Ends after the requests in progress, on either signal; the result is then written, not lost with the process."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """Handle both signals while serving, and give them back afterwards."""
+            signals = (signal.SIGINT, signal.SIGTERM)
+            before = {number: signal.signal(number, self.handle_exit) for number in signals}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
     shown = f"[{host}]" if ":" in host else host
     log(f"http://{shown}:{port}/" + (f"#token={arena.token}" if arena.token else ""))
     config = uvicorn.Config(make_app(arena), host=host, port=port, log_level="error", access_log=False)
-    server = uvicorn.Server(config)
+    server = Server(config)
     try:
         server.run()
     except SystemExit:

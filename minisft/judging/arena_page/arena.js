@@ -76,7 +76,7 @@ function column(side) {
 }
 
 function thumb(side, name) {
-  const button = element("button", name === "up" ? "👍" : "👎");
+  const button = element("button", name === "up" ? "Good" : "Bad");
   button.setAttribute("aria-label", `thumb ${name}`);
   button.setAttribute("aria-pressed", "false");
   button.addEventListener("click", () => {
