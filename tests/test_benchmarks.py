@@ -67,3 +67,15 @@ def test_bench_wait_policy_measures_both_policies_alone_and_beside(tmp_path: Pat
         assert f"{setting:7} {policy:8}" in printed
         assert cell["busy_processes"] == (setting == "beside")
         assert 0 < cell["tokens_per_s"]["median"] < math.inf
+
+
+@pytest.mark.slow
+def test_exp_judging_simulates_peeking_and_skips_what_needs_data(tmp_path: Path) -> None:
+    printed = run("exp_judging.py", "c", "--quick", "--out", str(tmp_path))
+    result = json.loads((tmp_path / "judging_c.json").read_text())
+    assert result["runs"] == 100
+    assert len(result["no_effect"]["fixed, every look"]) == result["looks"] == 20
+    assert result["no_effect"]["fixed, every look"][-1] > result["no_effect"]["always valid, tau 0.02"][-1]
+    assert "always valid" in printed
+    assert (tmp_path / "judging_c.svg").read_text().startswith("<?xml")
+    assert "skipped" in run("exp_judging.py", "a", "--data", str(tmp_path))
