@@ -17,6 +17,10 @@ The commands, and the calls that do the same:
 - ``verify``: ``verify``
 - ``combine``: ``combine_folders``
 - ``sweep``: ``sweep``
+- ``compare``: ``compare_files`` and ``write_comparison``
+- ``ab``: ``plan_ab`` and ``analyze_ab``
+- ``arena``: ``open_arena`` and ``serve_arena``
+- ``feedback``: ``read_feedback``, ``make_feedback_rows`` and ``write_feedback``
 - ``quickstart``: ``run_quickstart``
 """
 
@@ -40,6 +44,15 @@ from minisft.evaluation import evaluate as evaluation
 from minisft.evaluation.evaluate import EvalResult, Metric
 from minisft.evaluation.sweep import sweep
 from minisft.formats import load_adapter_, load_model, load_tokenizer, save_adapter, save_model, save_quantized
+from minisft.judging.ab_plan import make_plan as plan_ab
+from minisft.judging.ab_test import analyze as analyze_ab
+from minisft.judging.arena import open_store as open_arena
+from minisft.judging.arena import serve as serve_arena
+from minisft.judging.compare_report import write_report as write_comparison
+from minisft.judging.comparison import compare_files
+from minisft.judging.feedback import make_rows as make_feedback_rows
+from minisft.judging.feedback import write_feedback
+from minisft.judging.feedback_file import read_feedback
 from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.loss import token_log_probs
 from minisft.merge_weights import merge, merge_, unmerge_
@@ -68,9 +81,11 @@ __all__ = [
     "Tokenizer",
     "TrainResult",
     "adapters_off",
+    "analyze_ab",
     "apply_lora_",
     "certify",
     "combine_folders",
+    "compare_files",
     "dpo",
     "dpo_loss",
     "evaluate",
@@ -82,21 +97,28 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "lora_modules",
+    "make_feedback_rows",
     "merge",
     "merge_",
     "merge_folder",
+    "open_arena",
     "plan",
+    "plan_ab",
     "quantize_",
+    "read_feedback",
     "run_quickstart",
     "save_adapter",
     "save_model",
     "save_quantized",
     "scale_adapters_",
+    "serve_arena",
     "sweep",
     "token_log_probs",
     "train",
     "unmerge_",
     "verify",
+    "write_comparison",
+    "write_feedback",
 ]
 
 Turn = Message | Mapping[str, str]

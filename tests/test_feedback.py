@@ -172,3 +172,15 @@ def test_bad_rows_are_named(tmp_path, bad, code):
     with pytest.raises(UserError, match=code) as caught:
         read_feedback(write_jsonl(tmp_path / "t.jsonl", [row(0, "up"), bad]))
     assert "t.jsonl:2" in str(caught.value)
+
+
+def test_dpo_reads_the_pairs(tmp_path):
+    from minisft.data.pairs import read_pairs
+
+    same = {"prompt": "one question"}
+    rows = [row(1, "up", **same), row(2, "down", model="n", **same), row(3, None, edited="a better answer")]
+    feedback, made = made_of(tmp_path, rows)
+    write_feedback(feedback, made, tmp_path / "out")
+    pairs = read_pairs(tmp_path / "out" / "pairs.jsonl").pairs
+    read = [([m.content for m in p.prompt], p.chosen.content, p.rejected.content) for p in pairs]
+    assert read == [(["question 3"], "a better answer", "answer 3"), (["one question"], "answer 1", "answer 2")]
