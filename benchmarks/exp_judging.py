@@ -211,7 +211,7 @@ def draw_c(result: dict[str, dict[str, list[float]]]) -> bytes:
             axes.grid(color="#666666", alpha=0.15, linewidth=0.6)
         figure.axes[0].axhline(ALPHA, color="#666666", linestyle=":", linewidth=1)
         figure.axes[0].set_ylabel("share of simulated tests")
-        figure.axes[0].legend(frameon=False, fontsize=9, loc="upper left")
+        figure.axes[0].legend(frameon=False, fontsize=9, loc="center right", bbox_to_anchor=(1, 0.42))
         svg = io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return svg.getvalue()

@@ -372,3 +372,16 @@ def test_write_leaves_two_whole_files(tmp_path):
         {"row": 9, "score": 1.0, "prediction": "x", "reference": "x"},
     ]
     assert sorted(p.name for p in out.parent.iterdir()) == ["scores.json", "scores.rows.jsonl"]
+
+
+def test_acc_norm_divides_by_characters_and_acc_bytes_by_bytes():
+    """As lm-eval's: an option of four characters in twelve bytes wins by bytes and not by characters."""
+    from minisft.evaluation.evaluate import _choice_row
+    from minisft.evaluation.multiple_choice import Question
+
+    example = Example((Message("user", "q"), Message("assistant", "plain")), 1)
+    question = Question(example, ["plain", "柏林柏林"], [1], [[2], [3]])
+    row = _choice_row(question, [-5.0, -6.0])
+    assert row.prediction == "plain"  # -5 > -6
+    assert row.extra["prediction_norm"] == "plain"  # -5 / 5 > -6 / 4
+    assert row.extra["prediction_bytes"] == "柏林柏林"  # -6 / 12 > -5 / 5

@@ -36,7 +36,7 @@ border-radius:.5rem;padding:1rem;min-width:0}.big{font-size:1.5rem;font-weight:6
 svg{width:100%;height:auto;display:block}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:right;font-variant-numeric:tabular-nums;
 white-space:nowrap}
-th:first-child,td:first-child{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:8rem}
+th{white-space:normal}th:first-child,td:first-child{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:8rem}
 details{border:1px solid var(--line);border-radius:.5rem;padding:.6rem .8rem;margin:.5rem 0}
 summary{cursor:pointer;overflow-wrap:anywhere}
 .sides{display:grid;gap:.8rem;grid-template-columns:1fr}@media(min-width:700px){.sides{grid-template-columns:1fr 1fr}}
@@ -157,7 +157,7 @@ def _errors(comparison: Comparison) -> str:
     repeated = [c for c in comparison.confusions if float(str(c["count"])) > 1]
     if repeated:
         pairs = [(f"{c['reference']} → {c['prediction']}", c["count"], f"{float(str(c['expected'])):.1f}") for c in repeated]
-        shown += f"<h2>Labels taken for each other</h2>\n{_rows(('right → given', 'rows', 'expected by chance'), pairs)}"
+        shown += f"<h2>Labels taken for each other</h2>\n{_rows(('right → given', 'rows', 'by chance'), pairs)}"
     return shown
 
 
