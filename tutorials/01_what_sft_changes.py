@@ -648,7 +648,8 @@ shared.say(
 # ## What was not shown
 #
 # - The base model of SmolLM2: see "The run that is missing". The miniature shows the kind of change, not its size.
-# - Preference training and reinforcement learning (DPO, GRPO): page 12.
+# - Preference training and reinforcement learning. [Page 12](12_preference_dpo_and_grpo.ipynb) takes this counter through DPO and
+#   GRPO, from the model after SFT on.
 # - Speed. Your loop reads a text of $T$ tokens $T$ times; with a KV cache each token is read once.
 # - Sampling with a temperature: divide the logits by it before the softmax. `minisft.generation.Sampling` has it beside top-p.
 # - Seven questions are an illustration, not an evaluation. No claim about SmolLM2's quality rests on them.

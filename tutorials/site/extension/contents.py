@@ -20,7 +20,6 @@ DOORS = {"01": "start here: how a model answers", "03": "start here: adapters", 
 TO_COME = {  # pages whose notebooks do not exist yet keep their numbers
     "04": "Choosing rank, alpha, targets and learning rate",
     "11": "Data: quality, quantity, diversity",
-    "12": "Preference: DPO and GRPO from scratch",
     "13": "Judging a fine-tune in three dimensions",
 }
 
