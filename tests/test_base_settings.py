@@ -150,6 +150,18 @@ def test_each_command_is_one_call(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+def test_what_was_guessed_of_the_tokenizer_and_left_of_the_rows_is_said(base: Path, tmp_path: Path) -> None:
+    for settings in (base / "tokenizer_config.json", base / "special_tokens_map.json"):
+        settings.write_text(json.dumps({k: v for k, v in read(settings).items() if k != "pad_token"}))
+    trained, rows, lines = adapter(base, tmp_path / "adapter"), tiny_folder.write_rows(tmp_path / "rows.jsonl", 3), []
+    merge_and_certify(trained, tmp_path / "out", data=rows, compare=False, log=lines.append)
+    assert f"{rows}: columns not used: id" in lines
+    assert any("names no padding token" in line for line in lines)
+    lines.clear()
+    quantize_folder(base, tmp_path / "four", dtype=torch.float32, log=lines.append)
+    assert any("names no padding token" in line for line in lines)
+
+
 def test_one_template_decides(base: Path, tmp_path: Path) -> None:
     """The adapter's. An older one in the tokenizer's settings would be what other programs use."""
     add(base / "tokenizer_config.json", chat_template=(base / "chat_template.jinja").read_text())

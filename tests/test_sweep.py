@@ -77,7 +77,10 @@ def test_every_point_is_an_evaluation_of_its_own(shop: Shop, capsys: pytest.Capt
             assert point[name]["metric"] == metric
     losses = [point["task"]["score"] for point in points]
     assert len({round(loss, 4) for loss in losses}) == 3
-    table = printed.out.splitlines()
+    notes = printed.out.partition("scale")[0]
+    assert f"{shop.data}: columns not used: id" in notes
+    assert f"{shop.general}: form: prompt" in notes
+    table = printed.out.removeprefix(notes).lstrip().splitlines()
     assert [row.split()[0] for row in table[:4]] == ["scale", "1", "0", "0.3"]
     assert f"{losses[1]:.4f}" in table[2]
     assert printed.err == ""  # progress is for terminals

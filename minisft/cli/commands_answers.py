@@ -60,9 +60,11 @@ def sweep_command(arguments: argparse.Namespace) -> int:
     from minisft.evaluation.evaluate import EvalResult, Metric, evaluate, terminal_progress
     from minisft.evaluation.sweep import REPORT, heading, line, sweep
 
-    task = read_dataset(arguments.data, tuple(arguments.map), keep_duplicates=True).examples
-    general = read_dataset(arguments.general, keep_duplicates=True).examples
+    task = read_dataset(arguments.data, tuple(arguments.map), keep_duplicates=True)
+    general = read_dataset(arguments.general, keep_duplicates=True)
     model, tokenizer, template = load_adapted(arguments)
+    for note in (*(f"{visible(d.path)}: {note}" for d in (task, general) for note in d.notes), *tokenizer.notes):
+        print(note)
 
     def score(examples: Sequence[Example], metric: Metric) -> Callable[[CausalLM], EvalResult]:
         def ask(model: CausalLM) -> EvalResult:
@@ -83,7 +85,7 @@ def sweep_command(arguments: argparse.Namespace) -> int:
         return ask
 
     print(heading(arguments.metric, "choice"))
-    asked = score(task, arguments.metric), score(general, "choice")
+    asked = score(task.examples, arguments.metric), score(general.examples, "choice")
     points = sweep(model, arguments.scales, *asked, out, lambda point: print(line(point), flush=True))
     print(visible(out))
     if errors := [point.error for point in points if point.error]:

@@ -27,7 +27,7 @@ def quantize_command(arguments: argparse.Namespace) -> int:
     from minisft.formats.base_settings import not_kept
     from minisft.merging.certified import quantize_folder
 
-    sizes = quantize_folder(arguments.model, arguments.out, quant, DTYPES[arguments.dtype])
+    sizes = quantize_folder(arguments.model, arguments.out, quant, DTYPES[arguments.dtype], log=print)
     print(
         f"{visible(arguments.out)}: {sizes.num_quantized} linears in 4 bits, {sizes.num_dense} dense; "
         f"{sizes.dense_bytes / 1e6:,.1f} MB in {arguments.dtype}, {sizes.stored_bytes / 1e6:,.1f} MB as stored"

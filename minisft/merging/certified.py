@@ -17,7 +17,7 @@ from minisft.common.errors import UserError, visible
 from minisft.config import QuantConfig
 from minisft.data.messages import read_dataset
 from minisft.effect import Target
-from minisft.formats import base_fingerprint, load_model, save_quantized
+from minisft.formats import base_fingerprint, load_model, load_tokenizer, save_quantized
 from minisft.formats.hf_write import SavedSizes
 from minisft.merging.certificate import ModelReport, Verdict, certify, check, compare_models, judge
 from minisft.merging.streaming import Merged, merge_folder
@@ -58,7 +58,8 @@ def merge_and_certify(
         adapter, out, model, onto, dtype, scale, force, calibration: as for ``merge_folder``.
         data: rows to compare the models on; a built-in text without them.
         compare: load the unmerged and the merged model and compare their answers.
-        log: called with the summary of the merge before the models are compared. (The default, ``str``, does nothing.)
+        log: called with notes about the rows and the tokenizer, and with the summary of the merge before the models are
+            compared. (The default, ``str``, does nothing.)
 
     Returns:
         the merge, the comparison and the verdict.
@@ -72,9 +73,12 @@ def merge_and_certify(
     require_new_folder(out, Path(model or adapter))
     for path in (data, calibration):
         if path is not None:
-            read_dataset(path)
+            for note in read_dataset(path).notes:
+                log(f"{visible(path)}: {note}")
     merged = merge_folder(adapter, out, model, onto, dtype, scale=scale, force=force, calibration=calibration)
     verdict = certify(merged, None)  # should the comparison be interrupted, the certificate is there
+    for note in load_tokenizer(merged.files.stored.source.path).notes:  # written beside the weights: its guesses go with them
+        log(note)
     log(merged.summary)
     models = check(merged, data) if compare else None
     return Certified(merged, models, certify(merged, models) if models is not None else verdict)
@@ -116,7 +120,11 @@ def verify_merge(
 
 
 def quantize_folder(
-    model: str | Path, out: str | Path, quant: QuantConfig | None = None, dtype: torch.dtype = torch.bfloat16
+    model: str | Path,
+    out: str | Path,
+    quant: QuantConfig | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    log: Callable[[str], object] = str,
 ) -> SavedSizes:
     """Write a model whose linears are in 4 bits, as transformers with bitsandbytes loads it.
 
@@ -125,6 +133,7 @@ def quantize_folder(
         out: new, or empty; outside the model's folder.
         quant: form of the 4 bits; NF4 in blocks of 64 with double quantization by default.
         dtype: of what stays dense.
+        log: called with notes about the tokenizer. (The default, ``str``, does nothing.)
 
     Returns:
         sizes, and what was not kept of the base's settings.
@@ -134,4 +143,6 @@ def quantize_folder(
     """
     require_new_folder(Path(out), Path(model))
     loaded, tokenizer = load_model(model, dtype, quant=quant or QuantConfig())
+    for note in tokenizer.notes:
+        log(note)
     return save_quantized(loaded, tokenizer, out, quantized_from=base_fingerprint(loaded))
