@@ -16,6 +16,7 @@ from minisft.common.errors import UserError
 from minisft.data.messages import Dataset, Example, Message, read_dataset, split
 
 Write = Callable[..., Path]
+ANSWER = {"role": "assistant", "content": "a"}
 PAIR = {"prompt": "q", "completion": "a"}
 CHAT = (Message("user", "q"), Message("assistant", "a"))
 
@@ -106,6 +107,20 @@ def test_what_is_null_or_empty_is_not_there(write: Write) -> None:
 def test_columns_that_nothing_reads_are_listed_once(write: Write) -> None:
     rows = [{**PAIR, "id": 1, "choices": ["a", "b"]}, {"prompt": "r", "completion": "b", "source": "x", "empty": None}]
     assert [note for note in read_dataset(write(*rows)).notes if "not used" in note] == ["columns not used: id, source"]
+
+
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"messages": [{"role": "user", "content": "q", "id": 1}, {**ANSWER, "thought": "t"}]}, "id, thought"),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "content": "c"}]}, "content"),
+        ({"prompt": "q", "completion": [{**ANSWER, "train": True, "thought": "t"}]}, "thought"),
+        ({"messages": [{"role": "user", "content": "q", "id": None}, {**ANSWER, "weight": 1}]}, ""),
+    ],
+)  # fmt: skip
+def test_keys_of_messages_that_nothing_reads_are_listed(write: Write, row: dict[str, object], unused: str) -> None:
+    notes = [note for note in read_dataset(write(row)).notes if "keys of messages" in note]
+    assert notes == ([f"keys of messages not used: {unused}"] if unused else [])
 
 
 def test_mapping_names_other_columns(write: Write) -> None:

@@ -2,7 +2,7 @@
 
 Reads JSON lines or one JSON array. The form is detected on the first row, reported in ``Dataset.notes``, and every row is held
 to it: what does not fit is an error with file and line, never a row that quietly trains on nothing. Rows with an empty answer
-and exact duplicates are dropped and counted; columns that nothing reads are listed.
+and exact duplicates are dropped and counted; columns and keys of messages that nothing reads are listed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from minisft.common.seeds import derive_seed
 from minisft.data.examples import Example as Example
 from minisft.data.examples import Message as Message
 from minisft.data.json_rows import MAX_ROW_BYTES, RowFile
-from minisft.data.row_forms import Form, Row, detect, parse_mapping, read_example
+from minisft.data.row_forms import Form, Row, detect, parse_mapping, read_example, unread_keys
 
 # The column that the metric ``choice`` reads.
 _READ_LATER = ("choices",)
@@ -66,11 +66,13 @@ def read_dataset(
     form: Form | None = None
     examples: list[Example] = []
     seen: set[tuple[tuple[Message, ...], str]] = set()
+    unread: dict[str, None] = {}  # keys of messages, in order
     counts = {"rows": 0, "kept": 0, "duplicates": 0, "empty": 0}
     for number, where, values in source.rows():
         row = Row(values, columns, where)
         form = form or detect(row)
         example = read_example(row, form, number)
+        unread.update(dict.fromkeys(unread_keys(row, form)))
         identity = (example.messages, json.dumps(example.reference, sort_keys=True) if example.reference else "")
         duplicate, empty = identity in seen, _has_empty_answer(example)
         seen.add(identity)
@@ -86,6 +88,7 @@ def read_dataset(
         *source.notes,
         *_drop_notes(counts, keep_duplicates),
         *_unused_notes(examples),
+        *([f"keys of messages not used: {listing(unread)}"] if unread else []),
     )
     return Dataset(tuple(examples), form.name, str(path), source.sha256, counts, notes)
 

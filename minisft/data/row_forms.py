@@ -32,6 +32,7 @@ _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _UNSUPPORTED_IN_MESSAGE = ("tool_calls", "function_call", "tools", "functions", "refusal", *_MEDIA)
 _UNSUPPORTED_COLUMNS = ("tools", "functions", *_MEDIA)
 _EMPTY: tuple[JSON, ...] = (None, "", [], {})
+_TRAINED = ("train", "weight")  # whether an assistant message is a target
 # What people call the two keys of a message.
 _ROLE_KEYS = ("role", "from", "speaker", "who", "author")
 _CONTENT_KEYS = ("content", "value", "text", "message", "says")
@@ -147,7 +148,7 @@ def _refuse(values: dict[str, JSON], names: Sequence[str], where: str) -> None:
 
 
 def _is_trained(item: dict[str, JSON], where: str) -> bool:
-    for key in ("train", "weight"):
+    for key in _TRAINED:
         value = item.get(key)
         if value is not None:
             if value not in (0, 1):  # False and True are 0 and 1
@@ -280,6 +281,15 @@ def detect(row: Row) -> Form:
     expected = "messages, conversations, instruction + output, or prompt + completion"
     fix = "name your columns: --map prompt=COLUMN completion=COLUMN"
     raise _bad("unknown-form", "the row has no known form", row.where, f"the keys {listing(keys)}", expected=expected, fix=fix)
+
+
+def unread_keys(row: Row, form: Form) -> list[str]:
+    """Keys with content inside the row's messages that nothing reads."""
+    names = ("from", "value") if form.name == "sharegpt" else _MESSAGE_KEYS
+    read = {*(row.columns.get(*pair) for pair in zip(_MESSAGE_KEYS, names, strict=True)), *TEXT_FIELDS, *_TRAINED}
+    lists = [value for name in form.fields if isinstance(value := row.get(name), list)]
+    messages = [item for items in lists for item in items if isinstance(item, dict)]
+    return [key for item in messages if item.keys() - read for key in item if key not in read and item[key] not in _EMPTY]
 
 
 def read_example(row: Row, form: Form, number: int) -> Example:
