@@ -269,3 +269,22 @@ def test_a_data_set_counts_what_it_loses() -> None:
     assert data.counts["supervised_tokens"] == 6
     with pytest.raises(UserError, match=r"f\.jsonl:2.*101 tokens.*at most 20"):
         encode_dataset(examples, byte_tokenizer(), TEMPLATES["plain"], 20, strict=True, path="f.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("max_length", "context", "says", "silent"),
+    [
+        (20, None, "--max-length 101", "context"),
+        (20, 101, "--max-length 101", "context"),
+        (20, 100, "--max-length 100, the model's context", "--max-length 101"),
+        (20, 20, "the model's context of 20 tokens", "--max-length"),
+    ],
+)
+def test_no_error_advises_a_length_beyond_the_models_context(
+    max_length: int, context: int | None, says: str, silent: str
+) -> None:
+    long = Example((Message("user", "q" * 99), Message("assistant", "a")), 1)  # with the end token 101 tokens
+    with pytest.raises(UserError) as caught:
+        encode_dataset([long], byte_tokenizer(), TEMPLATES["plain"], max_length, strict=True, context=context)
+    assert says in str(caught.value)
+    assert silent not in str(caught.value)

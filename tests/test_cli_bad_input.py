@@ -182,7 +182,7 @@ def test_14_longer_than_the_limit_is_counted_or_with_strict_refused(shop: Shop) 
     )
     shop.refused(3, "data/too-long", argv=shop.train("--max-length", 64, "--strict"))
     assert main([str(x) for x in shop.train("--max-length", 64)]) == 0
-    assert "lost their beginning" in shop.capsys.readouterr().out
+    assert "prompts cut from the left to fit --max-length 64" in shop.capsys.readouterr().out
 
 
 def test_15_control_tokens_in_the_data_are_counted(shop: Shop) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from texts import byte_tokenizer
@@ -94,6 +95,16 @@ def test_broken_data_is_refused() -> None:
             check(data, byte_tokenizer(), LIMIT)
         assert (caught.value.code, caught.value.exit_code) == (code, 3)
         assert says in str(caught.value)
+
+
+def test_rows_too_long_for_the_model_name_its_context() -> None:
+    data = encoded(dataset(("q", "a" * 100), ("q", "b" * 90)))
+    with pytest.raises(UserError, match=r"fit --max-length 64.*fix: --max-length 200") as caught:
+        check(replace(data, lengths=(200,)), byte_tokenizer(), LIMIT, context=500)
+    assert "context" not in str(caught.value)
+    with pytest.raises(UserError, match=r"fit the model's context of 64 tokens; fix: shorter rows") as caught:
+        check(data, byte_tokenizer(), LIMIT, context=LIMIT)
+    assert "--max-length" not in str(caught.value)
 
 
 def test_answers_without_an_end_token_are_refused() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_folder import TIMES, digest, quiet, write_shop
+from tiny_folder import CONFIG, TIMES, digest, quiet, write_model, write_shop
 
 from minisft.common.errors import CheckpointError, DataError
 from minisft.formats import load_adapter_, load_model
@@ -175,3 +175,14 @@ def test_truncated_answers_can_be_left_out(shop: Path, tmp_path: Path) -> None:
     run = grpo_config(shop, tmp_path / "run", steps=2, mask_truncated=True, max_new_tokens=1)
     grpo(run, reward=lambda answer, row: float(len(answer)), log=quiet)
     assert torch.isfinite(torch.tensor([row["loss"] for row in log_of(tmp_path / "run")])).all()
+
+
+def test_a_model_with_a_short_context_is_not_told_to_raise_max_length(shop: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "short", tmp_path / "scratch", replace(CONFIG, max_position_embeddings=16))
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "say a", "chosen": "a" * 40, "rejected": "b" * 40}))
+    runs = (dpo, dpo_config(shop, tmp_path / "d", data=str(long))), (grpo, grpo_config(shop, tmp_path / "g"))
+    for call, run in runs:
+        with pytest.raises(DataError, match=r"no-rows.*fix:.* shorter rows, or a model with a longer context$") as caught:
+            call(replace(run, model=str(tmp_path / "short")), log=quiet)
+        assert "raise --max-length" not in str(caught.value)

@@ -163,7 +163,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     dataset = read_dataset(arguments.data, tuple(arguments.map))
     tokenizer = load_tokenizer(arguments.model)
     template = resolve_template(tokenizer, arguments.template)
-    max_length = min(arguments.max_length, context_length(arguments.model) or arguments.max_length)
+    context = context_length(arguments.model)
+    max_length = min(arguments.max_length, context or arguments.max_length)
     encoded = encode_dataset(
         dataset.examples,
         tokenizer,
@@ -179,7 +180,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(f"note: {note}\n")
     if max_length < arguments.max_length and (longer := sum(n > max_length for n in encoded.lengths)):
         print(f"{longer} rows are longer than the model's context of {max_length} tokens: cut or dropped, as above")
-    check(encoded, tokenizer, max_length)
+    check(encoded, tokenizer, max_length, context)
     return 0
 
 

@@ -226,6 +226,7 @@ def encode_dataset(
     allow_control_tokens: bool = False,
     strict: bool = False,
     path: str = "data",
+    context: int | None = None,
 ) -> EncodedDataset:
     """Encode and fit every example.
 
@@ -238,6 +239,7 @@ def encode_dataset(
         allow_control_tokens: let special tokens spelt out in the messages act as such.
         strict: a row that is too long is an error instead of being counted.
         path: the data file, for errors.
+        context: the most tokens that the model is made for, if known: no error then advises a longer ``max_length``.
 
     Returns:
         The rows that fit, and counts of the others.
@@ -263,7 +265,7 @@ def encode_dataset(
         lengths.append(length)
         control_tokens += encoded.control_tokens_in_text
         if strict and length > max_length:
-            raise _too_long(example.where or f"{visible(path)}:{example.row}", length, max_length)
+            raise _too_long(example.where or f"{visible(path)}:{example.row}", length, max_length, context)
         fitted = fit(encoded, max_length)
         if not encoded.num_targets:
             untrained.append(example.row)
@@ -285,8 +287,23 @@ def encode_dataset(
     )
 
 
-def _too_long(where: str, found: int, limit: int) -> UserError:
-    fix = f"--max-length {found}, or leave --strict away to count and drop such rows"
+def _too_long(where: str, found: int, limit: int, context: int | None) -> UserError:
+    expected = f"at most {limit_words(limit, context)}" if limit == context else f"at most {limit}"
     return UserError(
-        "data/too-long", "the row is too long", where=where, found=f"{found} tokens", expected=f"at most {limit}", fix=fix
-    )
+        "data/too-long", "the row is too long", where=where, found=f"{found} tokens", expected=expected,
+        fix=f"{longer_or_shorter(found, limit, context)}, or leave --strict away to count and drop such rows",
+    )  # fmt: skip
+
+
+def limit_words(max_length: int, context: int | None) -> str:
+    """What limits a row: the model's context where ``max_length`` reaches it, else the flag."""
+    return f"the model's context of {context} tokens" if max_length == context else f"--max-length {max_length}"
+
+
+def longer_or_shorter(longest: int, max_length: int, context: int | None) -> str:
+    """What makes a row of ``longest`` tokens fit: a larger ``--max-length`` only as far as the model's context goes."""
+    if context is None or longest <= context:
+        return f"--max-length {longest}, or shorter rows"
+    if max_length < context:
+        return f"--max-length {context}, the model's context, and rows that fit it"
+    return "shorter rows, or a model with a longer context"

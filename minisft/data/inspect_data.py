@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minisft.common.errors import UserError, visible
-from minisft.data.chat import Encoded, EncodedDataset
+from minisft.data.chat import Encoded, EncodedDataset, limit_words, longer_or_shorter
 from minisft.data.messages import Dataset
 from minisft.data.tokenizer import Tokenizer
 
@@ -114,13 +114,14 @@ def _spelling(token_id: int, tokenizer: Tokenizer) -> str:
     return visible(tokenizer.decode([token_id], skip_special=False).replace("\n", "⏎"))
 
 
-def check(encoded: EncodedDataset, tokenizer: Tokenizer, max_length: int) -> None:
+def check(encoded: EncodedDataset, tokenizer: Tokenizer, max_length: int, context: int | None = None) -> None:
     """Refuse data on which training would be broken.
 
     Args:
         encoded: the rows from ``encode_dataset``.
         tokenizer: to spell the end tokens.
         max_length: the limit that the rows were fitted to, in tokens.
+        context: the most tokens that the model is made for, if known.
 
     Raises:
         UserError: ``data/all-too-long``, ``data/no-target`` (no token to learn in any row), ``data/no-end-token`` (a trained
@@ -129,7 +130,8 @@ def check(encoded: EncodedDataset, tokenizer: Tokenizer, max_length: int) -> Non
     where, lengths = visible(encoded.path), encoded.lengths
     if not encoded.rows and encoded.too_long:
         found = f"{len(encoded.too_long)} of {len(lengths)} rows too long, {min(lengths)} to {max(lengths)} tokens"
-        expected, fix = f"answers that fit in {max_length} tokens", f"--max-length {max(lengths)}, or shorter rows"
+        expected = f"answers that fit {limit_words(max_length, context)}"
+        fix = longer_or_shorter(max(lengths), max_length, context)
         raise UserError("data/all-too-long", "no row fits", where=where, found=found, expected=expected, fix=fix)
     if not encoded.rows:
         found = f"{len(lengths)} rows without a trained answer" if lengths else "no rows"

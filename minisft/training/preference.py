@@ -40,7 +40,7 @@ def dpo(run: DPOConfig, resume: bool = False, log: Callable[[str], None] = print
     def prepare(
         run: DPOConfig, model: CausalLM, tokenizer: Tokenizer, log: Log, began: datetime.datetime | None
     ) -> tuple[ChatTemplate, RunData[EncodedPair]]:
-        return prepare_pairs(run, tokenizer, log, began)
+        return prepare_pairs(run, tokenizer, log, began, model.config.max_position_embeddings)
 
     return run_training(run, prepare, DPOTrainer, resume, log)
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
-from minisft.data.chat import Encoded, encode_chat, fit, resolve_template
+from minisft.data.chat import Encoded, encode_chat, fit, limit_words, resolve_template
 from minisft.data.messages import Message
 from minisft.data.pairs import Pair, read_pairs
 from minisft.data.prompts import Prompt, read_prompts
@@ -45,7 +45,11 @@ class EncodedPrompt:
 
 
 def prepare_pairs(
-    run: DPOConfig, tokenizer: Tokenizer, log: Log, began: datetime.datetime | None = None
+    run: DPOConfig,
+    tokenizer: Tokenizer,
+    log: Log,
+    began: datetime.datetime | None = None,
+    context: int | None = None,
 ) -> tuple[ChatTemplate, RunData[EncodedPair]]:
     """Read, split and encode the pairs of a run.
 
@@ -54,6 +58,7 @@ def prepare_pairs(
         tokenizer: the model's.
         log: is told what was dropped or cut.
         began: when the run began, if it is resumed.
+        context: the most tokens that the model is made for, to name the limit; ``run.max_length`` is at most that.
 
     Returns:
         The chat template, and the pairs.
@@ -71,15 +76,15 @@ def prepare_pairs(
         else _split(dataset.pairs, lambda pair: pair.prompt, run.validation_share, run.seed)
     )
     encoded = [
-        _encode_pairs(pairs, run, tokenizer, template, use, log)
+        _encode_pairs(pairs, run, tokenizer, template, use, log, limit_words(run.max_length, context))
         for pairs, use in ((train, "training"), (validation, "validation"))
     ]
     for note in (*dataset.notes, *tokenizer.notes, *_near_identical(encoded[0])):
         log(note)
     if not encoded[0]:
         raise UserError(
-            "data/no-rows", "no pair fits", where=visible(run.data), found=f"{len(train)} pairs, all longer than --max-length",
-            expected="at least one", fix="raise --max-length",
+            "data/no-rows", "no pair fits", where=visible(run.data), found=f"{len(train)} pairs",
+            expected=f"answers that fit {limit_words(run.max_length, context)}", fix=_fix_length(run.max_length, context),
         )  # fmt: skip
     log(f"{len(encoded[0])} pairs to train on, {len(encoded[1])} to validate on")
     sides = [[side for pair in pairs for side in (pair.chosen, pair.rejected)] for pairs in encoded]
@@ -111,7 +116,7 @@ def _split(
 
 
 def _encode_pairs(
-    pairs: Sequence[Pair], run: DPOConfig, tokenizer: Tokenizer, template: ChatTemplate, use: str, log: Log
+    pairs: Sequence[Pair], run: DPOConfig, tokenizer: Tokenizer, template: ChatTemplate, use: str, log: Log, limit: str
 ) -> tuple[EncodedPair, ...]:
     found: list[EncodedPair] = []
     cut, too_long = 0, []
@@ -124,9 +129,9 @@ def _encode_pairs(
         cut += len(fitted.chosen.input_ids) < len(sides[0].input_ids)
         found.append(fitted)
     if cut:
-        log(f"{use}: {cut} pairs lost the start of their prompt to --max-length, both sides alike")
+        log(f"{use}: {cut} pairs lost the start of their prompt to {limit}, both sides alike")
     if too_long:
-        log(f"{use}: {len(too_long)} pairs dropped: an answer does not fit --max-length: rows {listing(map(str, too_long))}")
+        log(f"{use}: {len(too_long)} pairs dropped: an answer does not fit {limit}: rows {listing(map(str, too_long))}")
     return tuple(found)
 
 
@@ -163,6 +168,10 @@ def _near_identical(pairs: Sequence[EncodedPair]) -> list[str]:
 def _overlap(pair: EncodedPair) -> float:
     sides = [{i for i, flag in zip(s.input_ids, s.supervised, strict=True) if flag} for s in (pair.chosen, pair.rejected)]
     return len(sides[0] & sides[1]) / len(sides[0] | sides[1])
+
+
+def _fix_length(max_length: int, context: int | None) -> str:
+    return "shorter rows, or a model with a longer context" if max_length == context else "raise --max-length"
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -204,7 +213,7 @@ def prepare_prompts(
         raise UserError(
             "data/no-rows", "no prompt leaves tokens for an answer", where=visible(run.data), found=f"{len(train)} prompts",
             expected=f"at most {longest} tokens with --max-new-tokens {run.max_new_tokens}",
-            fix="lower --max-new-tokens or raise --max-length",
+            fix=f"lower --max-new-tokens, or {_fix_length(run.max_length, context)}",
         )  # fmt: skip
     log(f"{len(encoded[0])} prompts to train on, {len(encoded[1])} to validate on")
     tokens = tokens_sha256(*([Encoded(p.input_ids, [False] * len(p.input_ids), p.row, 0, 0) for p in part] for part in encoded))

@@ -16,7 +16,7 @@ import torch
 
 from minisft.common.safe_json import JSON
 from minisft.config import RunConfig
-from minisft.data.chat import Encoded, EncodedDataset, encode_dataset, resolve_template
+from minisft.data.chat import Encoded, EncodedDataset, encode_dataset, limit_words, resolve_template
 from minisft.data.inspect_data import check
 from minisft.data.messages import Dataset, Example, read_dataset, split
 from minisft.data.template import ChatTemplate, current_time
@@ -81,11 +81,12 @@ def prepare_data(
             allow_control_tokens=run.allow_control_tokens,
             strict=run.strict,
             path=path,
+            context=context,
         )
 
     encoded, encoded_validation = encode(train, run.data), encode(validation, run.eval_data or run.data)
-    check(encoded, tokenizer, run.max_length)
-    limit = f"the model's context of {context} tokens" if run.max_length == context else f"--max-length {run.max_length}"
+    check(encoded, tokenizer, run.max_length, context)
+    limit = limit_words(run.max_length, context)
     losses = (*_losses(encoded, "training", limit), *_losses(encoded_validation, "validation", limit))
     for note in (*dataset.notes, *tokenizer.notes, *losses):
         log(note)
