@@ -9,8 +9,9 @@ from texts import byte_tokenizer
 from minisft.common.errors import UserError
 from minisft.data.answer_text import answer_text
 from minisft.data.chat import encode_chat, encode_dataset, resolve_template, stop_ids
-from minisft.data.messages import Example, Message
-from minisft.data.template import ChatTemplate
+from minisft.data.inspect_data import inspect_dataset, render
+from minisft.data.messages import Dataset, Example, Message
+from minisft.data.template import ChatTemplate, Turns
 from minisft.data.tokenizer import SpecialTokens, Tokenizer
 
 END = "<|im_end|>"
@@ -40,6 +41,8 @@ STRICT = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
     "{% endif %}{% endfor %}" + TURNS + PROMPT
 )
+
+DATASET = Dataset((), "messages", "f.jsonl", "", {"rows": 1}, ())
 
 
 def compiled(source: str) -> ChatTemplate:
@@ -157,3 +160,25 @@ def test_reasoning_that_no_template_reads_is_refused() -> None:
     answer = Message("assistant", "12", fields=(("thinking", "3 x 4"),))
     with pytest.raises(UserError, match=r"data/unread-field.*f.jsonl:3: message 2: thinking"):
         encode_dataset([Example((Q, answer), 3, {}, "f.jsonl:3")], byte_tokenizer(), compiled(TURNS + PROMPT), 99)
+
+
+@pytest.mark.parametrize(
+    ("source", "contents", "turns", "lost"),
+    [
+        (PREFILLED, ("<think>why so</think>red",), "all", True),
+        (PREFILLED, ("why so</think>red",), "all", True),
+        (PREFILLED, ("<think>\n\n</think>red",), "all", False),  # nothing was thought
+        (PREFILLED, ("red </thinking>",), "all", False),
+        (TURNS + PROMPT, ("<think>why so</think>red",), "all", False),
+        (PREFILLED, ("<think>why so</think>red", "blue"), "last", False),  # context is as the model will see it
+        (PREFILLED, ("red", "<think>why so</think>blue"), "last", True),
+    ],
+)
+def test_reasoning_that_the_template_leaves_out_of_the_content_is_counted(
+    source: str, contents: tuple[str, ...], turns: Turns, lost: bool
+) -> None:
+    chat = tuple(message for content in contents for message in (Q, Message("assistant", content)))
+    data = encode_dataset([Example(chat, 7)], byte_tokenizer(), compiled(source), 99, turns=turns)
+    assert data.lost_reasoning == ((7,) if lost else ())
+    said = "reasoning lost       1: row 7" in render(inspect_dataset(DATASET, data, byte_tokenizer(), 99), color=False)
+    assert said is lost

@@ -74,6 +74,15 @@ def _wanted_turns(messages: Sequence[Message], turns: Turns) -> list[int]:
     return [i for i in (answers[-1:] if turns == "last" else answers) if messages[i].train]
 
 
+def loses_reasoning(messages: Sequence[Message], turns: Turns, text: str) -> bool:
+    """Whether a wanted answer's content thinks up to ``</think>`` and not even once do these words stand in the rendering."""
+    for i in _wanted_turns(messages, turns):
+        before, end, _ = messages[i].content.partition("</think>")
+        if end and before.rpartition("<think>")[2].strip() not in text:
+            return True
+    return False
+
+
 def _block_spans(rendered: Rendered, messages: Sequence[Message], wanted: list[int], special: SpecialTokenText) -> list[Span]:
     """The generation blocks of the wanted turns; a special token right behind a block closes the turn and belongs to it."""
     answers = [i for i, m in enumerate(messages) if m.role == "assistant"]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from minisft.common.errors import UserError, visible
-from minisft.data.answer_spans import render_with_answers
+from minisft.data.answer_spans import loses_reasoning, render_with_answers
 from minisft.data.answer_text import stop_ids as stop_ids
 from minisft.data.examples import Example, Message
 from minisft.data.special_tokens import Span, SpecialTokenText
@@ -39,6 +39,7 @@ class Encoded:
         control_tokens_in_text: special tokens that the messages spell out, encoded as plain text.
         prompt_length: number of tokens before the first supervised one; all of them when there is none.
         straddling: targets that also cover characters outside the answer.
+        loses_reasoning: the template leaves out what an answer's content says up to ``</think>``.
     """
 
     input_ids: list[int]
@@ -47,6 +48,7 @@ class Encoded:
     control_tokens_in_text: int
     prompt_length: int
     straddling: int = 0
+    loses_reasoning: bool = False
 
     @property
     def num_targets(self) -> int:
@@ -85,9 +87,11 @@ def encode_chat(
             ``data/unread-field``: the template does not read a field that carries content.
     """
     try:
-        return _encode(tokenizer, template, messages, turns, add_generation_prompt, allow_control_tokens, row)
+        encoded, text = _encode(tokenizer, template, messages, turns, add_generation_prompt, allow_control_tokens, row)
     except UserError as error:
         raise (error.at(where) if where else error) from None
+    lost = not add_generation_prompt and loses_reasoning(messages, turns, text)
+    return replace(encoded, loses_reasoning=True) if lost else encoded
 
 
 def _encode(
@@ -98,7 +102,7 @@ def _encode(
     add_generation_prompt: bool,
     allow_control_tokens: bool,
     row: int,
-) -> Encoded:
+) -> tuple[Encoded, str]:
     special = SpecialTokenText.of(tuple(tokenizer.special_tokens))
     text, spans = render_with_answers(template, messages, turns, add_generation_prompt, special)
     hidden = None if allow_control_tokens else special.hide(messages)
@@ -106,8 +110,9 @@ def _encode(
         masked, masked_spans = render_with_answers(template, hidden.messages, turns, add_generation_prompt, special)
         own, all_seen = special.spans(masked), special.spans(text)
         if own != all_seen or hidden.reveal(masked) != text:
-            ids, offsets = _encode_by_chunks(tokenizer, own, hidden.reveal(masked))
-            return _flag(ids, offsets, masked_spans, row, max(0, len(all_seen) - len(own)))
+            text = hidden.reveal(masked)
+            ids, offsets = _encode_by_chunks(tokenizer, own, text)
+            return _flag(ids, offsets, masked_spans, row, max(0, len(all_seen) - len(own))), text
     ids, offsets = tokenizer.encode_with_offsets(text, control=True)
     injected = 0
     if not allow_control_tokens:
@@ -115,7 +120,7 @@ def _encode(
         if seen != len(own):  # a normalizer made a special token out of other characters: cut the text ourselves
             ids, offsets = _encode_by_chunks(tokenizer, own, text)
             injected = max(0, seen - _num_special(tokenizer, ids))
-    return _flag(ids, offsets, spans, row, injected)
+    return _flag(ids, offsets, spans, row, injected), text
 
 
 def _num_special(tokenizer: Tokenizer, ids: list[int]) -> int:
@@ -190,6 +195,7 @@ class EncodedDataset:
         control_tokens: special tokens spelt out in the data and encoded as text.
         stop_ids: ids that end an answer, see ``stop_ids``.
         path: the data file.
+        lost_reasoning: row numbers, see ``Encoded.loses_reasoning``.
     """
 
     rows: tuple[Encoded, ...]
@@ -200,6 +206,7 @@ class EncodedDataset:
     control_tokens: int
     stop_ids: tuple[int, ...]
     path: str
+    lost_reasoning: tuple[int, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -249,7 +256,7 @@ def encode_dataset(
     """
     rows: list[Encoded] = []
     lengths: list[int] = []
-    truncated, too_long, untrained = [], [], []
+    truncated, too_long, untrained, lost_reasoning = [], [], [], []
     control_tokens = 0
     for example in examples:
         encoded = encode_chat(
@@ -266,6 +273,8 @@ def encode_dataset(
         control_tokens += encoded.control_tokens_in_text
         if strict and length > max_length:
             raise _too_long(example.where or f"{visible(path)}:{example.row}", length, max_length, context)
+        if encoded.loses_reasoning:
+            lost_reasoning.append(example.row)
         fitted = fit(encoded, max_length)
         if not encoded.num_targets:
             untrained.append(example.row)
@@ -284,6 +293,7 @@ def encode_dataset(
         control_tokens=control_tokens,
         stop_ids=stop_ids(tokenizer, template),
         path=path,
+        lost_reasoning=tuple(lost_reasoning),
     )
 
 

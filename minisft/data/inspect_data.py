@@ -183,6 +183,8 @@ def _summary(report: Report) -> list[str]:
         for key, label in (("duplicates", "duplicates"), ("empty", "empty answers"))
         if key in counts
     ]
+    if lost := report.encoded.lost_reasoning:
+        dropped.append(f"reasoning lost       {_rows(lost)} (the chat template leaves out the text up to </think>)")
     return lines + dropped
 
 

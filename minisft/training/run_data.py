@@ -121,6 +121,7 @@ def _losses(encoded: EncodedDataset, use: str, limit: str) -> list[str]:
         f"prompts cut from the left to fit {limit}": len(encoded.truncated),
         f"rows dropped: the answer does not fit {limit}": len(encoded.too_long),
         "rows dropped: no turn in them is trained": len(encoded.untrained),
+        "rows lose their reasoning: the chat template leaves out the text up to </think>": len(encoded.lost_reasoning),
         "control tokens spelt out in the data, read as plain text": encoded.control_tokens,
     }
     return [f"{use}: {number} {what}" for what, number in counted.items() if number]
