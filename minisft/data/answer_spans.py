@@ -75,7 +75,16 @@ def _wanted_turns(messages: Sequence[Message], turns: Turns) -> list[int]:
 
 
 def loses_reasoning(messages: Sequence[Message], turns: Turns, text: str) -> bool:
-    """Whether a wanted answer's content thinks up to ``</think>`` and not even once do these words stand in the rendering."""
+    """Whether the rendering leaves out what a trained answer's content says up to ``</think>``.
+
+    Args:
+        messages: the chat.
+        turns: every assistant turn, or only the last.
+        text: its rendering.
+
+    Returns:
+        True only where the reasoning's words stand nowhere in ``text``; the same words elsewhere in the chat hide a loss.
+    """
     for i in _wanted_turns(messages, turns):
         before, end, _ = messages[i].content.partition("</think>")
         if end and before.rpartition("<think>")[2].strip() not in text:

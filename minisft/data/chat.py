@@ -311,7 +311,16 @@ def limit_words(max_length: int, context: int | None) -> str:
 
 
 def longer_or_shorter(longest: int, max_length: int, context: int | None) -> str:
-    """What makes a row of ``longest`` tokens fit: a larger ``--max-length`` only as far as the model's context goes."""
+    """What makes a row fit: a larger ``--max-length`` only as far as the model's context goes.
+
+    Args:
+        longest: tokens of the row.
+        max_length: the limit now.
+        context: the most tokens that the model is made for, if known.
+
+    Returns:
+        Words for an error's fix.
+    """
     if context is None or longest <= context:
         return f"--max-length {longest}, or shorter rows"
     if max_length < context:
