@@ -61,7 +61,7 @@ WHAT = {
 MORE = {
     "tests/": "what is claimed, proven: [tests/README.md](tests/README.md)",
     "benchmarks/": "what is fast, and what is not: [benchmarks/README.md](benchmarks/README.md)",
-    "tutorials/": "pages that build the library in front of you (`make tutorials`, `make site`): [tutorials/README.md](tutorials/README.md)",
+    "tutorials/": "pages that build the library, `make tutorials`, `make site`: [tutorials/README.md](tutorials/README.md)",
 }
 
 

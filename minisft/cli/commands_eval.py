@@ -62,6 +62,9 @@ def _rows(arguments: argparse.Namespace) -> int:
     }
     out = Path(arguments.out)
     for name, result in results.items():
+        if longer := result.extra.get("longer_than_context"):
+            dropped = result.extra["dropped_for_context"]
+            print(f"{longer} rows are longer than the model's context: {dropped} of them dropped, the others' prompts cut")
         path = out if len(results) == 1 else out.with_name(f"{out.stem}.{name}.json")
         rows = write(replace(result, extra={**result.extra, **form}), path)
         print(f"{name} {result.score:.4f}{_interval(result)} over {result.n} rows; {visible(path)}, rows in {visible(rows)}")
