@@ -54,6 +54,11 @@ class RowFile:
         """Of the bytes read so far, in hexadecimal digits."""
         return self._digest.hexdigest()
 
+    @property
+    def is_array(self) -> bool:
+        """Whether the file is one JSON array; else it has one object a line."""
+        return self._head.removeprefix(BOM).lstrip()[:1] == b"[" and self.path.suffix.lower() != ".jsonl"
+
     def rows(self) -> Iterator[tuple[int, str, dict[str, JSON]]]:
         """(number from 1, file and line for errors, object) of each row."""
         kind = next((kind for magic, kind in MAGIC.items() if self._head.startswith(magic)), None)
@@ -69,8 +74,7 @@ class RowFile:
             )
         if self._head.startswith(BOM):
             self.notes.append("the file starts with a byte order mark, skipped")
-        is_array = self._head.removeprefix(BOM).lstrip()[:1] == b"[" and self.path.suffix.lower() != ".jsonl"
-        for number, where, value in self._items() if is_array else self._lines():
+        for number, where, value in self._items() if self.is_array else self._lines():
             if not isinstance(value, dict):
                 raise UserError(
                     "data/not-an-object", "the row is not an object", where=where, found=json_type(value), expected="{...}"

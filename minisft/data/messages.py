@@ -45,7 +45,11 @@ class Dataset:
 
 
 def read_dataset(
-    path: str | Path, mapping: Sequence[str] = (), max_row_bytes: int = MAX_ROW_BYTES, keep_duplicates: bool = False
+    path: str | Path,
+    mapping: Sequence[str] = (),
+    max_row_bytes: int = MAX_ROW_BYTES,
+    keep_duplicates: bool = False,
+    keep_empty: bool = False,
 ) -> Dataset:
     """Read a data file; the rows keep their order.
 
@@ -54,6 +58,7 @@ def read_dataset(
         mapping: ``FIELD=COLUMN`` pairs, for instance ``prompt=question``.
         max_row_bytes: longest line accepted.
         keep_duplicates: keep exact copies (evaluation scores every row of a file); they are counted in any case.
+        keep_empty: keep rows with an empty answer too (a report on the data shows them).
 
     Returns:
         The data set.
@@ -78,7 +83,7 @@ def read_dataset(
         seen.add(identity)
         counts["rows"] += 1
         counts["empty" if empty else "duplicates"] += int(empty or duplicate)
-        if not empty and (keep_duplicates or not duplicate):
+        if (keep_empty or not empty) and (keep_duplicates or not duplicate):
             examples.append(example)
     counts["kept"] = len(examples)
     if form is None or not examples:
@@ -86,7 +91,7 @@ def read_dataset(
     notes = (
         f"form: {form.name} ({', '.join(_described(form, columns))})",
         *source.notes,
-        *_drop_notes(counts, keep_duplicates),
+        *_drop_notes(counts, keep_duplicates, keep_empty),
         *_unused_notes(examples),
         *([f"keys of messages not used: {listing(unread)}"] if unread else []),
     )
@@ -102,10 +107,11 @@ def _has_empty_answer(example: Example) -> bool:
     return any(m.role == "assistant" and m.train and not m.content.strip() for m in example.messages)
 
 
-def _drop_notes(counts: dict[str, int], keep_duplicates: bool) -> list[str]:
+def _drop_notes(counts: dict[str, int], keep_duplicates: bool, keep_empty: bool) -> list[str]:
     notes = []
     if counts["empty"]:
-        notes.append(f"dropped {counts['empty']} of {counts['rows']} rows: empty answer")
+        verb = "kept" if keep_empty else "dropped"
+        notes.append(f"{verb} {counts['empty']} of {counts['rows']} rows: empty answer")
     if counts["duplicates"]:
         verb = "kept" if keep_duplicates else "dropped"
         notes.append(f"{verb} {counts['duplicates']} of {counts['rows']} rows: exact duplicates of earlier ones")
