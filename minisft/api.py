@@ -10,7 +10,8 @@ The commands, and the calls that do the same:
 - ``grpo``: ``grpo(GRPOConfig(...), reward=None)``
 - ``eval``: ``evaluate``
 - ``generate``, ``chat``: ``generate``
-- ``inspect``: ``inspect_rows``
+- ``inspect``: ``inspect_rows``, and ``inspect_quality`` for ``--quality``
+- ``select``: ``select_rows``
 - ``quantize``: ``load_model(..., quant=QuantConfig())`` and ``save_quantized``
 - ``plan``: ``plan(RunConfig(...))``
 - ``merge``: ``merge_folder`` and ``certify`` from files to files; ``merge``, ``merge_`` and ``unmerge_`` in memory
@@ -64,7 +65,10 @@ from minisft.merging.verify import verify
 from minisft.model import CausalLM
 from minisft.nf4_linear import NF4Linear
 from minisft.preference import dpo_loss, grpo_loss
+from minisft.quality.pool import read_pool
+from minisft.quality.report import inspect_quality
 from minisft.quickstart.run import run_quickstart
+from minisft.selection.run import select_rows
 from minisft.surgery import adapters_off, apply_lora_, lora_modules, quantize_, scale_adapters_
 from minisft.training.plan import plan
 from minisft.training.preference import dpo, grpo
@@ -92,6 +96,7 @@ __all__ = [
     "generate",
     "grpo",
     "grpo_loss",
+    "inspect_quality",
     "inspect_rows",
     "load_adapter_",
     "load_model",

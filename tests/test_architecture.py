@@ -47,7 +47,7 @@ FRONT = ["__init__", "api", "__main__"]
 LEVELS = (
     "common optim preference schedule",
     "config data elementwise nf4",
-    "kernels",
+    "kernels quality",
     "effect matmul",
     "attention loss nf4_linear",
     "adapter batching dora lora lora_fused model",

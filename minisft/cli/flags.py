@@ -100,6 +100,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("generate", "answer one prompt"),
             ("chat", "talk to a model"),
             ("inspect", "show what would be trained, token by token"),
+            ("select", "pick rows to train on: clean, score, keep the diverse ones; every dropped row with its reason"),
             ("quantize", "write a model in 4 bits, as transformers and bitsandbytes load it"),
             ("plan", "print the memory a training run needs, before anything is loaded"),
             ("merge", "fold an adapter into its base and certify the result"),
@@ -128,6 +129,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         _sampling_flags(made[name])
     made["generate"].add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")
     _inspect_flags(made["inspect"])
+    quality_flags(made["inspect"])
+    select_flags(made["select"])
     _quantize_flags(made["quantize"])
     _merge_flags(made["merge"])
     _combine_flags(made["combine"])
@@ -237,7 +240,7 @@ def _sampling_flags(parser: Parser) -> None:
 
 
 def _inspect_flags(parser: Parser) -> None:
-    parser.add_argument("--model", required=True, metavar="M", help="whose tokenizer and template to use")
+    parser.add_argument("--model", default=None, metavar="M", help="whose tokenizer and template to use")
     parser.add_argument("--data", required=True, metavar="F", help="rows to look at")
     parser.add_argument("--max-length", type=int, default=1024, metavar="N", help="longest row in tokens (default %(default)s)")
     parser.add_argument("--map", nargs="+", default=(), metavar="FIELD=COLUMN", help="column of your file for a field of ours")

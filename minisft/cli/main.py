@@ -153,6 +153,9 @@ def _saved_settings(out: Path) -> dict[str, object]:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    if arguments.quality:
+        return commands_data.quality_command(arguments)
+    commands_data.require_model(arguments)
     load_libraries()
     from minisft.data.chat import encode_dataset, resolve_template
     from minisft.data.inspect_data import check, inspect_dataset, render
@@ -211,6 +214,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "generate": commands_answers.generate_command,
     "chat": commands_answers.chat_command,
     "inspect": _inspect,
+    "select": commands_data.select_command,
     "quantize": commands_weights.quantize_command,
     "plan": _plan,
     "merge": commands_weights.merge_command,
