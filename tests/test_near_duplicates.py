@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 import planted
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minisft.quality import near_duplicates as nd
@@ -44,6 +44,7 @@ def pair_of_sets(similarity: float, size: int, draw: random.Random) -> tuple[set
 
 
 @given(SETS, st.sampled_from([0.2, 0.5, 0.8, 1.0]))
+@example([{0, 1, 2}, {1, 2, 3}], 0.5)  # exactly at the threshold, and the rarest member of each is its own
 def test_the_exact_search_finds_what_brute_force_finds(sets: list[set[int]], threshold: float) -> None:
     assert found(nd.near_pairs(runs(sets), threshold, exact=True)) == pytest.approx(brute_force(sets, threshold))
 
@@ -112,6 +113,7 @@ def test_hashing_finds_what_the_exact_search_finds() -> None:
 
 
 @given(SETS, st.sampled_from([0.3, 0.6]))
+@example([{1, 2}, {4, 5}, {3, 4}, {2, 3}], 0.3)  # two pairs, joined by a third
 def test_clusters_are_the_components_of_the_near_pairs(sets: list[set[int]], threshold: float) -> None:
     near = brute_force(sets, threshold)
     component = list(range(len(sets)))
@@ -137,8 +139,12 @@ def test_a_crowd_of_equal_rows_is_one_cluster() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=8), max_size=6), st.integers(1, 4))
+@example([[1, 2, 3], [4, 5, 6]], 2)
 def test_ngrams_stay_inside_their_row(rows: list[list[int]], n: int) -> None:
-    grams = ngrams(Runs.of([np.array(row, np.uint64) for row in rows]), n)
+    arrays = [np.array(row, np.uint64) for row in rows]
+    grams = ngrams(Runs.of(arrays), n)
+    for i, array in enumerate(arrays):
+        assert grams[i].tolist() == ngrams(Runs.of([array]), n).values.tolist()
     alone = [[tuple(row[i : i + n]) for i in range(len(row) - n + 1)] for row in rows]
     assert grams.lengths.tolist() == [len(row) for row in alone]
     names = dict(zip(grams.values.tolist(), [gram for row in alone for gram in row], strict=True))

@@ -145,7 +145,7 @@ def test_each_way_of_giving_a_test_row_away() -> None:
 
 def test_a_short_test_prompt_must_be_there_whole() -> None:
     test = pool_of([{"prompt": "How do I close my old account?", "completion": "yes"}], "test")
-    rows = ["Hello, how do I close my old account please", "How do I close my new account?", "How do I open it?"]
+    rows = ["Hello, how do I close my old account please", "Why must I close my old account?", "How do I open it?"]
     assert [leak.row for leak in find_leaks(pool_of([{"prompt": p, "completion": "no"} for p in rows]), test)] == [0]
 
 
@@ -182,6 +182,7 @@ ANSWER = "The river carries the boats to the harbour and nobody in the village r
         ("Translate it to German.", "Das ist nicht der Weg, den wir mit dem Auto für die Reise nehmen.", []),
         ("JSON please.", '{"a": [1, 2, {"b": "}"}]}', []),
         ("JSON please.", '{"a": [1, 2, {"b": "c', ["truncated"]),
+        ("JSON please.", '{"a": "x}]}", "b": [1, 2', ["truncated"]),
         ("Why?", "All of the people who live in this informat", ["truncated"]),
         ("Why?", "All of the people who live in this valley know the", ["truncated"]),
         ("Show code.", "Use this:\n```python\nprint(1)\n", ["truncated"]),

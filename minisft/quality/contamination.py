@@ -13,6 +13,7 @@ Ref: 13-grams: Brown et al. 2020, arXiv:2005.14165, appendix C.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from minisft.common.errors import UserError, visible
 from minisft.quality.pool import Pool
-from minisft.quality.text import Hashes, Integers, Runs, distinct, is_plain, ngram_starts, ngrams
+from minisft.quality.text import Hashes, Integers, Runs, distinct, is_plain, mask_numbers, ngram_starts, ngrams
 
 NGRAM = 13
 MIN_CONTAINMENT = 0.8
@@ -36,6 +37,7 @@ SHINGLE = 3  # words
 PHRASE = 5  # words, of instructions and templates
 MIN_SHINGLES = 3
 _SAMPLE_ROWS = 4_000
+_ROWS_AT_ONCE = 4_096
 _TABLE_BITS = 24
 
 Kind = Literal["exact prompt", "exact answer", "13-gram", "containment"]
@@ -82,7 +84,7 @@ def find_leaks(pool: Pool, test: Pool) -> list[Leak]:
 
 
 def _found(pool: Pool, test: Pool, masked: bool) -> list[Leak]:
-    rows, tests = (pool.words.masked(), test.words.masked()) if masked else (pool.words, test.words)
+    rows, tests = pool.words, test.words.masked() if masked else test.words
     return [
         *_exact(pool, test, rows, tests, masked),
         *_shared_ngrams(rows, tests, masked),
@@ -100,7 +102,7 @@ def _exact(pool: Pool, test: Pool, rows: Runs, tests: Runs, masked: bool) -> lis
     answers = _first_rows(tests, test.prompt_lengths, tests.lengths, least, masked)
     leaks = []
     for i, (cut, end) in enumerate(zip(pool.prompt_lengths.tolist(), rows.lengths.tolist(), strict=True)):
-        own = rows[i]
+        own = mask_numbers(rows[i]) if masked else rows[i]
         if (partner := prompts.get(own[:cut].tobytes())) is not None:
             leaks.append(Leak(i, partner, "exact prompt", masked, 1.0, 0, cut))
         elif (partner := answers.get(own[cut:].tobytes())) is not None:
@@ -131,13 +133,14 @@ def _shared_ngrams(rows: Runs, tests: Runs, masked: bool) -> list[Leak]:
     grams = ngrams(tests, NGRAM)
     owner = np.repeat(np.arange(len(tests)), grams.lengths)
     values, first = np.unique(grams.values, return_index=True)
-    values, first = _with_enough_words(rows, tests, values, first)
+    values, first = _with_enough_words(_sampled(rows, masked), tests, values, first)
     leaks = []
     starts = ngram_starts(tests, NGRAM)
-    for row, position, hit in _first_hits(rows, values):
+    for row, position, hit in _first_hits(rows, values, masked):
         partner = int(owner[first[hit]])
         at = int(starts[first[hit]] - tests.offsets[partner])
-        start, length = _longest_common(rows[row], tests[partner], position, at)
+        own = mask_numbers(rows[row]) if masked else rows[row]
+        start, length = _longest_common(own, tests[partner], position, at)
         share = length / max(1, int(tests.lengths[partner]))
         if share >= (MIN_MASKED_SHARE if masked else 0.0):
             leaks.append(Leak(row, partner, "13-gram", masked, share, start, length))
@@ -148,27 +151,40 @@ def _sample(size: int) -> Integers:
     return np.unique(np.linspace(0, size - 1, min(size, _SAMPLE_ROWS)).astype(np.int64)) if size else np.empty(0, np.int64)
 
 
-def _with_enough_words(rows: Runs, tests: Runs, values: Hashes, first: Integers) -> tuple[Hashes, Integers]:
+def _with_enough_words(sample: Runs, tests: Runs, values: Hashes, first: Integers) -> tuple[Hashes, Integers]:
     """The n-grams with enough plain words that do not belong to what many rows share."""
-    counted = is_plain(tests.values) & ~_shared_words(rows, tests)
+    counted = is_plain(tests.values) & ~_shared_words(sample, tests)
     sums = np.concatenate(([0], np.cumsum(counted)))
     starts = ngram_starts(tests, NGRAM)[first]
     enough = sums[starts + NGRAM] - sums[starts] >= MIN_PLAIN_WORDS
     return values[enough], first[enough]
 
 
-def _shared_words(rows: Runs, tests: Runs) -> NDArray[np.bool_]:
+def _shared_words(sample: Runs, tests: Runs) -> NDArray[np.bool_]:
     """Which of the test rows' words lie in a phrase that many rows of pool or test have."""
     phrases = ngrams(tests, PHRASE)
-    hits = ngram_starts(tests, PHRASE)[np.isin(phrases.values, _common_to(rows, tests, PHRASE))]
+    hits = ngram_starts(tests, PHRASE)[np.isin(phrases.values, _common_to(sample, tests, PHRASE))]
     covered = np.zeros(len(tests.values) + 1, np.int64)
     np.add.at(covered, hits, 1)
     np.subtract.at(covered, np.minimum(hits + PHRASE, len(tests.values)), 1)
     return np.cumsum(covered)[:-1] > 0
 
 
-def _common_to(rows: Runs, tests: Runs, n: int) -> Hashes:
-    return np.union1d(_common(ngrams(tests, n)), _common(ngrams(rows.select(_sample(len(rows))), n)))
+def _common_to(sample: Runs, tests: Runs, n: int) -> Hashes:
+    return np.union1d(_common(ngrams(tests, n)), _common(ngrams(sample, n)))
+
+
+def _sampled(rows: Runs, masked: bool) -> Runs:
+    """An even sample of the pool."""
+    sample = rows.select(_sample(len(rows)))
+    return sample.masked() if masked else sample
+
+
+def _parts(rows: Runs, masked: bool) -> Iterator[tuple[int, Runs]]:
+    """The pool some rows at a time, each part with its first row."""
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = rows_between(rows, start, min(start + _ROWS_AT_ONCE, len(rows)))
+        yield start, part.masked() if masked else part
 
 
 def _common(grams: Runs) -> Hashes:
@@ -178,12 +194,11 @@ def _common(grams: Runs) -> Hashes:
     return values[counts > max(MIN_COMMON_ROWS, COMMON_SHARE * len(grams))]
 
 
-def _first_hits(rows: Runs, values: Hashes) -> list[tuple[int, int, int]]:
+def _first_hits(rows: Runs, values: Hashes, masked: bool) -> list[tuple[int, int, int]]:
     """(row, position in the row, index in ``values``) of the first n-gram of each row that is among ``values``."""
     hits: list[tuple[int, int, int]] = []
     table = _Table(values)
-    for start in range(0, len(rows), 4096):
-        part = rows_between(rows, start, min(start + 4096, len(rows)))
+    for start, part in _parts(rows, masked):
         grams = ngrams(part, NGRAM)
         where, index = table.find(grams.values)
         owner = np.searchsorted(grams.offsets, where, side="right") - 1
@@ -249,15 +264,15 @@ def _contained(test: Pool, rows: Runs, tests: Runs, masked: bool) -> list[Leak]:
     A row that does holds one of the rarest m - ceil(0.8 m) + 1 of the m shingles; those alone are looked up.
     """
     prompts = Runs.of([tests[i][: int(n)] for i, n in enumerate(_question_lengths(test))])
-    sets = _without(distinct(ngrams(prompts, SHINGLE)), _common_to(rows, tests, SHINGLE))
+    sample = _sampled(rows, masked)
+    sets = _without(distinct(ngrams(prompts, SHINGLE)), _common_to(sample, tests, SHINGLE))
     counted = _counted(sets, prompts, masked)
-    index, owners = _rarest(sets, counted, rows)
+    index, owners = _rarest(sets, counted, sample)
     leaks: dict[int, Leak] = {}
     table = _Table(np.unique(index))
     order = np.argsort(index, kind="stable")
     index, owners = index[order], owners[order]
-    for start in range(0, len(rows), 4096):
-        part = rows_between(rows, start, min(start + 4096, len(rows)))
+    for start, part in _parts(rows, masked):
         grams = ngrams(part, SHINGLE)
         where, _ = table.find(grams.values)
         row_of = np.searchsorted(grams.offsets, where, side="right") - 1
@@ -295,9 +310,9 @@ def _counted(sets: Runs, prompts: Runs, masked: bool) -> list[int]:
     return [i for i, size in enumerate(sizes) if size >= least and sets.lengths[i] >= MIN_SHINGLES]
 
 
-def _rarest(sets: Runs, counted: list[int], rows: Runs) -> tuple[Hashes, Integers]:
+def _rarest(sets: Runs, counted: list[int], pool: Runs) -> tuple[Hashes, Integers]:
     """(shingle, test row) of each test row's shingles that are rarest in a sample of the pool."""
-    sample = np.sort(ngrams(rows.select(_sample(len(rows))), SHINGLE).values)
+    sample = np.sort(ngrams(pool, SHINGLE).values)
     values, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     for i in counted:
         own = sets[i]

@@ -15,7 +15,7 @@ prefix filter: Bayardo et al. 2007, "Scaling up all pairs similarity search".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from minisft.quality.text import Hashes, Integers, Runs, distinct, mix, ngrams
 
+Make = Callable[[Integers], Runs]  # the distinct shingles of some rows, by position
 NUM_HASHES = 96
 MIN_WORDS = 5
 # Rows between the two limits are compared both ways, so no pair is lost at a border.
@@ -34,6 +35,7 @@ MIN_FOUND = 0.98  # of the pairs exactly at the threshold
 MAX_LAG = 64  # a bucket of more equal rows is linked to that many neighbours of each row, not all to all
 COMMON_SHARE = 0.5  # shingles of so many rows are no evidence for two of them: a shared instruction
 _SAMPLE_ROWS = 4_000
+_ROWS_AT_ONCE = 4_096
 _PAIR_BITS = 14
 _PAIRS_AT_ONCE = 1 << _PAIR_BITS
 _SHINGLES_OF_PAIRS = 1 << 22
@@ -69,16 +71,30 @@ def shingle_sets(words: Runs, characters: Runs | None = None) -> Runs:
     return distinct(ngrams(characters, CHARACTERS) if characters is not None else ngrams(words, BIGRAM), MAX_SHINGLES)
 
 
-def without_common(sets: Runs, share: float = COMMON_SHARE) -> Runs:
-    """The sets without the values that more than ``share`` of the rows have, judged on an even sample of them."""
-    sample = sets.select(np.unique(np.linspace(0, len(sets) - 1, min(len(sets), _SAMPLE_ROWS)).astype(np.int64)))
+def common_values(make: Make, num_rows: int, share: float = COMMON_SHARE) -> Hashes:
+    """The shingles that more than a share of the rows have, judged on an even sample of them: instructions, boilerplate.
+
+    Args:
+        make: the sets of some rows.
+        num_rows: of the pool.
+        share: of the rows.
+
+    Returns:
+        sorted shingles; none for a small pool.
+    """
+    if not num_rows:
+        return np.empty(0, np.uint64)
+    sample = make(np.unique(np.linspace(0, num_rows - 1, min(num_rows, _SAMPLE_ROWS)).astype(np.int64)))
     values, counts = np.unique(sample.values, return_counts=True)
-    common = values[counts > max(share * len(sample), 20)]
-    if not len(common):
+    return values[counts > max(share * len(sample), 20)]
+
+
+def without(sets: Runs, values: Hashes) -> Runs:
+    """The sets without some values."""
+    if not len(values):
         return sets
-    keep = ~np.isin(sets.values, common)
-    offsets = np.concatenate(([0], np.cumsum(keep)))[sets.offsets]
-    return Runs(sets.values[keep], offsets)
+    keep = ~np.isin(sets.values, values)
+    return Runs(sets.values[keep], np.concatenate(([0], np.cumsum(keep)))[sets.offsets])
 
 
 # ---- candidates ----
@@ -90,7 +106,7 @@ def signatures(sets: Runs, num_hashes: int = NUM_HASHES, seed: int = 0) -> NDArr
     h_k(x) = the upper half of a_k x + b_k modulo 2^64, a_k odd (multiply-shift).
 
     Args:
-        sets: distinct shingles of each row; a row without any gets a signature that nothing else has.
+        sets: distinct shingles of each row; a row without any gets a signature of zeros, and is in no pair.
         num_hashes: K.
         seed: decides all a_k and b_k.
 
@@ -112,8 +128,7 @@ def signatures(sets: Runs, num_hashes: int = NUM_HASHES, seed: int = 0) -> NDArr
 def _sign(sets: Runs, start: int, end: int, factors: Hashes, shifts: Hashes, result: NDArray[np.uint32]) -> None:
     lengths = sets.lengths[start:end]
     filled = np.flatnonzero(lengths)
-    empty = np.flatnonzero(lengths == 0)
-    result[start + empty] = mix((start + empty + 1).astype(np.uint64))[:, None].astype(np.uint32)
+    result[start:end] = 0
     if not len(filled):
         return
     values = sets.values[sets.offsets[start] : sets.offsets[end]]
@@ -268,16 +283,39 @@ def near_pairs(sets: Runs, threshold: float, exact: bool | None = None) -> Pairs
     """All pairs of rows with J >= threshold.
 
     Args:
-        sets: distinct shingles of each row, sorted; rows without any are in no pair.
+        sets: distinct shingles of each row, sorted hashes of which 50 bits are compared; rows without any are in no pair.
         threshold: least Jaccard similarity, above 0.
         exact: search exactly; by default up to ``EXACT_ROWS`` rows.
 
     Returns:
         the pairs, every one verified.
     """
-    exact = len(sets) <= EXACT_ROWS if exact is None else exact
-    first, second = prefix_candidates(sets, threshold) if exact else lsh_candidates(signatures(sets), threshold)
-    return verify(sets, first, second, threshold)
+    return find_pairs(sets.select, len(sets), threshold, exact)
+
+
+def find_pairs(make: Make, num_rows: int, threshold: float, exact: bool | None = None) -> Pairs:
+    """``near_pairs`` for sets that are made when they are needed: of a large pool, never all at once.
+
+    Args:
+        make: the sets of some rows, by position.
+        num_rows: how many there are.
+        threshold: least Jaccard similarity, above 0.
+        exact: search exactly; by default up to ``EXACT_ROWS`` rows.
+
+    Returns:
+        the pairs, every one verified.
+    """
+    exact = num_rows <= EXACT_ROWS if exact is None else exact
+    if exact:
+        sets = make(np.arange(num_rows))
+        return verify(sets, *prefix_candidates(sets, threshold), threshold)
+    starts = range(0, num_rows, _ROWS_AT_ONCE)
+    parts = [signatures(make(np.arange(start, min(start + _ROWS_AT_ONCE, num_rows)))) for start in starts]
+    first, second = lsh_candidates(np.concatenate(parts), threshold)
+    del parts
+    rows = np.union1d(first, second)
+    pairs = verify(make(rows), np.searchsorted(rows, first), np.searchsorted(rows, second), threshold)
+    return Pairs(rows[pairs.first], rows[pairs.second], pairs.similarity)
 
 
 def join(num_rows: int, pairs: Pairs) -> list[Cluster]:

@@ -20,15 +20,16 @@ from minisft.quality.near_duplicates import (
     MIN_WORDS,
     Cluster,
     Pairs,
+    common_values,
+    find_pairs,
     join,
     merged,
-    near_pairs,
     shingle_sets,
     verify,
-    without_common,
+    without,
 )
 from minisft.quality.pool import Pool, answer_text, prompt_text
-from minisft.quality.text import Integers, Runs, character_codes, words
+from minisft.quality.text import Hashes, Integers, Runs, character_codes, words
 
 MAX_EXCERPT = 240
 MAX_LABELS_SHARE = 0.1  # of the rows: with fewer distinct answers than that, answers are labels
@@ -160,36 +161,51 @@ def near_clusters(pool: Pool, near: float, rows: Integers) -> tuple[Cluster, ...
     lengths = pool.words.lengths[rows]
     short = rows[(lengths >= MIN_WORDS) & (lengths < MAX_CHARACTER_WORDS)]
     long = rows[lengths >= MIN_BIGRAM_WORDS]
-    families = ((short, _character_sets(pool, short)), (long, without_common(shingle_sets(pool.words.select(long)))))
-    parts = []
-    for members, sets in families:
-        pairs = near_pairs(sets, near)
-        parts.append(Pairs(members[pairs.first], members[pairs.second], pairs.similarity))
-    clusters = join(len(pool.examples), merged(parts))
+    families = (_Family(short, _characters(pool)), _Family(long, lambda of: shingle_sets(pool.words.select(of))))
+    clusters = join(len(pool.examples), merged([family.pairs(near) for family in families]))
     return tuple(_with_least(cluster, families) for cluster in clusters)
 
 
-def _character_sets(pool: Pool, rows: Integers) -> Runs:
-    codes = []
-    for i in rows.tolist():
-        example = pool.examples[i]
-        codes.append(character_codes(words(f"{prompt_text(example)}\n{answer_text(example)}")))
-    return without_common(shingle_sets(Runs.of([]), Runs.of(codes)))
+def _characters(pool: Pool) -> Callable[[Integers], Runs]:
+    """The shingles of characters of some rows."""
+
+    def codes(row: int) -> Hashes:
+        example = pool.examples[row]
+        return character_codes(words(f"{prompt_text(example)}\n{answer_text(example)}"))
+
+    return lambda rows: shingle_sets(Runs.of([]), Runs.of([codes(row) for row in rows.tolist()]))
 
 
-def _with_least(cluster: Cluster, families: Sequence[tuple[Integers, Runs]]) -> Cluster:
-    """The cluster with the least similarity of any two of its rows, or to its first row when it is large."""
-    least = cluster.least
-    rows = np.array(cluster.rows)
-    for members, sets in families:
-        at = np.searchsorted(members, rows)
-        at = at[(at < len(members)) & (members[np.minimum(at, len(members) - 1)] == rows)] if len(members) else at[:0]
-        heads = at if len(at) <= MAX_LEAST_ROWS else at[:1]
-        first, second = (grid.ravel() for grid in np.meshgrid(heads, at, indexing="ij"))
+class _Family:
+    """Rows that are compared by one kind of shingle; ``rows`` are indices in the pool, sorted."""
+
+    def __init__(self, rows: Integers, shingles: Callable[[Integers], Runs]) -> None:
+        self.rows = rows
+        self._shingles = shingles
+        self._common = common_values(lambda at: shingles(rows[at]), len(rows))
+
+    def sets(self, at: Integers) -> Runs:
+        """The sets of the rows at some positions."""
+        return without(self._shingles(self.rows[at]), self._common)
+
+    def pairs(self, near: float) -> Pairs:
+        found = find_pairs(self.sets, len(self.rows), near)
+        return Pairs(self.rows[found.first], self.rows[found.second], found.similarity)
+
+    def least(self, rows: Integers) -> float:
+        """The least similarity of any two of ``rows``, or to the first of them when they are many; 1 if they are not here."""
+        at = np.searchsorted(self.rows, rows)
+        if not len(self.rows) or (self.rows[np.minimum(at, len(self.rows) - 1)] != rows).any():
+            return 1.0
+        heads = np.arange(len(at) if len(at) <= MAX_LEAST_ROWS else 1)
+        first, second = (grid.ravel() for grid in np.meshgrid(heads, np.arange(len(at)), indexing="ij"))
         once = first < second
-        pairs = verify(sets, first[once], second[once], 0.0)
-        least = min(least, float(pairs.similarity.min())) if len(pairs.similarity) and len(at) == len(rows) else least
-    return Cluster(cluster.rows, least)
+        return float(verify(self.sets(at), first[once], second[once], 0.0).similarity.min(initial=1.0))
+
+
+def _with_least(cluster: Cluster, families: Sequence[_Family]) -> Cluster:
+    rows = np.array(cluster.rows)
+    return Cluster(cluster.rows, min(cluster.least, *(family.least(rows) for family in families)))
 
 
 # ---- as JSON ----

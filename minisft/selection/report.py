@@ -20,6 +20,7 @@ from minisft.selection.select import Selection
 
 NUM_WORST = 20
 MAX_COMPARED = 2_000
+MAX_MAPPED = 8_000
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -140,8 +141,9 @@ def selection_page(chosen: Selection, scores: Mapping[int, RowScore]) -> str:
         scatter(f"score (up) against length in {chosen.sizes.unit} (log)", np.log10(lengths + 1), chosen.values, kept)
     )
     if chosen.vectors is not None:
-        plane = principal_plane(chosen.vectors)
-        figures.append(scatter("map: the two main directions of the rows; blue is picked", plane[:, 0], plane[:, 1], kept))
+        shown = np.unique(np.linspace(0, len(kept) - 1, min(len(kept), MAX_MAPPED)).astype(int))
+        plane = principal_plane(chosen.vectors[shown])
+        figures.append(scatter("map: the two main directions; blue is picked", plane[:, 0], plane[:, 1], kept[shown]))
     parts = [
         f'<p class="quiet">{len(chosen.picked):,} of {len(chosen.pool.examples):,} rows picked.</p>',
         *(f"<p><strong>Note:</strong> {escape(text)}.</p>" for text in warnings_of(chosen)),

@@ -38,6 +38,7 @@ from minisft.selection.settings import Settings
 Log = Callable[[str], None]
 DEFAULT_KEEP_RATE = 0.5
 WORD_DIMENSIONS = 256
+_ROWS_AT_ONCE = 8_192
 CANDIDATES_PER_PICK = 3  # k-center and facility choose among so many of the best scored rows
 
 
@@ -264,15 +265,17 @@ def word_vectors(pool: Pool, rows: Integers) -> Vectors:
 
     A row whose words cancel out keeps a zero vector, which is near to nothing.
     """
-    words = pool.words.select(rows)
-    owner = np.repeat(np.arange(len(rows)), words.lengths)
-    slot = (words.values >> np.uint64(48)).astype(np.int64) % WORD_DIMENSIONS
-    sign = np.where(words.values & np.uint64(1 << 20), 1.0, -1.0)
-    table = np.bincount(owner * WORD_DIMENSIONS + slot, sign, len(rows) * WORD_DIMENSIONS).reshape(len(rows), -1)
-    table = (table * np.log(len(rows) / np.maximum(1, np.count_nonzero(table, axis=0)) + 1)).astype(np.float32)
+    table = np.empty((len(rows), WORD_DIMENSIONS), np.float32)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        words = pool.words.select(rows[start : start + _ROWS_AT_ONCE])
+        at = np.repeat(np.arange(len(words)), words.lengths) * WORD_DIMENSIONS
+        at += (words.values >> np.uint64(48)).astype(np.int64) % WORD_DIMENSIONS
+        sign = np.where(words.values & np.uint64(1 << 20), 1.0, -1.0)
+        table[start : start + len(words)] = np.bincount(at, sign, len(words) * WORD_DIMENSIONS).reshape(len(words), -1)
+    table *= np.log(len(rows) / np.maximum(1, np.count_nonzero(table, axis=0)) + 1).astype(np.float32)
     table -= table.mean(axis=0)
     norms = np.linalg.norm(table, axis=1, keepdims=True)
-    return np.divide(table, norms, out=np.zeros_like(table), where=norms > 0)
+    return np.divide(table, norms, out=table, where=norms > 0)
 
 
 def _fill(chosen: Selection, order: Integers, log: Log) -> None:
