@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from minisft.quality.text import Hashes, Integers, Runs, distinct, mix, ngrams
+from minisft.quality.text import Hashes, Integers, Runs, distinct, mix, ngrams, sorted_distinct
 
 Make = Callable[[Integers], Runs]  # the distinct shingles of some rows, by position
 NUM_HASHES = 96
@@ -175,8 +175,8 @@ def lsh_candidates(signed: NDArray[np.uint32], threshold: float) -> tuple[Intege
         for k in range(band, band + r):
             column = mix(column * np.uint64(0x9E3779B97F4A7C15) + signed[:, k])
         first, second = equal_pairs(column, MAX_LAG)
-        keys.append(_likely(signed, np.unique(first << 32 | second), threshold))
-    merged = np.unique(np.concatenate(keys)) if keys else np.empty(0, np.int64)
+        keys.append(_likely(signed, sorted_distinct(first << 32 | second), threshold))
+    merged = sorted_distinct(np.concatenate(keys)) if keys else np.empty(0, np.int64)
     return merged >> 32, merged & 0xFFFFFFFF
 
 
@@ -226,7 +226,7 @@ def prefix_candidates(sets: Runs, threshold: float) -> tuple[Integers, Integers]
     index = Runs.of(prefixes)
     owner = np.repeat(np.arange(len(sets)), index.lengths)
     first, second = equal_pairs(index.values)
-    keys = np.unique(owner[first] << 32 | owner[second])
+    keys = sorted_distinct(owner[first] << 32 | owner[second])
     first, second = keys >> 32, keys & 0xFFFFFFFF
     sizes = sets.lengths
     small, large = np.minimum(sizes[first], sizes[second]), np.maximum(sizes[first], sizes[second])
@@ -313,7 +313,7 @@ def find_pairs(make: Make, num_rows: int, threshold: float, exact: bool | None =
     parts = [signatures(make(np.arange(start, min(start + _ROWS_AT_ONCE, num_rows)))) for start in starts]
     first, second = lsh_candidates(np.concatenate(parts), threshold)
     del parts
-    rows = np.union1d(first, second)
+    rows = sorted_distinct(np.concatenate((first, second)))
     pairs = verify(make(rows), np.searchsorted(rows, first), np.searchsorted(rows, second), threshold)
     return Pairs(rows[pairs.first], rows[pairs.second], pairs.similarity)
 

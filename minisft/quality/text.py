@@ -13,12 +13,14 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
 Integers = NDArray[np.int64]
+Number = TypeVar("Number", np.uint64, np.int64)
 
 _WORD = re.compile(r"\w+|(?<=\d)[.,:](?=\d)|[^\w\s.,;:!?…\"'“”‘’«»`´()\[\]{}]")
 _DIGIT = re.compile(r"\d")
@@ -171,4 +173,13 @@ def ngram_starts(runs: Runs, n: int) -> Integers:
 
 def distinct(runs: Runs, cap: int | None = None) -> Runs:
     """Each row's values sorted and without repeats; of more than ``cap`` the smallest ones, a fair sample of a hashed set."""
-    return Runs.of([np.unique(runs[i])[:cap] for i in range(len(runs))])
+    return Runs.of([sorted_distinct(runs[i])[:cap] for i in range(len(runs))])
+
+
+def sorted_distinct(values: NDArray[Number]) -> NDArray[Number]:
+    """The different values in ascending order."""
+    # np.unique goes through a hash table, which took a hundred times as long on a thousand hashes.
+    ordered = np.sort(values)
+    keep = np.ones(len(ordered), bool)
+    keep[1:] = ordered[1:] != ordered[:-1]
+    return ordered[keep]

@@ -12,7 +12,7 @@ from minisft.common.safe_json import JSON
 from minisft.quality.html import Cell, bars, charts, document, escape, heading, histogram, scatter, table
 from minisft.quality.pool import answer_text, prompt_text
 from minisft.quality.report import excerpt
-from minisft.quality.text import Integers, ngrams
+from minisft.quality.text import Integers, ngrams, sorted_distinct
 from minisft.selection.diversity import mean_nearest_cosine, principal_plane, vendi_score
 from minisft.selection.ranking import MAX_CORRELATION, best_first, random_values
 from minisft.selection.scores import RowScore
@@ -98,7 +98,7 @@ def _described(chosen: Selection, name: str, positions: Integers) -> dict[str, J
 
 def _distinct_2(chosen: Selection, rows: Integers) -> float:
     grams = ngrams(chosen.pool.words.select(rows), 2).values
-    return len(np.unique(grams)) / max(1, len(grams))
+    return len(sorted_distinct(grams)) / max(1, len(grams))
 
 
 def _answer_entropy(chosen: Selection, rows: Integers) -> float:

@@ -1,0 +1,155 @@
+"""How long data work takes on a large pool: inspect --quality, select, the start of train, and peers on the same rows.
+
+    python benchmarks/bench_data.py                      # 300 000 rows: about half an hour on two cores
+    python benchmarks/bench_data.py --rows 20000 --out build/bench
+
+The pool (``data_pool.py``) is the same bytes for the same number of rows. Each command is a process of its own; seconds and
+peak memory are the whole process's. Peers: datasketch's MinHash and LSH on the same shingles of 20 000 rows, timed without
+reading them, and transformers' ``apply_chat_template`` and tokenizer on 5 000 rows. Results: benchmarks/results/data.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from data_pool import write_pool
+from harness import out_folder, provenance, save
+
+CHILD = Path(__file__).parent / "measured_child.py"
+MODEL = "smollm2-135m-instruct"
+PEER_ROWS, CHAT_ROWS = 20_000, 5_000
+
+
+def measured(*command: object) -> dict:
+    """Seconds and peak memory of ``minisft`` with these words."""
+    words = [sys.executable, str(CHILD), sys.executable, "-m", "minisft", *map(str, command)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def commands(pool: Path, test: Path, folder: Path) -> dict[str, dict]:
+    """Our own commands on the whole pool."""
+    report = ("inspect", "--data", pool, "--quality", "--against", test, "--out", folder / "report")
+    pick = (
+        "select",
+        "--data",
+        pool,
+        "--out",
+        folder / "picked.jsonl",
+        "--dedup",
+        "near",
+        "--drop-defects",
+        "--score",
+        "length",
+    )
+    cells = {"inspect --quality --against": measured(*report), "select --dedup near --drop-defects": measured(*pick)}
+    for name in ("train, first step", "train, first step, from the cache"):
+        run = ("train", "--model", MODEL, "--data", pool, "--out", folder / name.replace(", ", "-").replace(" ", "-"))
+        cells[name] = measured(*run, "--steps", 1, "--batch-size", 1, "--max-length", 512, "--validation-share", 0)
+    return cells
+
+
+def near_copies(pool: Path) -> dict:
+    """Our MinHash, LSH and verification beside datasketch's MinHash and LSH, on the same shingles."""
+    from minisft.quality.near_duplicates import NUM_HASHES, find_pairs, near_pairs, rows_of_band, shingle_sets
+    from minisft.quality.pool import read_pool
+
+    few = pool.with_name("few.jsonl")
+    with pool.open() as lines:
+        few.write_text("".join(line for _, line in zip(range(PEER_ROWS), lines, strict=False)))
+    words = read_pool(str(few)).words
+    sets = shingle_sets(words)
+    began = time.perf_counter()
+    ours = find_pairs(sets.select, len(sets), 0.8, exact=False)
+    cell: dict = {"rows": len(sets), "ours_s": time.perf_counter() - began, "ours_pairs": len(ours.first)}
+    exact = near_pairs(sets, 0.8, exact=True)
+    cell["exact_pairs"] = len(exact.first)
+    try:
+        import datasketch
+    except ImportError:
+        return cell | {"peer": "datasketch is not installed"}
+    began = time.perf_counter()
+    r = rows_of_band(0.8)
+    index = datasketch.MinHashLSH(num_perm=NUM_HASHES, params=(NUM_HASHES // r, r))
+    hashed = datasketch.MinHash.bulk([[value.tobytes() for value in sets[i]] for i in range(len(sets))], num_perm=NUM_HASHES)
+    pairs = set()
+    for i, signature in enumerate(hashed):
+        pairs |= {(j, i) for j in index.query(signature)}
+        index.insert(i, signature)
+    seconds = time.perf_counter() - began
+    mine = set(zip(ours.first.tolist(), ours.second.tolist(), strict=True))
+    return cell | {
+        "peer": f"datasketch {datasketch.__version__}", "peer_s": seconds, "ratio": seconds / cell["ours_s"],
+        "peer_pairs": len(pairs), "peer_unverified": len(pairs - mine), "only_ours": len(mine - pairs),
+    }  # fmt: skip
+
+
+def tokens(pool: Path) -> dict:
+    """Our encoding of chats beside transformers' on the same rows; both must give the same ids."""
+    from minisft.data.chat import encode_dataset, resolve_template
+    from minisft.data.messages import read_dataset
+    from minisft.formats import load_tokenizer
+
+    few = pool.with_name("chats.jsonl")
+    with pool.open() as lines:
+        few.write_text("".join(line for _, line in zip(range(CHAT_ROWS), lines, strict=False)))
+    examples = read_dataset(few).examples
+    tokenizer = load_tokenizer(MODEL)
+    template = resolve_template(tokenizer)
+    began = time.perf_counter()
+    ours = encode_dataset(examples, tokenizer, template, 4096).rows
+    cell: dict = {"rows": len(examples), "ours_s": time.perf_counter() - began}
+    try:
+        from transformers import PreTrainedTokenizerFast
+    except ImportError:
+        return cell | {"peer": "transformers is not installed"}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        peer = PreTrainedTokenizerFast.from_pretrained(folder)
+    peer.chat_template = tokenizer.chat_template
+    chats = [[{"role": m.role, "content": m.content} for m in example.messages] for example in examples]
+    began = time.perf_counter()
+    theirs = [peer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
+    seconds = time.perf_counter() - began
+    same = np.mean([list(row.input_ids) == ids for row, ids in zip(ours, theirs, strict=True)])
+    return cell | {
+        "peer": "transformers, row by row",
+        "peer_s": seconds,
+        "ratio": seconds / cell["ours_s"],
+        "same_ids": float(same),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=300_000)
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results file")
+    parser.add_argument("--only", choices=("commands", "near", "tokens"), default=None)
+    given = parser.parse_args()
+    result = provenance(sys.argv) | {"rows": given.rows}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pool, test = folder / "pool.jsonl", folder / "test.jsonl"
+        write_pool(pool, test, given.rows)
+        result["pool_bytes"] = pool.stat().st_size
+        parts = {
+            "commands": lambda: commands(pool, test, folder),
+            "near": lambda: near_copies(pool),
+            "tokens": lambda: tokens(pool),
+        }
+        for part, run in parts.items():
+            if given.only in (None, part):
+                result[part] = run()
+                print(json.dumps({part: result[part]}, indent=1), flush=True)
+    print(save("data", result, out_folder(given.out, given.rows < 300_000)))
+
+
+if __name__ == "__main__":
+    main()
