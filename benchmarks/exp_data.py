@@ -1,0 +1,422 @@
+"""What quality, quantity, diversity, selection and contamination do to a small model: five experiments, every arm, three seeds.
+
+    python benchmarks/exp_data.py                       # about two hours on two quiet cores; stop and start it as you like
+    python benchmarks/exp_data.py --cells E1 E4         # some of them
+    python benchmarks/exp_data.py --figures             # pictures and the table, from the results so far
+    python benchmarks/exp_data.py --tiny --out DIR      # two steps a cell: whether everything works
+
+SmolLM2-135M-Instruct, LoRA of rank 16, on Banking77 (../shared/data by default). All arms of an experiment take the same steps
+of the same number of rows, which are of nearly one length; only E2's ``pass`` arms go once over their rows. The seed moves the
+subset, the order and the adapter's start. The metric is the loss per supervised token on test rows that no arm has seen.
+
+One JSON line a cell in benchmarks/results/exp_data.jsonl; a cell that stands there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import RESULTS, provenance
+
+from minisft.config import RunConfig
+from minisft.data.chat import resolve_template
+from minisft.data.messages import read_dataset
+from minisft.evaluation.evaluate import evaluate
+from minisft.formats import load_adapter_, load_model
+from minisft.quality.contamination import find_leaks
+from minisft.quality.pool import read_pool
+from minisft.selection.model_scores import ModelSettings
+from minisft.selection.run import select_rows
+from minisft.selection.settings import Settings
+from minisft.training.train import train
+
+MODEL = "smollm2-135m-instruct"
+DATA = Path(__file__).parents[2] / "shared" / "data"
+INSTRUCTION = "Name the intent of this message to a bank, in one short label."
+STEPS, BATCH, LR, RANK = 60, 8, 5e-4, 16
+SEEDS = (0, 1, 2)
+TEST_PER_INTENT, LEAK_PER_INTENT = 5, 2
+SIZES = (125, 250, 500, 1000, 2000, 4000, 8000)
+PASS_SIZES = (125, 250, 500, 1000, 2000)
+PICK, POOL = 500, 4000
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run: experiment, arm and seed."""
+
+    experiment: str
+    arm: str
+    seed: int
+
+
+def cells() -> Iterator[Cell]:
+    """Every cell, those of one experiment together, seed by seed so that a partial run compares whole sets of arms."""
+    arms = {
+        "E1": ("clean 500", "clean 2000", "500 + 500 wrong", "500 + 1500 wrong", "2000, 20 % uniform", "2000, 50 % uniform",
+               "2000, 20 % near", "2000, 50 % near"),
+        "E2": (*(f"equal steps, {n}" for n in SIZES), *(f"one pass, {n}" for n in PASS_SIZES)),
+        "E3": ("6 x 77", "12 x 38", "46 x 10", "random 462"),
+        "E4": ("dirty, random", "dirty, longest", "dirty, ifd", "dirty, pmi", "dirty, cleaned",
+               "dirty, cleaned + ifd", "dirty, cleaned + ifd + diverse", "clean, random", "clean, longest", "clean, ifd", "clean, cleaned + ifd + diverse"),
+        "E5": ("leaked 0 times", "leaked 1 times", "leaked 4 times", "leaked 16 times"),
+    }  # fmt: skip
+    for experiment, names in arms.items():
+        for seed in SEEDS:
+            yield from (Cell(experiment, arm, seed) for arm in names)
+    yield Cell("E2", "one pass, 4000", 0)
+
+
+class Banking:
+    """Train and test rows, by intent, in an order that depends on the seed only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.train = read_lines(folder / "banking77_train.jsonl")
+        test = read_lines(folder / "banking77_test.jsonl")
+        by_intent: dict[str, list[Row]] = {}
+        for row in test:
+            by_intent.setdefault(row["label"], []).append(row)
+        self.intents = sorted(by_intent)
+        self.test = [row for rows in by_intent.values() for row in rows[:TEST_PER_INTENT]]
+        self.leaked = [row for rows in by_intent.values() for row in rows[TEST_PER_INTENT : TEST_PER_INTENT + LEAK_PER_INTENT]]
+        self.fresh = [row for rows in by_intent.values() for row in rows[-LEAK_PER_INTENT:]]
+        self.near = nearest_intents(self.train, self.intents)
+
+    def draw(self, seed: int, count: int) -> list[Row]:
+        return random.Random(seed).sample(self.train, count)
+
+    def wrong(self, rows: Sequence[Row], draw: random.Random, near: bool) -> list[Row]:
+        """The rows with a wrong intent: any other, or the one whose words are nearest."""
+        pick = self.near.__getitem__ if near else lambda own: draw.choice([i for i in self.intents if i != own])
+        return [{**row, "label": pick(row["label"])} for row in rows]
+
+
+def read_lines(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def nearest_intents(rows: Sequence[Row], intents: Sequence[str]) -> dict[str, str]:
+    """For each intent the other one with the nearest mean of words."""
+    words = sorted({word for row in rows for word in row["text"].lower().split()})
+    at = {word: i for i, word in enumerate(words)}
+    table = np.zeros((len(intents), len(words)))
+    number = {intent: i for i, intent in enumerate(intents)}
+    for row in rows:
+        for word in set(row["text"].lower().split()):
+            table[number[row["label"]], at[word]] += 1
+    table *= np.log(len(intents) / np.count_nonzero(table, axis=0))
+    table /= np.linalg.norm(table, axis=1, keepdims=True)
+    cosine = table @ table.T - 2 * np.eye(len(intents))
+    return {intent: intents[int(cosine[i].argmax())] for intent, i in number.items()}
+
+
+# ---- what an arm trains on ----
+
+
+def rows_of(cell: Cell, banking: Banking, scratch: Path) -> list[Row]:
+    """The training rows of a cell."""
+    return {"E1": quality, "E2": quantity, "E3": diversity, "E4": selected, "E5": contaminated}[cell.experiment](
+        cell, banking, scratch
+    )
+
+
+def quality(cell: Cell, banking: Banking, _: Path) -> list[Row]:
+    draw, rows = random.Random(cell.seed + 100), banking.draw(cell.seed, 2000)
+    if cell.arm.startswith("clean"):
+        return rows[: int(cell.arm.split()[1])]
+    if "+" in cell.arm:
+        more = int(cell.arm.split()[2])
+        return rows[:500] + banking.wrong(rows[500 : 500 + more], draw, near=False)
+    share = int(cell.arm.split()[1]) * 20
+    return banking.wrong(rows[:share], draw, cell.arm.endswith("near")) + rows[share:]
+
+
+def quantity(cell: Cell, banking: Banking, _: Path) -> list[Row]:
+    return banking.draw(cell.seed, int(cell.arm.split()[-1]))
+
+
+def diversity(cell: Cell, banking: Banking, _: Path) -> list[Row]:
+    draw = random.Random(cell.seed)
+    if cell.arm.startswith("random"):
+        return banking.draw(cell.seed, 462)
+    num_intents, each = (int(part) for part in cell.arm.split(" x "))
+    sizes = Counter(row["label"] for row in banking.train)
+    chosen = draw.sample([intent for intent in banking.intents if sizes[intent] >= 77], num_intents)
+    return [row for intent in chosen for row in draw.sample([r for r in banking.train if r["label"] == intent], each)]
+
+
+def dirty(rows: list[Row], draw: random.Random, banking: Banking) -> list[Row]:
+    """Three rows in ten spoiled: 10 % wrong intents, 5 % copies, 5 % near copies, 2 % each of five broken answers."""
+    size = len(rows)
+    bad, good = rows[: size * 3 // 10], rows[size * 3 // 10 :]
+    spoiled: list[Row] = []
+    for i, row in enumerate(bad):
+        kind = i * 15 // len(bad)
+        other = draw.choice(good)
+        spoiled.append(
+            {**row, "label": draw.choice([x for x in banking.intents if x != row["label"]])} if kind < 5
+            else dict(other) if kind < 7
+            else {**other, "text": other["text"] + draw.choice((" please", " thanks", " now"))} if kind < 10
+            else {**row, "label": row["label"][: len(row["label"]) // 2]} if kind == 10
+            else {**row, "label": f"<p>{row['label']}</p>"} if kind == 11
+            else {**row, "label": "I'm sorry, but I can't help with that."} if kind == 12
+            else {**row, "label": " ".join([row["label"]] * 30)} if kind == 13
+            else {**row, "label": row["text"]}
+        )  # fmt: skip
+    mixed = spoiled + good
+    draw.shuffle(mixed)
+    return mixed
+
+
+def selected(cell: Cell, banking: Banking, scratch: Path) -> list[Row]:
+    kind, how = cell.arm.split(", ")
+    folder = scratch / f"pool-{kind}"  # the pool and its scores are the same for all seeds and arms
+    folder.mkdir(exist_ok=True)
+    pool = folder / "pool.jsonl"
+    if not pool.exists():
+        rows = banking.draw(77, POOL)
+        write_rows(pool, dirty(rows, random.Random(7), banking) if kind == "dirty" else rows)
+    cleaned = {"drop_defects": True, "dedup": "near"} if "cleaned" in how else {}
+    score = "length" if how == "longest" else "pmi" if how == "pmi" else "ifd" if "ifd" in how else "random"
+    spread = {"diverse": "greedy", "keep_rate": 0.7} if "diverse" in how else {}
+    settings = Settings(score=score, rows=PICK, seed=cell.seed, **cleaned, **spread)
+    needs_model = settings.needs_model
+    out = folder / f"{how.replace(' ', '-')}-{cell.seed}.jsonl"
+    kept = folder / f"{score}-{settings.needs_states}-{'cleaned' in how}.scores.jsonl"
+    if not out.exists():
+        reuse = kept if kept.exists() else None
+        select_rows(pool, out, settings, ModelSettings(MODEL) if needs_model else None, reuse=reuse, log=note)
+        if needs_model and reuse is None:
+            kept.write_bytes(out.with_name(out.stem + ".scores.jsonl").read_bytes())
+    return [{"text": row["prompt"], "label": row["completion"], "ready": "yes"} for row in read_lines(out)]
+
+
+def contaminated(cell: Cell, banking: Banking, _: Path) -> list[Row]:
+    times = int(cell.arm.split()[1])
+    return banking.draw(cell.seed, 480) + banking.leaked * times
+
+
+def note(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+# ---- one cell ----
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> Path:
+    lines = [
+        {"prompt": row["text"] if "ready" in row else f"{INSTRUCTION}\n{row['text']}", "completion": row["label"]}
+        for row in rows
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def run(cell: Cell, banking: Banking, scratch: Path, steps: int, limit: int | None) -> dict:
+    """Train one cell and score it."""
+    began = time.time()
+    rows = rows_of(cell, banking, scratch)
+    if cell.arm.startswith("one pass"):
+        steps = steps if limit else math.ceil(len(rows) / BATCH)
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        folder = Path(name)
+        data = write_rows(folder / "train.jsonl", rows)
+        train(
+            RunConfig(
+                model=MODEL, data=str(data), out=str(folder / "run"), steps=steps, batch_size=BATCH, lr=LR, rank=RANK,
+                dtype="fp32", packing=True, validation_share=0.0, seed=cell.seed,
+            )
+        )  # fmt: skip
+        model, tokenizer = load_model(MODEL, torch.float32)
+        load_adapter_(model, folder / "run" / "adapter")
+        model.eval()
+        tests = {"test": banking.test}
+        if cell.experiment == "E3":
+            seen = {row["label"] for row in rows}
+            tests |= {
+                "seen": [r for r in banking.test if r["label"] in seen],
+                "unseen": [r for r in banking.test if r["label"] not in seen],
+            }
+        if cell.experiment == "E5":
+            tests |= {"leaked": banking.leaked, "fresh": banking.fresh}
+        losses = {}
+        for key, part in tests.items():
+            if part:
+                examples = read_dataset(write_rows(folder / f"{key}.jsonl", part), keep_duplicates=True).examples[:limit]
+                scored = evaluate(model, tokenizer, resolve_template(tokenizer), examples, "loss")
+                losses[key] = {"loss": scored.score, "n": scored.n, "rows": [round(row.score, 4) for row in scored.rows]}
+        found = {}
+        if cell.experiment == "E5":
+            leaks = find_leaks(read_pool(str(data)), read_pool(str(folder / "leaked.jsonl")))
+            found = {"test_rows_found": len({leak.test_row for leak in leaks}), "test_rows": len(banking.leaked)}
+    return {
+        **asdict(cell),
+        "rows": len(rows),
+        "steps": steps,
+        "losses": losses,
+        **found,
+        "seconds": round(time.time() - began, 1),
+    }
+
+
+def done_cells(path: Path) -> list[dict]:
+    """Finished cells; a broken last line is a killed run's."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [cell for cell in found if "arm" in cell]
+
+
+# ---- figures ----
+
+
+def by_arm(results: Sequence[dict], experiment: str, key: str = "test") -> dict[str, list[float]]:
+    arms: dict[str, list[float]] = {}
+    for cell in results:
+        if cell["experiment"] == experiment and key in cell["losses"]:
+            arms.setdefault(cell["arm"], []).append(cell["losses"][key]["loss"])
+    return arms
+
+
+def fitted(sizes: Sequence[int], losses: Sequence[float]) -> tuple[float, float, float]:
+    """a, b, c of a + b n^-c by least squares: c on a grid, a and b in closed form."""
+    best = (math.inf, 0.0, 0.0, 0.0)
+    for c in np.linspace(0.05, 3, 296):
+        basis = np.stack([np.ones(len(sizes)), np.array(sizes, float) ** -c], axis=1)
+        coefficients = np.linalg.lstsq(basis, np.array(losses), rcond=None)[0]
+        error = float(((basis @ coefficients - losses) ** 2).sum())
+        best = min(best, (error, float(coefficients[0]), float(coefficients[1]), float(c)))
+    return best[1:]
+
+
+def interval(
+    cells_a: Sequence[dict], cells_b: Sequence[dict], key: str = "test", draws: int = 2000
+) -> tuple[float, float, float]:
+    """Mean difference a - b and its 95 % interval: paired bootstrap over test rows and seeds."""
+    pairs = {cell["seed"]: cell for cell in cells_b}
+    gaps = np.array(
+        [np.subtract(a["losses"][key]["rows"], pairs[a["seed"]]["losses"][key]["rows"]) for a in cells_a if a["seed"] in pairs]
+    )
+    if not gaps.size:
+        return math.nan, math.nan, math.nan
+    rng = np.random.default_rng(0)
+    means = [
+        gaps[rng.integers(len(gaps), size=len(gaps))][:, rng.integers(gaps.shape[1], size=gaps.shape[1])].mean()
+        for _ in range(draws)
+    ]
+    return float(gaps.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))
+
+
+def figures(results: Sequence[dict], folder: Path) -> None:
+    """One picture an experiment, and the table as Markdown on standard output."""
+    from matplotlib.figure import Figure
+
+    for experiment in ("E1", "E3", "E4", "E5"):
+        keys = {"E3": ("seen", "unseen"), "E5": ("leaked", "fresh")}.get(experiment, ("test",))
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for shift, key in enumerate(keys):
+            arms = by_arm(results, experiment, key)
+            for at, (_, losses) in enumerate(arms.items()):
+                axes.plot(losses, [-at - 0.18 * shift] * len(losses), "o", color=("#0072B2", "#D55E00")[shift], alpha=0.7,
+                          label=key if at == 0 else None)  # fmt: skip
+            axes.set_yticks([-i for i in range(len(arms))], list(arms))
+        axes.set_xlabel("loss per supervised token on test rows; one point a seed")
+        if len(keys) > 1:
+            axes.legend(frameon=False)
+        figure.savefig(folder / f"exp_data_{experiment.lower()}.svg", metadata={"Date": None})
+    quantity_figure(results, folder)
+    table(results)
+
+
+def quantity_figure(results: Sequence[dict], folder: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for kind, color in (("equal steps", "#0072B2"), ("one pass", "#D55E00")):
+        arms = {int(arm.split()[-1]): losses for arm, losses in by_arm(results, "E2").items() if arm.startswith(kind)}
+        sizes = sorted(arms)
+        for n in sizes:
+            axes.plot([n] * len(arms[n]), arms[n], "o", color=color, alpha=0.6, label=kind if n == sizes[0] else None)
+        if len(sizes) >= 5:
+            means = [float(np.mean(arms[n])) for n in sizes]
+            a, b, c = fitted(sizes[:-2], means[:-2])
+            line = np.geomspace(sizes[0], sizes[-1])
+            axes.plot(line, a + b * line**-c, color=color, linewidth=0.8)
+            for n, mean in zip(sizes[-2:], means[-2:], strict=True):
+                print(
+                    f"E2 {kind}: {n} rows predicted {a + b * n**-c:.4f}, measured {mean:.4f} (fit {a:.3f} + {b:.2f} n^-{c:.2f})"
+                )
+    axes.set(xscale="log", xlabel="training rows", ylabel="loss per supervised token on test rows")
+    axes.legend(frameon=False)
+    figure.savefig(folder / "exp_data_e2.svg", metadata={"Date": None})
+
+
+BASELINES = {"E1": "clean 2000", "E3": "random 462", "E4": "random", "E5": "leaked 0 times"}
+
+
+def table(results: Sequence[dict]) -> None:
+    print("| experiment | arm | seeds | loss | against the baseline, 95 % interval |\n|---|---|---|---|---|")
+    for experiment in ("E1", "E2", "E3", "E4", "E5"):
+        own = [cell for cell in results if cell["experiment"] == experiment]
+        for arm, losses in by_arm(results, experiment).items():
+            baseline = BASELINES.get(experiment, "")
+            baseline = f"{arm.split(', ')[0]}, {baseline}" if experiment == "E4" else baseline
+            mean, low, high = interval([c for c in own if c["arm"] == arm], [c for c in own if c["arm"] == baseline])
+            gap = "" if math.isnan(mean) or arm == baseline else f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+            print(f"| {experiment} | {arm} | {len(losses)} | {np.mean(losses):.3f} | {gap} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", default=None, metavar="E1", help="experiments to run (default: all)")
+    parser.add_argument("--figures", action="store_true", help="draw from the results, run nothing")
+    parser.add_argument("--tiny", action="store_true", help="first arm and seed of each experiment, two steps, eight test rows")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with banking77_train.jsonl and banking77_test.jsonl")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    path = given.out / "exp_data.jsonl"
+    if given.figures:
+        figures(done_cells(path), given.out)
+        return
+    if not (given.data / "banking77_train.jsonl").exists():
+        sys.exit(f"no Banking77 in {given.data}: give its folder with --data")
+    given.out.mkdir(parents=True, exist_ok=True)
+    known = {(c["experiment"], c["arm"], c["seed"]) for c in done_cells(path)}
+    banking = Banking(given.data)
+    scratch = given.out / "exp_data.scratch"  # pools and scores of E4; may be removed when all is done
+    scratch.mkdir(exist_ok=True)
+    if not path.exists():
+        path.write_text(json.dumps(provenance(sys.argv) | {"steps": STEPS, "batch": BATCH, "lr": LR, "rank": RANK}) + "\n")
+    seen: set[str] = set()
+    for cell in cells():
+        wanted = given.cells is None or cell.experiment in given.cells
+        if not wanted or (cell.experiment, cell.arm, cell.seed) in known or (given.tiny and cell.experiment in seen):
+            continue
+        seen.add(cell.experiment)
+        result = run(cell, banking, scratch, 2 if given.tiny else STEPS, 8 if given.tiny else None)
+        with path.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        note(f"{cell.experiment} {cell.arm} seed {cell.seed}: {result['losses']['test']['loss']:.4f} in {result['seconds']} s")
+
+
+if __name__ == "__main__":
+    main()
