@@ -71,7 +71,8 @@ def cells() -> Iterator[Cell]:
         "E2": (*(f"equal steps, {n}" for n in SIZES), *(f"one pass, {n}" for n in PASS_SIZES)),
         "E3": ("6 x 77", "12 x 38", "46 x 10", "random 462"),
         "E4": ("dirty, random", "dirty, longest", "dirty, ifd", "dirty, pmi", "dirty, cleaned",
-               "dirty, cleaned + ifd", "dirty, cleaned + ifd + diverse", "clean, random", "clean, longest", "clean, ifd", "clean, cleaned + ifd + diverse"),
+               "dirty, cleaned + ifd", "dirty, cleaned + ifd + diverse", "clean, random", "clean, longest",
+               "clean, ifd", "clean, cleaned + ifd + diverse"),
         "E5": ("leaked 0 times", "leaked 1 times", "leaked 4 times", "leaked 16 times"),
     }  # fmt: skip
     for experiment, names in arms.items():

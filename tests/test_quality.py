@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from minisft.cli.main import main
 from minisft.common.errors import UserError
-from minisft.data.messages import Dataset, Example, Message
+from minisft.data.messages import Dataset, Example, Message, split
 from minisft.quality.contamination import find_leaks
 from minisft.quality.defects import PoolHabits, answer_defects, find_defects
 from minisft.quality.page import quality_page
 from minisft.quality.pool import Pool, make_pool, read_pool
-from minisft.quality.report import QualityReport, inspect_quality, span_text, to_json
+from minisft.quality.report import QualityReport, inspect_quality, near_groups, span_text, to_json
 from minisft.quality.text import character_span, words
 
 # Fixed before the rules were run on these rows. Wrong answers that read well (``swapped``) are a model's task.
@@ -251,3 +251,28 @@ def test_a_report_on_empty_answers_and_copies_keeps_every_row(tmp_path: Path) ->
     pool = read_pool(str(planted.write(tmp_path / "pool.jsonl", rows)))
     assert [example.row for example in pool.examples] == [1, 2, 3]
     assert pool == replace(pool)
+
+
+@given(st.integers(0, 30), st.floats(0.05, 0.6))
+def test_a_split_never_parts_near_copies(seed: int, share: float) -> None:
+    grammar = planted.Grammar(12)
+    rows = [grammar.row() for _ in range(20)]
+    rows += [planted.near_copy(row, grammar.draw) for row in rows[:15]] + [dict(row) for row in rows[10:20]]
+    pool = pool_of(rows)
+    groups = near_groups(pool.dataset)
+    assert len(groups) >= 38  # 15 near copies and what they were made from, 10 copies and the rest of theirs
+    train, validation = split(pool.examples, share, seed, groups)
+    assert sorted(e.row for e in (*train, *validation)) == list(range(1, len(rows) + 1))
+    assert train
+    assert validation
+    sides = [{groups.get(e.row, e.row) for e in side} for side in (train, validation)]
+    assert not sides[0] & sides[1]
+    assert len(validation) <= share * len(rows) + 6
+
+
+def test_a_split_of_near_copies_alone_keeps_all_for_training() -> None:
+    grammar = planted.Grammar(13)
+    row = grammar.row()
+    pool = pool_of([row] + [planted.near_copy(row, grammar.draw) for _ in range(6)])
+    train, validation = split(pool.examples, 0.2, 0, near_groups(pool.dataset))
+    assert (len(train), len(validation)) == (7, 0)

@@ -8,7 +8,8 @@ and exact duplicates are dropped and counted; columns and keys of messages that 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,17 +134,20 @@ def _nothing_left(path: Path, counts: dict[str, int]) -> UserError:
     )
 
 
-def split(examples: Sequence[Example], share: float, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def split(
+    examples: Sequence[Example], share: float, seed: int, groups: Mapping[int, int] | None = None
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Hold out about ``share`` of the rows.
 
-    A row's side depends on ``seed`` and its row number only; exact duplicates follow the first of them, so no copy of a
-    training row is validated on. At least one row stays for training, and with a share above 0 and two different rows at
-    least one is held out.
+    A row's side depends on ``seed`` and row numbers only. Exact duplicates follow the first of them and a group goes to one
+    side as a whole, so no copy of a training row is validated on. At least one row stays for training, and with a share above 0
+    and two groups at least one is held out.
 
     Args:
         examples: the rows.
         share: of the different rows, from 0 to below 1.
         seed: decides which.
+        groups: row number to the first row of its group of near copies; rows that are not in it stand alone.
 
     Returns:
         (training, validation), each in file order.
@@ -151,8 +155,17 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[tuple[E
     first_row: dict[tuple[Message, ...], int] = {}
     for example in examples:
         first_row.setdefault(example.messages, example.row)
-    shuffled = sorted(first_row.values(), key=lambda row: derive_seed(seed, "split", row))
-    num_held_out = min(max(round(share * len(shuffled)), 1 if share > 0 else 0), len(shuffled) - 1) if shuffled else 0
-    held_out = set(shuffled[:num_held_out])
-    validation = tuple(e for e in examples if first_row[e.messages] in held_out)
-    return tuple(e for e in examples if first_row[e.messages] not in held_out), validation
+    group_of = {row: (groups or {}).get(row, row) for row in first_row.values()}
+    sizes = Counter(group_of.values())
+    shuffled = sorted(sizes, key=lambda row: derive_seed(seed, "split", row))
+    wanted = min(max(round(share * len(group_of)), 1 if share > 0 else 0), len(group_of) - 1) if group_of else 0
+    held_out: set[int] = set()
+    for group in shuffled:
+        if sizes[group] <= wanted:
+            held_out.add(group)
+            wanted -= sizes[group]
+    if share > 0 and not held_out and len(sizes) > 1:  # every group is larger than the share
+        held_out = {min(shuffled, key=sizes.__getitem__)}
+    sides = [group_of[first_row[example.messages]] in held_out for example in examples]
+    validation = tuple(example for example, held in zip(examples, sides, strict=True) if held)
+    return tuple(example for example, held in zip(examples, sides, strict=True) if not held), validation

@@ -12,6 +12,7 @@ import numpy as np
 
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
+from minisft.data.messages import Dataset
 from minisft.quality.contamination import Leak, find_leaks
 from minisft.quality.defects import KINDS, Defect, find_defects
 from minisft.quality.near_duplicates import (
@@ -28,7 +29,7 @@ from minisft.quality.near_duplicates import (
     verify,
     without,
 )
-from minisft.quality.pool import Pool, answer_text, prompt_text
+from minisft.quality.pool import Pool, answer_text, make_pool, prompt_text
 from minisft.quality.text import Hashes, Integers, Runs, character_codes, words
 
 MAX_EXCERPT = 240
@@ -164,6 +165,17 @@ def near_clusters(pool: Pool, near: float, rows: Integers) -> tuple[Cluster, ...
     families = (_Family(short, _characters(pool)), _Family(long, lambda of: shingle_sets(pool.words.select(of))))
     clusters = join(len(pool.examples), merged([family.pairs(near) for family in families]))
     return tuple(_with_least(cluster, families) for cluster in clusters)
+
+
+def near_groups(dataset: Dataset, near: float = 0.8) -> dict[int, int]:
+    """Row number to the first row of its cluster, for rows that have near or exact copies: what a split must not part."""
+    pool = make_pool(dataset)
+    copies = find_copies(pool)
+    first = {row: group[0] for group in copies for row in group}
+    for cluster in near_clusters(pool, near, representatives(pool, copies)):
+        first |= dict.fromkeys(cluster.rows, cluster.rows[0])
+    heads = {row: first[head] for row, head in first.items()}  # a copy follows its first row into that one's cluster
+    return {pool.row(row): pool.row(head) for row, head in heads.items()}
 
 
 def _characters(pool: Pool) -> Callable[[Integers], Runs]:

@@ -22,6 +22,7 @@ from minisft.data.messages import Dataset, Example, read_dataset, split
 from minisft.data.template import ChatTemplate, current_time
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats.adapter import TEMPLATE_FILE
+from minisft.quality.report import near_groups
 from minisft.training.identity import tokens_sha256
 
 RECORDED_PACKAGES = ("minisft", "torch", "numpy", "safetensors", "tokenizers", "triton", "jinja2", "gguf")
@@ -67,7 +68,12 @@ def prepare_data(
     dataset = read_dataset(run.data, run.map)
     held_out = read_dataset(run.eval_data, run.map) if run.eval_data else None
     if held_out is None:
-        train, validation = split(dataset.examples, run.validation_share, run.seed)
+        groups = near_groups(dataset) if run.validation_share > 0 else {}
+        train, validation = split(dataset.examples, run.validation_share, run.seed, groups)
+        if groups:
+            log(f"{len(groups)} rows are copies or near copies of others: each stays on the side of its like")
+        if run.validation_share > 0 and len(dataset.examples) > 1 and not validation:
+            log("all rows are near copies of each other: there is nothing to validate on; give --eval-data")
     else:
         train, validation = dataset.examples, held_out.examples
 
