@@ -192,7 +192,7 @@ def test_15_control_tokens_in_the_data_are_counted(shop: Shop) -> None:
     assert "control tokens" in shop.capsys.readouterr().out
 
 
-@pytest.mark.parametrize("magic", [b"\x1f\x8b\x08\x00", b"PAR1\x15\x04"])
+@pytest.mark.parametrize("magic", [b"PK\x03\x04", b"BZh9"])
 def test_16_compressed_file_under_a_text_name(shop: Shop, magic: bytes) -> None:
     shop.data.write_bytes(magic + bytes(64))
     shop.refused(3, "data/not-text", argv=shop.train())

@@ -214,8 +214,8 @@ def test_bad_files_are_named(write: Write, tmp_path: Path) -> None:
     cases = [
         (tmp_path / "trian.jsonl", "data/no-file", "train.jsonl"),
         (tmp_path, "data/unreadable", "directory"),
-        (write(gzip.compress(b"{}"), name="z.jsonl"), "data/not-text", "gzip"),
-        (write(b"PAR1xxxx", name="p.jsonl"), "data/not-text", "parquet"),
+        (write(gzip.compress(b"{}"), name="z.jsonl"), "data/unreadable", "unpacked"),
+        (write(b"PK\x03\x04xxxx", name="p.jsonl"), "data/not-text", "zip"),
         (write(b"", name="empty.jsonl"), "data/no-rows", "empty"),
         (write({"prompt": "q", "completion": ""}, name="blank.jsonl"), "data/no-rows", "1 dropped"),
         (write({"question": "q", "answer": "a"}, name="odd.jsonl"), "data/unknown-form", "question, answer"),

@@ -6,15 +6,19 @@ Whatever is wrong with the bytes (missing file, gzip under a .jsonl name, bad UT
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from minisft.common import safe_json
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
+from minisft.data.tables import DELIMITERS, csv_rows, open_compressed, parquet_rows
 
 MAX_ROW_BYTES = 16 * 2**20
 # A JSON array is held in memory as a whole, unlike lines.
@@ -32,6 +36,7 @@ MAGIC = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
+COMPRESSED = ("gzip", "zstandard")
 BOM = b"\xef\xbb\xbf"
 
 
@@ -55,21 +60,43 @@ class RowFile:
         return self._digest.hexdigest()
 
     @property
+    def kind(self) -> str | None:
+        """What the first bytes show, if it is no text."""
+        return next((kind for magic, kind in MAGIC.items() if self._head.startswith(magic)), None)
+
+    @property
+    def is_csv(self) -> bool:
+        """Whether the file is a table of text."""
+        return self.kind is None and self.path.suffix.lower() in DELIMITERS
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether each row is a line of JSON, plain or compressed."""
+        return not self.is_array and not self.is_csv and self.kind != "parquet"
+
+    def open(self) -> IO[bytes]:
+        """The lines' bytes, unpacked."""
+        return open_compressed(self.path, self.kind) if self.kind in COMPRESSED else self.path.open("rb")
+
+    @property
     def is_array(self) -> bool:
         """Whether the file is one JSON array; else it has one object a line."""
         return self._head.removeprefix(BOM).lstrip()[:1] == b"[" and self.path.suffix.lower() != ".jsonl"
 
     def rows(self) -> Iterator[tuple[int, str, dict[str, JSON]]]:
         """(number from 1, file and line for errors, object) of each row."""
-        kind = next((kind for magic, kind in MAGIC.items() if self._head.startswith(magic)), None)
-        if kind is not None:
+        if self.kind == "parquet" or self.is_csv:
+            self._digest.update(self.path.read_bytes())
+            yield from parquet_rows(self.path) if self.kind == "parquet" else csv_rows(self.path, self.max_row_bytes)
+            return
+        if self.kind is not None and self.kind not in COMPRESSED:
             fix = "unpack or convert it to JSON lines in UTF-8 first"
             raise UserError(
                 "data/not-text",
                 "the data is not JSON text",
                 where=visible(self.path),
-                found=kind,
-                expected="JSON lines",
+                found=self.kind,
+                expected="JSON lines, CSV, TSV or Parquet",
                 fix=fix,
             )
         if self._head.startswith(BOM):
@@ -83,7 +110,7 @@ class RowFile:
 
     def _lines(self) -> Iterator[tuple[int, str, JSON]]:
         offset = 0
-        with self.path.open("rb") as file:
+        with self.open() as file, _unpacking(self.path):
             for number, raw in enumerate(iter(lambda: file.readline(self.max_row_bytes + 1), b""), 1):
                 where = f"{visible(self.path)}:{number}"
                 if len(raw) > self.max_row_bytes:
@@ -115,6 +142,16 @@ class RowFile:
         items = _parse(raw, visible(self.path), 0)
         for number, item in enumerate(items if isinstance(items, list) else [items], 1):
             yield number, f"{visible(self.path)}: item {number}", item
+
+
+@contextlib.contextmanager
+def _unpacking(path: Path) -> Iterator[None]:
+    """What is wrong with a compressed file, as the user's error."""
+    try:
+        yield
+    except (EOFError, zlib.error, OSError) as error:
+        what, fix = "the file cannot be unpacked", "copy or pack it again"
+        raise UserError("data/unreadable", what, where=visible(path), found=visible(error), fix=fix) from None
 
 
 def _parse(raw: bytes, where: str, offset: int) -> JSON:

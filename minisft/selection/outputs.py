@@ -79,12 +79,12 @@ def _plain_scores(chosen: Selection) -> Iterator[bytes]:
 def picked_lines(path: Path, rows: set[int]) -> Iterator[bytes]:
     """The lines of a JSON lines file with these numbers, as they are; rows of another form as JSON lines."""
     source = RowFile(path, MAX_ROW_BYTES)
-    if source.is_array:
+    if not source.has_lines:
         for number, _, values in source.rows():
             if number in rows:
                 yield json.dumps(values, ensure_ascii=False).encode() + b"\n"
         return
-    with path.open("rb") as file:
+    with source.open() as file:
         for number, line in enumerate(file, 1):
             if number in rows:
                 yield line if line.endswith(b"\n") else line + b"\n"
