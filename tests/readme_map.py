@@ -53,6 +53,8 @@ WHAT = {
     "kernels": "the same 4-bit numbers fast: Triton for GPUs, C++ for CPUs",
     "formats": "other programs' files, read as untrusted: Hugging Face, GGUF, bitsandbytes, PEFT",
     "training": "a run (SFT, DPO, GRPO): its loop, checkpoints, log, and its memory before it starts",
+    "quality": "what is wrong with a pool of rows: copies, near copies, defects, leaked test rows",
+    "selection": "which rows to train on: scores, diversity, budgets, every reason",
     "evaluation": "scores with intervals, paired tests, multiple choice, general ability, scale sweeps",
     "judging": "two models compared by rows, by people's votes, by A/B tests; feedback to rows",
     "merging": "merges from files to files, their certificate, combining, checking",

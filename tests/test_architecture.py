@@ -53,7 +53,7 @@ LEVELS = (
     "adapter batching dora lora lora_fused model",
     "generation step surgery",
     "formats",
-    "evaluation merge_weights",
+    "evaluation merge_weights selection",
     "judging merging training",
     "quickstart",
     "api",
@@ -65,7 +65,7 @@ LEVEL_OF = {place: level for level, places in enumerate(LEVELS) for place in pla
 
 CORE = {"torch", "numpy", "safetensors", "tokenizers", "jinja2"}
 EXTRAS = {"sacrebleu", "rouge_score", "starlette", "uvicorn", "lm_eval"}
-LATE = {"triton", "gguf", "matplotlib", "tqdm", "huggingface_hub"} | EXTRAS  # only inside the function that needs them
+LATE = {"triton", "gguf", "matplotlib", "tqdm", "huggingface_hub", "pyarrow"} | EXTRAS  # only where they are needed
 UNSAFE = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
 NETWORK = {"socket", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "xmlrpc"}
 

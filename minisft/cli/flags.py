@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import NoReturn, get_args
 
+from minisft.cli.flags_data import quality_flags, select_flags
 from minisft.cli.flags_judging import eval_metric_flags, judging_flags
 from minisft.common.errors import UserError, nearest, visible
 from minisft.config import RunConfig, check_calibration, check_sampling, field_type, flag_name

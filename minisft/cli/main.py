@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from minisft import __version__
-from minisft.cli import commands_answers, commands_eval, commands_judging, commands_weights
+from minisft.cli import commands_answers, commands_data, commands_eval, commands_judging, commands_weights
 from minisft.cli.flags import parse
 from minisft.cli.libraries import load_libraries
 from minisft.common.errors import UserError, visible
