@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_folder import CONTROL, quiet, write_tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from minisft.common.errors import ConfigError, DataError
+from minisft.data.chat import Encoded
 from minisft.data.messages import Message
 from minisft.data.pairs import Pair, read_pairs
+from minisft.data.tokenizer import Tokenizer
+from minisft.training.dpo import EncodedPair
+from minisft.training.preference_config import DPOConfig
+from minisft.training.preference_data import prepare_pairs
 
 USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (("user", "2+2?"), ("assistant", "4"), ("assistant", "5")))
 SYSTEM = {"role": "system", "content": "s"}
@@ -97,6 +105,47 @@ def test_later_rows_are_held_to_the_form(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", FORMS["texts"], FORMS["chats"])
     with pytest.raises(DataError, match=r"missing-column.*:2.*expected prompt"):
         read_pairs(path)
+
+
+@pytest.fixture
+def encode(tmp_path: Path) -> Callable[..., tuple[EncodedPair, ...]]:
+    """Pairs as a run encodes them, with the tokenizer of bytes and ChatML."""
+    write_tokenizer(tmp_path)
+
+    def encoded(*rows: object, max_length: int = 1024) -> tuple[EncodedPair, ...]:
+        run = DPOConfig("m", str(write(tmp_path / "p.jsonl", *rows)), "out", validation_share=0.0, max_length=max_length)
+        return prepare_pairs(run, Tokenizer.from_folder(tmp_path), quiet)[1].train
+
+    return encoded
+
+
+def spell(side: Encoded, scored: bool) -> str:
+    """The text of a side's tokens: all of them, or those that are scored. 256 bytes, then the two control tokens."""
+    alphabet = {i: c for i, c in enumerate(sorted(ByteLevel.alphabet()))} | dict(enumerate(CONTROL, 256))
+    ids = [i for i, flag in zip(side.input_ids, side.supervised, strict=True) if flag or not scored]
+    return "".join(alphabet[i] for i in ids).replace("\u010a", "\n").replace("\u0120", " ")
+
+
+def test_both_sides_are_scored_up_to_their_end_token(encode: Callable[..., tuple[EncodedPair, ...]]) -> None:
+    (one,) = encode(FORMS["texts"])
+    assert spell(one.chosen, scored=True) == "4<|im_end|>"
+    assert spell(one.rejected, scored=True) == "5<|im_end|>"
+    assert spell(one.chosen, scored=False) == "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
+
+
+@pytest.mark.parametrize("longer", ["chosen", "rejected"])
+def test_both_sides_lose_the_same_start_of_the_prompt(encode: Callable[..., tuple[EncodedPair, ...]], longer: str) -> None:
+    """Whichever side is too long by 7 tokens: 7 go from the start of either prompt, and no answer loses a token."""
+    answers = {"chosen": "no", "rejected": "ok", longer: "x" * 30}
+    row = {"prompt": "abcdefghijklmnopqrstuvwxyz" * 2, **answers}
+    (whole,) = encode(row)
+    longest = max(len(side.input_ids) for side in (whole.chosen, whole.rejected)) - 1  # the new line behind the end token
+    (cut,) = encode(row, max_length=longest - 7)
+    for name in ("chosen", "rejected"):
+        before, after = getattr(whole, name), getattr(cut, name)
+        assert after.input_ids == before.input_ids[7:-1]
+        assert spell(after, scored=True) == f"{answers[name]}<|im_end|>"
+    assert encode({**row, longer: "x" * 300}, FORMS["texts"], max_length=80)[0].row == 2  # an answer that does not fit
 
 
 def test_nothing_left(tmp_path: Path) -> None:

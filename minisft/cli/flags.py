@@ -53,14 +53,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         command = commands.get(getattr(arguments, "command", ""), parser)
-        known = [flag for action in command._actions for flag in action.option_strings]
+        known = _flags_of(command)
         flag = unknown[0].split("=", 1)[0]
+        if arguments.command in ("dpo", "grpo") and flag in _flags_of(commands["train"]):
+            raise UserError(
+                "config/unknown-flag", f"{arguments.command} has no use for a flag of train", where=command.prog,
+                found=visible(flag), fix="leave it away",
+            )  # fmt: skip
         raise UserError(
             "config/unknown-flag", "unknown flag", where=command.prog, found=visible(flag),
             fix=nearest(flag, known) or f"{command.prog} --help",
         )  # fmt: skip
     _check_values(arguments)
     return arguments
+
+
+def _flags_of(command: Parser) -> list[str]:
+    return [flag for action in command._actions for flag in action.option_strings]
 
 
 def _check_values(arguments: argparse.Namespace) -> None:
@@ -75,7 +84,7 @@ def _check_values(arguments: argparse.Namespace) -> None:
         raise _out_of_range("--device", device, "cpu, cuda or auto", "--device auto takes a GPU where there is one")
     if not math.isfinite(given.get("scale", 1.0)):
         raise _out_of_range("--scale", given["scale"], "a finite number", "1 merges the adapter as it was trained")
-    if "temperature" in given:
+    if "top_p" in given:
         check_sampling(given["temperature"], given["top_p"], given["top_k"], "--")
     if "calibration" in given:
         check_calibration(given["onto"], given["calibration"])
@@ -156,7 +165,7 @@ def _run_flags(parser: Parser, names: Sequence[str], of: type[RunConfig] = RunCo
     """Flags for these fields of a run's settings."""
     for field in (field for field in dataclasses.fields(of) if field.name in names):
         kind, is_tuple, choices = field_type(field.name, of)
-        shown = "" if field.default in (dataclasses.MISSING, None, ()) else f" (default {_shown(field.default)})"
+        shown = "" if field.default in (dataclasses.MISSING, None, (), "") else f" (default {_shown(field.default)})"
         text, metavar = field.metadata["help"] + shown, field.metadata["metavar"]
         if kind is bool:
             parser.add_argument(flag_name(field.name), action=argparse.BooleanOptionalAction, help=text)

@@ -8,6 +8,7 @@ came from. Progress goes to standard error, results to standard output.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import warnings
@@ -124,17 +125,27 @@ def _run_settings(arguments: argparse.Namespace, kind: type[Config]) -> Config:
     resume = _resumes(arguments)
     values: dict[str, object] = {}
     if resume and "out" in given:
-        values |= _saved_settings(Path(str(given["out"])))
+        values |= _saved_settings(Path(str(given["out"])), kind)
     where = "command line"
     if config := getattr(arguments, "config", None):
-        values |= {key.replace("-", "_"): value for key, value in read_toml(Path(config)).items()}
+        values |= _config_file(Path(config), kind)
         where = visible(config)
     if resume and given.keys() & {"steps", "epochs"}:  # one of them replaces whichever the run was started with
         values |= {"steps": None, "epochs": None}
     return config_of(kind, values | given, where)
 
 
-def _saved_settings(out: Path) -> dict[str, object]:
+def _config_file(path: Path, kind: type[RunConfig]) -> dict[str, object]:
+    values = {key.replace("-", "_"): value for key, value in read_toml(path).items()}
+    if kind is GRPOConfig and "batch_size" in values:
+        raise UserError(
+            "config/bad-value", "grpo counts prompts, not rows", where=f"{visible(path)}: batch_size",
+            found=visible(values["batch_size"]), expected="prompts_per_step", fix="call it prompts_per_step",
+        )  # fmt: skip
+    return values
+
+
+def _saved_settings(out: Path, kind: type[RunConfig]) -> dict[str, object]:
     """The settings that a run was started with; none when it never got that far."""
     path = out / "config.json"
     if not path.is_file():
@@ -149,7 +160,24 @@ def _saved_settings(out: Path) -> dict[str, object]:
             found=visible(error),
             fix="start a new run in another folder",
         ) from None
+    command, expected = _command_of(dict(values)), RUNS[kind]
+    if command != expected:
+        raise UserError(
+            "config/other-command", "the run was started by another command", where=visible(out),
+            found=f"minisft {expected} --resume", expected=f"minisft {command} --resume",
+            fix=f"go on with minisft {command}, or choose another --out",
+        )  # fmt: skip
     return dict(values)
+
+
+RUNS: dict[type[RunConfig], str] = {DPOConfig: "dpo", GRPOConfig: "grpo", RunConfig: "train"}
+
+
+def _command_of(values: dict[str, object]) -> str:
+    """Which command's settings these are: the first one all of whose settings are there."""
+    names = {kind: {field.name for field in dataclasses.fields(kind)} for kind in RUNS}
+    own = {kind: fields - names[RunConfig] for kind, fields in names.items()}
+    return next(RUNS[kind] for kind in RUNS if own[kind] <= values.keys())
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

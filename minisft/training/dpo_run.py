@@ -32,6 +32,7 @@ class DPOTrainer(Trainer[EncodedPair]):
     """Learns to prefer the chosen answers. ``prepare`` computes the reference, before the first step or a resume."""
 
     run: DPOConfig
+    command = "dpo"
 
     def prepare(self) -> None:
         """The reference: read from the run's folder, or computed by the model as it is now, and kept there.

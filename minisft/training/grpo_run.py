@@ -55,6 +55,7 @@ class GRPOTrainer(Trainer[EncodedPrompt]):
     """Learns to answer so that ``reward`` pays; everything else is as for ``Trainer``."""
 
     run: GRPOConfig
+    command = "grpo"
 
     def __init__(
         self,
@@ -188,6 +189,10 @@ class GRPOTrainer(Trainer[EncodedPrompt]):
         """Reward and share of right answers of the held-out prompts."""
         G = self.run.num_generations
         return f"held out: reward {-loss:.4f}, pass@1 {more['eval_pass_at_1']:.1%}, pass@{G} {more[f'eval_pass_at_{G}']:.1%}"
+
+    def best_words(self, loss: float) -> str:
+        """The best mean reward of the held-out prompts."""
+        return f"best held-out reward {-loss:.4f}"
 
 
 def _summary(groups: Sequence[_Scored], eos_ids: Sequence[int]) -> dict[str, JSON]:

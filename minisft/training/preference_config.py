@@ -20,11 +20,26 @@ def _refuse_unused(run: RunConfig, names: tuple[str, ...], command: str) -> None
         require(given == field.default, flag_name(field.name), given, f"nothing: {command} has no use for it", "leave it away")
 
 
+def _refuse_dropout(run: RunConfig, why: str) -> None:
+    require(run.dropout == 0, "--dropout", run.dropout, f"0: {why}", "leave it away")
+
+
 @dataclass(frozen=True)
 class DPOConfig(RunConfig):
     """Everything that decides one DPO run. Each field is a flag of ``minisft dpo`` and a key of ``--config``."""
 
     data: str = flag("preference pairs, JSONL or JSON", metavar="F")
+    eval_data: str | None = flag("pairs to validate on; without it a share of --data is held out", None, "F")
+    map: tuple[str, ...] = flag("column of your file for a field of ours, e.g. chosen=better (repeatable)", (), "FIELD=COLUMN")
+    max_length: int = flag(
+        "longest prompt with answer in tokens; longer prompts lose their start, alike on both sides, and pairs with an answer "
+        "that does not fit are dropped",
+        1024,
+        "N",
+    )
+    dropout: float = flag("only 0: the reference is computed without dropout", 0.0, "P")
+    batch_size: int = flag("pairs in an optimizer step", 8, "N")
+    lr: float | None = flag("peak learning rate (default 2e-5 for lora, 1e-6 for full)", None)
     beta: float = flag("how strongly a pair pulls away from the reference", 0.1)
     loss: Literal["sigmoid", "ipo", "hinge", "robust"] = flag("the loss of a pair", "sigmoid")
     label_smoothing: float = flag("share of pairs believed to be labelled the wrong way round, in [0, 0.5)", 0.0)
@@ -33,6 +48,7 @@ class DPOConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _refuse_unused(self, UNUSED_BY_DPO, "dpo")
+        _refuse_dropout(self, "the reference is computed without dropout")
         require(math.isfinite(self.beta) and self.beta > 0, "--beta", self.beta, "a positive number", "try 0.1")
         require(
             0 <= self.label_smoothing < 0.5, "--label-smoothing", self.label_smoothing, "a share in [0, 0.5)",
@@ -55,12 +71,23 @@ class GRPOConfig(RunConfig):
     """Everything that decides one GRPO run. Each field is a flag of ``minisft grpo`` and a key of ``--config``."""
 
     data: str = flag("prompts, JSONL or JSON; the rows' own answers are what exact_match and json compare with", metavar="F")
-    reward: str = flag("exact_match, json, regex:PATTERN or FILE.py:function", "", "R")
+    eval_data: str | None = flag("prompts to validate on; without it a share of --data is held out", None, "F")
+    max_length: int = flag(
+        "longest prompt with answer in tokens; prompts that leave no token for an answer are dropped", 1024, "N"
+    )
+    dropout: float = flag("only 0: answers are sampled without dropout", 0.0, "P")
+    lr: float | None = flag("peak learning rate (default 1e-5 for lora, 1e-6 for full)", None)
+    reward: str = flag(
+        "what pays an answer: exact_match, json, regex:PATTERN or FILE.py:function, called as f(answer, row)", "", "R"
+    )
     num_generations: int = flag("answers sampled to each prompt", 8, "G")
     prompts_per_step: int = flag("prompts in an optimizer step", 8, "N")
     max_new_tokens: int = flag("the most tokens of an answer", 64, "N")
     temperature: float = flag("of sampling, and of the scored distribution alike", 1.0)
-    loss: Literal["dapo", "dr_grpo", "grpo"] = flag("the denominator of the loss", "dapo")
+    loss: Literal["dapo", "dr_grpo", "grpo"] = flag(
+        "what the tokens' losses are divided by: the step's tokens, answers times --max-new-tokens, or each answer's length",
+        "dapo",
+    )
     advantage: Literal["mean", "zscore"] = flag("reward minus the group's mean, or that over the group's spread", "mean")
     beta: float = flag("weight of the KL term against the model as it was before step 1", 0.0)
     epsilon: float = flag("clip range of the probability ratio", 0.2)
@@ -68,8 +95,12 @@ class GRPOConfig(RunConfig):
     mask_truncated: bool = flag("leave answers that did not stop out of the loss", False)
 
     def __post_init__(self) -> None:
+        for name in ("prompts_per_step", "max_new_tokens"):
+            require(getattr(self, name) >= 1, flag_name(name), getattr(self, name), "at least 1", "give 1 or more")
         object.__setattr__(self, "batch_size", self.prompts_per_step)
         super().__post_init__()
+        _refuse_unused(self, tuple(name for name in UNUSED_BY_GRPO if name != "batch_size"), "grpo")
+        _refuse_dropout(self, "answers are sampled without dropout, and the probability ratio compares with that")
         require(
             bool(self.reward), "--reward", "nothing", "a reward", "give exact_match, json, regex:PATTERN or FILE.py:function"
         )
@@ -77,13 +108,15 @@ class GRPOConfig(RunConfig):
             self.num_generations >= 2, "--num-generations", self.num_generations, "at least 2",
             "an answer is compared with the others of its group",
         )  # fmt: skip
-        for name in ("prompts_per_step", "max_new_tokens"):
-            require(getattr(self, name) >= 1, flag_name(name), getattr(self, name), "at least 1", "give 1 or more")
         require(
             math.isfinite(self.temperature) and self.temperature > 0, "--temperature", self.temperature, "a positive number",
             "try 1",
         )  # fmt: skip
         require(math.isfinite(self.beta) and self.beta >= 0, "--beta", self.beta, "zero or more", "try 0")
+        require(
+            self.max_new_tokens < self.max_length, "--max-new-tokens", self.max_new_tokens,
+            f"less than --max-length {self.max_length}", "lower it, or raise --max-length; the prompt needs tokens too",
+        )  # fmt: skip
         require(0 < self.epsilon < 1, "--epsilon", self.epsilon, "a number in (0, 1)", "try 0.2")
         require(
             self.epsilon_high is None or (math.isfinite(self.epsilon_high) and self.epsilon_high > 0), "--epsilon-high",

@@ -76,8 +76,8 @@ def prepare_pairs(
         else _split(dataset.pairs, lambda pair: pair.prompt, run.validation_share, run.seed)
     )
     encoded = [
-        _encode_pairs(pairs, run, tokenizer, template, use, log, limit_words(run.max_length, context))
-        for pairs, use in ((train, "training"), (validation, "validation"))
+        _encode_pairs(pairs, run, tokenizer, template, use, path, log, limit_words(run.max_length, context))
+        for pairs, use, path in ((train, "training", run.data), (validation, "validation", run.eval_data or run.data))
     ]
     for note in (*dataset.notes, *tokenizer.notes, *_near_identical(encoded[0])):
         log(note)
@@ -116,12 +116,19 @@ def _split(
 
 
 def _encode_pairs(
-    pairs: Sequence[Pair], run: DPOConfig, tokenizer: Tokenizer, template: ChatTemplate, use: str, log: Log, limit: str
+    pairs: Sequence[Pair],
+    run: DPOConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    use: str,
+    path: str,
+    log: Log,
+    limit: str,
 ) -> tuple[EncodedPair, ...]:
     found: list[EncodedPair] = []
     cut, too_long = 0, []
     for pair in pairs:
-        sides = [_encode_side(pair, answer, run, tokenizer, template) for answer in (pair.chosen, pair.rejected)]
+        sides = [_encode_side(pair, answer, run, tokenizer, template, path) for answer in (pair.chosen, pair.rejected)]
         fitted = _fit_pair(sides[0], sides[1], run.max_length)
         if fitted is None:
             too_long.append(pair.row)
@@ -135,14 +142,16 @@ def _encode_pairs(
     return tuple(found)
 
 
-def _encode_side(pair: Pair, answer: Message, run: DPOConfig, tokenizer: Tokenizer, template: ChatTemplate) -> Encoded:
+def _encode_side(
+    pair: Pair, answer: Message, run: DPOConfig, tokenizer: Tokenizer, template: ChatTemplate, path: str
+) -> Encoded:
     encoded = encode_chat(
         tokenizer, template, [*pair.prompt, replace(answer, train=True)], turns="last",
         allow_control_tokens=run.allow_control_tokens, row=pair.row,
     )  # fmt: skip
     if not encoded.num_targets:
         raise UserError(
-            "data/empty-answer", "an answer has no token", where=f"{visible(run.data)}:{pair.row}",
+            "data/empty-answer", "an answer has no token", where=f"{visible(path)}:{pair.row}",
             expected="at least one token in each answer", fix="drop the row",
         )  # fmt: skip
     return encoded
@@ -207,7 +216,7 @@ def prepare_prompts(
     )
     longest = min(run.max_length, context) - run.max_new_tokens
     encoded = [_encode_prompts(prompts, longest, tokenizer, template, log) for prompts in (train, validation)]
-    for note in (*dataset.notes, *tokenizer.notes):
+    for note in (*dataset.notes, *tokenizer.notes, *_unread_answers(dataset.prompts, reward)):
         log(note)
     if not encoded[0]:
         raise UserError(
@@ -223,6 +232,14 @@ def prepare_prompts(
         for use, data, part in (("train", dataset, encoded[0]), ("validation", held_out or dataset, encoded[1]))
     }
     return template, RunData(encoded[0], encoded[1], _identity(hashes, tokens, template, now), facts)
+
+
+def _unread_answers(prompts: Sequence[Prompt], reward: Reward) -> list[str]:
+    """A note on answers that stand in the rows and that the reward is known not to look at."""
+    number = sum(prompt.answer is not None for prompt in prompts)
+    if not number or reward.reads_row:
+        return []
+    return [f"{number} rows have an answer of their own, which --reward {visible(reward.name, 80)} does not read"]
 
 
 def _encode_prompts(

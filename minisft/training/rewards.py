@@ -30,12 +30,13 @@ EXPECTED = "exact_match, json, regex:PATTERN or FILE.py:function"
 class Reward:
     """A named reward: ``function(answer, row)`` gives a number, or None for no opinion.
 
-    ``needs_reference`` says that it reads the row's own answer.
+    ``needs_reference`` says that it reads the row's own answer, ``reads_row`` that it may look at the row at all.
     """
 
     name: str
     function: RewardFunction
     needs_reference: bool = False
+    reads_row: bool = True
 
     def score(self, answer: str, row: Mapping[str, JSON], where: str) -> float:
         """The reward of one answer; nan where there is none (None, or a number that is not finite).
@@ -53,13 +54,17 @@ class Reward:
         """
         try:
             value = self.function(answer, row)
-        except Exception as error:  # whatever the user's function raises is their error, and the answer shows why
+        except (Exception, SystemExit) as error:  # whatever the user's function raises is their error, and the answer shows why
             raise self._bad(where, f"{type(error).__name__}: {error}", answer) from error
         if value is None:
             return math.nan
         if not isinstance(value, (int, float)):  # True and False are 1 and 0
             raise self._bad(where, f"{type(value).__name__} {value!r}", answer)
-        return float(value) if math.isfinite(value) else math.nan
+        try:
+            number = float(value)
+        except OverflowError:
+            raise self._bad(where, "an integer beyond the range of floats", answer) from None
+        return number if math.isfinite(number) else math.nan
 
     def _bad(self, where: str, found: str, answer: str) -> UserError:
         return UserError(
@@ -83,7 +88,7 @@ def load_reward(spec: str) -> Reward:
     if spec == "json":
         return Reward(spec, _json, needs_reference=True)
     if spec.startswith("regex:"):
-        return Reward(spec, _matcher(spec.removeprefix("regex:")))
+        return Reward(spec, _matcher(spec.removeprefix("regex:")), reads_row=False)
     path, colon, name = spec.rpartition(":")
     if colon and path.endswith(".py"):
         return Reward(spec, _from_file(Path(path), name))
@@ -123,7 +128,7 @@ def _from_file(path: Path, name: str) -> RewardFunction:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise _bad_reward("the reward's file fails", f"{path}: {type(error).__name__}: {error}", "a file that runs") from error
     function = getattr(module, name, None)
     if not callable(function):

@@ -65,7 +65,8 @@ class TrainResult:
         out: the run's folder.
         weights: the folder of the result (``adapter`` or ``model``); None when a signal stopped the run.
         steps, total_steps: optimizer steps done, and those of the whole run.
-        eval_loss, best_step: the best validation loss (nats a supervised token) and its step; None without validation.
+        eval_loss, best_step: the best validation loss (nats a supervised token; DPO: of a pair; GRPO: minus the mean
+            reward) and its step; None without validation.
         trainable, parameters: how many numbers are trained, and how many the model has.
         seconds: wall time of the loop.
         signal: the signal that stopped the run early, if any.
@@ -86,7 +87,7 @@ class TrainResult:
 class Trainer(ABC, Generic[Row]):
     """A run in progress: the model, its optimizer, its rows, and how far it has come (``state``).
 
-    ``batches``, ``gradients`` and ``evaluate`` are left to the subclasses.
+    ``batches``, ``gradients`` and ``evaluate`` are left to the subclasses; ``command`` is the one that starts such runs.
 
     Args:
         run: the settings.
@@ -96,6 +97,8 @@ class Trainer(ABC, Generic[Row]):
         data: encoded rows to train and validate on.
         log: where the run's few sentences go; the progress bar goes to standard error.
     """
+
+    command = "train"
 
     def __init__(
         self,
@@ -277,6 +280,10 @@ class Trainer(ABC, Generic[Row]):
         """A validation in a few words."""
         return f"validation loss {loss:.4f}"
 
+    def best_words(self, loss: float) -> str:
+        """The best validation in a few words."""
+        return f"best validation loss {loss:.4f}"
+
     def save(self, metrics: MetricsLog, log: Log) -> None:
         """Save a checkpoint of everything. A full disk is survived twice; the third time in a row it stops the run."""
         state = self.state
@@ -346,7 +353,7 @@ class Trainer(ABC, Generic[Row]):
     def _finish(self, stopped_by: int | None, began: float) -> TrainResult:
         state = self.state
         if stopped_by is not None:
-            resume = f"minisft train --out {visible(self.out)} --resume"
+            resume = f"minisft {self.command} --out {visible(self.out)} --resume"
             self.log(f"stopped by signal {stopped_by} after step {state.step}; to go on: {resume}")
         result = TrainResult(
             out=self.out,
@@ -361,7 +368,7 @@ class Trainer(ABC, Generic[Row]):
             signal=stopped_by,
         )
         if result.weights is not None:
-            self.log(_summary(result))
+            self.log(self._summary(result))
         return result
 
     def _result(self) -> Path:
@@ -385,7 +392,6 @@ class Trainer(ABC, Generic[Row]):
         except UserError as error:
             self.log(f"{error}\nThe result is the last step's weights instead of the best.")
 
-
-def _summary(result: TrainResult) -> str:
-    best = "" if result.eval_loss is None else f", best validation loss {result.eval_loss:.4f} at step {result.best_step}"
-    return f"done: {result.steps} steps in {duration(result.seconds)}{best}; weights in {visible(result.weights)}"
+    def _summary(self, result: TrainResult) -> str:
+        best = "" if result.eval_loss is None else f", {self.best_words(result.eval_loss)} at step {result.best_step}"
+        return f"done: {result.steps} steps in {duration(result.seconds)}{best}; weights in {visible(result.weights)}"
