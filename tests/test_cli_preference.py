@@ -211,7 +211,7 @@ def test_a_missing_file(shop: Preference, command: Command) -> None:
         ({"prompt": "a", "chosen": None, "rejected": "x"}, "", "rows.jsonl:1"),
         ({"instruction": "x", "completions": [{"response": "a", "overall_score": 3}]}, "unknown-form", "best and the worst"),
         ({"messages": [USER, GOOD]}, "unknown-form", "--map"),
-        ({"prompt": "a", "chosen": "x" * 600, "rejected": "y"}, "no-rows", "longer than --max-length"),
+        ({"prompt": "a", "chosen": "x" * 600, "rejected": "y"}, "no-rows", "no pair fits"),
     ],
 )
 def test_a_row_that_is_no_pair(shop: Preference, row: object, code: str, said: str) -> None:
@@ -231,8 +231,8 @@ def test_what_dpo_drops_or_cuts_is_counted_and_said(shop: Preference) -> None:
     said = shop.run(*shop.dpo("--data", shop.data, "--max-length", 160, "--validation-share", 0))
     assert "dropped 1 of 17 rows: chosen and rejected are equal" in said
     assert "2 rows contradict another row (same answers, the other one chosen): 14, 15" in said
-    assert "1 pairs lost the start of their prompt to --max-length, both sides alike" in said
-    assert "1 pairs dropped: an answer does not fit --max-length: rows 17" in said
+    assert "1 pairs lost the start of their prompt to --max-length 160, both sides alike" in said
+    assert "1 pairs dropped: an answer does not fit --max-length 160: rows 17" in said
     assert "15 pairs to train on, 0 to validate on" in said
 
 

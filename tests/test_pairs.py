@@ -121,7 +121,7 @@ def encode(tmp_path: Path) -> Callable[..., tuple[EncodedPair, ...]]:
 
 def spell(side: Encoded, scored: bool) -> str:
     """The text of a side's tokens: all of them, or those that are scored. 256 bytes, then the two control tokens."""
-    alphabet = {i: c for i, c in enumerate(sorted(ByteLevel.alphabet()))} | dict(enumerate(CONTROL, 256))
+    alphabet = dict(enumerate(sorted(ByteLevel.alphabet()))) | dict(enumerate(CONTROL, 256))
     ids = [i for i, flag in zip(side.input_ids, side.supervised, strict=True) if flag or not scored]
     return "".join(alphabet[i] for i in ids).replace("\u010a", "\n").replace("\u0120", " ")
 
