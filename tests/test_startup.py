@@ -60,7 +60,7 @@ MISUSES: list[tuple[list[str], str]] = [
     ([*TRAIN, "--config", "UNKNOWN.toml"], "config/unknown-key"),
     ([*TRAIN, "--config", "MISSING.toml"], "config/no-file"),
     (["plan", "--model", "m", "--batch-size", "0"], "config/bad-value"),
-    ([*EVAL, "--metric", "bleu"], "config/usage"),
+    ([*EVAL, "--metric", "blue"], "config/usage"),
     ([*EVAL, "--limit", "0"], "config/bad-value"),
     ([*EVAL, "--scale", "nan"], "config/bad-value"),
     ([*GENERATE, "--temperature", "-1"], "config/bad-value"),
