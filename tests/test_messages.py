@@ -214,7 +214,7 @@ def test_bad_files_are_named(write: Write, tmp_path: Path) -> None:
     cases = [
         (tmp_path / "trian.jsonl", "data/no-file", "train.jsonl"),
         (tmp_path, "data/unreadable", "directory"),
-        (write(gzip.compress(b"{}"), name="z.jsonl"), "data/unreadable", "unpacked"),
+        (write(gzip.compress(b"{}", mtime=0), name="z.jsonl"), "data/unreadable", "unpacked"),
         (write(b"PK\x03\x04xxxx", name="p.jsonl"), "data/not-text", "zip"),
         (write(b"", name="empty.jsonl"), "data/no-rows", "empty"),
         (write({"prompt": "q", "completion": ""}, name="blank.jsonl"), "data/no-rows", "1 dropped"),

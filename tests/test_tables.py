@@ -28,7 +28,7 @@ def as_lines(path: Path) -> None:
 
 
 def as_gzip(path: Path) -> None:
-    path.write_bytes(gzip.compress(LINES))
+    path.write_bytes(gzip.compress(LINES, mtime=0))
 
 
 def as_table(path: Path) -> None:
@@ -90,8 +90,8 @@ def test_select_writes_lines_of_json_from_every_form(tmp_path: Path, name: str) 
         ("a.csv", b"question,answer\na,b\n", "data/unknown-form", "question, answer"),
         ("a.csv", b"", "data/no-rows", "empty"),
         ("a.csv", b"prompt,completion\n", "data/no-rows", "empty"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-9], "data/unreadable", "cannot be unpacked"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": }'), "data/bad-json", "a.jsonl.gz:1"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "data/unreadable", "cannot be unpacked"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": }', mtime=0), "data/bad-json", "a.jsonl.gz:1"),
         ("a.parquet", b"PAR1 and nothing more", "data/bad-parquet", "a.parquet"),
     ],
 )  # fmt: skip
