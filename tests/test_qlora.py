@@ -314,7 +314,7 @@ def test_the_command_line_end_to_end(
     shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    flags = ["--steps", "3", "--batch-size", "4", "--rank", "2", "--validation-share", "0.2"]
+    flags = ["--steps", "3", "--batch-size", "4", "--rank", "2", "--validation-share", "0.2", "--dtype", "bf16"]
     base = ["--model", str(shop / "model")]
     assert main(["train", *base, "--data", str(shop / "rows.jsonl"), "--out", str(out), "--quant", "nf4", *flags]) == 0
     held, dense = (weight_bytes(load_model(shop / "model", torch.bfloat16, quant=q)[0]) for q in (QuantConfig(), None))

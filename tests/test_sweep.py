@@ -156,12 +156,12 @@ def test_what_is_refused(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_when_no_scale_can_be_scored_the_message_says_why(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
-    long = json.dumps({"prompt": "a" * 600, "completion": "b"})
+    long = json.dumps({"prompt": "a", "completion": "b" * 600})  # an answer is never cut
     shop.data.write_text(long + "\n")
     assert shop.sweep("--scales", "0,1") == 6
     message = capsys.readouterr().err.strip()
     assert message.startswith("error[numeric/sweep-incomplete] 2 of 2 scales")
-    assert "does not fit the model's context" in message
+    assert "no row fits the model's context" in message
     assert not (shop.out / PLOT).exists()
 
 

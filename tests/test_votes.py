@@ -42,7 +42,9 @@ def test_exchanging_the_models_mirrors_the_win_rate(winners):
     other = win_rate([vote(i, mirror.get(w, w), "b") for i, w in enumerate(winners)])
     for name in ("interval", "always_valid", "by_prompt"):
         x, y = getattr(one, name), getattr(other, name)
-        assert (x.estimate, x.low, x.high) == pytest.approx((1 - y.estimate, 1 - y.high, 1 - y.low), abs=0.02)
+        # The bootstrap's ends are means of n votes, so a draw at the border moves them by half a vote.
+        step = 0.5 / len(winners) if name == "by_prompt" else 0.0
+        assert (x.estimate, x.low, x.high) == pytest.approx((1 - y.estimate, 1 - y.high, 1 - y.low), abs=0.02 + step)
     assert one.sign_p == other.sign_p
 
 
