@@ -124,7 +124,7 @@ def draw_a(result: dict[str, object]) -> bytes:
     from matplotlib.figure import Figure
 
     colors = ("#D55E00", "#0072B2", "#56B4E9", "#666666")
-    cells: list[dict] = result["cells"]  # type: ignore[assignment]
+    cells: list[dict] = result["cells"]  # type: ignore[assignment]  # JSON that this script wrote
     names = list(dict.fromkeys(cell["detector"] for cell in cells))
     with matplotlib.rc_context({"svg.hashsalt": "minisft", "svg.fonttype": "none"}):
         figure = Figure(figsize=(7.5, 4.2), layout="constrained")

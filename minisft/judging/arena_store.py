@@ -258,4 +258,4 @@ class ArenaStore:
 def _messages(text: str) -> list[Message]:
     turns = safe_json.loads(text)
     assert isinstance(turns, list)
-    return [Message(turn[0], turn[1]) for turn in turns if isinstance(turn, list)]  # type: ignore[arg-type]
+    return [Message(turn[0], turn[1]) for turn in turns if isinstance(turn, list)]  # type: ignore[arg-type]  # our own rows

@@ -57,7 +57,7 @@ def untrained_tokens_of(path: str, tokenizer: Tokenizer, rows: Iterable[Encoded]
     head = stored.open[HEAD]() if HEAD in stored.open else embedding
 
     def row_of(weight: object) -> ReadRow:
-        return lambda i: read_rows(weight, i, i + 1)[0]  # type: ignore[arg-type]
+        return lambda i: read_rows(weight, i, i + 1)[0]  # type: ignore[arg-type]  # any stored weight
 
     return _note(tokenizer, rows, row_of(embedding), row_of(head))
 
