@@ -153,7 +153,7 @@ def cell_b(arguments: argparse.Namespace) -> dict[str, object]:
     from minisft.evaluation.general_suite import web_text
     from minisft.evaluation.results import write
     from minisft.formats import load_adapter_
-    from minisft.judging.compare_report import write_report
+    from minisft.judging.compare_report import write_comparison
     from minisft.judging.comparison import compare_files
 
     folder = out_folder(arguments.out, arguments.quick) / "judging_b"
@@ -174,7 +174,7 @@ def cell_b(arguments: argparse.Namespace) -> dict[str, object]:
         if adapter is not None:
             pairs = [[folder / f"{which}.{kind}.rows.jsonl" for which in ("base", name)] for kind in ("task", "web")]
             found = compare_files(*pairs[0], general=[(str(pairs[1][0]), str(pairs[1][1]))])
-            write_report(found, folder / name)
+            write_comparison(found, folder / name)
             reports[name] = found.to_json()
             print(name, found.verdict)
     return {"reports": reports}

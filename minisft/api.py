@@ -45,14 +45,12 @@ from minisft.evaluation import evaluate as evaluation
 from minisft.evaluation.evaluate import EvalResult, Metric
 from minisft.evaluation.sweep import sweep
 from minisft.formats import load_adapter_, load_model, load_tokenizer, save_adapter, save_model, save_quantized
-from minisft.judging.ab_plan import make_plan as plan_ab
-from minisft.judging.ab_test import analyze as analyze_ab
-from minisft.judging.arena import open_store as open_arena
-from minisft.judging.arena import serve as serve_arena
-from minisft.judging.compare_report import write_report as write_comparison
+from minisft.judging.ab_plan import plan_ab
+from minisft.judging.ab_test import analyze_ab
+from minisft.judging.arena import open_arena, serve_arena
+from minisft.judging.compare_report import write_comparison
 from minisft.judging.comparison import compare_files
-from minisft.judging.feedback import make_rows as make_feedback_rows
-from minisft.judging.feedback import write_feedback
+from minisft.judging.feedback import make_feedback_rows, write_feedback
 from minisft.judging.feedback_file import read_feedback
 from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.loss import token_log_probs

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minisft.data.messages import Message
-from minisft.judging.arena import make_arena, open_store, prepare, serve
+from minisft.judging.arena import make_arena, open_arena, prepare, serve_arena
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>\u202e\x07" + "w" * 1_000_000
 PROMPTS = ["first question", "second question", "an attack", "fourth question", "fifth question", "sixth question"]
@@ -41,11 +41,11 @@ def _said(text: str, show: Callable[[str], None]) -> str:
 def main(folder: Path, port: int, live: bool) -> None:
     folder.mkdir(exist_ok=True)
     answers = {"a": answer_a, "b": answer_b}
-    store = open_store(folder, ("model one", "model two"), write_prompts(folder))
+    store = open_arena(folder, ("model one", "model two"), write_prompts(folder))
     if not live:
         prepare(store, answers, None)
     arena = make_arena(store, answers, live=live, host="127.0.0.1", port=port, token=None)
-    serve(arena, "127.0.0.1", port, folder, lambda text: print(text, flush=True))
+    serve_arena(arena, "127.0.0.1", port, folder, lambda text: print(text, flush=True))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from minisft.cli.main import main
 from minisft.common.errors import UserError
 from minisft.evaluation.statistics import holm, newcombe_interval
 from minisft.judging.ab_file import read_trial
-from minisft.judging.ab_plan import make_plan, parse_effect, read_plan, write_plan
+from minisft.judging.ab_plan import parse_effect, plan_ab, read_plan, write_plan
 from minisft.judging.ab_statistics import rates_p, sequential, welch
-from minisft.judging.ab_test import analyze, parse_guardrail
+from minisft.judging.ab_test import analyze_ab, parse_guardrail
 
 
 def write_units(path: Path, p_a=0.1, p_b=0.1, n=400, seed=0, shift=0.0, extra=()):
@@ -38,7 +38,7 @@ def units(tmp_path):
 
 
 def test_a_plan_counts_units_and_days_and_survives_its_file(tmp_path):
-    plan = make_plan(0.1, 0.02, "fixed", traffic=500)
+    plan = plan_ab(0.1, 0.02, "fixed", traffic=500)
     assert (plan.units_per_arm, plan.days, plan.tau) == (3841, 16, 0.02)
     write_plan(plan, tmp_path / "plan.json")
     assert read_plan(tmp_path / "plan.json") == plan
@@ -59,7 +59,7 @@ def test_an_effect_that_may_mean_two_things_is_refused(text):
 
 
 def test_effects_are_those_of_the_statistics(units):
-    report = analyze(
+    report = analyze_ab(
         units, design="fixed", looks=1, guardrails=[parse_guardrail("latency<=0.05"), parse_guardrail("value>=-1")]
     )
     trial = read_trial(units, ["latency"])
@@ -84,7 +84,7 @@ def test_effects_are_those_of_the_statistics(units):
 
 
 def test_a_guardrail_that_is_broken_is_not_kept(units):
-    report = analyze(
+    report = analyze_ab(
         units, design="fixed", looks=1, guardrails=[parse_guardrail("latency<=0.001"), parse_guardrail("value>=2")]
     )
     assert [g["kept"] for g in report["guardrails"]] == [False, False]
@@ -97,8 +97,8 @@ def test_a_covariate_takes_variance_away(tmp_path):
         before = rng.normal()
         lines.append(f"{i},{'ab'[i % 2]},0,{2 * before + rng.normal():.6f},{before:.6f}")
     (tmp_path / "d.csv").write_text("\n".join(lines))
-    plain = analyze(tmp_path / "d.csv", design="fixed", looks=1)["effects"]["b"]["value"]
-    adjusted = analyze(tmp_path / "d.csv", design="fixed", looks=1, covariate="before")["effects"]["b"]["value"]
+    plain = analyze_ab(tmp_path / "d.csv", design="fixed", looks=1)["effects"]["b"]["value"]
+    adjusted = analyze_ab(tmp_path / "d.csv", design="fixed", looks=1, covariate="before")["effects"]["b"]["value"]
     assert adjusted["variance_left_by_covariate"] == pytest.approx(0.2, abs=0.04)
     assert adjusted["welch"]["high"] - adjusted["welch"]["low"] < 0.55 * (plain["welch"]["high"] - plain["welch"]["low"])
 
@@ -107,7 +107,7 @@ def test_three_variants_are_each_held_against_the_control_with_holm(tmp_path):
     rng = np.random.default_rng(1)
     lines = ["unit,variant,converted"] + [f"{i},{'abc'[i % 3]},{int(rng.random() < 0.2)}" for i in range(900)]
     (tmp_path / "d.csv").write_text("\n".join(lines))
-    effects = analyze(tmp_path / "d.csv", design="fixed", looks=1, control="b")["effects"]
+    effects = analyze_ab(tmp_path / "d.csv", design="fixed", looks=1, control="b")["effects"]
     assert list(effects) == ["a", "c"]
     assert [e["p_holm"] for e in effects.values()] == pytest.approx(holm([e["p_value"] for e in effects.values()]))
 
@@ -127,15 +127,15 @@ def test_a_broken_split_ends_the_analysis(tmp_path):
     lines = ["unit,variant,converted"] + [f"{i},{'a' if i % 10 < 6 else 'b'},0" for i in range(1000)]
     (tmp_path / "d.csv").write_text("\n".join(lines))
     with pytest.raises(UserError, match="data/sample-ratio-mismatch"):
-        analyze(tmp_path / "d.csv", design="fixed", looks=1)
-    assert analyze(tmp_path / "d.csv", design="fixed", looks=1, shares=[0.6, 0.4])["split"]["p_value"] == 1.0
+        analyze_ab(tmp_path / "d.csv", design="fixed", looks=1)
+    assert analyze_ab(tmp_path / "d.csv", design="fixed", looks=1, shares=[0.6, 0.4])["split"]["p_value"] == 1.0
 
 
 # --- looks
 
 
 def test_the_sequential_test_is_the_one_of_the_statistics(units):
-    effect = analyze(units, design="sequential", tau=0.05)["effects"]["b"]
+    effect = analyze_ab(units, design="sequential", tau=0.05)["effects"]["b"]
     trial = read_trial(units)
     arms = [np.array([float(u.converted) for u in trial.of(name)]) for name in "ab"]
     at_once = sequential([arms[0]], [arms[1]], 0.05)[-1]
@@ -147,45 +147,45 @@ def test_the_sequential_test_is_the_one_of_the_statistics(units):
 
 def test_a_fixed_horizon_has_one_look(units, tmp_path):
     with pytest.raises(UserError, match="config/no-looks"):
-        analyze(units, design="fixed")
+        analyze_ab(units, design="fixed")
     with pytest.raises(UserError, match="config/peeked"):
-        analyze(units, design="fixed", looks=2)
+        analyze_ab(units, design="fixed", looks=2)
     with pytest.raises(UserError, match="config/no-design"):
-        analyze(units)
+        analyze_ab(units)
     with pytest.raises(UserError, match="config/no-tau"):
-        analyze(units, design="sequential")
+        analyze_ab(units, design="sequential")
 
 
 def test_a_plan_refuses_to_be_analysed_early_or_again_with_more_data(tmp_path):
     plan = tmp_path / "plan.json"
-    write_plan(make_plan(0.1, 0.1, "fixed"), plan)
+    write_plan(plan_ab(0.1, 0.1, "fixed"), plan)
     n = read_plan(plan).units_per_arm
     small, full, more = (write_units(tmp_path / f"{k}.csv", 0.1, 0.2, n=k) for k in (n - 1, n, n + 50))
     with pytest.raises(UserError, match="config/too-early"):
-        analyze(small, plan=plan)
-    first = analyze(full, plan=plan)
-    assert analyze(full, plan=plan) == first  # the same data again is the same look
+        analyze_ab(small, plan=plan)
+    first = analyze_ab(full, plan=plan)
+    assert analyze_ab(full, plan=plan) == first  # the same data again is the same look
     assert len(read_plan(plan).analyses) == 1
     with pytest.raises(UserError, match="config/peeked"):
-        analyze(more, plan=plan)
+        analyze_ab(more, plan=plan)
     with pytest.raises(UserError, match="config/other-design"):
-        analyze(more, plan=plan, design="sequential", tau=0.1)
+        analyze_ab(more, plan=plan, design="sequential", tau=0.1)
 
 
 def test_a_sequential_plan_may_be_looked_at_as_often_as_one_likes(tmp_path):
     plan = tmp_path / "plan.json"
-    write_plan(make_plan(0.1, 0.1, "sequential"), plan)
+    write_plan(plan_ab(0.1, 0.1, "sequential"), plan)
     for n in (50, 100, 200):
-        report = analyze(write_units(tmp_path / f"{n}.csv", 0.1, 0.2, n=n), plan=plan)
+        report = analyze_ab(write_units(tmp_path / f"{n}.csv", 0.1, 0.2, n=n), plan=plan)
     assert report["design"] == "sequential"
     assert [entry["units"] for entry in read_plan(plan).analyses] == [100, 200, 400]
 
 
 def test_guardrails_hold_at_every_look_of_a_sequential_design(units):
     rails = [parse_guardrail("latency<=0.2"), parse_guardrail("latency<=0.001")]
-    report = analyze(units, design="sequential", tau=0.05, guardrails=rails)
+    report = analyze_ab(units, design="sequential", tau=0.05, guardrails=rails)
     assert [g["kept"] for g in report["guardrails"]] == [True, False]
-    without = analyze(units, design="sequential", tau=0.05)
+    without = analyze_ab(units, design="sequential", tau=0.05)
     assert "value is not judged" in without["notes"][0]
 
 

@@ -21,15 +21,6 @@ from minisft.data.messages import Message, read_dataset
 from minisft.evaluation.evaluate import evaluate
 from minisft.generation import generate
 
-# Functions whose own name is clear beside their module only.
-SHORTER = {
-    "write_comparison": "write_report",
-    "open_arena": "open_store",
-    "make_feedback_rows": "make_rows",
-    "analyze_ab": "analyze",
-    "serve_arena": "serve",
-    "plan_ab": "make_plan",
-}
 AFTER_EVERYTHING = """
 import importlib, json, sys, types
 for name in json.loads(sys.argv[1]):
@@ -49,7 +40,7 @@ def test_a_public_name_is_its_function_whatever_was_imported_before() -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    assert found == {name: [SHORTER.get(name, name), False] for name in minisft.__all__}
+    assert found == {name: [name, False] for name in minisft.__all__}
 
 
 def _names_for_type_checkers() -> set[str]:

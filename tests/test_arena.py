@@ -19,7 +19,7 @@ from arena_server import HOSTILE, PROMPTS, answer_a, answer_b, write_prompts
 
 from minisft.common.errors import UserError
 from minisft.data.messages import Message
-from minisft.judging.arena import make_arena, open_store, prepare, read_prompts, split_name, write_result
+from minisft.judging.arena import make_arena, open_arena, prepare, read_prompts, split_name, write_result
 from minisft.judging.arena_store import ArenaStore, Vote
 
 TESTS = Path(__file__).parent
@@ -27,7 +27,7 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture
 def store(tmp_path):
-    made = open_store(tmp_path, ("model one", "model two"), write_prompts(tmp_path))
+    made = open_arena(tmp_path, ("model one", "model two"), write_prompts(tmp_path))
     prepare(made, {"a": answer_a, "b": answer_b}, None)
     yield made
     made.close()
@@ -98,15 +98,15 @@ def test_the_file_is_in_wal_mode_and_fully_synchronous(store):
 
 def test_an_arena_is_gone_on_with_but_not_mixed_with_another(store, tmp_path):
     store.vote(Vote(store.next_showing("anna").ticket, "tie"))
-    again = open_store(tmp_path, ("model one", "model two"), tmp_path / "prompts.jsonl")
+    again = open_arena(tmp_path, ("model one", "model two"), tmp_path / "prompts.jsonl")
     assert len(again.judgements()) == 1
     assert again.unanswered("a") == []
     again.close()
     with pytest.raises(UserError, match="config/other-arena"):
-        open_store(tmp_path, ("model one", "model three"), tmp_path / "prompts.jsonl")
+        open_arena(tmp_path, ("model one", "model three"), tmp_path / "prompts.jsonl")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "another"}\n')
     with pytest.raises(UserError, match="config/other-arena"):
-        open_store(tmp_path, ("model one", "model two"), tmp_path / "prompts.jsonl")
+        open_arena(tmp_path, ("model one", "model two"), tmp_path / "prompts.jsonl")
 
 
 def test_the_result_is_the_win_rate(store, tmp_path):

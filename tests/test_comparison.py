@@ -18,7 +18,7 @@ from minisft.data.messages import read_dataset
 from minisft.evaluation.statistics import Interval
 from minisft.judging.bad_cases import confusions, error_class, find_bad_cases
 from minisft.judging.compare_page import escaped, page
-from minisft.judging.compare_report import write_report
+from minisft.judging.compare_report import write_comparison
 from minisft.judging.comparison import compare_files, measure
 from minisft.judging.gates import Gate, judge_gates, parse_gate, verdict_of
 from minisft.judging.rows_file import RowsFile, ScoredRow, read_rows, require_comparable
@@ -277,7 +277,7 @@ def compared(tmp_path):
     a = write_scored(tmp_path, "base", base, metric="exact_match", form="task/chat")
     b = write_scored(tmp_path, "tuned", tuned, metric="exact_match", form="task/chat")
     found = compare_files(a, b, data=data, train=data, gates=[parse_gate("task>=+0.05")])
-    return found, write_report(found, tmp_path / "report")
+    return found, write_comparison(found, tmp_path / "report")
 
 
 def test_the_report_holds_every_number(compared):

@@ -12,7 +12,7 @@ from minisft.common.errors import UserError
 from minisft.data.messages import read_dataset
 from minisft.evaluation.statistics import wilson_interval
 from minisft.judging.arena_store import Vote
-from minisft.judging.feedback import eval_hashes, make_rows, read_guard, report, write_feedback
+from minisft.judging.feedback import eval_hashes, make_feedback_rows, read_guard, report, write_feedback
 from minisft.judging.feedback_file import prompt_hash, read_feedback
 
 
@@ -22,7 +22,7 @@ def row(number, thumb=None, **more):
 
 def made_of(tmp_path, rows, **known):
     feedback = read_feedback(write_jsonl(tmp_path / "thumbs.jsonl", rows))
-    return feedback, make_rows(feedback, **known)
+    return feedback, make_feedback_rows(feedback, **known)
 
 
 def test_up_trains_down_is_a_bad_case_and_edited_is_a_pair(tmp_path):
@@ -109,9 +109,9 @@ def test_weeks_and_loud_users(tmp_path):
 
 
 def test_an_arenas_votes_become_pairs_unless_they_flip(tmp_path):
-    from test_arena import answer_a, answer_b, open_store, prepare, write_prompts
+    from test_arena import answer_a, answer_b, open_arena, prepare, write_prompts
 
-    store = open_store(tmp_path, ("one", "two"), write_prompts(tmp_path))
+    store = open_arena(tmp_path, ("one", "two"), write_prompts(tmp_path))
     prepare(store, {"a": answer_a, "b": answer_b}, None)
     for prompt, first, choice in (("row-1", "a", "left"), ("row-2", "b", "left"), ("row-4", "a", "tie")):
         store.vote(Vote(store.show(prompt, first, "anna").ticket, choice))
@@ -119,7 +119,7 @@ def test_an_arenas_votes_become_pairs_unless_they_flip(tmp_path):
         store.vote(Vote(store.show("row-5", first, "anna").ticket, "left"))
     store.close()
     feedback = read_feedback(tmp_path / "votes.sqlite")
-    made = make_rows(feedback)
+    made = make_feedback_rows(feedback)
     assert [(p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in made.pairs] == [
         ("FIRST QUESTION", "question first"),
         ("question second", "SECOND QUESTION"),

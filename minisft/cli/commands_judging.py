@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def compare_command(arguments: argparse.Namespace) -> int:
     """Compare two models' rows; the exit status is the verdict's."""
-    from minisft.judging.compare_report import PAGE, summary, write_report
+    from minisft.judging.compare_report import PAGE, summary, write_comparison
     from minisft.judging.comparison import compare_files
     from minisft.judging.gates import EXIT_STATUS, parse_gate
 
@@ -37,7 +37,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
         cluster=arguments.cluster,
         seed=arguments.seed,
     )
-    out = write_report(comparison, arguments.out)
+    out = write_comparison(comparison, arguments.out)
     print(summary(comparison))
     if arguments.data is None and comparison.cases:
         print("bad_cases.jsonl has no prompts: give --data with the rows that were scored, and they are ready for labelling")
@@ -51,9 +51,9 @@ def ab_command(arguments: argparse.Namespace) -> int:
 
 
 def _ab_plan(arguments: argparse.Namespace) -> int:
-    from minisft.judging.ab_plan import make_plan, parse_effect, write_plan
+    from minisft.judging.ab_plan import parse_effect, plan_ab, write_plan
 
-    plan = make_plan(
+    plan = plan_ab(
         arguments.baseline,
         parse_effect(arguments.effect, arguments.baseline),
         arguments.design,
@@ -74,9 +74,9 @@ def _ab_plan(arguments: argparse.Namespace) -> int:
 
 
 def _ab_analyze(arguments: argparse.Namespace) -> int:
-    from minisft.judging.ab_test import analyze, parse_guardrail, summary
+    from minisft.judging.ab_test import analyze_ab, parse_guardrail, summary
 
-    report = analyze(
+    report = analyze_ab(
         arguments.data,
         plan=arguments.plan,
         design=arguments.design,
@@ -108,9 +108,9 @@ def arena_command(arguments: argparse.Namespace) -> int:
         check_access,
         check_port,
         make_arena,
-        open_store,
+        open_arena,
         prepare,
-        serve,
+        serve_arena,
         split_name,
         summary,
         write_result,
@@ -124,7 +124,7 @@ def arena_command(arguments: argparse.Namespace) -> int:
     check_access(arguments.host, arguments.token)
     for name in names:
         split_name(name)
-    store = open_store(out, names, arguments.prompts, arguments.system)
+    store = open_arena(out, names, arguments.prompts, arguments.system)
     load_libraries()
     sides: tuple[Side, Side] = ("a", "b")
     answers: dict[Side, Answer] = {
@@ -135,7 +135,7 @@ def arena_command(arguments: argparse.Namespace) -> int:
             prepare(store, answers, progress)
     arena = make_arena(store, answers, live=arguments.live, host=arguments.host, port=port, token=arguments.token)
     try:
-        serve(arena, arguments.host, port, out, lambda text: print(text, flush=True))
+        serve_arena(arena, arguments.host, port, out, lambda text: print(text, flush=True))
     finally:
         result = write_result(store, out)
         store.close()
@@ -156,14 +156,14 @@ def _contestant(name: str, arguments: argparse.Namespace) -> Contestant:
 
 def feedback_command(arguments: argparse.Namespace) -> int:
     """Turn votes and thumbs into rates and rows."""
-    from minisft.judging.feedback import BAD, PAIRS, SFT, eval_hashes, make_rows, read_guard, write_feedback
+    from minisft.judging.feedback import BAD, PAIRS, SFT, eval_hashes, make_feedback_rows, read_guard, write_feedback
     from minisft.judging.feedback_file import read_feedback
 
     require_unused(Path(arguments.out))
     feedback = read_feedback(arguments.feedback)
     trained = {digest for path in arguments.trained for digest in read_guard(path)}
     evaluated = {digest for path in arguments.eval for digest in eval_hashes(path)}
-    made = make_rows(feedback, trained, evaluated)
+    made = make_feedback_rows(feedback, trained, evaluated)
     result = write_feedback(feedback, made, arguments.out)
     print(result["selection_bias"])
     for name, counts in (("sft candidates", made.sft), ("preference pairs", made.pairs), ("bad cases", made.bad)):

@@ -39,7 +39,7 @@ class Plan:
     analyses: list[dict[str, JSON]] = field(default_factory=list)
 
 
-def make_plan(
+def plan_ab(
     baseline: float, effect: float, design: Design, *, alpha: float = 0.05, power: float = 0.8, traffic: float | None = None
 ) -> Plan:
     """How many units and days a test takes.

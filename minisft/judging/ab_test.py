@@ -60,7 +60,7 @@ def parse_guardrail(text: str) -> Guardrail:
 # --- analysis
 
 
-def analyze(
+def analyze_ab(
     data: str | Path,
     *,
     plan: str | Path | None = None,

@@ -40,7 +40,7 @@ def split_name(name: str) -> tuple[str, str | None]:
     return model, adapter
 
 
-def open_store(out: Path, names: tuple[str, str], prompts: str | Path, system: str | None = None) -> ArenaStore:
+def open_arena(out: Path, names: tuple[str, str], prompts: str | Path, system: str | None = None) -> ArenaStore:
     """The votes in ``out``, new or to go on with; the prompts are those of the data file without their last answer.
 
     Args:
@@ -154,7 +154,7 @@ def check_access(host: str, token: str | None) -> None:
         raise UserError("config/short-token", "the token is too short", found=f"{len(token)} characters", fix=fix)
 
 
-def serve(arena: Arena, host: str, port: int, out: Path, log: Callable[[str], None]) -> None:
+def serve_arena(arena: Arena, host: str, port: int, out: Path, log: Callable[[str], None]) -> None:
     """Serve the page until it is interrupted, then write the result.
 
     Args:

@@ -17,7 +17,7 @@ from minisft.judging.rows_file import RowId
 REPORT, PAGE, BAD_CASES = "compare.json", "report.html", "bad_cases.jsonl"
 
 
-def write_report(comparison: Comparison, out: str | Path) -> Path:
+def write_comparison(comparison: Comparison, out: str | Path) -> Path:
     """Write ``compare.json``, ``report.html`` and ``bad_cases.jsonl`` into a new folder, all or nothing.
 
     Raises:

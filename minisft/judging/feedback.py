@@ -46,7 +46,7 @@ class Made:
     left_out: dict[str, int]
 
 
-def make_rows(feedback: Feedback, trained: Iterable[str] = (), evaluated: Iterable[str] = ()) -> Made:
+def make_feedback_rows(feedback: Feedback, trained: Iterable[str] = (), evaluated: Iterable[str] = ()) -> Made:
     """Turn feedback into rows.
 
     Up: a candidate for SFT. Edited: a pair with the edited answer chosen. Up and down on one prompt, or a vote between two
