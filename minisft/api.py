@@ -1,7 +1,7 @@
 """The Python calls: everything that a command of ``minisft`` does, one function each.
 
-Most stand where they are made and are only listed here; ``generate``, ``evaluate``, ``inspect_rows`` and ``certify`` join what
-a command joins: template, tokens, model. ``import minisft`` gives all of them and loads this module when one is first used.
+Most stand where they are made and are only listed here; ``generate``, ``evaluate`` and ``inspect_rows`` join what a command
+joins: template, tokens, model. ``import minisft`` gives all of them and loads this module when one is first used.
 
 The commands, and the calls that do the same:
 
@@ -12,10 +12,10 @@ The commands, and the calls that do the same:
 - ``generate``, ``chat``: ``generate``
 - ``inspect``: ``inspect_rows``, and ``inspect_quality`` for ``--quality``
 - ``select``: ``select_rows``
-- ``quantize``: ``load_model(..., quant=QuantConfig())`` and ``save_quantized``
+- ``quantize``: ``quantize_folder``; step by step ``load_model(..., quant=QuantConfig())`` and ``save_quantized``
 - ``plan``: ``plan(RunConfig(...))``
-- ``merge``: ``merge_folder`` and ``certify`` from files to files; ``merge``, ``merge_`` and ``unmerge_`` in memory
-- ``verify``: ``verify``
+- ``merge``: ``merge_and_certify``; without a certificate ``merge_folder``, in memory ``merge``, ``merge_`` and ``unmerge_``
+- ``verify``: ``verify_merge``; the tensors alone ``verify``
 - ``combine``: ``combine_folders``
 - ``sweep``: ``sweep``
 - ``compare``: ``compare_files`` and ``write_comparison``
@@ -55,10 +55,9 @@ from minisft.judging.feedback_file import read_feedback
 from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.loss import token_log_probs
 from minisft.merge_weights import merge, merge_, unmerge_
-from minisft.merging import certificate
-from minisft.merging.certificate import Verdict
+from minisft.merging.certified import merge_and_certify, quantize_folder, verify_merge
 from minisft.merging.combine import combine_folders
-from minisft.merging.streaming import Merged, merge_folder
+from minisft.merging.streaming import merge_folder
 from minisft.merging.verify import verify
 from minisft.model import CausalLM
 from minisft.nf4_linear import NF4Linear
@@ -85,7 +84,6 @@ __all__ = [
     "adapters_off",
     "analyze_ab",
     "apply_lora_",
-    "certify",
     "combine_folders",
     "compare_files",
     "dpo",
@@ -103,11 +101,13 @@ __all__ = [
     "make_feedback_rows",
     "merge",
     "merge_",
+    "merge_and_certify",
     "merge_folder",
     "open_arena",
     "plan",
     "plan_ab",
     "quantize_",
+    "quantize_folder",
     "read_feedback",
     "read_pool",
     "run_quickstart",
@@ -122,6 +122,7 @@ __all__ = [
     "train",
     "unmerge_",
     "verify",
+    "verify_merge",
     "write_comparison",
     "write_feedback",
 ]
@@ -319,22 +320,3 @@ def inspect_rows(
         dataset.examples, tokenizer, _template(tokenizer, template), max_length, turns=turns, path=str(data)
     )
     return inspect_dataset(dataset, encoded, tokenizer, max_length, rows)
-
-
-def certify(merged: Merged, data: str | Path | None = None, *, compare: bool = True) -> Verdict:
-    """Compare a merge with the unmerged model and write its certificate beside the weights, as ``minisft merge`` does.
-
-    Args:
-        merged: what ``merge_folder`` returned.
-        data: rows to compare the models on; by default a few built-in sentences.
-        compare: load both models and compare their answers; without, only what is known of each layer is judged.
-
-    Returns:
-        the verdict; ``merge_report.json``, ``.html`` and ``.svg`` in the merged folder show how it came about.
-
-    Raises:
-        UserError: rows that cannot be read, a full disk.
-    """
-    verdict = certificate.certify(merged, None)  # written before the comparison, which may fail
-    models = certificate.check(merged, data) if compare else None
-    return verdict if models is None else certificate.certify(merged, models)

@@ -148,7 +148,7 @@ def test_inspect_lists_rows(loaded: Loaded, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_merging_files_from_python(tmp_path: Path) -> None:
-    """``merge_folder`` and ``certify`` give the weights of ``merge`` and the files of the command."""
+    """``merge_folder`` and ``merge_and_certify`` give the weights of ``merge``; the latter the files of the command too."""
     write_model(tmp_path / "model", tmp_path / "scratch")
     model, _ = minisft.load_model(tmp_path / "model")
     minisft.apply_lora_(model, minisft.LoRAConfig(rank=2))
@@ -156,16 +156,18 @@ def test_merging_files_from_python(tmp_path: Path) -> None:
         for adapter in minisft.lora_modules(model).values():
             adapter.lora_B.normal_(std=0.1)
     minisft.save_adapter(model, tmp_path / "adapter")
-    merged = minisft.merge_folder(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
-    assert str(minisft.certify(merged, compare=False)).startswith("equivalent")
-    assert json.loads((tmp_path / "merged" / "merge_report.json").read_text())["model"] == "not checked"
-    verdict = minisft.certify(merged)
-    assert str(verdict).startswith("equivalent")
-    assert json.loads((tmp_path / "merged" / "merge_report.json").read_text())["model"] != "not checked"
+    minisft.merge_folder(tmp_path / "adapter", tmp_path / "plain", dtype=torch.float32)
+    assert not (tmp_path / "plain" / "merge_report.json").exists()
+    for name, compare in (("merged", True), ("unchecked", False)):
+        found = minisft.merge_and_certify(tmp_path / "adapter", tmp_path / name, dtype=torch.float32, compare=compare)
+        assert str(found.verdict).startswith("equivalent")
+        report = json.loads((tmp_path / name / "merge_report.json").read_text())
+        assert (report["model"] != "not checked") == compare
     in_memory, _ = minisft.merge(model)
-    again, _ = minisft.load_model(tmp_path / "merged")
-    for name, weight in in_memory.state_dict().items():
-        assert torch.equal(weight, again.state_dict()[name]), name
+    for folder in ("plain", "merged", "unchecked"):
+        again, _ = minisft.load_model(tmp_path / folder)
+        for name, weight in in_memory.state_dict().items():
+            assert torch.equal(weight, again.state_dict()[name]), (folder, name)
     minisft.verify(tmp_path / "merged", tmp_path / "adapter").require()
 
 
