@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import tiny_folder
 import torch
 from torch import nn
 
+from minisft.cli.main import main
 from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, QuantConfig
 from minisft.formats import load_model, save_adapter, save_model, save_quantized
@@ -160,6 +163,19 @@ def test_what_was_guessed_of_the_tokenizer_and_left_of_the_rows_is_said(base: Pa
     lines.clear()
     quantize_folder(base, tmp_path / "four", dtype=torch.float32, log=lines.append)
     assert any("names no padding token" in line for line in lines)
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "hi"], ["chat"]])
+def test_what_was_guessed_of_the_tokenizer_is_said_beside_an_answer(
+    base: Path, command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for settings in (base / "tokenizer_config.json", base / "special_tokens_map.json"):
+        settings.write_text(json.dumps({k: v for k, v in read(settings).items() if k != "pad_token"}))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\n"))
+    assert main([*command, "--model", str(base), "--max-new-tokens", "2"]) == 0
+    printed = capsys.readouterr()
+    assert "names no padding token" in printed.err
+    assert "names no padding token" not in printed.out
 
 
 def test_one_template_decides(base: Path, tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def generate_command(arguments: argparse.Namespace) -> int:
 
     sampling = _sampling(arguments)
     model, tokenizer, template = load_adapted(arguments)
+    _show_notes(tokenizer)
     prompt = encode_chat(tokenizer, template, _prompt_messages(arguments, arguments.prompt), add_generation_prompt=True)
     stream_chat(
         model,
@@ -133,6 +134,12 @@ def _show(piece: str) -> None:
     print(piece, end="", flush=True)
 
 
+def _show_notes(tokenizer: Tokenizer) -> None:
+    """What was guessed of the tokenizer, beside the answer: only that is on standard output."""
+    for note in tokenizer.notes:
+        print(note, file=sys.stderr)
+
+
 def chat_command(arguments: argparse.Namespace) -> int:
     """Answer on and on, until an empty line."""
     load_libraries()
@@ -143,6 +150,7 @@ def chat_command(arguments: argparse.Namespace) -> int:
     sampling = _sampling(arguments)
     model, tokenizer, template = load_adapted(arguments)
     stops = stop_ids(tokenizer, template)
+    _show_notes(tokenizer)
     print("An empty line or Ctrl-D ends the chat.", file=sys.stderr)
     history: tuple[Message, ...] = ()
     while text := _ask():
