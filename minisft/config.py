@@ -219,7 +219,7 @@ class RunConfig:
     packing: bool = flag(
         "padding-free batches: rows one after the other, a prefix that all share computed once; same result as padded", True
     )
-    method: Literal["lora", "full"] = flag("train adapters, or every weight", "lora")
+    method: Literal["lora", "full"] = flag("train adapters, or the weights themselves (all, or those of --targets)", "lora")
     init_adapter: str | None = flag("start from this adapter; rank, alpha, targets and form are its own", None, "DIR")
     rank: int | None = flag("LoRA rank (default 16)", None, "R")
     alpha: float | None = flag("LoRA alpha; the update is scaled by alpha / rank (default 32)", None)
@@ -227,7 +227,10 @@ class RunConfig:
     use_rslora: bool | None = flag("scale by alpha / sqrt(rank) (default no)", None)
     use_dora: bool | None = flag("DoRA: train the length of each weight row apart from its direction (default no)", None)
     targets: tuple[str, ...] | None = flag(
-        "module names or one regular expression (default all-linear: every linear but the head)", None, "NAME"
+        "module names or one regular expression (default for lora all-linear: every linear but the head; for full every "
+        "weight)",
+        None,
+        "NAME",
     )
     quant: Literal["none", "nf4"] = flag("quantize the frozen base to 4 bits and train adapters on it (QLoRA)", "none")
     double_quant: bool = flag("with --quant: store the scales of the 4-bit blocks in 8 bits too", True)
@@ -257,7 +260,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.init_adapter is None:  # nobody else says them
             for name, value in _ADAPTER_DEFAULTS.items():
-                if getattr(self, name) is None:
+                if getattr(self, name) is None and not (name == "targets" and self.method == "full"):
                     object.__setattr__(self, name, value)
         for name, kind in _choices(type(self)).items():
             require(getattr(self, name) in kind, f"--{name.replace('_', '-')}", getattr(self, name), " or ".join(kind))
@@ -299,7 +302,10 @@ class RunConfig:
 
     @property
     def lora(self) -> LoRAConfig:
-        """The adapter that this run trains; with ``init_adapter``, what is given here, and defaults elsewhere."""
+        """The adapter that this run trains; with ``init_adapter``, what is given here, and defaults elsewhere.
+
+        With ``method = "full"`` only its ``targets`` count, and only if ``self.targets`` is not None.
+        """
         given = {name: getattr(self, name) for name in _ADAPTER_DEFAULTS}
         rank, alpha, use_rslora, use_dora, targets = (
             default if given[name] is None else given[name] for name, default in _ADAPTER_DEFAULTS.items()

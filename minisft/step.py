@@ -21,7 +21,7 @@ from minisft.config import RunConfig
 from minisft.loss import head_loss_sum
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
-from minisft.surgery import apply_lora_, lora_modules
+from minisft.surgery import apply_lora_, lora_modules, train_fully_
 
 
 @dataclass(frozen=True)
@@ -192,12 +192,13 @@ def set_checkpointing(model: CausalLM, kind: str) -> None:
 def prepare_method(model: CausalLM, run: RunConfig) -> dict[str, nn.Parameter]:
     """Make the model ready for the run's method; returns what is trained, by name.
 
-    With ``run.init_adapter`` the adapters that the model brings are trained on; otherwise new ones are added.
+    With ``run.init_adapter`` the adapters that the model brings are trained on; otherwise new ones are added. ``full`` trains
+    the layers of ``run.targets``, or every weight if none are named.
     """
     if run.method == "lora" and not (run.init_adapter and lora_modules(model)):
         apply_lora_(model, run.lora, run.seed)
     elif run.method == "full":
-        model.requires_grad_(True)
+        train_fully_(model, None if run.targets is None else run.lora.targets)
     set_checkpointing(model, run.checkpointing)
     model.train()
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -147,6 +147,35 @@ def freeze(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
+def train_fully_(model: nn.Module, targets: str | tuple[str, ...] | None) -> list[str]:
+    """Train the weights (and biases) of the target layers, and nothing else.
+
+    A weight that two modules share, as tied embedding and head do, is trained if either is a target.
+
+    Args:
+        model: any tree with ``nn.Linear`` or ``nn.Embedding``; changed in place.
+        targets: as in ``LoRAConfig``; None for every parameter of the model.
+
+    Returns:
+        The paths that are trained, in the model's order; empty for ``None``.
+
+    Raises:
+        UserError: a target that matches nothing; a layer in 4 bits.
+    """
+    if targets is None:
+        model.requires_grad_(True)
+        return []
+    paths = match_targets(model, targets)
+    if packed := [path for path in paths if isinstance(model.get_submodule(path), NF4Linear)]:
+        raise _unquantizable(
+            packed[0], "weights in 4 bits cannot be trained in full", "a linear in 4 bits", "use --method lora"
+        )
+    freeze(model)
+    for path in paths:
+        model.get_submodule(path).requires_grad_(True)
+    return paths
+
+
 # ---- 4 bits ----------------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from minisft.formats.adapter_config import CONFIG_FILE
 from minisft.formats.source import file_sha256
 from minisft.training.checkpoint import check_identity
 
-FORMAT = 2  # 1 compared names and memory settings, and knew nothing of tokens
+FORMAT = 3  # 1 compared names and memory settings, and knew nothing of tokens; 2 trained all weights whatever --targets said
 FILES = ("model", "data", "eval_data", "template", "init_adapter")  # compared by content
 WATCHING = ("out", "log_every", "keep_last", "save_every", "strict")  # decide nothing that is computed
 LENGTH = ("steps", "epochs")  # may be raised, see ``Trainer.restore``

@@ -69,7 +69,8 @@ def estimate_step(run: RunConfig, shape: Shape, device: torch.device) -> Step:
         Bytes by kind.
     """
     layers = shape.config.num_layers
-    paths = [*shape.in_4_bits, *(match_targets(empty_model(shape.config), run.lora.targets) if run.method == "lora" else ())]
+    chosen = () if run.targets is None and run.method == "full" else match_targets(empty_model(shape.config), run.lora.targets)
+    paths = [*shape.in_4_bits, *chosen]
     if layers <= max(MEASURED_LAYERS) or not _same_in_all_layers(paths, layers):
         found = _peak_by_phase(run, shape, device, layers)
     else:

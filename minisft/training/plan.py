@@ -238,7 +238,7 @@ def read_shape(source: Source, quant: QuantConfig | None) -> Shape:
 def _process_bytes(run: RunConfig) -> int:
     """Resident bytes of this process after a real step of a toy model: the interpreter, the libraries and their buffers."""
     toy = ModelConfig("llama", 256, 256, 512, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=64)
-    small = replace(run, batch_size=1, micro_batch_size=1, max_length=256, method="full", quant="none", init_adapter=None)
+    small = RunConfig("", "", "", dtype=run.dtype, checkpointing=run.checkpointing, batch_size=1, max_length=256, method="full")
     model = CausalLM(toy).to(DTYPES[run.dtype])
     optimizer = MasterAdamW(prepare_method(model, small), betas=(0.9, 0.999), weight_decay=0.0)
     train_step(model, optimizer, [full_batch(small, torch.device("cpu"))], lr=0.0)
