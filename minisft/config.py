@@ -239,6 +239,9 @@ class RunConfig:
     batch_size: int = flag("rows in an optimizer step", 8, "N")
     micro_batch_size: int | None = flag("rows computed at once (default: the whole batch); never changes the result", None, "N")
     lr: float | None = flag("peak learning rate (default 2e-4 for lora, 2e-5 for full)", None)
+    lr_b_ratio: float = flag(
+        "LoRA+: learning rate of lora_B over that of lora_A, which is --lr; the paper suggests 16 with a smaller --lr", 1.0, "R"
+    )
     schedule: Literal["cosine", "linear", "constant"] = flag("learning rate after the warm-up", "cosine")
     warmup: float = flag("share of the steps that warm up", 0.03)
     weight_decay: float = flag("decoupled weight decay", 0.0)
@@ -282,6 +285,14 @@ class RunConfig:
             f"a divisor of --batch-size {self.batch_size}",
         )
         require(self.lr is None or (math.isfinite(self.lr) and self.lr > 0), "--lr", self.lr, "a positive number")
+        require(
+            math.isfinite(self.lr_b_ratio) and self.lr_b_ratio > 0, "--lr-b-ratio", self.lr_b_ratio, "a positive number",
+            "1 is LoRA, 16 is what LoRA+ suggests",
+        )  # fmt: skip
+        require(
+            self.lr_b_ratio == 1 or self.method == "lora", "--lr-b-ratio with --method full", self.lr_b_ratio, "1",
+            "leave --lr-b-ratio away: there is no lora_B",
+        )  # fmt: skip
         require(0.0 <= self.warmup < 1.0, "--warmup", self.warmup, "a share in [0, 1), less than all steps")
         require(0.0 <= self.validation_share < 1.0, "--validation-share", self.validation_share, "a share in [0, 1)")
         require(

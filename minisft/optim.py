@@ -20,21 +20,34 @@ class MasterAdamW:
         parameters: name -> parameter to train.
         betas, eps: moment decay and the floor of the denominator.
         weight_decay: applied to matrices only, not to norms and biases.
+        lr_ratios: name -> what the rate is multiplied by for this parameter; 1 for those that are not named.
 
     Ref: Loshchilov & Hutter 2017, arXiv:1711.05101, algorithm 2.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], *, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+        eps: float = 1e-8,
+        lr_ratios: Mapping[str, float] | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.master_weights = {name: _master(p) for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             if self.master_weights[name] is not p:
                 p.register_post_accumulate_grad_hook(_collect_into(self.master_weights[name]))
+        ratios = {name: (lr_ratios or {}).get(name, 1.0) for name in self.parameters}
         groups = [
-            {"params": [m for m in self.master_weights.values() if m.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [m for m in self.master_weights.values() if m.ndim < 2], "weight_decay": 0.0},
+            {
+                "params": [m for name, m in self.master_weights.items() if ratios[name] == ratio and (m.ndim >= 2) == decays],
+                "weight_decay": weight_decay if decays else 0.0,
+                "lr_ratio": ratio,
+            }
+            for ratio in dict.fromkeys(ratios.values())
+            for decays in (True, False)
         ]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
 
@@ -49,12 +62,12 @@ class MasterAdamW:
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
-        """One update at rate ``lr`` with all gradients multiplied by ``grad_scale`` (clipping)."""
+        """One update at rate ``lr`` (times a parameter's ratio) with all gradients multiplied by ``grad_scale`` (clipping)."""
         with torch.no_grad():
             if grad_scale != 1.0:
                 torch._foreach_mul_([m.grad for m in self.master_weights.values() if m.grad is not None], grad_scale)
             for group in self.adamw.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_ratio"]
             self.adamw.step()
             for name, p in self.parameters.items():
                 if self.master_weights[name] is not p:

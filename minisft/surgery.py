@@ -351,6 +351,31 @@ def _wrap(path: str, base: nn.Module, config: LoRAConfig) -> LoRALinear | LoRAEm
     return LoRALinear(base, rank, alpha, config.dropout, config.use_rslora)
 
 
+def lora_plus_ratios(model: nn.Module, ratio: float) -> dict[str, float]:
+    """LoRA+: what the learning rate of each trained parameter is multiplied by.
+
+    ``ratio`` for ``lora_B`` of linear layers and DoRA's lengths, 1 for ``lora_A``. An adapter of an embedding keeps the rate in
+    both factors: there the zero factor is A, and the paper says nothing of it.
+
+    Args:
+        model: with its adapters.
+        ratio: rate of B over rate of A.
+
+    Returns:
+        Parameter name -> multiplier.
+
+    Ref: Hayou et al. 2024, arXiv:2402.12354, section 5; the groups are those of PEFT's ``create_loraplus_optimizer``, which
+    gives embeddings a fixed rate of their own.
+    """
+    linears = {path for path, adapter in lora_modules(model).items() if isinstance(adapter, LoRALinear)}
+    ratios: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if parameter.requires_grad:
+            ratios[name] = ratio if owner in linears and leaf != "lora_A" else 1.0
+    return ratios
+
+
 def scale_adapters_(model: nn.Module, scale: float) -> None:
     """Multiply every adapter's scaling (and alpha) by ``scale``: how much of what was learned takes part.
 

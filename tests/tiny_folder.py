@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import tiny
@@ -109,3 +110,10 @@ def digest(out: Path) -> dict[str, str]:
     last = max(out.glob("checkpoints/step-*"), key=lambda p: int(p.name.split("-")[1]))
     files = [*sorted(last.rglob("*.safetensors")), last / "state.json", *sorted((out / "adapter").iterdir())]
     return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
+
+
+def stopped_copy(whole: Path, out: Path, step: int) -> str:
+    """A copy of a finished run as it was when it stopped after ``step``, to resume; returns its folder."""
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("adapter", "model", "step-*"))
+    shutil.copytree(whole / "checkpoints" / f"step-{step}", out / "checkpoints" / f"step-{step}")
+    return str(out)

@@ -30,7 +30,7 @@ from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.schedule import learning_rate
 from minisft.step import StepResult, check_gradients, optimizer_step, prepare_method
-from minisft.surgery import num_parameters
+from minisft.surgery import lora_plus_ratios, num_parameters
 from minisft.training.checkpoint import Checkpoint, load_step, save_checkpoint
 from minisft.training.identity import adapter_sha256, require_same_run, run_identity
 from minisft.training.lossplot import plot_loss
@@ -113,7 +113,10 @@ class Trainer(ABC, Generic[Row]):
         self.out = Path(run.out)
         self.device = model.model.norm.weight.device
         parameters = prepare_method(model, run)
-        self.optimizer = MasterAdamW(parameters, betas=(run.beta1, run.beta2), weight_decay=run.weight_decay)
+        self.optimizer = MasterAdamW(
+            parameters, betas=(run.beta1, run.beta2), weight_decay=run.weight_decay,
+            lr_ratios=lora_plus_ratios(model, run.lr_b_ratio),
+        )  # fmt: skip
         self.total_steps = run.steps or max(1, math.ceil((run.epochs or 1.0) * len(data.train) / run.batch_size))
         self.warmup_steps = min(math.ceil(run.warmup * self.total_steps), self.total_steps - 1)
         self.eval_every = run.eval_every or max(1, math.ceil(self.total_steps / 10))
