@@ -242,7 +242,10 @@ class RunConfig:
     lr_b_ratio: float = flag(
         "LoRA+: learning rate of lora_B over that of lora_A, which is --lr; the paper suggests 16 with a smaller --lr", 1.0, "R"
     )
-    schedule: Literal["cosine", "linear", "constant"] = flag("learning rate after the warm-up", "cosine")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = flag(
+        "learning rate after the warm-up; wsd stays at the peak and comes down at the end", "cosine"
+    )
+    decay_share: float | None = flag("with --schedule wsd: share of the steps that come down (default 0.2)", None)
     warmup: float = flag("share of the steps that warm up", 0.03)
     weight_decay: float = flag("decoupled weight decay", 0.0)
     beta1: float = flag("AdamW beta1", 0.9)
@@ -306,6 +309,14 @@ class RunConfig:
             "a frozen 4-bit base has nothing to train in full; leave --method away and adapters are trained on it",
         )  # fmt: skip
         require(
+        require(
+            self.decay_share is None or self.schedule == "wsd", "--decay-share", self.decay_share, "--schedule wsd",
+            "leave --decay-share away: the other schedules have no part that it could be a share of",
+        )  # fmt: skip
+        require(
+            self.decay_share is None or 0.0 < self.decay_share <= 1.0, "--decay-share", self.decay_share,
+            "a share in (0, 1]", "0.1 to 0.2 is usual",
+        )  # fmt: skip
             self.init_adapter is None or self.method == "lora", "--init-adapter with --method full", self.method, "lora",
             "leave --init-adapter away, or merge it first and train the merged model",
         )  # fmt: skip

@@ -149,7 +149,7 @@ BAD_VALUES = [
     ("beta2", -0.1, "a number in [0, 1)"),
     ("turns", "first", "all or last"),
     ("method", "qlora2", "lora or full"),
-    ("schedule", "step", "cosine or linear or constant"),
+    ("schedule", "step", "cosine or linear or constant or wsd"),
     ("dtype", "fp16", "auto or bf16 or fp32"),
     ("checkpointing", "yes", "none or selective or full"),
     ("quant", "fp4", "none or nf4"),
@@ -173,6 +173,9 @@ def test_run_config_refuses(name, value, expected):
         ({"alpha": NAN}, "alpha; found nan"),
         ({"dropout": 1.5}, "dropout; found 1.5"),
         ({"targets": []}, "targets; found (); expected at least one module name"),
+        ({"decay_share": 0.2}, "--decay-share; found 0.2; expected --schedule wsd; fix: leave --decay-share away"),
+        ({"decay_share": 1.5, "schedule": "wsd"}, "--decay-share; found 1.5; expected a share in (0, 1]; fix: 0.1 to 0.2"),
+        ({"decay_share": 0.0, "schedule": "wsd"}, "--decay-share; found 0.0; expected a share in (0, 1]; fix: 0.1 to 0.2"),
         (
             {"quant": "nf4", "method": "full"},
             "--quant with --method full; found nf4; expected none; fix: a frozen 4-bit base has",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_folder import losses, quiet, run_config, write_shop
 
 from minisft.schedule import Kind, learning_rate
+from minisft.training.train import train
 
 KINDS: tuple[Kind, ...] = ("cosine", "linear", "constant")
 PEAK = 2e-4
@@ -86,6 +89,50 @@ def test_impossible_runs_are_refused(step: int, total: int, warmup: int) -> None
         learning_rate(step, total, PEAK, warmup, "cosine")
 
 
+@given(runs(), st.data())
+def test_wsd_is_the_constant_run_until_its_decay_and_the_end_of_a_linear_one(run: tuple[int, int], data: st.DataObject) -> None:
+    """So a longer run has the same rates until its own decay begins: what is given more steps wastes none."""
+    total, warmup = run
+    decay = data.draw(st.integers(1, total - warmup))
+    rates = [learning_rate(step, total, PEAK, warmup, "wsd", decay) for step in range(1, total + 1)]
+    stable = total - decay
+    assert rates[:stable] == [learning_rate(step, total, PEAK, warmup, "constant") for step in range(1, stable + 1)]
+    assert rates[:stable] == [learning_rate(step, total + 7, PEAK, warmup, "wsd", decay) for step in range(1, stable + 1)]
+    assert rates[stable:] == pytest.approx([PEAK * k / decay for k in range(decay, 0, -1)], rel=1e-12)
+
+
+@pytest.mark.parametrize(("total", "warmup", "decay"), [(50, 0, 10), (50, 7, 43), (300, 9, 60), (2, 1, 1)])
+def test_wsd_equals_transformers(total: int, warmup: int, decay: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    theirs = transformers.get_wsd_schedule(
+        optimizer, num_warmup_steps=warmup, num_decay_steps=decay, num_training_steps=total, decay_type="linear"
+    )
+    for step in range(1, total + 1):
+        expected = theirs.get_last_lr()[0]
+        optimizer.step()
+        theirs.step()
+        if step > warmup:
+            assert learning_rate(step, total, PEAK, warmup, "wsd", decay) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("decay", [0, 8, -1])
+def test_a_decay_that_does_not_fit_is_refused(decay: int) -> None:
+    with pytest.raises(ValueError, match="decay of"):
+        learning_rate(1, 10, PEAK, 3, "wsd", decay)
+
+
+def test_a_run_s_decay_is_its_share_of_the_steps(tmp_path: Path) -> None:
+    """10 steps, 1 of warm-up, the last 3 (0.25, rounded up) come down; the next run has the usual fifth of its steps."""
+    shop = write_shop(tmp_path)
+    for changes, rates in (({"steps": 10, "decay_share": 0.25}, [1, *[2] * 7, 4 / 3, 2 / 3]), ({"steps": 5}, [1, 2, 2, 2, 2])):
+        run = run_config(
+            shop, tmp_path / f"run-{len(rates)}", schedule="wsd", warmup=0.01, lr=2e-9, eval_every=99, save_every=99, **changes
+        )
+        train(run, log=quiet)
+        assert [row["lr"] * 1e9 for row in losses(Path(run.out))] == pytest.approx(rates)
+
+
 def test_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="cosine, linear or constant"):
+    with pytest.raises(ValueError, match="cosine, linear, constant or wsd"):
         learning_rate(1, 2, PEAK, 0, "exponential")  # a wrong word is the point

@@ -39,6 +39,7 @@ from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_
 from minisft.training.stop_signal import StopSignal
 
 MAX_BAD_STEPS = 3  # non-finite steps, or failed saves, in a row
+DECAY_SHARE = 0.2  # of the steps, with --schedule wsd: where arXiv:2405.18392 finds no more to gain
 Log = Callable[[str], None]
 
 
@@ -120,6 +121,8 @@ class Trainer(ABC, Generic[Row]):
         self.total_steps = run.steps or max(1, math.ceil((run.epochs or 1.0) * len(data.train) / run.batch_size))
         self.warmup_steps = min(math.ceil(run.warmup * self.total_steps), self.total_steps - 1)
         self.eval_every = run.eval_every or max(1, math.ceil(self.total_steps / 10))
+        decay_steps = math.ceil((run.decay_share or DECAY_SHARE) * self.total_steps)
+        self.decay_steps = min(max(1, decay_steps), self.total_steps - self.warmup_steps)
         self.save_every = run.save_every or self.eval_every
         self.micro_batch_size = run.micro_batch_size or run.batch_size
         self.state = RunState(self.total_steps)
@@ -211,7 +214,8 @@ class Trainer(ABC, Generic[Row]):
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of one optimizer step (from 1)."""
-        return learning_rate(step, self.total_steps, self.run.peak_lr, self.warmup_steps, self.run.schedule)
+        run = self.run
+        return learning_rate(step, self.total_steps, run.peak_lr, self.warmup_steps, run.schedule, self.decay_steps)
 
     def step(self, step: int, batches: Sequence[Batch], lr: float) -> StepResult:
         """Take one optimizer step and count it.
