@@ -56,7 +56,7 @@ def check_rank(rank: int, shape: tuple[int, ...], where: str = "") -> None:
 
 
 class Adapter(nn.Module):
-    """A frozen layer and its update; ``LoRALinear``, ``DoRALinear`` and ``LoRAEmbedding`` are its kinds.
+    """A frozen layer and its update; ``LoRALinear``, ``DoRALinear``, ``PiSSALinear`` and ``LoRAEmbedding`` are its kinds.
 
     Args:
         base: the layer; it is frozen here.
@@ -100,6 +100,21 @@ class Adapter(nn.Module):
                 parameter.data = before.to(parameter.device)
                 parameter.grad = None  # it was rounded along
         return self
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B as the layer multiplies by them and as they are saved: the update is scaling * B A."""
+        return self.lora_A, self.lora_B
+
+    @property
+    def saved_rank(self) -> int:
+        """The rank of ``factors``."""
+        return self.factors()[0].shape[0]
+
+    @property
+    def saved_alpha(self) -> float:
+        """The alpha with which ``factors``, as an adapter of their own rank, have this one's scaling."""
+        times = self.saved_rank / self.rank
+        return self.alpha * (math.sqrt(times) if self.use_rslora else times)
 
     def update_rows(self, rows: slice = slice(None)) -> Tensor:
         """Rows of scaling * B A, laid out as the base's weight, in the factors' dtype."""

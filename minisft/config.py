@@ -128,6 +128,8 @@ class LoRAConfig:
             as the last parts of a path), or a string: a regular expression that the whole path must match.
         rank_pattern, alpha_pattern: exceptions, module name or regular expression -> value, as in PEFT.
         use_dora: train the length of each row of W' apart from its direction (arXiv:2402.09353); linears only, no dropout.
+        init: how the factors start: ``default`` (B is zero) or ``pissa`` (the principal part of W, arXiv:2404.02948; dense
+            linears only).
 
     Ref: Hu et al. 2021, arXiv:2106.09685, section 4.1.
     """
@@ -140,6 +142,7 @@ class LoRAConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_dora: bool = False
+    init: Literal["default", "pissa"] = "default"
 
     def __post_init__(self) -> None:
         for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
@@ -148,6 +151,10 @@ class LoRAConfig:
             require(math.isfinite(alpha), name, alpha, "a finite alpha")
         require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "a probability in [0, 1)")
         require(self.dropout == 0.0 or not self.use_dora, "dropout with use_dora", self.dropout, "0: DoRA has no dropout here")
+        if self.init == "pissa":
+            require(not self.use_dora, "init pissa with use_dora", self.use_dora, "plain LoRA", "leave one of them away")
+            for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+                require(alpha > 0, f"init pissa with {name}", alpha, "a positive alpha", "take alpha = rank for scaling 1")
         require(bool(self.targets), "targets", self.targets, "at least one module name")
 
 
@@ -232,6 +239,11 @@ class RunConfig:
         None,
         "NAME",
     )
+    init: Literal["default", "pissa"] = flag(
+        "how adapters start: default (they change nothing), or pissa (with the principal part of each weight; saved as plain "
+        "LoRA of twice the rank)",
+        "default",
+    )
     quant: Literal["none", "nf4"] = flag("quantize the frozen base to 4 bits and train adapters on it (QLoRA)", "none")
     double_quant: bool = flag("with --quant: store the scales of the 4-bit blocks in 8 bits too", True)
     steps: int | None = flag("optimizer steps (or give --epochs)", None, "N")
@@ -297,6 +309,14 @@ class RunConfig:
             "leave --lr-b-ratio away: there is no lora_B",
         )  # fmt: skip
         require(0.0 <= self.warmup < 1.0, "--warmup", self.warmup, "a share in [0, 1), less than all steps")
+        require(
+            self.decay_share is None or self.schedule == "wsd", "--decay-share", self.decay_share, "--schedule wsd",
+            "leave --decay-share away: the other schedules have no part that it could be a share of",
+        )  # fmt: skip
+        require(
+            self.decay_share is None or 0.0 < self.decay_share <= 1.0, "--decay-share", self.decay_share,
+            "a share in (0, 1]", "0.1 to 0.2 is usual",
+        )  # fmt: skip
         require(0.0 <= self.validation_share < 1.0, "--validation-share", self.validation_share, "a share in [0, 1)")
         require(
             math.isfinite(self.weight_decay) and self.weight_decay >= 0, "--weight-decay", self.weight_decay, "zero or more"
@@ -309,17 +329,25 @@ class RunConfig:
             "a frozen 4-bit base has nothing to train in full; leave --method away and adapters are trained on it",
         )  # fmt: skip
         require(
-        require(
-            self.decay_share is None or self.schedule == "wsd", "--decay-share", self.decay_share, "--schedule wsd",
-            "leave --decay-share away: the other schedules have no part that it could be a share of",
-        )  # fmt: skip
-        require(
-            self.decay_share is None or 0.0 < self.decay_share <= 1.0, "--decay-share", self.decay_share,
-            "a share in (0, 1]", "0.1 to 0.2 is usual",
-        )  # fmt: skip
             self.init_adapter is None or self.method == "lora", "--init-adapter with --method full", self.method, "lora",
             "leave --init-adapter away, or merge it first and train the merged model",
         )  # fmt: skip
+        if self.init == "pissa":
+            require(
+                self.quant == "none", "--quant with --init pissa", self.quant, "none",
+                "what is left of each weight would be quantized, and the adapter would fit that base alone: use one of them",
+            )  # fmt: skip
+            require(
+                self.method == "lora",
+                "--init with --method full",
+                self.init,
+                "default",
+                "leave --init away: there is no adapter",
+            )
+            require(
+                self.init_adapter is None, "--init with --init-adapter", self.init, "default",
+                "leave --init away: the adapter's own numbers are the start",
+            )  # fmt: skip
         self.lora  # noqa: B018  (checks rank, alpha, dropout and targets)
 
     @property
@@ -343,6 +371,7 @@ class RunConfig:
             use_rslora=use_rslora,
             targets=targets[0] if is_pattern else targets,
             use_dora=use_dora,
+            init=self.init,
         )
 
     @property

@@ -40,11 +40,10 @@ class LoRALinear(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base(x)
+        A, B = self.factors()
         if self.needs_autograd:  # the formula as it stands in the paper
-            return self.base(x) + self.scaling * linear(
-                linear(self.dropout(x), self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)
-            )
-        return adapted_linear(x, self.lora_A, self.lora_B, self.base, self.scaling)  # the same without a pass of its own over y
+            return self.base(x) + self.scaling * linear(linear(self.dropout(x), A.to(x.dtype)), B.to(x.dtype))
+        return adapted_linear(x, A, B, self.base, self.scaling)  # the same without a pass of its own over y
 
     @property
     def needs_autograd(self) -> bool:
@@ -62,7 +61,8 @@ class LoRALinear(Adapter):
 
     def update_rows(self, rows: slice = slice(None)) -> Tensor:
         """scaling * B A, (out, in) or some rows of it, in the factors' dtype."""
-        return self.scaling * (self.lora_B.detach()[rows] @ self.lora_A.detach())
+        A, B = self.factors()
+        return self.scaling * (B.detach()[rows] @ A.detach())
 
 
 class LoRAEmbedding(Adapter):

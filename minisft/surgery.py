@@ -25,6 +25,7 @@ from minisft.dora import DoRALinear
 from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.nf4 import codebook
 from minisft.nf4_linear import NF4Linear
+from minisft.pissa import PiSSALinear
 
 T = TypeVar("T")
 
@@ -306,7 +307,8 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
         The paths that were wrapped, in the model's order.
 
     Raises:
-        UserError: a target matches nothing, a rank does not fit, an embedding with DoRA, or the model already has adapters.
+        UserError: a target matches nothing, a rank does not fit, an embedding with DoRA, a layer with PiSSA that is no dense
+            linear, or the model already has adapters.
     """
     require_no_adapters(model)
     paths = match_targets(model, config.targets)
@@ -315,13 +317,20 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
     wrapped = {path: _wrap(path, model.get_submodule(path), config) for path in paths}
     freeze(model)
     for index, (path, adapter) in enumerate(wrapped.items()):
-        adapter.reset_parameters(generator(seed, "lora-init", index, device=adapter.lora_A.device))
+        if not isinstance(adapter, PiSSALinear):  # that one has no random start
+            adapter.reset_parameters(generator(seed, "lora-init", index, device=adapter.lora_A.device))
         adapter.train(model.training)
         replace_module(model, path, adapter)
     return paths
 
 
 def _check_layer(path: str, layer: nn.Module, config: LoRAConfig) -> None:
+    if config.init == "pissa" and not isinstance(layer, nn.Linear):
+        found = "an embedding" if isinstance(layer, nn.Embedding) else "a linear in 4 bits"
+        raise UserError(
+            "config/pissa-layer", "PiSSA is for dense linear layers", where=visible(path), found=found,
+            fix="leave it out of the targets, or use --init default",
+        )  # fmt: skip
     if config.use_dora and isinstance(layer, nn.Embedding):
         raise UserError(
             "config/dora-embedding",
@@ -330,7 +339,10 @@ def _check_layer(path: str, layer: nn.Module, config: LoRAConfig) -> None:
             found="an embedding",
             fix="leave it out of the targets, or use plain LoRA",
         )
-    check_rank(pattern_value(path, config.rank_pattern, config.rank), _weight_shape(layer), visible(path))
+    rank = pattern_value(path, config.rank_pattern, config.rank)
+    if config.init == "pissa":
+        check_rank(2 * rank, _weight_shape(layer), f"{visible(path)}, where --init pissa saves twice the rank")
+    check_rank(rank, _weight_shape(layer), visible(path))
 
 
 def _weight_shape(layer: nn.Module) -> tuple[int, int]:
@@ -346,6 +358,9 @@ def _wrap(path: str, base: nn.Module, config: LoRAConfig) -> LoRALinear | LoRAEm
     if isinstance(base, nn.Embedding):
         return LoRAEmbedding(base, rank, alpha, config.dropout, config.use_rslora)
     assert isinstance(base, (nn.Linear, NF4Linear))
+    if config.init == "pissa":
+        assert isinstance(base, nn.Linear)
+        return PiSSALinear(base, rank, alpha, config.dropout, config.use_rslora)
     if config.use_dora:
         return DoRALinear(base, rank, alpha, config.use_rslora)
     return LoRALinear(base, rank, alpha, config.dropout, config.use_rslora)

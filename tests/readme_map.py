@@ -33,6 +33,7 @@ WHAT = {
     "adapter": "what every adapter shares: base, factors, scaling",
     "lora_fused": "LoRA's forward and backward with one pass over y",
     "dora": "LoRA with trained row lengths",
+    "pissa": "LoRA started from the principal part of the weight",
     "surgery": "putting adapters and 4-bit layers into a model",
     "nf4": "4-bit numbers: the reference",
     "nf4_linear": "a frozen linear layer in 4 bits, and its gradient",

@@ -43,6 +43,7 @@ from minisft.formats.safetensors_file import Header, read_header, read_tensors, 
 from minisft.formats.source import base_fingerprint, origin_of, regular_file
 from minisft.lora import LoRAEmbedding
 from minisft.nf4_linear import NF4Linear
+from minisft.pissa import pissa_starts
 from minisft.surgery import (
     apply_lora_,
     lora_modules,
@@ -54,6 +55,10 @@ from minisft.surgery import (
 
 WEIGHTS_FILE, FACTS_FILE = "adapter_model.safetensors", "minisft.json"
 TEMPLATE_FILE = "chat_template.jinja"
+PISSA_FACTS = (
+    "pissa: a plain LoRA of the original base; the second half of lora_A and lora_B is the start, A0 and -B0, "
+    "and the base that PiSSA trains on is W + scaling * (-B0) A0"
+)
 
 
 def save_adapter(
@@ -112,18 +117,20 @@ def write_adapter(
     for path, adapter in adapters.items():
         tensors |= _trained(path, adapter)
     write_json(folder / CONFIG_FILE, adapter_config(model, adapters, base_name or (origin.name if origin else None)))
-    write_json(folder / FACTS_FILE, {**(facts or {}), "base": base})
+    started: dict[str, JSON] = {"init": PISSA_FACTS} if pissa_starts(model) else {}
+    write_json(folder / FACTS_FILE, {**(facts or {}), **started, "base": base})
     write_safetensors(tensors, folder / WEIGHTS_FILE)
     if template is not None:
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
 
-def _trained(path: str, adapter: Adapter) -> dict[str, nn.Parameter]:
+def _trained(path: str, adapter: Adapter) -> dict[str, torch.Tensor]:
     """What the adapter at ``path`` has learned, by the names in the file."""
     name_A, name_B = tensor_names(path, isinstance(adapter, LoRAEmbedding))
-    parameters = {name_A: adapter.lora_A, name_B: adapter.lora_B}
+    A, B = adapter.factors()
+    parameters = {name_A: A.detach(), name_B: B.detach()}
     if isinstance(adapter, DoRALinear):
-        parameters[magnitude_name(path)] = adapter.lora_magnitude_vector
+        parameters[magnitude_name(path)] = adapter.lora_magnitude_vector.detach()
     return parameters
 
 

@@ -214,8 +214,8 @@ def adapter_config(model: nn.Module, adapters: Adapters, base_name: str | None) 
     """
     layers = adapters.values()
     return config_of_modules(
-        {path: adapter.rank for path, adapter in adapters.items()},
-        {path: adapter.alpha for path, adapter in adapters.items()},
+        {path: adapter.saved_rank for path, adapter in adapters.items()},
+        {path: adapter.saved_alpha for path, adapter in adapters.items()},
         target_names(model, adapters),
         base_name,
         dropout=_common("dropout", [adapter.dropout.p for adapter in layers]),

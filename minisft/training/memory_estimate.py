@@ -30,6 +30,7 @@ from minisft.formats.loading import empty_model, expected_shapes
 from minisft.matmul import compute_dtype
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
+from minisft.pissa import pissa_starts
 from minisft.step import batch_loss_sum, prepare_method
 from minisft.surgery import match_targets
 
@@ -108,6 +109,7 @@ def _peak_by_phase(run: RunConfig, shape: Shape, device: torch.device, num_layer
         tracker.label(optimizer.state().values(), "optimizer")
         tracker.label(model.parameters(), "weights")
         tracker.label(parameters.values(), "adapters" if run.method == "lora" else "weights")
+        tracker.label(pissa_starts(model).values(), "adapters")
         tracker.label(placeholders, PLACEHOLDER)
         began = len(tracker.events)
         for _ in range(min(2, run.batch_size // (run.micro_batch_size or run.batch_size))):

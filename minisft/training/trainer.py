@@ -28,6 +28,7 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.formats import base_fingerprint, save_adapter, save_model, write_adapter
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
+from minisft.pissa import pissa_starts
 from minisft.schedule import learning_rate
 from minisft.step import StepResult, check_gradients, optimizer_step, prepare_method
 from minisft.surgery import lora_plus_ratios, num_parameters
@@ -38,8 +39,8 @@ from minisft.training.run_data import Row, RunData
 from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_bytes
 from minisft.training.stop_signal import StopSignal
 
-MAX_BAD_STEPS = 3  # non-finite steps, or failed saves, in a row
 DECAY_SHARE = 0.2  # of the steps, with --schedule wsd: where arXiv:2405.18392 finds no more to gain
+MAX_BAD_STEPS = 3  # non-finite steps, or failed saves, in a row
 Log = Callable[[str], None]
 
 
@@ -120,9 +121,9 @@ class Trainer(ABC, Generic[Row]):
         )  # fmt: skip
         self.total_steps = run.steps or max(1, math.ceil((run.epochs or 1.0) * len(data.train) / run.batch_size))
         self.warmup_steps = min(math.ceil(run.warmup * self.total_steps), self.total_steps - 1)
-        self.eval_every = run.eval_every or max(1, math.ceil(self.total_steps / 10))
         decay_steps = math.ceil((run.decay_share or DECAY_SHARE) * self.total_steps)
         self.decay_steps = min(max(1, decay_steps), self.total_steps - self.warmup_steps)
+        self.eval_every = run.eval_every or max(1, math.ceil(self.total_steps / 10))
         self.save_every = run.save_every or self.eval_every
         self.micro_batch_size = run.micro_batch_size or run.batch_size
         self.state = RunState(self.total_steps)
@@ -299,7 +300,7 @@ class Trainer(ABC, Generic[Row]):
             save_checkpoint(
                 self.out,
                 state.step,
-                {"optimizer": self.optimizer.state()},
+                {"optimizer": self.optimizer.state()} | ({"start": starts} if (starts := pissa_starts(self.model)) else {}),
                 {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.metadata.get("saved", True)},
                 self.identity,
                 keep_last=self.run.keep_last,
@@ -332,6 +333,8 @@ class Trainer(ABC, Generic[Row]):
                 found=f"{self.total_steps} steps", expected=f"at least {saved.step}", fix="give more, or leave both away",
             )  # fmt: skip
         self.optimizer.load_state(saved.groups["optimizer"])
+        for name, start in pissa_starts(self.model).items():  # an SVD here may round otherwise than the first one did
+            start.data.copy_(saved.groups["start"][name])
         for name, value in saved.state.items():
             setattr(self.state, name, value)
         self.state.saved_step = saved.step
