@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,8 @@ class Batch:
         num_tokens: how many tokens the rows have, a shared prefix counted in each of them.
         rows: the data rows (line numbers) inside, for messages.
         prefix_length: the first so many tokens of the only batch row are a segment that all others continue; 0 for none.
+        segment_rows: for each batch row the data rows of its segments 1, 2, ...
+        noise: (B, T, D) fp32, added to the embeddings; None for none (``with_noise``).
     """
 
     input_ids: Tensor
@@ -44,11 +47,13 @@ class Batch:
     num_tokens: int
     rows: tuple[int, ...]
     prefix_length: int = 0
+    segment_rows: tuple[tuple[int, ...], ...] = ()
+    noise: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("input_ids", "target_ids", "segment_ids")}
-        return replace(self, **moved)
+        names = ("input_ids", "target_ids", "segment_ids", *(() if self.noise is None else ("noise",)))
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def step_rows(step: int, batch_size: int, num_rows: int, seed: int) -> list[int]:
@@ -138,8 +143,11 @@ def collate(rows: Sequence[Encoded], pad_id: int, bins: Sequence[Sequence[int]] 
             input_ids[b, start:end] = ids
             target_ids[b, start : end - 1] = torch.where(supervised[1:], ids[1:], IGNORE_INDEX)
             segment_ids[b, start:end] = segment
-    num_targets = int((target_ids != IGNORE_INDEX).sum())
-    return Batch(input_ids, target_ids, segment_ids, num_targets, int((segment_ids > 0).sum()), tuple(r.row for r in rows))
+    num_targets, num_tokens = int((target_ids != IGNORE_INDEX).sum()), int((segment_ids > 0).sum())
+    segment_rows = tuple(tuple(rows[i].row for i in row) for row in bins)
+    return Batch(
+        input_ids, target_ids, segment_ids, num_targets, num_tokens, tuple(r.row for r in rows), segment_rows=segment_rows
+    )
 
 
 def shared_prefix(rows: Sequence[Encoded]) -> int:
@@ -211,3 +219,34 @@ def micro_batches(
     if not packing:
         return [collate(group, pad_id) for group in groups]
     return [collate_packed(group, pad_id, capacity, share_prefix) for group in groups]
+
+
+def with_noise(batch: Batch, alpha: float, hidden_size: int, seed: int, step: int) -> Batch:
+    """NEFTune: the batch with noise for its embeddings, uniform in +-alpha / sqrt(L * D) for a row of L tokens.
+
+    L is the row's own length, and what is drawn follows from (seed, step, data row) alone: padded, packed, resumed or cut into
+    other micro-batches, a row gets the same noise. Padding gets none.
+
+    Args:
+        batch: without a shared prefix, which could have one noise only.
+        alpha: how strong; 5 to 15 in the paper.
+        hidden_size: D.
+        seed: the run's.
+        step: the optimizer step.
+
+    Returns:
+        The batch with ``noise`` (B, T, D), fp32, on the CPU.
+
+    Ref: Jain et al. 2023, arXiv:2310.05914, algorithm 1. TRL's L is the length that the batch is padded to.
+    """
+    assert batch.prefix_length == 0, "rows that share a prefix cannot have noise of their own in it"
+    noise = torch.zeros(*batch.input_ids.shape, hidden_size)
+    segment_ids = batch.segment_ids.cpu()
+    for b, rows in enumerate(batch.segment_rows):
+        for segment, row in enumerate(rows, start=1):
+            places = segment_ids[b] == segment
+            length = int(places.sum())
+            bound = alpha / math.sqrt(length * hidden_size)
+            draw = generator(seed, "neftune", step, row)
+            noise[b, places] = torch.empty(length, hidden_size).uniform_(-bound, bound, generator=draw)
+    return replace(batch, noise=noise)

@@ -260,6 +260,7 @@ class RunConfig:
     decay_share: float | None = flag("with --schedule wsd: share of the steps that come down (default 0.2)", None)
     warmup: float = flag("share of the steps that warm up", 0.03)
     weight_decay: float = flag("decoupled weight decay", 0.0)
+    neftune_alpha: float = flag("NEFTune: noise on the embeddings in training, +-alpha / sqrt(tokens * width); 0 for none", 0.0)
     beta1: float = flag("AdamW beta1", 0.9)
     beta2: float = flag("AdamW beta2", 0.999)
     clip: float = flag("largest gradient norm; 0 switches clipping off", 1.0)
@@ -321,6 +322,10 @@ class RunConfig:
         require(
             math.isfinite(self.weight_decay) and self.weight_decay >= 0, "--weight-decay", self.weight_decay, "zero or more"
         )
+        require(
+            math.isfinite(self.neftune_alpha) and self.neftune_alpha >= 0, "--neftune-alpha", self.neftune_alpha,
+            "zero or more", "5 to 15 is usual, 0 switches it off",
+        )  # fmt: skip
         require(math.isfinite(self.clip) and self.clip >= 0, "--clip", self.clip, "zero or more")
         for name in ("beta1", "beta2"):
             require(0.0 <= getattr(self, name) < 1.0, f"--{name}", getattr(self, name), "a number in [0, 1)")

@@ -225,13 +225,20 @@ class CausalLM(nn.Module):
         return self.lm_head(hidden)
 
     def hidden(
-        self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: KVCache | None = None, prefix_length: int = 0
+        self,
+        input_ids: Tensor,
+        *,
+        segment_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        prefix_length: int = 0,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             input_ids, segment_ids, cache: as in ``forward``.
             prefix_length: the first so many tokens of the only row are a segment that all its others continue.
+            noise: (B, T, D), added to the embeddings; None for none.
 
         Returns:
             (B, T, D) in the model's dtype.
@@ -239,6 +246,8 @@ class CausalLM(nn.Module):
         B, T = input_ids.shape
         context = self._context(input_ids, segment_ids, cache, prefix_length)
         x_ND = self.model.embed_tokens(input_ids.reshape(-1))
+        if noise is not None:
+            x_ND = x_ND + noise.view(-1, noise.shape[-1]).to(x_ND.dtype)
         for layer in self.model.layers:
             x_ND = self.wrap_layer(layer, x_ND, context, self.wrap_mlp)
         return self.model.norm(x_ND).view(B, T, -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-from minisft.batching import Batch, micro_batches
+from minisft.batching import Batch, micro_batches, with_noise
 from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
 from minisft.data.chat import Encoded
@@ -24,7 +24,11 @@ class SFTTrainer(Trainer[Encoded]):
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of one optimizer step (from 1), on the model's device."""
-        return [batch.to(self.device) for batch in self._cut(self.step_rows(step))]
+        run, batches = self.run, self._cut(self.step_rows(step))
+        if run.neftune_alpha > 0:
+            D = self.model.config.hidden_size
+            batches = [with_noise(batch, run.neftune_alpha, D, run.seed, step) for batch in batches]
+        return [batch.to(self.device) for batch in batches]
 
     def gradients(self, step: int, batches: Sequence[Batch]) -> float:
         """Backward of the mean cross-entropy per supervised token; with dropout, masks follow from (seed, step)."""
@@ -43,7 +47,7 @@ class SFTTrainer(Trainer[Encoded]):
 
     def _cut(self, rows: Sequence[Encoded]) -> list[Batch]:
         run = self.run
-        share_prefix = run.dropout == 0
+        share_prefix = run.dropout == 0 and run.neftune_alpha == 0  # each row has draws of its own
         return micro_batches(
             rows, self.micro_batch_size, self.tokenizer.pad_id, run.packing, run.max_length, share_prefix=share_prefix
         )

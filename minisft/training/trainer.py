@@ -39,7 +39,7 @@ from minisft.training.run_data import Row, RunData
 from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_bytes
 from minisft.training.stop_signal import StopSignal
 
-DECAY_SHARE = 0.2  # of the steps, with --schedule wsd: where arXiv:2405.18392 finds no more to gain
+DECAY_SHARE = 0.2  # of the steps, with --schedule wsd: as in most runs of arXiv:2405.18392
 MAX_BAD_STEPS = 3  # non-finite steps, or failed saves, in a row
 Log = Callable[[str], None]
 
