@@ -158,6 +158,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 def _train_flags(parser: Parser, of: type[RunConfig] = RunConfig, unused: Sequence[str] = ()) -> None:
     parser.add_argument("--config", metavar="F.toml", help="settings as a flat TOML table; flags override them")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; its settings are read from there")
+    parser.add_argument("--dry-run", action="store_true", default=False, help="check everything, print the plan, write nothing")
     _run_flags(parser, [field.name for field in dataclasses.fields(of) if field.name not in unused], of)
 
 

@@ -92,7 +92,7 @@ def _train(arguments: argparse.Namespace) -> int:
     load_libraries()
     from minisft.training.train import train
 
-    return _ended(train(run, _resumes(arguments)))
+    return _ended(train(run, _resumes(arguments), dry_run=arguments.dry_run))
 
 
 def _dpo(arguments: argparse.Namespace) -> int:
@@ -100,7 +100,7 @@ def _dpo(arguments: argparse.Namespace) -> int:
     load_libraries()
     from minisft.training.preference import dpo
 
-    return _ended(dpo(run, _resumes(arguments)))
+    return _ended(dpo(run, _resumes(arguments), dry_run=arguments.dry_run))
 
 
 def _grpo(arguments: argparse.Namespace) -> int:
@@ -108,7 +108,7 @@ def _grpo(arguments: argparse.Namespace) -> int:
     load_libraries()
     from minisft.training.preference import grpo
 
-    return _ended(grpo(run, resume=_resumes(arguments)))
+    return _ended(grpo(run, resume=_resumes(arguments), dry_run=arguments.dry_run))
 
 
 def _resumes(arguments: argparse.Namespace) -> bool:
@@ -121,7 +121,8 @@ def _ended(result: TrainResult) -> int:
 
 def _run_settings(arguments: argparse.Namespace, kind: type[Config]) -> Config:
     """The settings of a run: those it was started with, then ``--config``, then the flags."""
-    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "version", "debug", "config", "resume")}
+    ours = ("command", "version", "debug", "config", "resume", "dry_run")
+    given = {k: v for k, v in vars(arguments).items() if k not in ours}
     resume = _resumes(arguments)
     values: dict[str, object] = {}
     if resume and "out" in given:

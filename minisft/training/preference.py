@@ -20,13 +20,14 @@ from minisft.training.train import run_training
 from minisft.training.trainer import Log, TrainResult
 
 
-def dpo(run: DPOConfig, resume: bool = False, log: Callable[[str], None] = print) -> TrainResult:
+def dpo(run: DPOConfig, resume: bool = False, log: Callable[[str], None] = print, dry_run: bool = False) -> TrainResult:
     """Train a model to prefer the chosen answers of pairs, in the folder ``run.out``.
 
     Args:
         run: the settings; each is a flag of ``minisft dpo``.
         resume: go on from the newest checkpoint in ``run.out`` that verifies.
         log: where the run's few sentences go.
+        dry_run: check everything up to the first step, and write nothing.
 
     Returns:
         Where the run ended; ``weights`` is one whole adapter, also after ``init_adapter``.
@@ -42,11 +43,15 @@ def dpo(run: DPOConfig, resume: bool = False, log: Callable[[str], None] = print
     ) -> tuple[ChatTemplate, RunData[EncodedPair]]:
         return prepare_pairs(run, tokenizer, log, began, model.config.max_position_embeddings)
 
-    return run_training(run, prepare, DPOTrainer, resume, log)
+    return run_training(run, prepare, DPOTrainer, resume, log, dry_run)
 
 
 def grpo(
-    run: GRPOConfig, reward: RewardFunction | None = None, resume: bool = False, log: Callable[[str], None] = print
+    run: GRPOConfig,
+    reward: RewardFunction | None = None,
+    resume: bool = False,
+    log: Callable[[str], None] = print,
+    dry_run: bool = False,
 ) -> TrainResult:
     """Train a model on its own sampled answers and their rewards, in the folder ``run.out``.
 
@@ -55,6 +60,7 @@ def grpo(
         reward: ``f(answer, row) -> float`` instead of the one that ``run.reward`` names; then ``run.reward`` is its name only.
         resume: go on from the newest checkpoint in ``run.out`` that verifies.
         log: where the run's few sentences go.
+        dry_run: check everything up to the first step, and write nothing.
 
     Returns:
         Where the run ended; the weights are those of the best held-out reward.
@@ -71,4 +77,4 @@ def grpo(
     ) -> tuple[ChatTemplate, RunData[EncodedPrompt]]:
         return prepare_prompts(run, judge, model.config.max_position_embeddings, tokenizer, log, began)
 
-    return run_training(run, prepare, functools.partial(GRPOTrainer, reward=judge), resume, log)
+    return run_training(run, prepare, functools.partial(GRPOTrainer, reward=judge), resume, log, dry_run)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from functools import cached_property
 
 from minisft.batching import Batch, micro_batches, with_noise
+from minisft.common.errors import UserError
 from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
 from minisft.data.chat import Encoded
 from minisft.step import accumulate_gradients, validation_loss
+from minisft.training.runlog import peak_memory_bytes
 from minisft.training.trainer import Trainer
 from minisft.training.untrained_tokens import untrained_tokens
 
@@ -24,11 +28,35 @@ class SFTTrainer(Trainer[Encoded]):
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of one optimizer step (from 1), on the model's device."""
-        run, batches = self.run, self._cut(self.step_rows(step))
+        return self._with_noise(self._cut(self.step_rows(step)), step)
+
+    def _with_noise(self, batches: Sequence[Batch], step: int) -> list[Batch]:
+        run, D = self.run, self.model.config.hidden_size
         if run.neftune_alpha > 0:
-            D = self.model.config.hidden_size
             batches = [with_noise(batch, run.neftune_alpha, D, run.seed, step) for batch in batches]
         return [batch.to(self.device) for batch in batches]
+
+    def try_step(self) -> None:
+        """One micro-batch of the longest rows, forward and backward; the weights stay as they are.
+
+        Raises:
+            UserError: ``numeric/non-finite``; what ``check_gradients`` finds.
+        """
+        self.prepare()
+        longest = sorted(self.data.train, key=lambda row: len(row.input_ids))[-self.micro_batch_size :]
+        began, batches = time.monotonic(), self._with_noise(self._cut(longest), step=1)
+        loss = self.gradients(1, batches)
+        norm = self.optimizer.grad_norm()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                "numeric/non-finite", "the loss or its gradient is not finite", where="the longest rows",
+                found=f"loss {loss}, gradient norm {norm}", fix="look at these rows and at the base model; --dtype fp32",
+            )  # fmt: skip
+        self.check_first_step()
+        self.optimizer.zero_grad()
+        num_tokens, seconds = sum(batch.num_tokens for batch in batches), time.monotonic() - began
+        memory = peak_memory_bytes(self.device) / 2**20
+        self.log(f"longest micro-batch: {num_tokens:,} tokens, loss {loss:.4f}, {seconds:.1f} s, {memory:,.0f} MiB at the peak")
 
     def gradients(self, step: int, batches: Sequence[Batch]) -> float:
         """Backward of the mean cross-entropy per supervised token; with dropout, masks follow from (seed, step)."""

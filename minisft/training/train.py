@@ -29,6 +29,8 @@ from minisft.kernels import cpu_nf4
 from minisft.model import CausalLM
 from minisft.surgery import nf4_modules, num_parameters, weight_bytes
 from minisft.training.checkpoint import Checkpoint, RunLock, load_latest
+from minisft.training.dry_run import dry_run as try_run
+from minisft.training.dry_run import log_plan, require_new_run
 from minisft.training.init_adapter import load_init_adapter_, with_adapter_settings
 from minisft.training.run_data import Row, RunData, environment, prepare_data
 from minisft.training.sft import SFTTrainer
@@ -41,13 +43,14 @@ MakeTrainer = Callable[[Config, CausalLM, Tokenizer, ChatTemplate, RunData[Row],
 Prepare = Callable[[Config, CausalLM, Tokenizer, Log, datetime.datetime | None], tuple[ChatTemplate, RunData[Row]]]
 
 
-def train(run: RunConfig, resume: bool = False, log: Callable[[str], None] = print) -> TrainResult:
+def train(run: RunConfig, resume: bool = False, log: Callable[[str], None] = print, dry_run: bool = False) -> TrainResult:
     """Train a model on rows: one run from data to adapter (or model), in the folder ``run.out``.
 
     Args:
         run: the settings; each is a flag of ``minisft train``.
         resume: go on from the newest checkpoint in ``run.out`` that verifies.
         log: where the run's few sentences go; the progress bar goes to standard error.
+        dry_run: check everything, log the plan, compute one micro-batch, and write nothing.
 
     Returns:
         Where the run ended; with ``signal`` set if SIGTERM or SIGINT stopped it (a checkpoint was saved).
@@ -61,11 +64,20 @@ def train(run: RunConfig, resume: bool = False, log: Callable[[str], None] = pri
     ) -> tuple[ChatTemplate, RunData[Encoded]]:
         return prepare_data(run, tokenizer, log, began, model.config.max_position_embeddings)
 
-    return run_training(run, prepare, SFTTrainer, resume, log)
+    if dry_run:
+        require_new_run(resume)
+        _checked_out(run, resume)  # before the bill, which takes seconds
+        log_plan(run, log)
+    return run_training(run, prepare, SFTTrainer, resume, log, dry_run)
 
 
 def run_training(
-    run: Config, prepare: Prepare[Config, Row], make_trainer: MakeTrainer[Config, Row], resume: bool, log: Log
+    run: Config,
+    prepare: Prepare[Config, Row],
+    make_trainer: MakeTrainer[Config, Row],
+    resume: bool,
+    log: Log,
+    dry_run: bool = False,
 ) -> TrainResult:
     """One run of any kind: folder, lock, model, rows, loop.
 
@@ -75,6 +87,7 @@ def run_training(
         make_trainer: (settings, model, tokenizer, template, rows, log) -> what is learned from them.
         resume: go on from the newest checkpoint that verifies.
         log: where the run's few sentences go.
+        dry_run: stop before anything is written.
 
     Returns:
         Where the run ended.
@@ -82,6 +95,8 @@ def run_training(
     Raises:
         UserError: bad input, a changed run, three non-finite steps, three failed saves.
     """
+    if dry_run:
+        require_new_run(resume)
     out, device = _checked_out(run, resume), pick_device(run.device)
     run = replace(run, dtype=pick_dtype(run.dtype, device))
     with contextlib.ExitStack() as lock:
@@ -94,6 +109,8 @@ def run_training(
         run = replace(_with_init_adapter(run, model, log), max_length=min(run.max_length, model.config.max_position_embeddings))
         template, data = prepare(run, model, tokenizer, log, _began(saved))
         trainer = make_trainer(run, model, tokenizer, template, data, log)
+        if dry_run:
+            return try_run(trainer)
         if not resume:
             lock.enter_context(RunLock(out))  # from here on something is written
         trainer.prepare()

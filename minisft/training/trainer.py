@@ -65,7 +65,7 @@ class TrainResult:
 
     Attributes:
         out: the run's folder.
-        weights: the folder of the result (``adapter`` or ``model``); None when a signal stopped the run.
+        weights: the folder of the result (``adapter`` or ``model``); None when a signal stopped the run, and of a dry run.
         steps, total_steps: optimizer steps done, and those of the whole run.
         eval_loss, best_step: the best validation loss (nats a supervised token; DPO: of a pair; GRPO: minus the mean
             reward) and its step; None without validation.
@@ -142,6 +142,9 @@ class Trainer(ABC, Generic[Row]):
             Where the run ended. After a signal the step in progress was finished and saved, and there are no weights.
 
         Raises:
+    def try_step(self) -> None:
+        """For a dry run: backward of the rows that need most memory, where that takes no file of the run's folder."""
+
             UserError: three non-finite steps, or three failed saves, in a row.
         """
         state, stop, began = self.state, StopSignal(), time.monotonic()
