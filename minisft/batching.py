@@ -87,7 +87,7 @@ def epoch_order(epoch: int, num_rows: int, seed: int) -> list[int]:
     return _shuffled(epoch, num_rows, seed).tolist()
 
 
-@functools.lru_cache(maxsize=2)  # a step asks for one epoch, or for two neighbours
+@functools.lru_cache(maxsize=4)  # a step asks for one epoch, or for two neighbours; with --replay of two files
 def _shuffled(epoch: int, num_rows: int, seed: int) -> Tensor:
     return torch.randperm(num_rows, generator=generator(seed, "data-order", epoch))
 

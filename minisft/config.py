@@ -213,6 +213,12 @@ class RunConfig:
     out: str = flag("run folder: new, or with --resume the one to go on with", metavar="DIR")
     eval_data: str | None = flag("validation rows; without it a share of --data is held out", None, "F")
     validation_share: float = flag("share of --data held out when there is no --eval-data", 0.05)
+    replay: str | None = flag(
+        "rows that keep what the model knows, mixed into every step: any form of rows, or plain text in a column text",
+        None,
+        "F",
+    )
+    replay_share: float | None = flag("share of each step's rows that come from --replay (default 0.1)", None)
     map: tuple[str, ...] = flag(
         "column of your file for a field of ours, e.g. prompt=question (repeatable)", (), "FIELD=COLUMN"
     )
@@ -327,6 +333,14 @@ class RunConfig:
             "zero or more", "5 to 15 is usual, 0 switches it off",
         )  # fmt: skip
         require(math.isfinite(self.clip) and self.clip >= 0, "--clip", self.clip, "zero or more")
+        require(
+            self.replay_share is None or self.replay is not None, "--replay-share", self.replay_share, "--replay F with it",
+            "name the file, or leave --replay-share away",
+        )  # fmt: skip
+        require(
+            self.replay_share is None or 0.0 < self.replay_share < 1.0, "--replay-share", self.replay_share,
+            "a share in (0, 1)", "0.05 to 0.2 is usual; leave --replay away for none",
+        )  # fmt: skip
         for name in ("beta1", "beta2"):
             require(0.0 <= getattr(self, name) < 1.0, f"--{name}", getattr(self, name), "a number in [0, 1)")
         require(
@@ -388,6 +402,11 @@ class RunConfig:
     def peak_lr(self) -> float:
         """``lr``, or the field's usual choice for the method."""
         return self.lr if self.lr is not None else (2e-4 if self.method == "lora" else 2e-5)
+
+    @property
+    def replay_share_or_default(self) -> float:
+        """``replay_share``, or a tenth; 0 without ``replay``."""
+        return 0.0 if self.replay is None else 0.1 if self.replay_share is None else self.replay_share
 
     def to_dict(self) -> dict[str, typing.Any]:
         """All fields as plain JSON values."""

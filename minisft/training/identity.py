@@ -24,7 +24,7 @@ from minisft.formats.source import file_sha256
 from minisft.training.checkpoint import check_identity
 
 FORMAT = 3  # 1 compared names and memory settings, and knew nothing of tokens; 2 trained all weights whatever --targets said
-FILES = ("model", "data", "eval_data", "template", "init_adapter")  # compared by content
+FILES = ("model", "data", "eval_data", "replay", "template", "init_adapter")  # compared by content
 WATCHING = ("out", "log_every", "keep_last", "save_every", "strict")  # decide nothing that is computed
 LENGTH = ("steps", "epochs")  # may be raised, see ``Trainer.restore``
 COMPUTE = ("micro_batch_size", "checkpointing", "device", "packing")
@@ -47,7 +47,8 @@ def run_identity(
         JSON for ``require_same_run``.
     """
     left_out = {*FILES, *WATCHING, *LENGTH, *COMPUTE}
-    settings = {name: value for name, value in run.to_dict().items() if name not in left_out} | {"lr": run.peak_lr}
+    settings = {name: value for name, value in run.to_dict().items() if name not in left_out}
+    settings |= {"lr": run.peak_lr, "replay_share": run.replay_share_or_default}
     compute: dict[str, JSON] = {
         "micro_batch_size": run.micro_batch_size or run.batch_size,
         "checkpointing": run.checkpointing,

@@ -24,6 +24,7 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.formats.adapter import TEMPLATE_FILE
 from minisft.quality.report import near_groups
 from minisft.training.identity import tokens_sha256
+from minisft.training.replay import Replay, read_replay, replay_words
 
 RECORDED_PACKAGES = ("minisft", "torch", "numpy", "safetensors", "tokenizers", "triton", "jinja2", "gguf")
 
@@ -33,12 +34,13 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class RunData(Generic[Row]):
-    """Encoded rows to train and validate on, what identifies them, and facts for ``data.json``."""
+    """Encoded rows to train and validate on, what identifies them, facts for ``data.json``, and rows to replay."""
 
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
     identity: dict[str, JSON]
     facts: dict[str, JSON]
+    replay: Replay | None = None
 
 
 def prepare_data(
@@ -107,7 +109,11 @@ def prepare_data(
         "train": _facts(dataset, encoded),
         "validation": _facts(held_out or dataset, encoded_validation),
     }
-    return template, RunData(encoded.rows, encoded_validation.rows, identity, facts)
+    replay = read_replay(run, tokenizer, template, [dataset.sha256, *([held_out.sha256] if held_out else [])])
+    if replay is not None:
+        log(replay_words(replay, encoded.rows))
+        identity, facts = identity | {"replay": replay.identity}, facts | {"replay": replay.facts}
+    return template, RunData(encoded.rows, encoded_validation.rows, identity, facts, replay)
 
 
 def template_choice(run: RunConfig, log: Callable[[str], None]) -> str | None:

@@ -13,6 +13,7 @@ from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
 from minisft.data.chat import Encoded
 from minisft.step import accumulate_gradients, validation_loss
+from minisft.training.replay import mixed_rows
 from minisft.training.runlog import peak_memory_bytes
 from minisft.training.trainer import Trainer
 from minisft.training.untrained_tokens import untrained_tokens
@@ -23,8 +24,22 @@ class SFTTrainer(Trainer[Encoded]):
 
     def prepare(self) -> None:
         """Report special tokens that the rows train and the model cannot produce."""
-        for note in untrained_tokens(self.model, self.tokenizer, self.data.train):
+        for note in untrained_tokens(self.model, self.tokenizer, self._all_rows):
             self.log(note)
+
+    def step_rows(self, step: int) -> list[Encoded]:
+        """The rows of one optimizer step (from 1), those to replay among them."""
+        run, own, replay = self.run, self.data.train, self.data.replay
+        if replay is None:
+            return super().step_rows(step)
+        mixed = mixed_rows(step, run.batch_size, len(own), len(replay.rows), replay.share, run.seed)
+        return [replay.rows[i] if is_replayed else own[i] for is_replayed, i in mixed]
+
+    def facts(self) -> dict[str, JSON]:
+        """With ``--replay``, how many of the step's supervised tokens were replayed ones."""
+        if self.data.replay is None:
+            return {}
+        return {"replay_tokens": sum(row.num_targets for row in self.step_rows(self.state.step) if row.row < 0)}
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of one optimizer step (from 1), on the model's device."""
@@ -43,7 +58,7 @@ class SFTTrainer(Trainer[Encoded]):
             UserError: ``numeric/non-finite``; what ``check_gradients`` finds.
         """
         self.prepare()
-        longest = sorted(self.data.train, key=lambda row: len(row.input_ids))[-self.micro_batch_size :]
+        longest = sorted(self._all_rows, key=lambda row: len(row.input_ids))[-self.micro_batch_size :]
         began, batches = time.monotonic(), self._with_noise(self._cut(longest), step=1)
         loss = self.gradients(1, batches)
         norm = self.optimizer.grad_norm()
@@ -67,6 +82,10 @@ class SFTTrainer(Trainer[Encoded]):
     def evaluate(self) -> tuple[float, dict[str, JSON]]:
         """The mean cross-entropy per supervised token of the rows held out."""
         return validation_loss(self.model, self._validation), {}
+
+    @property
+    def _all_rows(self) -> tuple[Encoded, ...]:
+        return (*self.data.train, *(self.data.replay.rows if self.data.replay else ()))
 
     @cached_property
     def _validation(self) -> list[Batch]:

@@ -15,6 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Generic
 
@@ -35,6 +36,7 @@ from minisft.surgery import lora_plus_ratios, num_parameters
 from minisft.training.checkpoint import Checkpoint, load_step, save_checkpoint
 from minisft.training.identity import adapter_sha256, require_same_run, run_identity
 from minisft.training.lossplot import plot_loss
+from minisft.training.replay import num_replayed, steps_of_epochs
 from minisft.training.run_data import Row, RunData
 from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_bytes
 from minisft.training.stop_signal import StopSignal
@@ -119,7 +121,14 @@ class Trainer(ABC, Generic[Row]):
             parameters, betas=(run.beta1, run.beta2), weight_decay=run.weight_decay,
             lr_ratios=lora_plus_ratios(model, run.lr_b_ratio),
         )  # fmt: skip
-        self.total_steps = run.steps or max(1, math.ceil((run.epochs or 1.0) * len(data.train) / run.batch_size))
+        share = data.replay.share if data.replay else Fraction(0)
+        self.total_steps = run.steps or steps_of_epochs(run.epochs or 1.0, len(data.train), run.batch_size, share)
+        if data.replay and not num_replayed(self.total_steps, run.batch_size, share):
+            raise UserError(
+                "config/no-replay", "the share is too small for a single row to be replayed", where="--replay-share",
+                found=f"{float(share):g} of {self.total_steps} steps of {run.batch_size} rows",
+                expected="one row of the run or more", fix="give a larger --replay-share, or leave --replay away",
+            )  # fmt: skip
         self.warmup_steps = min(math.ceil(run.warmup * self.total_steps), self.total_steps - 1)
         decay_steps = math.ceil((run.decay_share or DECAY_SHARE) * self.total_steps)
         self.decay_steps = min(max(1, decay_steps), self.total_steps - self.warmup_steps)
@@ -133,6 +142,9 @@ class Trainer(ABC, Generic[Row]):
     def prepare(self) -> None:
         """What has to be computed before the first step, by the model as it starts; the run's folder is locked by now."""
 
+    def try_step(self) -> None:
+        """For a dry run: backward of the rows that need most memory, where that takes no file of the run's folder."""
+
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def fit(self) -> TrainResult:
@@ -142,9 +154,6 @@ class Trainer(ABC, Generic[Row]):
             Where the run ended. After a signal the step in progress was finished and saved, and there are no weights.
 
         Raises:
-    def try_step(self) -> None:
-        """For a dry run: backward of the rows that need most memory, where that takes no file of the run's folder."""
-
             UserError: three non-finite steps, or three failed saves, in a row.
         """
         state, stop, began = self.state, StopSignal(), time.monotonic()
