@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +12,17 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from test_step import rows
-from tiny_folder import losses, quiet, run_config, stopped_copy, write_shop
+from tiny_folder import CONFIG, losses, quiet, run_config, stopped_copy, write_shop
 from torch import nn
 
 from minisft.batching import collate
 from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, QuantConfig, RunConfig
 from minisft.formats import load_model
+from minisft.formats.loading import empty_model, expected_shapes
 from minisft.step import accumulate_gradients, prepare_method
 from minisft.surgery import apply_lora_, lora_modules, quantize_, train_fully_
+from minisft.training.memory_estimate import Shape, estimate_step
 from minisft.training.train import train
 
 BIASES = tiny.FAMILIES["llama-biases"]
@@ -84,6 +87,15 @@ def test_lora_of_full_rank_with_a_frozen_identity_is_full_training_step_by_step(
     found = descend(lora, [a.lora_B for a in lora_modules(lora).values()])
     assert expected[0] - expected[-1] > 0.1  # something was learned
     assert found == pytest.approx(expected, rel=1e-10)
+
+
+def test_plan_counts_the_moments_of_the_chosen_layers() -> None:
+    shape = Shape(CONFIG, expected_shapes(empty_model(CONFIG)), {})
+    run = RunConfig("", "", "", dtype="fp32", max_length=32, method="full", targets=("q_proj", "up_proj"))
+    chosen = [math.prod(size) for name, size in shape.tensors.items() if "q_proj" in name or "up_proj" in name]
+    found = estimate_step(run, shape, torch.device("cpu")).whole
+    assert found["optimizer"] == sum(2 * 4 * n + 4 for n in chosen)  # two moments in fp32, and a step count
+    assert found["gradients"] == sum(4 * n for n in chosen)
 
 
 # ---- whole runs ----

@@ -151,6 +151,15 @@ def test_plain_text_is_replayed_by_the_share_and_resumes_to_the_same_bits(shop: 
     assert losses(shop / "again") == log
 
 
+def test_rows_that_are_validated_on_too_are_reported(shop: Path) -> None:
+    said: list[str] = []
+    (shop / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(31)))  # the data and one more row
+    train(replayed(shop, file="chats.jsonl", steps=1, eval_every=99, save_every=99), log=said.append)
+    assert [line for line in said if "are validated on too" in line] == [
+        "warning: 6 rows to replay are validated on too: the validation loss is too good"
+    ]
+
+
 def test_chats_are_replayed_and_the_tenth_is_the_default(shop: Path) -> None:
     run = replayed(shop, file="chats.jsonl", replay_share=None, steps=5)
     train(run, log=quiet)

@@ -92,6 +92,13 @@ def replay_words(replay: Replay, own: Sequence[Encoded]) -> str:
     )
 
 
+def validated_too(replay: Replay, validation: Sequence[Encoded]) -> str:
+    """A warning about rows that are replayed and validated on, token for token; empty if there are none."""
+    held_out = {tuple(row.input_ids) for row in validation}
+    both = sum(tuple(row.input_ids) in held_out for row in replay.rows)
+    return f"warning: {both} rows to replay are validated on too: the validation loss is too good" if both else ""
+
+
 def _is_text(path: Path) -> bool:
     """Whether the file's first row is plain text: a column ``text`` and none that a chat would have."""
     first = next(iter(RowFile(path, MAX_ROW_BYTES).rows()), None)
@@ -107,7 +114,11 @@ def _texts(run: RunConfig, tokenizer: Tokenizer) -> tuple[tuple[Encoded, ...], s
             raise UserError(
                 "data/no-text", "a row to replay has no text", where=where, found=visible(text, 60), expected='{"text": "..."}'
             )
-        for part in windows(tokenizer, text, run.max_length - 1):  # longer texts are cut, and nothing of them is lost
+        try:  # longer texts are cut, and nothing of them is lost
+            parts = list(windows(tokenizer, text, run.max_length - 1))
+        except UserError as error:
+            raise error.at(where) from None
+        for part in parts:
             flags = [False] * len(part.context) + [True] * len(part.target)
             rows.append(Encoded([*part.context, *part.target], flags, -number, 0, len(part.context)))
     return tuple(rows), source.sha256, "plain text"

@@ -24,7 +24,7 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.formats.adapter import TEMPLATE_FILE
 from minisft.quality.report import near_groups
 from minisft.training.identity import tokens_sha256
-from minisft.training.replay import Replay, read_replay, replay_words
+from minisft.training.replay import Replay, read_replay, replay_words, validated_too
 
 RECORDED_PACKAGES = ("minisft", "torch", "numpy", "safetensors", "tokenizers", "triton", "jinja2", "gguf")
 
@@ -111,7 +111,8 @@ def prepare_data(
     }
     replay = read_replay(run, tokenizer, template, [dataset.sha256, *([held_out.sha256] if held_out else [])])
     if replay is not None:
-        log(replay_words(replay, encoded.rows))
+        for note in filter(None, (replay_words(replay, encoded.rows), validated_too(replay, encoded_validation.rows))):
+            log(note)
         identity, facts = identity | {"replay": replay.identity}, facts | {"replay": replay.facts}
     return template, RunData(encoded.rows, encoded_validation.rows, identity, facts, replay)
 
