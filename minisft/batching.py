@@ -244,9 +244,9 @@ def with_noise(batch: Batch, alpha: float, hidden_size: int, seed: int, step: in
     segment_ids = batch.segment_ids.cpu()
     for b, rows in enumerate(batch.segment_rows):
         for segment, row in enumerate(rows, start=1):
-            places = segment_ids[b] == segment
-            length = int(places.sum())
+            positions = segment_ids[b] == segment
+            length = int(positions.sum())
             bound = alpha / math.sqrt(length * hidden_size)
             draw = generator(seed, "neftune", step, row)
-            noise[b, places] = torch.empty(length, hidden_size).uniform_(-bound, bound, generator=draw)
+            noise[b, positions] = torch.empty(length, hidden_size).uniform_(-bound, bound, generator=draw)
     return replace(batch, noise=noise)

@@ -5,7 +5,7 @@ pretraining). They are never validated on. The one idea: the share counts rows, 
 step t floor(t * batch * share) of the rows were replayed ones, whatever was stopped and resumed. Tokens and supervised tokens
 have other shares, which are reported.
 
-Ref: Scialom et al. 2022, arXiv:2205.12393 (continual learning by rehearsing a small share of earlier data).
+Ref: Scialom et al. 2022, arXiv:2205.12393 (continual learning with a small share of earlier data).
 """
 
 from __future__ import annotations
@@ -137,7 +137,16 @@ def _chats(run: RunConfig, tokenizer: Tokenizer, template: ChatTemplate) -> tupl
 
 
 def num_replayed(step: int, batch_size: int, share: Fraction) -> int:
-    """How many of the rows of the first ``step`` steps were replayed ones: floor(step * batch_size * share)."""
+    """How many of the rows of the first ``step`` steps were replayed ones: floor(step * batch_size * share).
+
+    Args:
+        step: the last step that counts; 0 for none.
+        batch_size: rows of a step, both kinds together.
+        share: of replayed rows.
+
+    Returns:
+        The number, exact: the share is a fraction.
+    """
     return math.floor(step * batch_size * share)
 
 
