@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import cast, get_args
 
 from minisft.common.errors import UserError, nearest, visible
 from minisft.data.examples import Example
@@ -64,12 +64,12 @@ def evaluate_all(
     answered: EvalResult | None = None
     found: dict[str, EvalResult] = {}
     for metric in dict.fromkeys(metrics):
-        first = {"bits_per_byte": "loss"}.get(metric, metric if metric in get_args(Metric) else "exact_match")
+        first = cast(Metric, {"bits_per_byte": "loss"}.get(metric, metric if metric in get_args(Metric) else "exact_match"))
         if metric in TEXT_METRICS and answered is not None:
             found[metric] = rescore(answered, metric, labels=labels, clusters=grouped, bleu_tokenize=bleu_tokenize)
             continue
         result = evaluate(
-            model, tokenizer, template, examples, first, max_new_tokens=max_new_tokens, limit=limit,  # type: ignore[arg-type]
+            model, tokenizer, template, examples, first, max_new_tokens=max_new_tokens, limit=limit,
             batch_size=batch_size, system=system, progress=progress,
         )  # fmt: skip
         kept = None if grouped is None else _of_rows(result, examples, grouped)

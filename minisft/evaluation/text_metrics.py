@@ -12,12 +12,16 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from minisft.common.extras import require_extra
 from minisft.evaluation.statistics import Interval, bootstrap_metric
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics.base import Metric as CorpusMetric
 
 BLEU_TOKENIZERS = ("13a", "intl", "zh", "char", "none")
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -77,7 +81,7 @@ def chrf(predictions: Sequence[str], references: Sequence[str], clusters: Sequen
 
 
 def _corpus(
-    metric: object,
+    metric: CorpusMetric,
     predictions: Sequence[str],
     references: Sequence[str],
     rows: tuple[float, ...],
@@ -85,13 +89,13 @@ def _corpus(
     warnings: tuple[str, ...],
 ) -> CorpusScore:
     """The corpus score, bootstrapped over its sufficient statistics: n-gram counts are summed once a row, not once a draw."""
-    statistics = np.array(metric._extract_corpus_statistics(predictions, [references]), dtype=np.float64)  # type: ignore[attr-defined]
+    statistics = np.array(metric._extract_corpus_statistics(predictions, [references]), dtype=np.float64)
 
     def score(chosen: npt.NDArray[np.intp]) -> float:
-        return float(metric._compute_score_from_stats(statistics[chosen].sum(0).tolist()).score)  # type: ignore[attr-defined]
+        return float(metric._compute_score_from_stats(statistics[chosen].sum(0).tolist()).score)
 
     interval = bootstrap_metric(score, len(rows), clusters, draws=DRAWS)
-    return CorpusScore(interval, rows, str(metric.get_signature()), warnings)  # type: ignore[attr-defined]
+    return CorpusScore(interval, rows, str(metric.get_signature()), warnings)
 
 
 def _bleu_warnings(references: Sequence[str]) -> tuple[str, ...]:

@@ -71,12 +71,16 @@ def _keys(rows: Sequence[ScoredRow], examples: Mapping[RowId, Example] | None) -
         return keys | {"reference length": _third([len(row.reference) for row in rows], lambda row: len(row.reference))}
     columns = {name for row in rows for name in examples[row.row].reference}
     for name in sorted(columns):
-        keys[name] = lambda row, name=name: str(examples[row.row].reference.get(name))[:60]  # type: ignore[misc]
+        keys[name] = _column(name, examples)
 
     def length(row: ScoredRow) -> int:
         return len(prompt_of(examples[row.row]))
 
     return {"prompt length": _third([length(row) for row in rows], length), **keys}
+
+
+def _column(name: str, examples: Mapping[RowId, Example]) -> Callable[[ScoredRow], str]:
+    return lambda row: str(examples[row.row].reference.get(name))[:60]
 
 
 def _third(lengths: Sequence[int], length: Callable[[ScoredRow], int]) -> Callable[[ScoredRow], str]:
