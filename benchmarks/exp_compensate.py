@@ -32,7 +32,8 @@ from minisft.formats import load_adapter_, load_model
 from minisft.kernels import cpu_nf4
 from minisft.merge_weights import merge
 from minisft.merging.certificate import SENTENCES, kl_divergence
-from minisft.merging.compensate import compensate_layer, output_error, requantize_compensated
+from minisft.merging.compensate import compensate_layer, requantize_compensated
+from minisft.merging.grid_codes import output_error
 from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight, decode_absmax, pack, quantize_absmax
 from minisft.nf4_linear import NF4Linear

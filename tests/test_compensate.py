@@ -20,18 +20,8 @@ from minisft.config import LoRAConfig, ModelConfig, QuantConfig
 from minisft.formats import load_model, save_quantized
 from minisft.lora import LoRALinear
 from minisft.merge_weights import merge
-from minisft.merging.compensate import (
-    DAMPING,
-    METHODS,
-    Grid,
-    Method,
-    compensate_layer,
-    descend,
-    gptq,
-    output_error,
-    requantize_compensated,
-    round_stochastically,
-)
+from minisft.merging.compensate import compensate_layer, requantize_compensated
+from minisft.merging.grid_codes import DAMPING, METHODS, Grid, Method, descend, gptq, output_error, round_stochastically
 from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight, codebook, dequantize, quantize, unpack
 from minisft.nf4_linear import NF4Linear
