@@ -28,7 +28,8 @@ from minisft.common import safe_json
 from minisft.common.errors import UserError
 from minisft.common.safe_json import JSON
 from minisft.training import checkpoint
-from minisft.training.checkpoint import Checkpoint, RunLock, check_identity, load_latest, load_step, save_checkpoint
+from minisft.training.checkpoint import Checkpoint, RunLock, load_latest, load_step, save_checkpoint
+from minisft.training.identity import check_identity
 from minisft.training.manifest import UnusableError
 from minisft.training.runlog import MetricsLog
 

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minisft.common import atomic_files, safe_json
-from minisft.common.errors import UserError, listing, visible
+from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.formats.safetensors_file import DTYPES
 from minisft.training.manifest import (
@@ -130,7 +130,7 @@ def save_checkpoint(
         step: optimizer steps done.
         groups: file name (without suffix) -> tensor name -> tensor; every dtype is kept, tensors may lie on any device.
         state: JSON that the run needs to go on. Finite numbers only: write ``None`` where there is no best loss yet.
-        identity: JSON that says what the run is (settings, data, base model), for ``check_identity``.
+        identity: JSON that says what the run is (settings, data, base model), for ``identity.check_identity``.
         keep_last: how many newest checkpoints stay, at least 1.
         protect: steps that stay whatever their age (the best one).
         write_extra: called with the staging folder first of all, to put files or folders of its own beside the groups.
@@ -342,42 +342,3 @@ def _step_folders(folder: Path) -> list[tuple[int, Path]]:
         return []
     named = ((_STEP_NAME.fullmatch(path.name), path) for path in folder.iterdir())
     return sorted(((int(match[1]), path) for match, path in named if match and path.is_dir()), reverse=True)
-
-
-def check_identity(saved: Mapping[str, JSON], current: Mapping[str, JSON], allowed: Collection[str] = ()) -> None:
-    """Refuse to go on with a run whose settings, data or base model have changed.
-
-    Nested values are compared leaf by leaf under dotted names such as ``config.lr``; a tuple equals the list it was saved as.
-
-    Args:
-        saved, current: nested JSON objects.
-        allowed: dotted names (a name covers everything below it) that may differ.
-
-    Raises:
-        UserError: ``checkpoint/changed``: every key that differs, with the old and the new value.
-    """
-    old, new = _leaves(saved), _leaves(current)
-    changed = {
-        key: f"{visible(old.get(key, 'absent'))} before, {visible(new.get(key, 'absent'))} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(key == name or key.startswith(f"{name}.") for name in allowed)
-    }
-    if changed:
-        raise UserError(
-            "checkpoint/changed",
-            "the run was started with something else",
-            where=listing(changed),
-            found=" | ".join(f"{visible(key)}: {values}" for key, values in changed.items()),
-            fix="resume with what it was started with, or start a new run in another folder",
-        )
-
-
-def _leaves(value: Mapping[str, JSON], prefix: str = "") -> dict[str, str]:
-    """Dotted name -> JSON text of every value that is not itself a non-empty object."""
-    leaves: dict[str, str] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            leaves |= _leaves(item, f"{prefix}{key}.")
-        else:
-            leaves[prefix + key] = json.dumps(item)
-    return leaves

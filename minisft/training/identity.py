@@ -8,20 +8,20 @@ masks may not. The rows are compared as the token ids that are trained on, so an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from minisft.common.errors import UserError, visible
+from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.config import RunConfig, flag_name
 from minisft.data.chat import Encoded
 from minisft.formats.adapter import WEIGHTS_FILE
 from minisft.formats.adapter_config import CONFIG_FILE
 from minisft.formats.source import file_sha256
-from minisft.training.checkpoint import check_identity
 
 FORMAT = 3  # 1 compared names and memory settings, and knew nothing of tokens; 2 trained all weights whatever --targets said
 FILES = ("model", "data", "eval_data", "replay", "template", "init_adapter")  # compared by content
@@ -94,6 +94,45 @@ def _require_same_tokens(saved: Mapping[str, JSON], current: Mapping[str, JSON])
     if saved.get("template") != current["template"]:
         check_identity({"template": saved.get("template")}, {"template": current["template"]})
     check_identity({"tokenizer": saved.get("tokens")}, {"tokenizer": current["tokens"]})
+
+
+def check_identity(saved: Mapping[str, JSON], current: Mapping[str, JSON], allowed: Collection[str] = ()) -> None:
+    """Refuse to go on with a run whose settings, data or base model have changed.
+
+    Nested values are compared leaf by leaf under dotted names such as ``config.lr``; a tuple equals the list it was saved as.
+
+    Args:
+        saved, current: nested JSON objects.
+        allowed: dotted names (a name covers everything below it) that may differ.
+
+    Raises:
+        UserError: ``checkpoint/changed``: every key that differs, with the old and the new value.
+    """
+    old, new = _leaves(saved), _leaves(current)
+    changed = {
+        key: f"{visible(old.get(key, 'absent'))} before, {visible(new.get(key, 'absent'))} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(key == name or key.startswith(f"{name}.") for name in allowed)
+    }
+    if changed:
+        raise UserError(
+            "checkpoint/changed",
+            "the run was started with something else",
+            where=listing(changed),
+            found=" | ".join(f"{visible(key)}: {values}" for key, values in changed.items()),
+            fix="resume with what it was started with, or start a new run in another folder",
+        )
+
+
+def _leaves(value: Mapping[str, JSON], prefix: str = "") -> dict[str, str]:
+    """Dotted name -> JSON text of every value that is not itself a non-empty object."""
+    leaves: dict[str, str] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            leaves |= _leaves(item, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = json.dumps(item)
+    return leaves
 
 
 def _object(value: JSON) -> dict[str, JSON]:
