@@ -22,6 +22,8 @@ settings.register_profile("thorough", max_examples=2000, **_common)
 settings.register_profile("fast", max_examples=10, **_common)
 # Of another library it is enough to know that it breaks a law; the smallest case that does is not looked for.
 settings.register_profile("oracle", max_examples=100, phases=[Phase.generate], **_common)
+# A seeded bug has to be noticed and no more.
+settings.register_profile("mutants", max_examples=50, phases=[Phase.explicit, Phase.generate], **_common)
 settings.load_profile(os.environ.get("MINISFT_HYPOTHESIS", "default"))
 
 

@@ -98,7 +98,8 @@ def run_tests(root: Path, tests: Sequence[str], limit_s: float) -> tuple[int | N
     environment |= {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     # The same on every machine: kernels run in Triton's interpreter and everything else on the CPU.
     environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "COLUMNS": "250"}
-    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they only cost time here
+    # The default number of examples, but the smallest that fails is not looked for; and plugins would only cost time.
+    environment |= {"MINISFT_HYPOTHESIS": "mutants", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     options = ("-x", "-rfEs", "--tb=short", "-m", "", "-p", "no:cacheprovider")
     command = (sys.executable, "-c", CHILD, str(root), *options, *tests)
     with subprocess.Popen(
@@ -143,11 +144,14 @@ def try_mutant(mutant: Mutant, clean: Path) -> Outcome:
 
 def check_clean(mutants: Sequence[Mutant], clean: Path) -> str | None:
     """What is wrong with the tests where there is no bug; None when all of them pass."""
-    tests = list(dict.fromkeys(mutant.test for mutant in mutants))
-    status, output = run_tests(clean, tests, CLEAN_LIMIT_S)
-    if status == PASSED and " skipped" not in output:
-        return None
-    return f"without any bug, pytest ended with {status}: {output[-4000:]}"
+    files = sorted({mutant.test.partition("::")[0] for mutant in mutants})
+    shares = [set(files[i::AT_ONCE]) for i in range(min(AT_ONCE, len(files)))]  # whole files: they share fixtures
+    parts = [sorted({mutant.test for mutant in mutants if mutant.test.partition("::")[0] in share}) for share in shares]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for status, output in pool.map(lambda part: run_tests(clean, part, CLEAN_LIMIT_S), parts):
+            if status != PASSED or " skipped" in output:
+                return f"without any bug, pytest ended with {status}: {output[-4000:]}"
+    return None
 
 
 def try_all(mutants: Sequence[Mutant], clean: Path) -> dict[str, Outcome]:
