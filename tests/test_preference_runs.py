@@ -83,8 +83,7 @@ def test_the_reference_is_kept_and_never_computed_again(shop: Path, tmp_path: Pa
             dpo(replace(run, steps=6, **change), resume=True, log=quiet)
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
-@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize(("quant", "loss"), [("none", "sigmoid"), ("nf4", "ipo")])
 def test_dpo_resumed_after_any_step_ends_in_the_same_bits(shop: Path, tmp_path: Path, loss: str, quant: str) -> None:
     run = dpo_config(shop, tmp_path / "whole", save_every=1, keep_last=9, loss=loss, quant=quant, rpo_alpha=0.5)
     dpo(run, log=quiet)

@@ -393,6 +393,7 @@ def test_peft_on_a_bitsandbytes_base_has_our_logits(
     assert errors[0] <= 1.25 * errors[1]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_smollm2_in_4_bits_is_transformers_on_the_dequantized_weights(smollm2_path: Path, tmp_path: Path) -> None:

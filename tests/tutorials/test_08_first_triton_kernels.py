@@ -105,7 +105,7 @@ def agrees_dequantize(namespace: Namespace, q: nf4.QuantizedWeight, tile: int = 
     assert torch.equal(bits(dense).flatten(), bits(out))
 
 
-SIZES = st.integers(1, 70)
+SIZES = st.integers(1, 40)  # up to 1 600 numbers: many blocks and tiles, in a slow interpreter
 BLOCK_SIZES = st.sampled_from(nf4.BLOCK_SIZES[:4])
 TILES = st.sampled_from([16, 64, 1024])
 
