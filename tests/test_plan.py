@@ -79,7 +79,7 @@ MEASURED += [pytest.param(*case, marks=pytest.mark.exhaustive) for case in OTHER
 def child(program: str, argument: object, heap: str) -> object:
     command = [sys.executable, "-c", program, json.dumps(argument)]
     environment = {**os.environ, **HEAPS[heap], "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
