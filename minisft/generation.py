@@ -22,6 +22,7 @@ from minisft.common.seeds import derive_seed
 from minisft.config import check_sampling
 from minisft.data.tokenizer import Tokenizer
 from minisft.model import CausalLM, KVCache
+from minisft.native_decode import next_logits_of
 
 MIN_SHARED_PROMPT = 8  # tokens: a shorter shared prefix is not worth a pass of its own
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no UTF-8 (yet)
@@ -243,8 +244,8 @@ def _scored_tokens(
     rows = list(prompts)
     with no_dropout(model):
         cache, hidden_BD = read_prompts(model, list(prompts.values()), max(limits.values()))
+        logits_BV, next_logits = model.head(hidden_BD), next_logits_of(model, cache)
         for step in range(max_new_tokens):
-            logits_BV = model.head(hidden_BD)
             tokens = sampling.choose(logits_BV, rows, step)
             chosen = tokens.tolist()
             zeros = [0.0] * len(rows)
@@ -256,7 +257,7 @@ def _scored_tokens(
             if len(active) < len(rows):
                 keep = torch.tensor(active, device=tokens.device)
                 rows, tokens, cache = [rows[r] for r in active], tokens[keep], cache.select(keep)
-            hidden_BD = model.hidden(tokens[:, None], cache=cache)[:, 0]
+            logits_BV = next_logits(tokens, cache)
 
 
 def _scores(logits_BV: Tensor, tokens: Tensor, temperature: float) -> tuple[list[float], list[float]]:

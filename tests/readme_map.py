@@ -29,6 +29,7 @@ WHAT = {
     "elementwise": "norms and rotations",
     "matmul": "matrix products; which code computes them",
     "generation": "writing text, many prompts at once",
+    "native_decode": "one token for each row in one native call",
     "lora": "the adapter: W x + scaling * B A x",
     "adapter": "what every adapter shares: base, factors, scaling",
     "lora_fused": "LoRA's forward and backward with one pass over y",

@@ -568,13 +568,13 @@ def test_a_whole_file_that_is_no_library_is_compiled_again(cache: Path, built: l
     assert built == [path]
 
 
-@pytest.mark.parametrize(("name", "value"), [("SOURCE", None), ("_cpu_features", lambda: "other"), ("LINK", ["-lc"])])
+@pytest.mark.parametrize(("name", "value"), [("SOURCES", None), ("_cpu_features", lambda: "other"), ("LINK", ["-lc"])])
 def test_another_source_cpu_or_command_is_another_file(
     name: str, value: object, cache: Path, built: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if name == "SOURCE":
-        value = tmp_path / "nf4.cpp"
-        value.write_text("int main() {}")
+    if name == "SOURCES":
+        value = [tmp_path / "nf4.cpp"]
+        value[0].write_text("int main() {}")
     monkeypatch.setattr(cpu_build, name, value)
     assert load_anew().handle is not None
     assert len(built) == 1

@@ -1,4 +1,4 @@
-"""Compiles the package's one C++ file on the machine that runs it, once, and loads it; or says why it did not.
+"""Compiles the package's C++ files on the machine that runs it, once, and loads it; or says why it did not.
 
 The compiler is ``$CXX``, else c++, g++ or clang++. The result is kept in a folder of the user's own: ``$MINISFT_CACHE``, else
 ``$XDG_CACHE_HOME/minisft``, else ``~/.cache/minisft``. Its name is made of everything that it depends on, so a new source,
@@ -30,10 +30,13 @@ import torch
 
 from minisft import nf4
 
-SOURCE = Path(__file__).parent / "cpu_nf4.cpp"
-# -ffp-contract=off: a fused multiply-add has other bits. -nodefaultlibs: no C++ runtime, no second OpenMP runtime.
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-exceptions", "-Wno-psabi", "-fPIC"]
-FLAGS += ["-shared", "-nodefaultlibs"]
+_HERE = Path(__file__).parent
+SOURCES = [_HERE / "cpu_nf4.cpp", _HERE / "cpu_decode.cpp"]
+HEADERS = [_HERE / "cpu_lanes.h", _HERE / "cpu_products.h"]
+# -ffp-contract=off: a fused multiply-add has other bits. -fno-math-errno: a square root is an instruction, no call.
+# -nodefaultlibs: no C++ runtime, no second OpenMP runtime.
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-exceptions", "-fno-math-errno", "-Wno-psabi"]
+FLAGS += ["-fPIC", "-shared", "-nodefaultlibs"]
 FLAGS += [f"-DNESTED_BLOCK_SIZE={nf4.NESTED_BLOCK_SIZE}", f"-DMAX_RECIPROCAL={nf4.MAX_RECIPROCAL}f"]
 LINK = ["-lc", "-lgcc", "-Wl,-z,defs"]  # defs: a symbol that nobody has must fail here, not at the first call
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")  # named, because GCC 12 takes newer AMD CPUs for ones without
@@ -96,7 +99,7 @@ def _commands(compiler: list[str]) -> Iterator[list[str]]:
     """Ways to compile, best first, without the output: on PyTorch's own threads, and on one thread."""
     has = set(_cpu_features().split())
     vectors = [f"-m{name}" for name in AVX512] if has.issuperset(AVX512) else []
-    start = [*compiler, *FLAGS, *vectors, str(SOURCE)]
+    start = [*compiler, *FLAGS, *vectors, *map(str, SOURCES)]
     if openmp := _openmp_of_torch():
         yield [*start, "-fopenmp", openmp, *LINK]
     yield [*start, "-Wno-unknown-pragmas", *LINK]
@@ -122,7 +125,8 @@ def _cpu_features() -> str:
 def _fingerprint(command: list[str]) -> str:
     compiler = command[: command.index(FLAGS[0])]
     version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=BUILD_SECONDS, check=False).stdout
-    parts = [SOURCE.read_bytes(), shlex.join(command).encode(), version, _cpu_features().encode(), platform.machine().encode()]
+    source = b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS))
+    parts = [source, shlex.join(command).encode(), version, _cpu_features().encode(), platform.machine().encode()]
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:24]
 
 

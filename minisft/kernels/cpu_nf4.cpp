@@ -9,129 +9,20 @@
 // Vectors are GCC's and Clang's own (vector_size), so any CPU with either compiler will do; only the look-up and the fused
 // multiply-add name instructions. Little-endian machines. Python checks every size before it calls: nothing is checked here.
 
-#include <cstdint>
-#include <cstring>
-#if defined(__AVX512F__) && !defined(NF4_PORTABLE)
-#include <immintrin.h>
-#define INSTRUCTIONS "AVX-512"
-#define LANES 16
-#elif defined(__AVX2__) && defined(__FMA__) && !defined(NF4_PORTABLE)
-#include <immintrin.h>
-#define INSTRUCTIONS "AVX2"
-#define LANES 8
-#else
-#define INSTRUCTIONS "portable"
-#define NF4_PORTABLE
-#ifndef LANES
-#define LANES 8
-#endif
-#endif
+#include "cpu_lanes.h"
 
 namespace {
 
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint64_t Pairs __attribute__((vector_size(4 * LANES)));  // two neighbouring lanes as one number, the first one low
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-typedef uint8_t PairBytes __attribute__((vector_size(LANES / 2)));
 typedef double Doubles __attribute__((vector_size(4 * LANES)));  // half as many lanes
 typedef int64_t Longs __attribute__((vector_size(4 * LANES)));
 typedef float HalfFloats __attribute__((vector_size(2 * LANES)));
 
-// NESTED_BLOCK_SIZE and MAX_RECIPROCAL are nf4.py's: cpu_build.py hands them to the compiler.
+// MAX_RECIPROCAL is nf4.py's: cpu_build.py hands it to the compiler.
 constexpr int MAX_ROWS = 8;    // rows of x in one pass: their sums stay in registers
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // multiplications; fewer are done before another thread has woken
 
-// One 4-bit weight; cpu_nf4.py declares the same struct. map is null where absmax holds fp32 scales, not 8-bit codes.
-struct Weight {
-    const uint8_t* packed;
-    const void* absmax;
-    const float *map, *absmax2, *offset, *levels;
-    int64_t length, block_shift;
-
-    float scale(int64_t block) const {
-        if (!map) return static_cast<const float*>(absmax)[block];
-        return map[static_cast<const uint8_t*>(absmax)[block]] * absmax2[block / NESTED_BLOCK_SIZE] + *offset;
-    }
-};
-
-struct Table {
-    Floats part[16 / LANES];
-};
-
-template <class V>
-inline V load(const void* from) {
-    V v;
-    memcpy(&v, from, sizeof v);
-    return v;
-}
-
-template <class V>
-inline V load_some(const void* from, int64_t bytes) {  // the rest is zero
-    V v = {};
-    memcpy(&v, from, bytes);
-    return v;
-}
-
-inline Table operator*(Table table, float scale) {
-    for (Floats& part : table.part) part = part * scale + 0.0f;  // + 0: no weight is -0, see nf4.dequantize
-    return table;
-}
-
-// table[code & 15] in each lane.
-inline Floats look_up(const Table& table, Ints codes) {
-#if defined(NF4_PORTABLE)
-    float values[16];
-    memcpy(values, &table, sizeof values);
-    Floats found;
-    for (int lane = 0; lane < LANES; ++lane) found[lane] = values[codes[lane] & 15];
-    return found;
-#elif LANES == 16
-    return _mm512_permutexvar_ps((__m512i)codes, table.part[0]);
-#else
-    const Floats low = _mm256_permutevar8x32_ps(table.part[0], (__m256i)codes);
-    const Floats high = _mm256_permutevar8x32_ps(table.part[1], (__m256i)codes);
-    return _mm256_blendv_ps(low, high, (__m256)(codes << 28));  // by bit 3
-#endif
-}
-
-// LANES codes in order, each in the low four bits of its lane; above them there may be others.
-inline Ints codes_at(const uint8_t* packed) {
-#if LANES == 16
-    const Pairs bytes = __builtin_convertvector(load<PairBytes>(packed), Pairs);
-    return (Ints)(bytes >> 4 | bytes << 32);
-#else
-    return (Ints)((Words{} + load<uint32_t>(packed)) >> Words{4, 0, 12, 8, 20, 16, 28, 24});
-#endif
-}
-
-inline Floats multiply_add(Floats a, Floats b, Floats c) {
-#if defined(NF4_PORTABLE)
-    return a * b + c;
-#elif LANES == 16
-    return _mm512_fmadd_ps(a, b, c);
-#else
-    return _mm256_fmadd_ps(a, b, c);
-#endif
-}
-
-inline float sum(Floats v) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; ++lane) total += v[lane];
-    return total;
-}
 
 // ---- dequantize ----------------------------------------------------------------------------------------------------------
-
-inline void put(float* out, Floats v) { memcpy(out, &v, sizeof v); }
-
-inline void put(uint16_t* out, Floats v) {  // bfloat16: to nearest, ties to even; a NaN becomes PyTorch's
-    const Words bits = (Words)v, is_nan = (Words)(v != v);
-    const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const Halves halves = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Halves);
-    memcpy(out, &halves, sizeof halves);
-}
 
 template <class Out>
 void dequantize(const Weight& w, Out* out, int threads) {
@@ -189,8 +80,6 @@ void quantize_block(const float* x, int64_t length, float absmax, const float* m
 }
 
 // ---- products of a few rows ----------------------------------------------------------------------------------------------
-
-inline Floats widened(const uint16_t* bf16) { return (Floats)(__builtin_convertvector(load<Halves>(bf16), Words) << 16); }
 
 // All kinds of weight are read the same way: visit(k, weights k to k + LANES - 1) along one row.
 

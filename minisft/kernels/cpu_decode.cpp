@@ -1,0 +1,329 @@
+// One token more for each of a few rows: the whole decoder in one call, x -> layers -> logits.
+//
+// The reference is CausalLM in minisft/model.py, in the same order: norm, q k v, their norms, RoPE, KV cache, attention, output; norm,
+// gate and up, SwiGLU, down; final norm, head. Weights and cache are read as they are stored; everything is multiplied and summed in
+// fp32, and only what enters the cache is rounded to its dtype. With R rows, D model, H heads, K kv heads, E head dim:
+//
+//     x (R, D)  qkv (R, (H + 2 K) E)  attended (R, H E)  gate, up (R, I)
+//
+// All threads walk through the layers together. A loop marked `omp for` shares its iterations among them; where the next step reads
+// what other threads wrote there is a barrier. What is cheap (norms) each thread computes for itself instead of waiting for it.
+// Python checks every size, dtype and layout before it calls: nothing is checked here.
+
+#include "cpu_products.h"
+
+#include <initializer_list>
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
+#endif
+
+namespace {
+
+constexpr int MAX_ROWS = 16;
+
+enum Kind : int32_t { FP32, BF16, NF4 };
+
+// y = x W^T + b + scaling * (x A^T) B^T. kernels/cpu_decode.py declares the same structs.
+struct Linear {
+    const void* weight;  // (out, in): numbers, or a Weight
+    const float *bias, *A, *B;  // (out,) or null; (rank, in) and (out, rank), null where there is no adapter
+    int64_t in, out, rank;
+    float scaling;
+    int32_t kind;
+};
+
+struct Layer {
+    Linear q, k, v, o, gate, up, down;
+    const float *attention_norm, *q_norm, *k_norm, *mlp_norm;  // q_norm and k_norm are null where q and k have no norm
+};
+
+struct Step {
+    const Layer* layers;
+    const void* embedding;  // (vocabulary, D)
+    const float* final_norm;
+    const float *cos, *sin;  // (positions, E / 2)
+    const int64_t *ids, *positions, *slots;  // (R,): token, its position, and the row's place in the cache
+    void *keys, *values;  // (layers, slots, K, positions, E) with the strides below, in numbers
+    float *shared, *own;  // memory for all threads, and own_size numbers for each
+    float* logits;        // (R, out of the head)
+    Linear head;
+    int64_t num_layers, rows, D, H, K, E, I, max_rank, window, own_size;  // window: 0 for none
+    int64_t layer_stride, slot_stride, head_stride, position_stride;
+    float eps;
+    int32_t embedding_kind, cache_kind, threads;
+};
+
+// ---- elementwise -----------------------------------------------------------------------------------------------------------
+
+// e^x = 2^n e^r with |r| <= ln 2 / 2, e^r by its series to r^7 / 7!: off by less than 2^-22 of itself. A NaN stays one.
+inline Floats exponential(Floats x) {
+    x = x < -87.0f ? Floats{} - 87.0f : x;
+    x = x > 88.0f ? Floats{} + 88.0f : x;
+    const float round = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction, and stands in its low bits
+    const Floats shifted = x * 1.44269504f + round, n = shifted - round;
+    const Floats r = multiply_add(n, Floats{} - 1.42860677e-6f, multiply_add(n, Floats{} - 0.693145752f, x));
+    Floats series = Floats{} + 1.0f / 5040;
+    for (const float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+        series = multiply_add(series, r, Floats{} + factor);
+    const Ints power = ((Ints)shifted - 0x4b400000 + 127) << 23;
+    return series * (Floats)power;
+}
+
+// Calls each(k, lanes of a + k) for all numbers; those beyond the end are zero.
+template <class Each>
+inline void vectors(const float* a, int64_t length, Each each) {
+    int64_t k = 0;
+    for (; k + LANES <= length; k += LANES) each(k, load<Floats>(a + k));
+    if (k < length) each(k, load_some<Floats>(a + k, 4 * (length - k)));
+}
+
+inline void put_some(float* out, Floats v, int64_t length) { memcpy(out, &v, 4 * (length < LANES ? length : LANES)); }
+
+// out = weight * x / sqrt(mean(x^2) + eps); out may be x.
+void rms_norm(const float* x, const float* weight, int64_t length, float eps, float* out) {
+    const float rstd = 1.0f / __builtin_sqrtf(dot(x, x, length) / length + eps);
+    for (int64_t k = 0; k < length; ++k) out[k] = weight[k] * (x[k] * rstd);
+}
+
+// gate = silu(gate) * up
+void swiglu(float* gate, const float* up, int64_t length) {
+    vectors(gate, length, [&](int64_t k, Floats g) {
+        const Floats u = k + LANES <= length ? load<Floats>(up + k) : load_some<Floats>(up + k, 4 * (length - k));
+        put_some(gate + k, g / (exponential(-g) + 1.0f) * u, length - k);
+    });
+}
+
+// RoPE: (x_i, x_{i + E / 2}) turned by its angle, in place.
+void rotate(float* x, const float* cos, const float* sin, int64_t E) {
+    for (int64_t i = 0; i < E / 2; ++i) {
+        const float first = x[i], second = x[i + E / 2];
+        x[i] = first * cos[i] - second * sin[i];
+        x[i + E / 2] = second * cos[i] + first * sin[i];
+    }
+}
+
+// scores = exp(scores - max); returns their sum.
+float softmax(float* scores, int64_t length) {
+    float most = scores[0];
+    for (int64_t c = 1; c < length; ++c) most = scores[c] > most ? scores[c] : most;
+    Floats total = {};
+    vectors(scores, length, [&](int64_t c, Floats s) {
+        const Floats weights = exponential(s - most);
+        put_some(scores + c, weights, length - c);
+        total += c + LANES <= length ? weights : load_some<Floats>(&weights, 4 * (length - c));
+    });
+    return sum(total);
+}
+
+inline void store(float x, float* out) { *out = x; }
+inline void store(float x, uint16_t* out) {
+    uint16_t lanes[LANES];
+    put(lanes, Floats{} + x);
+    *out = lanes[0];
+}
+
+// ---- one thread's way through the decoder -----------------------------------------------------------------------------------
+
+struct Worker {
+    const Step& s;
+    float *x, *qkv, *attended, *gate, *up, *low;  // shared by all threads; low (R, 3 max_rank): x A^T of up to three adapters
+    float *normed, *halves, *scratch;             // this thread's own: (R, max in) twice, and what attention needs
+
+    explicit Worker(const Step& step) : s(step) {
+        const int64_t widest = s.I > s.H * s.E ? s.I : s.H * s.E, in = widest > s.D ? widest : s.D;
+        float* at = s.shared;
+        for (auto [place, size] : {Part{&x, s.D}, Part{&qkv, (s.H + 2 * s.K) * s.E}, Part{&attended, s.H * s.E},
+                                   Part{&gate, s.I}, Part{&up, s.I}, Part{&low, 3 * s.max_rank}}) {
+            *place = at;
+            at += s.rows * size;
+        }
+        normed = s.own + omp_get_thread_num() * s.own_size;
+        halves = normed + s.rows * in;
+        scratch = halves + s.rows * in;
+    }
+
+    struct Part {
+        float** place;
+        int64_t size;
+    };
+
+    // -- products --
+
+    // Calls store(row, column, value) for this thread's share of the outputs; nobody waits for the others.
+    template <class Matrix, class Store>
+    void multiply(const Matrix& matrix, const float* in, int64_t out, Store store) {
+#pragma omp for schedule(static) nowait
+        for (int64_t column = 0; column < out; column += COLUMNS_AT_ONCE) {
+            const int count = out - column < COLUMNS_AT_ONCE ? out - column : COLUMNS_AT_ONCE;
+            float y[MAX_ROWS * COLUMNS_AT_ONCE];
+            outputs(matrix, in, s.rows, column, count, y);
+            for (int64_t row = 0; row < s.rows; ++row)
+                for (int c = 0; c < count; ++c) store(row, column + c, y[row * COLUMNS_AT_ONCE + c]);
+        }
+    }
+
+    template <class Store>
+    void multiply(const Linear& l, const float* in, Store store) {
+        if (l.kind == FP32) return multiply(DenseMatrix<float>{static_cast<const float*>(l.weight), l.in}, in, l.out, store);
+        if (l.kind == BF16) return multiply(DenseMatrix<uint16_t>{static_cast<const uint16_t*>(l.weight), l.in}, in, l.out, store);
+        multiply(PackedMatrix{static_cast<const Weight*>(l.weight), l.in}, halves, l.out, store);
+    }
+
+    struct Output {
+        const Linear& linear;
+        float* y;
+        int64_t stride;
+    };
+
+    // y = (or, with add, +=) the linears of one input (R, in).
+    template <int COUNT>
+    void linears(const float* in, const Output (&outputs)[COUNT], bool add = false) {
+        bool adapted = false, packed = false;
+        for (int i = 0; i < COUNT; ++i) {
+            const Linear& l = outputs[i].linear;
+            packed |= l.kind == NF4;
+            adapted |= l.A != nullptr;
+            float* down = low + i * s.rows * s.max_rank;
+            if (l.A)
+                multiply(DenseMatrix<float>{l.A, l.in}, in, l.rank,
+                         [&](int64_t row, int64_t r, float value) { down[row * l.rank + r] = l.scaling * value; });
+        }
+        if (packed) split(in, s.rows * outputs[0].linear.in, halves);
+        if (adapted) {
+#pragma omp barrier
+        }
+        for (int i = 0; i < COUNT; ++i) {
+            const auto& [l, y, stride] = outputs[i];
+            const float* down = low + i * s.rows * s.max_rank;
+            multiply(l, in, [&, y = y, stride = stride](int64_t row, int64_t j, float value) {
+                if (l.bias) value += l.bias[j];
+                if (l.A) value += dot(l.B + j * l.rank, down + row * l.rank, l.rank);
+                float& place = y[row * stride + j];
+                place = add ? place + value : value;
+            });
+        }
+    }
+
+    // (R, D) of every row, for this thread alone.
+    void norm(const float* weight) {
+        for (int64_t row = 0; row < s.rows; ++row) rms_norm(x + row * s.D, weight, s.D, s.eps, normed + row * s.D);
+    }
+
+    // -- attention --
+
+    // A head of q or k: its norm if there is one, and RoPE.
+    void prepare(const float* head, const float* weight, int64_t position, float* out) {
+        if (weight) rms_norm(head, weight, s.E, s.eps, out);
+        else memcpy(out, head, 4 * s.E);
+        rotate(out, s.cos + position * (s.E / 2), s.sin + position * (s.E / 2), s.E);
+    }
+
+    // softmax(q k^T / sqrt(E)) v of one head of one row. The first head of each group writes the new key and value; the others of
+    // the group compute their own copy, so that no head waits for another.
+    template <class Number>
+    void attend(const Layer& layer, int64_t index, int64_t row, int64_t head) {
+        const int64_t E = s.E, kv = head / (s.H / s.K), position = s.positions[row];
+        const int64_t at = index * s.layer_stride + s.slots[row] * s.slot_stride + kv * s.head_stride;
+        Number *keys = static_cast<Number*>(s.keys) + at, *values = static_cast<Number*>(s.values) + at;
+        const float* new_value = qkv + (row * (s.H + 2 * s.K) + s.H + s.K + kv) * E;
+        float *q = scratch, *k = q + E, *scores = k + 3 * E;
+        Number *key = reinterpret_cast<Number*>(k + E), *value = reinterpret_cast<Number*>(k + 2 * E);  // as the cache rounds them
+        prepare(qkv + (row * (s.H + 2 * s.K) + head) * E, layer.q_norm, position, q);
+        prepare(qkv + (row * (s.H + 2 * s.K) + s.H + kv) * E, layer.k_norm, position, k);
+        for (int64_t e = 0; e < E; ++e) store(k[e], key + e), store(new_value[e], value + e);
+        const int64_t first = s.window && position >= s.window ? position - s.window + 1 : 0, count = position - first + 1;
+        keys += first * s.position_stride, values += first * s.position_stride;
+        if (head % (s.H / s.K) == 0) {
+            memcpy(keys + (count - 1) * s.position_stride, key, E * sizeof(Number));
+            memcpy(values + (count - 1) * s.position_stride, value, E * sizeof(Number));
+        }
+        const float scale = 1.0f / __builtin_sqrtf(float(E));
+        for (int64_t c = 0; c + 1 < count; ++c) scores[c] = scale * dot(q, keys + c * s.position_stride, E);
+        scores[count - 1] = scale * dot(q, key, E);
+        const float inverse = 1.0f / softmax(scores, count);
+        weighted_sum(scores, values, value, count, inverse, attended + (row * s.H + head) * E);
+    }
+
+    // out = inverse * sum of scores[c] v[c]; the last v stands apart.
+    template <class Number>
+    void weighted_sum(const float* scores, const Number* values, const Number* last, int64_t count, float inverse, float* out) {
+        int64_t e = 0;
+        for (; e + LANES <= s.E; e += LANES) {
+            Floats sums[4] = {};  // an addition need not wait for the one before
+            int64_t c = 0;
+            for (; c + 4 < count; c += 4)
+                for (int i = 0; i < 4; ++i)
+                    sums[i] = multiply_add(widened(values + (c + i) * s.position_stride + e), Floats{} + scores[c + i], sums[i]);
+            for (; c + 1 < count; ++c)
+                sums[0] = multiply_add(widened(values + c * s.position_stride + e), Floats{} + scores[c], sums[0]);
+            sums[1] = multiply_add(widened(last + e), Floats{} + scores[c], sums[1]);
+            put(out + e, ((sums[0] + sums[1]) + (sums[2] + sums[3])) * inverse);
+        }
+        for (; e < s.E; ++e) {
+            float total = scores[count - 1] * number(last[e]);
+            for (int64_t c = 0; c + 1 < count; ++c) total += scores[c] * number(values[c * s.position_stride + e]);
+            out[e] = total * inverse;
+        }
+    }
+
+    // -- the decoder --
+
+    void embed() {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < s.rows; ++row)
+            for (int64_t d = 0; d < s.D; ++d) {
+                const int64_t at = s.ids[row] * s.D + d;
+                x[row * s.D + d] = s.embedding_kind == FP32 ? number(static_cast<const float*>(s.embedding)[at])
+                                                            : number(static_cast<const uint16_t*>(s.embedding)[at]);
+            }
+    }
+
+    void attention(const Layer& layer, int64_t index) {
+        const int64_t heads = s.H + 2 * s.K, stride = heads * s.E;
+        norm(layer.attention_norm);
+        linears(normed, {Output{layer.q, qkv, stride}, Output{layer.k, qkv + s.H * s.E, stride},
+                         Output{layer.v, qkv + (s.H + s.K) * s.E, stride}});
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < s.rows * s.H; ++task) {
+            if (s.cache_kind == FP32) attend<float>(layer, index, task / s.H, task % s.H);
+            else attend<uint16_t>(layer, index, task / s.H, task % s.H);
+        }
+        linears(attended, {Output{layer.o, x, s.D}}, true);
+#pragma omp barrier
+    }
+
+    void mlp(const Layer& layer) {
+        norm(layer.mlp_norm);
+        linears(normed, {Output{layer.gate, gate, s.I}, Output{layer.up, up, s.I}});
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t column = 0; column < s.rows * s.I; column += COLUMNS_PER_TASK) {
+            const int64_t rest = s.rows * s.I - column;
+            swiglu(gate + column, up + column, rest < COLUMNS_PER_TASK ? rest : COLUMNS_PER_TASK);
+        }
+        linears(gate, {Output{layer.down, x, s.D}}, true);
+#pragma omp barrier
+    }
+
+    static constexpr int64_t COLUMNS_PER_TASK = 256;
+
+    void run() {
+        embed();
+        for (int64_t index = 0; index < s.num_layers; ++index) {
+            attention(s.layers[index], index);
+            mlp(s.layers[index]);
+        }
+        norm(s.final_norm);
+        linears(normed, {Output{s.head, s.logits, s.head.out}});
+    }
+};
+
+}  // namespace
+
+extern "C" void decode_step(const Step* step) {
+#pragma omp parallel num_threads(step->threads)
+    Worker(*step).run();
+}

@@ -1,0 +1,140 @@
+"""One decoding step in one native call: the structs of ``cpu_decode.cpp``, filled from tensors.
+
+The C++ takes pointers and checks nothing. Here a tensor becomes a pointer only if it lies as the C++ reads it, else
+``Unsupported`` says what does not; ``minisft.native_decode`` walks through the model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minisft.kernels import cpu_nf4
+from minisft.nf4 import QuantizedWeight
+
+MAX_ROWS = 16  # rows of a step: beyond, the BLAS is faster (``benchmarks/LOG.md``)
+COLUMNS = 16  # a row of dense weights is read in groups of 16
+PACKED_COLUMNS = 32  # and one of 4-bit weights in groups of 32
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+NF4 = 2
+_PLAIN = (Tensor, torch.nn.Parameter)  # another subclass may have no memory to read
+
+
+class Unsupported(Exception):  # noqa: N818  # no error: the readable model takes over
+    """What the native step does not compute; its text is the reason."""
+
+
+class LinearFields(ctypes.Structure):
+    """``Linear`` in cpu_decode.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "A", "B")),
+        *((name, ctypes.c_int64) for name in ("in_features", "out_features", "rank")),
+        ("scaling", ctypes.c_float),
+        ("kind", ctypes.c_int32),
+    )
+
+
+class LayerFields(ctypes.Structure):
+    """``Layer`` in cpu_decode.cpp."""
+
+    _fields_ = (
+        *((name, LinearFields) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "q_norm", "k_norm", "mlp_norm")),
+    )
+
+
+class StepFields(ctypes.Structure):
+    """``Step`` in cpu_decode.cpp."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(LayerFields)),
+        *((name, ctypes.c_void_p) for name in ("embedding", "final_norm", "cos", "sin", "ids", "positions", "slots")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "shared", "own", "logits")),
+        ("head", LinearFields),
+        *((name, ctypes.c_int64) for name in ("num_layers", "rows", "D", "H", "K", "E", "I", "max_rank", "window")),
+        *((name, ctypes.c_int64) for name in ("own_size", "layer_stride", "slot_stride", "head_stride", "position_stride")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("embedding_kind", "cache_kind", "threads")),
+    )
+
+
+def require(ok: bool, reason: str) -> None:
+    """Raise ``Unsupported`` with ``reason`` unless ``ok``."""
+    if not ok:
+        raise Unsupported(reason)
+
+
+def reason_for_none() -> str:
+    """Why there is no compiled code; empty where there is."""
+    return "" if cpu_nf4.library() is not None else cpu_nf4.path()
+
+
+class Pointers:
+    """Turns tensors into pointers, and keeps alive what they point to."""
+
+    def __init__(self) -> None:
+        self._kept: list[object] = []
+
+    def numbers(self, tensor: Tensor, what: str, dtypes: Sequence[torch.dtype] = tuple(KINDS)) -> int:
+        """The address of a tensor's numbers.
+
+        Args:
+            tensor: read as it lies, never copied.
+            what: for the reason.
+            dtypes: which ones the C++ reads there.
+
+        Raises:
+            Unsupported: another dtype, device or layout.
+        """
+        require(type(tensor) in _PLAIN and tensor.is_cpu, f"{what} is not on the CPU")
+        require(tensor.dtype in dtypes, f"{what} is {str(tensor.dtype).removeprefix('torch.')}")
+        require(tensor.is_contiguous(), f"{what} is not contiguous")
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def small(self, tensor: Tensor | None, what: str) -> int | None:
+        """The address of a vector in fp32: of the tensor itself, or of a copy where it is stored in bf16."""
+        if tensor is None:
+            return None
+        self.numbers(tensor, what)
+        return self.numbers(tensor.detach().float(), what)
+
+    def linear(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, update: tuple[Tensor, Tensor, float] | None, what: str
+    ) -> LinearFields:
+        """A linear layer and its adapter.
+
+        Args:
+            weight: (out, in), dense or quantized.
+            bias: (out,) or None.
+            update: lora_A (rank, in), lora_B (out, rank) in fp32, and the scaling; or None.
+            what: the layer's name, for the reason.
+
+        Returns:
+            what the C++ reads, as long as this object lives.
+
+        Raises:
+            Unsupported: the layer is stored in another way.
+        """
+        out_features, in_features = weight.shape
+        if isinstance(weight, QuantizedWeight):
+            require(cpu_nf4.is_plain(weight), f"{what} is quantized in another layout")
+            require(in_features % PACKED_COLUMNS == 0, f"{what} has {in_features} inputs, no multiple of {PACKED_COLUMNS}")
+            fields = cpu_nf4.pointers_to(weight)
+            self._kept += [weight, fields]
+            address, kind = ctypes.addressof(fields), NF4
+        else:
+            require(in_features % COLUMNS == 0, f"{what} has {in_features} inputs, no multiple of {COLUMNS}")
+            address = self.numbers(weight, what)
+            kind = KINDS[weight.dtype]
+        A = B = None
+        rank, scaling = 0, 0.0
+        if update is not None:
+            lora_A, lora_B, scaling = update
+            A, B = (self.numbers(factor, f"a factor of {what}", (torch.float32,)) for factor in (lora_A, lora_B))
+            rank = lora_A.shape[0]
+        return LinearFields(address, self.small(bias, what), A, B, in_features, out_features, rank, scaling, kind)
