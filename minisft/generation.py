@@ -255,9 +255,17 @@ def _scored_tokens(
             if not active:
                 return
             if len(active) < len(rows):
-                keep = torch.tensor(active, device=tokens.device)
-                rows, tokens, cache = [rows[r] for r in active], tokens[keep], cache.select(keep)
+                active = _holes_filled(active)
+                rows, tokens = [rows[r] for r in active], tokens[torch.tensor(active, device=tokens.device)]
+                cache.keep_(active)
             logits_BV = next_logits(tokens, cache)
+
+
+def _holes_filled(active: list[int]) -> list[int]:
+    """The same rows, each in its own place if there is one; the last ones fill the holes that others left."""
+    staying = {row for row in active if row < len(active)}
+    moving = iter(row for row in active if row >= len(active))
+    return [row if row in staying else next(moving) for row in range(len(active))]
 
 
 def _scores(logits_BV: Tensor, tokens: Tensor, temperature: float) -> tuple[list[float], list[float]]:

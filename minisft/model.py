@@ -9,6 +9,7 @@ needs to know which tokens belong together.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -56,6 +57,20 @@ class KVCache:
         chosen.keys, chosen.values = self.keys[:, rows], self.values[:, rows]
         chosen.lengths = self.lengths[rows]
         return chosen
+
+    def keep_(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these; row ``rows[i]`` becomes row i, and only what moves is copied.
+
+        Args:
+            rows: different ones; a row may not go where another one that stays has yet to leave.
+        """
+        for place, row in enumerate(rows):
+            if place != row:
+                length = int(self.lengths[row])
+                self.keys[:, place, :, :length] = self.keys[:, row, :, :length]
+                self.values[:, place, :, :length] = self.values[:, row, :, :length]
+        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
+        self.lengths = self.lengths[torch.tensor(rows, device=self.lengths.device)]
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values.

@@ -168,7 +168,7 @@ struct Worker {
     void multiply(const Linear& l, const float* in, Store store) {
         if (l.kind == FP32) return multiply(DenseMatrix<float>{static_cast<const float*>(l.weight), l.in}, in, l.out, store);
         if (l.kind == BF16) return multiply(DenseMatrix<uint16_t>{static_cast<const uint16_t*>(l.weight), l.in}, in, l.out, store);
-        multiply(PackedMatrix{static_cast<const Weight*>(l.weight), l.in}, halves, l.out, store);
+        multiply(PackedMatrix(*static_cast<const Weight*>(l.weight), l.in), halves, l.out, store);
     }
 
     struct Output {

@@ -68,11 +68,6 @@ def require(ok: bool, reason: str) -> None:
         raise Unsupported(reason)
 
 
-def reason_for_none() -> str:
-    """Why there is no compiled code; empty where there is."""
-    return "" if cpu_nf4.library() is not None else cpu_nf4.path()
-
-
 class Pointers:
     """Turns tensors into pointers, and keeps alive what they point to."""
 
@@ -87,6 +82,9 @@ class Pointers:
             what: for the reason.
             dtypes: which ones the C++ reads there.
 
+        Returns:
+            it, as long as this object lives.
+
         Raises:
             Unsupported: another dtype, device or layout.
         """
@@ -96,10 +94,23 @@ class Pointers:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def small(self, tensor: Tensor | None, what: str) -> int | None:
-        """The address of a vector in fp32: of the tensor itself, or of a copy where it is stored in bf16."""
+    def vector(self, tensor: Tensor | None, size: int, what: str) -> int | None:
+        """The address of a vector in fp32: of the tensor itself, or of a copy where it is stored in bf16.
+
+        Args:
+            tensor: (size,), or None.
+            size: what it must be.
+            what: for the reason.
+
+        Returns:
+            it, as long as this object lives; None for None.
+
+        Raises:
+            Unsupported: another shape, dtype, device or layout.
+        """
         if tensor is None:
             return None
+        require(tensor.shape == (size,), f"{what} has the shape {tuple(tensor.shape)}")
         self.numbers(tensor, what)
         return self.numbers(tensor.detach().float(), what)
 
@@ -137,4 +148,16 @@ class Pointers:
             lora_A, lora_B, scaling = update
             A, B = (self.numbers(factor, f"a factor of {what}", (torch.float32,)) for factor in (lora_A, lora_B))
             rank = lora_A.shape[0]
-        return LinearFields(address, self.small(bias, what), A, B, in_features, out_features, rank, scaling, kind)
+            fit = lora_A.shape == (rank, in_features) and lora_B.shape == (out_features, rank)
+            require(fit, f"the factors of {what} do not fit it")
+        return LinearFields(
+            address,
+            self.vector(bias, out_features, f"the bias of {what}"),
+            A,
+            B,
+            in_features,
+            out_features,
+            rank,
+            scaling,
+            kind,
+        )

@@ -7,7 +7,8 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__) && !defined(NF4_PORTABLE)
+// NF4_PORTABLE and NF4_AVX2 ask for less than the CPU has: so do tests.
+#if defined(__AVX512F__) && !defined(NF4_PORTABLE) && !defined(NF4_AVX2)
 #include <immintrin.h>
 #define INSTRUCTIONS "AVX-512"
 #define LANES 16
@@ -44,7 +45,7 @@ struct Weight {
 
     float scale(int64_t block) const {
         if (!map) return static_cast<const float*>(absmax)[block];
-        return map[static_cast<const uint8_t*>(absmax)[block]] * absmax2[block / NESTED_BLOCK_SIZE] + *offset;
+        return map[static_cast<const uint8_t*>(absmax)[block]] * absmax2[uint64_t(block) / NESTED_BLOCK_SIZE] + *offset;
     }
 };
 
@@ -95,6 +96,18 @@ inline Ints codes_at(const uint8_t* packed) {
     return (Ints)(bytes >> 4 | bytes << 32);
 #else
     return (Ints)((Words{} + load<uint32_t>(packed)) >> Words{4, 0, 12, 8, 20, 16, 28, 24});
+#endif
+}
+
+// LANES bytes, one in each lane: the second code of a byte in the low four bits, the first one above them.
+inline Ints bytes_at(const uint8_t* packed) {
+#if defined(NF4_PORTABLE)
+    return __builtin_convertvector(load<Bytes>(packed), Ints);
+#elif LANES == 16
+    return (Ints)_mm512_cvtepu8_epi32(load<__m128i>(packed));
+#else
+    const int64_t bytes = load<int64_t>(packed);
+    return (Ints)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
 #endif
 }
 

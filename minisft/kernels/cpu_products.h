@@ -1,7 +1,8 @@
 // y = x W^T for a few rows of x, where reading W is most of the work: each weight is read once, in the order in which it lies.
 //
-// All kinds of weight are read the same way, a group of numbers at a time: enter(k) when group k begins, then read(k, part). What
-// a sum adds up, and in which order, depends on the weight alone: a row gives the same bits by itself and beside others.
+// All kinds of weight are read the same way, PARTS * LANES numbers of an output's row at a time: enter(k) when those from k on begin,
+// then read(k, part). What a sum adds up, and in which order, depends on the weight alone: a row of x gives the same bits by itself
+// and beside others.
 
 #pragma once
 #include "cpu_lanes.h"
@@ -20,7 +21,7 @@ struct DenseMatrix {
 
     struct Column {
         const Number* numbers;
-        void enter(int64_t) {}
+        void enter(const DenseMatrix&, int64_t) {}
         Floats read(int64_t k, int) const { return widened(numbers + k); }
     };
     Column column(int64_t j) const { return {numbers + j * in}; }
@@ -29,26 +30,25 @@ struct DenseMatrix {
 // (out, in) in 4 bits; in is a multiple of 2 LANES, and so is the block size. x is laid out as split() does.
 struct PackedMatrix {
     static constexpr int PARTS = 2;
-    const Weight* weight;
+    const Weight& weight;
     int64_t in;
+    Table levels;
+
+    PackedMatrix(const Weight& weight, int64_t in) : weight(weight), in(in), levels(load<Table>(weight.levels)) {}
 
     struct Column {
-        const Weight* weight;
         int64_t start;
-        Table levels, table;  // table: of the block that is read
+        Table table;  // of the block that is read
         Ints bytes;
 
-        void enter(int64_t k) {
-            const int64_t at = start + k, inside = at & ((int64_t(1) << weight->block_shift) - 1);
-            if (k == 0 || inside == 0) table = levels * weight->scale(at >> weight->block_shift);
-            bytes = __builtin_convertvector(load<Bytes>(weight->packed + (at >> 1)), Ints);
+        void enter(const PackedMatrix& m, int64_t k) {
+            const int64_t at = start + k, shift = m.weight.block_shift;
+            if (k == 0 || at >> shift << shift == at) table = m.levels * m.weight.scale(at >> shift);
+            bytes = bytes_at(m.weight.packed + (at >> 1));
         }
         Floats read(int64_t, int part) const { return look_up(table, part == 0 ? bytes >> 4 : bytes); }
     };
-    Column column(int64_t j) const {
-        const Table levels = load<Table>(weight->levels);
-        return {weight, j * in, levels, levels, Ints{}};
-    }
+    Column column(int64_t j) const { return {j * in, levels, Ints{}}; }
 };
 
 // x for PackedMatrix: of each 2 LANES numbers the even ones first, which are the high nibbles, then the odd ones.
@@ -68,7 +68,7 @@ inline void tile(const Matrix& matrix, const float* x, int64_t column, float* y)
     for (int c = 0; c < COLUMNS; ++c) columns[c] = matrix.column(column + c);
     for (int64_t k = 0; k < matrix.in; k += Matrix::PARTS * LANES)
         for (int c = 0; c < COLUMNS; ++c) {
-            columns[c].enter(k);
+            columns[c].enter(matrix, k);
             for (int part = 0; part < Matrix::PARTS; ++part) {
                 const Floats weights = columns[c].read(k, part);
                 const float* at = x + k + part * LANES;
