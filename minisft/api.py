@@ -17,7 +17,9 @@ The commands, and the calls that do the same:
 - ``merge``: ``merge_and_certify``; without a certificate ``merge_folder``, in memory ``merge``, ``merge_`` and ``unmerge_``
 - ``verify``: ``verify_merge``; the tensors alone ``verify``
 - ``combine``: ``combine_folders``
-- ``sweep``: ``sweep``
+- ``sweep``: ``sweep``, with ``interpolated`` for ``--tuned``
+- ``lr-find``: ``lr_find(RunConfig(...), lrs)``
+- ``diff``: ``diff_models``
 - ``compare``: ``compare_files`` and ``write_comparison``
 - ``ab``: ``plan_ab`` and ``analyze_ab``
 - ``arena``: ``open_arena`` and ``serve_arena``
@@ -43,6 +45,7 @@ from minisft.dora import DoRALinear
 from minisft.effect import MergeReport
 from minisft.evaluation import evaluate as evaluation
 from minisft.evaluation.evaluate import EvalResult, Metric
+from minisft.evaluation.interpolate import interpolated
 from minisft.evaluation.sweep import sweep
 from minisft.formats import load_adapter_, load_model, load_tokenizer, save_adapter, save_model, save_quantized
 from minisft.judging.ab_plan import plan_ab
@@ -57,6 +60,7 @@ from minisft.loss import token_log_probs
 from minisft.merge_weights import merge, merge_, unmerge_
 from minisft.merging.certified import merge_and_certify, quantize_folder, verify_merge
 from minisft.merging.combine import combine_folders
+from minisft.merging.diff import diff_models
 from minisft.merging.streaming import merge_folder
 from minisft.merging.verify import verify
 from minisft.model import CausalLM
@@ -67,6 +71,7 @@ from minisft.quality.report import inspect_quality
 from minisft.quickstart.run import run_quickstart
 from minisft.selection.run import select_rows
 from minisft.surgery import adapters_off, apply_lora_, lora_modules, quantize_, scale_adapters_
+from minisft.training.lr_find import lr_find
 from minisft.training.plan import plan
 from minisft.training.preference import dpo, grpo
 from minisft.training.train import TrainResult, train
@@ -86,6 +91,7 @@ __all__ = [
     "apply_lora_",
     "combine_folders",
     "compare_files",
+    "diff_models",
     "dpo",
     "dpo_loss",
     "evaluate",
@@ -94,10 +100,12 @@ __all__ = [
     "grpo_loss",
     "inspect_quality",
     "inspect_rows",
+    "interpolated",
     "load_adapter_",
     "load_model",
     "load_tokenizer",
     "lora_modules",
+    "lr_find",
     "make_feedback_rows",
     "merge",
     "merge_",

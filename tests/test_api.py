@@ -177,6 +177,6 @@ def test_every_command_is_a_call() -> None:
     from minisft.cli.main import COMMANDS
 
     rows = [line[2:].split(": ", 1) for line in (api.__doc__ or "").splitlines() if line.startswith("- ``")]
-    assert {name for commands, _ in rows for name in re.findall(r"``(\w+)``", commands)} == set(COMMANDS)
+    assert {name for commands, _ in rows for name in re.findall(r"``([\w-]+)``", commands)} == set(COMMANDS)
     for _, calls in rows:
         assert set(re.findall(r"``(\w+)", calls)) <= set(minisft.__all__)

@@ -53,15 +53,16 @@ def sweep_command(arguments: argparse.Namespace) -> int:
     """Task score against general score, at several scales of the adapter."""
     out, model_path = Path(arguments.out), Path(arguments.model)
     require_new_folder(out, model_path)
-    if arguments.adapter is None:
-        raise UserError("adapter/none", "there is no adapter to scale", where="--adapter", fix="give the adapter's folder")
+    _check_scaled(arguments)
     load_libraries()
     from minisft.data.messages import Example, read_dataset
     from minisft.evaluation.evaluate import EvalResult, Metric, evaluate, terminal_progress
-    from minisft.evaluation.sweep import REPORT, heading, line, sweep
+    from minisft.evaluation.interpolate import interpolated
+    from minisft.evaluation.sweep import REPORT, heading, line, scaled, sweep
 
     task = read_dataset(arguments.data, tuple(arguments.map), keep_duplicates=True)
     general = read_dataset(arguments.general, keep_duplicates=True)
+    at = scaled if arguments.tuned is None else interpolated(arguments.model, arguments.tuned)
     model, tokenizer, template = load_adapted(arguments)
     for note in (*(f"{visible(d.path)}: {note}" for d in (task, general) for note in d.notes), *tokenizer.notes):
         print(note)
@@ -86,12 +87,25 @@ def sweep_command(arguments: argparse.Namespace) -> int:
 
     print(heading(arguments.metric, "choice"))
     asked = score(task.examples, arguments.metric), score(general.examples, "choice")
-    points = sweep(model, arguments.scales, *asked, out, lambda point: print(line(point), flush=True))
+    points = sweep(model, arguments.scales, *asked, out, lambda point: print(line(point), flush=True), at)
     print(visible(out))
     if errors := [point.error for point in points if point.error]:
         what = f"{len(errors)} of {len(points)} scales could not be scored"
         raise UserError("numeric/sweep-incomplete", what, where=visible(out / REPORT), found=errors[0])
     return 0
+
+
+def _check_scaled(arguments: argparse.Namespace) -> None:
+    """What is scaled is an adapter or the difference of two models, one of them."""
+    if arguments.adapter is None and arguments.tuned is None:
+        fix = "give the adapter's folder, or with --tuned that of a full fine-tune"
+        raise UserError("adapter/none", "there is no adapter to scale", where="--adapter", fix=fix)
+    if arguments.tuned is None:
+        return
+    for flag, is_given in (("--adapter", arguments.adapter is not None), ("--quant", arguments.quant != "none")):
+        if is_given:
+            what, fix = "two flags contradict each other", f"leave {flag} away, or --tuned"
+            raise UserError("config/usage", what, where="minisft sweep", found=f"--tuned and {flag}", fix=fix)
 
 
 def _sampling(arguments: argparse.Namespace) -> Sampling:

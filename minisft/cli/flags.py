@@ -15,6 +15,7 @@ from typing import NoReturn, get_args
 
 from minisft.cli.flags_data import quality_flags, select_flags
 from minisft.cli.flags_judging import eval_metric_flags, judging_flags
+from minisft.cli.flags_lab import NOT_SEARCHED, diff_flags, lr_find_flags
 from minisft.common.errors import UserError, nearest, visible
 from minisft.config import RunConfig, check_calibration, check_sampling, field_type, flag_name
 from minisft.evaluation.metrics import Metric
@@ -115,7 +116,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("plan", "print the memory a training run needs, before anything is loaded"),
             ("merge", "fold an adapter into its base and certify the result"),
             ("combine", "add several adapters of one base up to one adapter"),
-            ("sweep", "score a model at several scales of its adapter: what the task gains, what general knowledge loses"),
+            ("sweep", "score a model at several scales of its update: what the task gains, what general knowledge loses"),
+            ("lr-find", "try learning rates on a share of a run and choose by validation loss"),
+            ("diff", "what separates two models of one shape: size, rank and new directions of the update, layer by layer"),
             ("verify", "check that a folder is a base with an adapter merged in, whoever wrote it"),
             ("compare", "judge two models by the rows that eval wrote: gates, bad cases, a report"),
             ("ab", "plan an A/B test, or judge one from a file"),
@@ -147,6 +150,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     _verify_flags(made["verify"])
     _plan_flags(made["plan"])
     judging_flags(made)
+    lr_find_flags(made["lr-find"])
+    _run_flags(made["lr-find"], [f.name for f in dataclasses.fields(RunConfig) if f.name not in NOT_SEARCHED])
+    diff_flags(made["diff"])
     quickstart = made["quickstart"]
     quickstart.add_argument(
         "--out", default="runs/quickstart", metavar="DIR", help="where everything goes (default %(default)s)"
@@ -211,6 +217,12 @@ def _scale_flag(parser: Parser) -> None:
 def _sweep_flags(parser: Parser) -> None:
     _model_flags(parser)
     parser.set_defaults(scale=1.0)
+    parser.add_argument(
+        "--tuned",
+        default=None,
+        metavar="DIR",
+        help="instead of --adapter: a full fine-tune of --model, to scale their difference",
+    )
     parser.add_argument("--data", required=True, metavar="F", help="rows of the task")
     parser.add_argument("--metric", choices=METRICS, default="exact_match", help="of the task (default %(default)s)")
     parser.add_argument("--general", required=True, metavar="F", help="multiple choice questions, judged by --metric choice")
@@ -219,7 +231,7 @@ def _sweep_flags(parser: Parser) -> None:
         type=scales,
         default=(0.0, 0.25, 0.5, 0.75, 1.0),
         metavar="S,S,...",
-        help="of the adapter (default 0,0.25,0.5,0.75,1)",
+        help="of the adapter, or of the difference (default 0,0.25,0.5,0.75,1)",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for sweep.json and sweep.svg")
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N rows of each file")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from minisft import __version__
-from minisft.cli import commands_answers, commands_data, commands_eval, commands_judging, commands_weights
+from minisft.cli import commands_answers, commands_data, commands_eval, commands_judging, commands_lab, commands_weights
 from minisft.cli.flags import parse
 from minisft.cli.libraries import load_libraries
 from minisft.common.errors import UserError, visible
@@ -249,6 +249,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "merge": commands_weights.merge_command,
     "combine": commands_weights.combine_command,
     "sweep": commands_answers.sweep_command,
+    "lr-find": commands_lab.lr_find_command,
+    "diff": commands_lab.diff_command,
     "verify": commands_weights.verify_command,
     "compare": commands_judging.compare_command,
     "ab": commands_judging.ab_command,

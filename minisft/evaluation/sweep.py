@@ -1,7 +1,8 @@
 """How much of an adapter is worth keeping: a model at several scales of its adapter, on its task and on general questions.
 
-The model is W + s D. At s = 0 it is the base (DoRA's keeps the lengths of its rows, so there it is not quite), at s = 1 what
-was trained; on the way up, what the task gains and what general knowledge loses need not go hand in hand. One model is loaded,
+The model is W + s D, where D is an adapter's update or, after full fine-tuning, the difference of two models' files
+(``interpolated``; there s = 0 and s = 1 give the two models bit for bit). At s = 0 it is the base (DoRA's keeps the lengths of
+its rows, so there it is not quite), at s = 1 what was trained; on the way up, what the task gains and what general knowledge loses need not go hand in hand. One model is loaded,
 its adapters are scaled in place and put back. ``sweep.json`` is written after every scale, so what was measured stays, and a
 scale that cannot be scored is noted and passed over. This module chooses nothing: a point is worth its interval.
 
@@ -34,6 +35,7 @@ REPORT, PLOT = "sweep.json", "sweep.svg"
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito, as in ``lossplot``
 
 Score = Callable[[CausalLM], EvalResult]
+At = Callable[[CausalLM, float], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,23 @@ def scaled(model: CausalLM, scale: float) -> Iterator[None]:
 
 
 def sweep(
-    model: CausalLM, scales: Sequence[float], task: Score, general: Score, out: str | Path, callback: Callable[[Point], None]
+    model: CausalLM,
+    scales: Sequence[float],
+    task: Score,
+    general: Score,
+    out: str | Path,
+    callback: Callable[[Point], None],
+    at: At = scaled,
 ) -> list[Point]:
     """Score ``model`` at each scale.
 
     Args:
-        model: with adapters; the same afterwards.
-        scales: of the adapters.
+        model: with adapters, or as ``at`` needs it; the same afterwards.
+        scales: of the update.
         task, general: what to ask of it.
         out: new, or empty; gets ``sweep.json`` after every scale and ``sweep.svg`` at the end.
         callback: called with each point.
+        at: makes the model what it is at a scale: ``scaled`` for adapters, ``interpolated(base, tuned)`` for two models.
 
     Returns:
         one point a scale, those that failed included.
@@ -94,7 +103,7 @@ def sweep(
         make_folder(out.absolute())
         for scale in scales:
             try:
-                with scaled(model, scale):
+                with at(model, scale):
                     point = Point(scale, task(model), general(model))
             except UserError as error:
                 point = Point(scale, error=str(error))
@@ -124,7 +133,7 @@ def draw(points: Sequence[Point]) -> bytes:
         _draw_scores(axes["general"], scales, generals, _ORANGE, f"general, {generals[0].metric}")
         axes["task"].sharex(axes["general"])
         axes["task"].tick_params(labelbottom=False)
-        axes["general"].set_xlabel("scale of the adapter")
+        axes["general"].set_xlabel("scale of the update")
         _draw_against(axes["against"], scales, tasks, generals)
         for each in axes.values():
             each.spines[["top", "right"]].set_visible(False)

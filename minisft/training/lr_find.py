@@ -1,9 +1,9 @@
 """The learning rate of a run, found by a grid on a share of its steps.
 
-Every cell of the grid is the run itself with another rate and fewer steps: the same rows in the same order, and a schedule that is
-as complete as the run's. Nothing of a cell is kept but its curves, so a large model costs no disk. A cell's result is a file
-named by the hash of all that decides its numbers: the same call goes on where a killed one stopped, and a grid that is
-extended trains the new rates only.
+Every cell of the grid is the run itself with another rate and fewer steps: the same rows in the same order, and a schedule
+that is as complete as the run's. Nothing of a cell is kept but its curves, so a large model costs no disk. A cell's result is
+a file named by the hash of all that decides its numbers: the same call goes on where a killed one stopped, and a grid that
+is extended trains the new rates only.
 
 The idea to take home: two methods are compared at their own best rates, or not at all.
 
@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from minisft.common import safe_json
 from minisft.common.atomic_files import disk_errors, make_folder, remove_folder, require_unused, write_durably
@@ -138,8 +138,8 @@ class _Search:
         device = pick_device(run.device)
         context = context_length(run.model)
         dtype, length = pick_dtype(run.dtype, device), min(run.max_length, context or run.max_length)
-        # Early stopping would give the rates different budgets.
-        self.run = replace(run, dtype=dtype, max_length=length, patience=None, save_every=None)
+        # Early stopping would give the rates different budgets, and the run's own rate has no part in this.
+        self.run = replace(run, dtype=dtype, max_length=length, patience=None, lr=None)
         self.folder, self.share = folder, share
         self.template, self.data = self._read(log, context)
         if not self.data.validation:
@@ -173,8 +173,8 @@ class _Search:
     def key(self, lr: float) -> str:
         """Hash of everything that decides a cell's numbers."""
         run = self.cell_run(lr)
-        config = {**dict(self.identity["config"]), "lr": lr, "eval_every": run.eval_every, "steps": run.steps}  # type: ignore[call-overload]
-        text = json.dumps({**self.identity, "config": config}, sort_keys=True)
+        cell: dict[str, JSON] = {"lr": lr, "eval_every": run.eval_every, "steps": run.steps}
+        text = json.dumps({**self.identity, "cell": cell}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def cell(self, lr: float, step_done: Callable[[int], None]) -> Cell:
@@ -292,9 +292,9 @@ def _read_object(path: Path) -> dict[str, JSON]:
 
 def _read_cell(path: Path) -> Cell:
     try:
-        values = _read_object(path)
-        curves = {name: tuple((int(a), float(b)) for a, b in values.pop(name)) for name in ("curve", "train")}  # type: ignore[union-attr,misc,arg-type]
-        return Cell(**values, **curves)  # type: ignore[arg-type]
+        values: dict[str, Any] = _read_object(path)
+        curves = {name: tuple((int(a), float(b)) for a, b in values.pop(name)) for name in ("curve", "train")}
+        return Cell(**values, **curves)
     except (TypeError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise

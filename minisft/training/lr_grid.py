@@ -1,8 +1,8 @@
 """Learning rates side by side: one cell a rate, the rate with the smallest validation loss, and what a grid cannot decide.
 
-A grid knows the best rate only up to its neighbours. If the best rate is the smallest or the largest of the grid, the optimum may
-lie anywhere beyond it: that is refused, not reported. A rate whose loss is no longer finite is a result, "diverged", and counts
-as worse than every number. Nothing here trains or needs PyTorch.
+A grid knows the best rate only up to its neighbours. If the best rate is the smallest or the largest of the grid, the optimum
+may lie anywhere beyond it: that is refused, not reported. A rate whose loss is no longer finite is a result, "diverged", and
+counts as worse than every number. Nothing here trains or needs PyTorch.
 
 The idea to take home: a rate at the edge of a grid is not an optimum.
 """
@@ -197,9 +197,7 @@ def _draw_losses(axes: Axes, ordered: Sequence[Cell], choice: Choice | None) -> 
     axes.plot([lr for lr, _ in done], [loss for _, loss in done], "o-", color=_BLUE, linewidth=1.4)
     diverged = [cell.lr for cell in ordered if cell.loss is None]
     if diverged:
-        axes.plot(
-            diverged, [0.97] * len(diverged), "x", color="black", transform=axes.get_xaxis_transform(), label="diverged"
-        )
+        axes.plot(diverged, [0.97] * len(diverged), "x", color="black", transform=axes.get_xaxis_transform(), label="diverged")
     if choice is not None:
         axes.plot([choice.lr], [choice.loss], "o", color=_ORANGE, markersize=9, label=f"chosen: {choice.lr:g}")
         axes.axvspan(*choice.bracket, color=_ORANGE, alpha=0.08, linewidth=0)
