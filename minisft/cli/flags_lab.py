@@ -25,7 +25,7 @@ def lr_find_flags(parser: argparse.ArgumentParser) -> None:
 def diff_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``diff``."""
     parser.add_argument("--a", required=True, metavar="M", help="the base: model folder, GGUF file, hub id or name")
-    parser.add_argument("--b", required=True, metavar="M", help="a fine-tune of it of the same shape, or an adapter's folder")
+    parser.add_argument("--b", required=True, metavar="M", help="a fine-tune of the same shape, or an adapter's folder")
     parser.add_argument(
         "--energy", type=float, default=0.9, metavar="E", help="share of the update that its rank holds (default %(default)s)"
     )

@@ -1,8 +1,8 @@
 """A model between two models of one shape: W + s (W' - W), for what full fine-tuning has changed.
 
 The numbers are read from the files a tensor at a time, so beside the model itself no weight is in memory. At s = 0 and s = 1
-the stored numbers are taken as they are: no arithmetic, hence no rounding. Weights in 4 bits are refused: between two codes there
-is no third.
+the stored numbers are taken as they are: no arithmetic, hence no rounding. Weights in 4 bits are refused: between two codes
+there is no third.
 
 Ref: Wortsman et al. 2022, arXiv:2109.01903 (interpolating towards the pretrained weights keeps robustness).
 """

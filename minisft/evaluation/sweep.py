@@ -2,9 +2,10 @@
 
 The model is W + s D, where D is an adapter's update or, after full fine-tuning, the difference of two models' files
 (``interpolated``; there s = 0 and s = 1 give the two models bit for bit). At s = 0 it is the base (DoRA's keeps the lengths of
-its rows, so there it is not quite), at s = 1 what was trained; on the way up, what the task gains and what general knowledge loses need not go hand in hand. One model is loaded,
-its adapters are scaled in place and put back. ``sweep.json`` is written after every scale, so what was measured stays, and a
-scale that cannot be scored is noted and passed over. This module chooses nothing: a point is worth its interval.
+its rows, so there it is not quite), at s = 1 what was trained; on the way up, what the task gains and what general knowledge
+loses need not go hand in hand. One model is loaded, its adapters are scaled in place and put back. ``sweep.json`` is written
+after every scale, so what was measured stays, and a scale that cannot be scored is noted and passed over. This module chooses
+nothing: a point is worth its interval.
 
 The idea to take home: half of the adapter is a free experiment; no training run is as cheap.
 

@@ -1,8 +1,8 @@
 """What an update D does to a weight W, by singular values: how many directions hold its energy, which of W + D are new.
 
 Squares of singular values and the singular vectors come from Gram matrices in fp64, which a tall matrix (an embedding) builds
-up from a few rows at a time. The energy of D needs the squares alone, so nothing is lost by that; for the vectors, directions of
-W below 1e-6 of its largest singular value are left out.
+up from a few rows at a time. The energy of D needs the squares alone, so nothing is lost by that; for the vectors, directions
+of W below 1e-6 of its largest singular value are left out.
 
 The idea to take home: a high energy rank is no sign of need. Gradient noise has full rank too.
 
@@ -128,8 +128,8 @@ def spectrum_of_rows(
 def _cosines(base: Tensor, tuned: Tensor, cross: Tensor, top: int, tall: bool) -> Tensor:
     """(top, R) cosines of the largest left singular vectors of W + D with those of W.
 
-    A tall matrix has its right singular vectors v from the Gram matrix; the left ones are u = W v / sigma, so
-    u_j . x_i = v_j^T (W + D)^T W v_i / (sigma_j sigma_i). Of one that is not tall, whose transpose was taken, they are the v themselves.
+    A tall matrix has its right singular vectors v from the Gram matrix; the left ones are u = W v / sigma, so u_j . x_i = v_j^T
+    (W + D)^T W v_i / (sigma_j sigma_i). Of one that is not tall, whose transpose was taken, they are the v themselves.
     """
     squares, vectors = torch.linalg.eigh(base)
     squares_tuned, vectors_tuned = torch.linalg.eigh(tuned)
