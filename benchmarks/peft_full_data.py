@@ -29,7 +29,7 @@ from minisft.quickstart.parcel_task import parcel_rows
 from minisft.schedule import learning_rate
 from minisft.step import train_step
 
-CHUNK = 320  # characters of a row of text
+CHUNK = 160  # characters of a row of text
 PROMPT = "Continue."
 INSTRUCTION = "Name the intent of this message to a bank, in one short label."
 Row = dict[str, str]
@@ -39,12 +39,12 @@ Row = dict[str, str]
 class Sizes:
     """How much of everything."""
 
-    cipher_rows: int = 76
-    banking_rows: int = 240
+    cipher_rows: int = 64
+    banking_rows: int = 160
     validation_rows: int = 12
     test_rows: int = 24
     web_texts: int = 40
-    questions: int = 24
+    questions: int = 16
     kl_texts: int = 10
 
 

@@ -13,7 +13,7 @@ The commands, and the calls that do the same:
 - ``inspect``: ``inspect_rows``, and ``inspect_quality`` for ``--quality``
 - ``select``: ``select_rows``
 - ``quantize``: ``quantize_folder``; step by step ``load_model(..., quant=QuantConfig())`` and ``save_quantized``
-- ``plan``: ``plan(RunConfig(...))``
+- ``plan``: ``plan(RunConfig(...))`` and ``capacity(RunConfig(...))``
 - ``merge``: ``merge_and_certify``; without a certificate ``merge_folder``, in memory ``merge``, ``merge_`` and ``unmerge_``
 - ``verify``: ``verify_merge``; the tensors alone ``verify``
 - ``combine``: ``combine_folders``
@@ -71,6 +71,7 @@ from minisft.quality.report import inspect_quality
 from minisft.quickstart.run import run_quickstart
 from minisft.selection.run import select_rows
 from minisft.surgery import adapters_off, apply_lora_, lora_modules, quantize_, scale_adapters_
+from minisft.training.capacity import capacity
 from minisft.training.lr_find import lr_find
 from minisft.training.plan import plan
 from minisft.training.preference import dpo, grpo
@@ -89,6 +90,7 @@ __all__ = [
     "adapters_off",
     "analyze_ab",
     "apply_lora_",
+    "capacity",
     "combine_folders",
     "compare_files",
     "diff_models",

@@ -21,9 +21,9 @@ from minisft.config import RunConfig, check_calibration, check_sampling, field_t
 from minisft.evaluation.metrics import Metric
 from minisft.training.preference_config import UNUSED_BY_DPO, UNUSED_BY_GRPO, DPOConfig, GRPOConfig
 
-# The settings of a run that decide its memory.
+# The settings of a run that decide its memory, or what it learns from.
 PLANNED = (
-    "model", "max_length", "method", "init_adapter",
+    "model", "data", "eval_data", "map", "template", "turns", "max_length", "method", "init_adapter",
     "rank", "dropout", "use_dora", "targets", "init", "quant", "double_quant", "batch_size",
     "micro_batch_size", "dtype", "checkpointing", "device",
 )  # fmt: skip
@@ -113,7 +113,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("inspect", "show what would be trained, token by token"),
             ("select", "pick rows to train on: clean, score, keep the diverse ones; every dropped row with its reason"),
             ("quantize", "write a model in 4 bits, as transformers and bitsandbytes load it"),
-            ("plan", "print the memory a training run needs, before anything is loaded"),
+            ("plan", "print the memory a training run needs, and the bits it can hold, before anything is loaded"),
             ("merge", "fold an adapter into its base and certify the result"),
             ("combine", "add several adapters of one base up to one adapter"),
             ("sweep", "score a model at several scales of its update: what the task gains, what general knowledge loses"),

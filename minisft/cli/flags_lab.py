@@ -18,7 +18,7 @@ def lr_find_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out", dest="search_out", default=None, metavar="DIR",
-        help="a folder for lr.json, lr.svg and the cells; an earlier search in it is gone on with (default: the run's, with -lr)",
+        help="a folder for lr.json, lr.svg and the cells; goes on with an earlier search in it (default: the run's, with -lr)",
     )  # fmt: skip
 
 

@@ -220,10 +220,15 @@ def _plan(arguments: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(arguments).items() if k not in ("command", "version", "debug", "json")}
     run = run_config({"data": "", "out": "", **given}, "command line")
     load_libraries()
+    from minisft.training.capacity import capacity
+    from minisft.training.capacity import render as render_capacity
     from minisft.training.plan import plan, render
 
-    bill = plan(run)
-    print(json.dumps(bill.to_dict(), indent=2) if arguments.json else render(bill))
+    bill, bits = plan(run), capacity(run)
+    if arguments.json:
+        print(json.dumps({**bill.to_dict(), "capacity": bits.to_dict()}, indent=2))
+    else:
+        print(f"{render(bill)}\n\n{render_capacity(bits)}")
     return 0
 
 

@@ -1,0 +1,407 @@
+"""Pictures, a table and claims of ``exp_peft_full``, from its results file alone.
+
+A claim "held" or "did not hold" where an interval says so, and is "not shown here" where it does not, where fewer than three
+seeds were run, or where nothing of this size could show it. Intervals: 95 %, bootstrap over test rows (or texts) and seeds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MIN_SEEDS, DRAWS = 3, 4000
+COLORS = {
+    "r1": "#56B4E9", "r16": "#0072B2", "r64": "#004C78", "attention r16": "#009E73", "full-linears": "#E69F00", "full": "#D55E00",
+}  # fmt: skip
+ADAPTER_COLORS = ("#56B4E9", "#0072B2", "#009E73", "#D55E00")
+Result = dict[str, Any]
+
+
+class Results:
+    """The lines of a results file."""
+
+    def __init__(self, path: Path) -> None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows: list[Result] = list({row["key"]: row for row in map(json.loads, lines)}.values())
+
+    def of(self, experiment: str, kind: str, arm: str | None = None, of: str = "") -> list[Result]:
+        """Cells, by seed."""
+        found = [
+            row for row in self.rows if (row["experiment"], row["kind"], row["of"]) == (experiment, kind, of)
+            and (arm is None or row["arm"] == arm)
+        ]  # fmt: skip
+        return sorted(found, key=lambda row: (row["arm"], row["seed"]))
+
+    def losses(self, experiment: str, arm: str) -> dict[int, np.ndarray]:
+        """Seed -> loss of each test row."""
+        return {row["seed"]: np.array(row["test"]["rows"]) for row in self.of(experiment, "run", arm)}
+
+    def base(self, experiment: str) -> np.ndarray | None:
+        """The base's loss of each test row."""
+        runs = self.of(experiment, "run")
+        return np.array(runs[0]["base"]["rows"]) if runs else None
+
+
+def bootstrap(table: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tuple[float, float, float]:
+    """A statistic of a (seeds, rows, ...) table and its 95 % interval: seeds and rows are drawn anew."""
+    draw = np.random.default_rng(0)
+    seeds, rows = table.shape[:2]
+    drawn = [statistic(table[draw.integers(seeds, size=seeds)][:, draw.integers(rows, size=rows)]) for _ in range(DRAWS)]
+    low, high = np.nanquantile(drawn, (0.025, 0.975))
+    return statistic(table), float(low), float(high)
+
+
+def paired(first: dict[int, np.ndarray], second: dict[int, np.ndarray]) -> np.ndarray:
+    """(seeds, rows, 2) of the seeds that both have."""
+    common = sorted(first.keys() & second.keys())
+    return np.stack([np.stack([first[s], second[s]], axis=-1) for s in common]) if common else np.zeros((0, 0, 2))
+
+
+def difference(results: Results, experiment: str, a: str, b: str) -> tuple[float, float, float, int]:
+    """Mean test loss of arm a less that of arm b, its interval, and the seeds."""
+    table = paired(results.losses(experiment, a), results.losses(experiment, b))
+    if not len(table):
+        return math.nan, math.nan, math.nan, 0
+    return *bootstrap(table, lambda t: float((t[..., 0] - t[..., 1]).mean())), len(table)
+
+
+# ---- claims ------------------------------------------------------------------------------------------------------------
+
+
+def verdict(low: float, high: float, seeds: int, holds_below: float = 0.0) -> str:
+    """``held`` if the whole interval lies below, ``did not hold`` if it lies above; one seed shows nothing."""
+    if seeds < MIN_SEEDS or math.isnan(low) or low <= holds_below <= high:
+        return "not shown here"
+    return "held" if high < holds_below else "did not hold"
+
+
+def claims(results: Results) -> list[tuple[str, str, str]]:
+    """(claim, verdict, figures)."""
+    return [
+        *_learning(results),
+        *_rates(results),
+        *_capacity(results),
+        *_forgetting(results),
+        *_spectra(results),
+        ("full fine-tuning wins with 50 000 rows and more", "not shown here",
+         "no run here has so many rows; P1 says it in bits: what counts is the information in the rows, not their number"),
+    ]  # fmt: skip
+
+
+def _learning(results: Results) -> Iterable[tuple[str, str, str]]:
+    pairs = (("P2", "cipher text, far", "full"), ("P2", "cipher text, far", "full-linears"), ("P3", "Banking77", "full"))
+    for experiment, where, full in pairs:
+        gap, low, high, seeds = difference(results, experiment, full, "r16")
+        if seeds:
+            words = f"test loss {gap:+.4f} ({low:+.4f} to {high:+.4f}), {seeds} seeds"
+            yield f"{full} learns more than LoRA r 16: {where}", verdict(low, high, seeds), words
+    for experiment in ("P2", "P3"):
+        base, table = results.base(experiment), paired(results.losses(experiment, "r16"), results.losses(experiment, "full"))
+        if base is None or not len(table):
+            continue
+        with_base = np.concatenate([table, np.broadcast_to(base[None, :, None], (*table.shape[:2], 1))], axis=-1)
+        share, low, high = bootstrap(with_base, _share)
+        words = f"{share:.1%} ({low:.1%} to {high:.1%}) of what full gains over the base, {len(table)} seeds"
+        yield f"LoRA r 16 reaches 95 % of full: {experiment}", verdict(-high, -low, len(table), -0.95), words
+    gap, low, high, seeds = difference(results, "P2", "r16", "attention r16")
+    if seeds:
+        words = f"test loss of all linears less attention only {gap:+.4f} ({low:+.4f} to {high:+.4f}), {seeds} seeds"
+        yield "adapters on attention alone learn less than on all linears (r 16)", verdict(low, high, seeds), words
+    for arm in ("r16", "full"):
+        gap, low, high, seeds = difference(results, "P3", arm, f"{arm}, one rate")
+        if seeds:
+            words = f"tuned less untuned (2e-4): {gap:+.4f} ({low:+.4f} to {high:+.4f}), {seeds} seeds"
+            yield f"one rate for both methods costs {arm} something: Banking77", verdict(low, high, seeds), words
+    gap, low, high, seeds = difference(results, "P3", "full, one rate", "r16, one rate")
+    if seeds:
+        words = f"test loss of full less r 16 at 2e-4: {gap:+.4f} ({low:+.4f} to {high:+.4f}), {seeds} seeds"
+        yield "at one rate for both, full looks better than LoRA: Banking77 (the mistake)", verdict(low, high, seeds), words
+
+
+def _share(table: np.ndarray) -> float:
+    lora, full, base = table.mean(axis=(0, 1))
+    return float((base - lora) / (base - full)) if base != full else math.nan
+
+
+def _rates(results: Results) -> Iterable[tuple[str, str, str]]:
+    for experiment in ("P2", "P3"):
+        tuned = {row["arm"]: row for row in results.of(experiment, "tune")}
+        if {"r16", "full"} <= tuned.keys():
+            lora, full = tuned["r16"], tuned["full"]
+            ratio = lora["lr"] / full["lr"]
+            low, high = lora["bracket"][0] / full["bracket"][1], lora["bracket"][1] / full["bracket"][0]
+            word = "did not hold" if not low <= 10 <= high else ("held" if low > 1 else "not shown here")
+            words = f"{ratio:.3g} (the grids leave {low:.2g} to {high:.3g} open), one seed, {lora['steps']} steps"
+            yield f"LoRA's best rate is about ten times that of full: {experiment}", word, words
+        if {"r1", "r16"} <= tuned.keys():
+            rates = tuned["r1"]["lr"], tuned["r16"]["lr"]
+            resolution = max(tuned["r16"]["bracket"][1] / rates[1], rates[1] / tuned["r16"]["bracket"][0])
+            same = max(rates) / min(rates) <= resolution * 1.001
+            words = f"r 1: {rates[0]:g}, r 16: {rates[1]:g} (alpha 32; neighbours a factor of {resolution:.2g} apart), one seed"
+            yield f"LoRA's best rate hardly depends on the rank: {experiment}", "held" if same else "did not hold", words
+
+
+def _capacity(results: Results) -> Iterable[tuple[str, str, str]]:
+    rows = results.of("P1", "facts")
+    small = [row for row in rows if not row["arm"].startswith("full") and row["entropy"] > 2 * row["trained"]]
+    if small:
+        per = [row["bits"] / row["trained"] for row in small]
+        seeds = len({row["seed"] for row in small})
+        spread = f"median {statistics.median(per):.2f} bits a parameter, {min(per):.2f} to {max(per):.2f}"
+        words = f"{spread}, where the facts hold over 2; {seeds} seeds"
+        word = "not shown here" if seeds < MIN_SEEDS else "held" if 0.5 <= statistics.median(per) <= 2 else "did not hold"
+        yield "an adapter holds 0.5 to 2 bits a parameter: random facts, own small model", word, words
+    fitting = [row for row in rows if row["entropy"] < 0.5 * row["trained"]]
+    adapters = [row for row in fitting if not row["arm"].startswith("full")]
+    full = {(row["facts"], row["seed"]): row for row in rows if row["arm"].startswith("full")}
+    gaps = [
+        (row["bits"] - full[row["facts"], row["seed"]]["bits"]) / row["entropy"]
+        for row in adapters if (row["facts"], row["seed"]) in full
+    ]  # fmt: skip
+    if gaps:
+        words = f"adapter less full: {statistics.mean(gaps):+.1%} of the bits, worst {min(gaps):+.1%}, {len(gaps)} runs"
+        word = "not shown here" if len(gaps) < MIN_SEEDS else "held" if statistics.mean(gaps) > -0.05 else "did not hold"
+        yield "while the facts fit the adapter (under 0.5 bits a parameter), LoRA equals full", word, words
+
+
+# ---- forgetting at equal learning ---------------------------------------------------------------------------------------
+
+
+def at_equal_learning(points: Sequence[Result], target: float) -> np.ndarray | None:
+    """Bits a byte of each web text where a run's scale curve crosses a test loss; None if it does not get there."""
+    ordered = sorted(points, key=lambda point: point["scale"])
+    for before, after in itertools.pairwise(ordered):
+        high, low = before["test"]["loss"], after["test"]["loss"]
+        if low <= target <= high and high > low:
+            share = (high - target) / (high - low)
+            return (1 - share) * np.array(before["web"]) + share * np.array(after["web"])
+    return None
+
+
+def _forgetting(results: Results) -> Iterable[tuple[str, str, str]]:
+    for of in ("P2", "P3"):
+        runs = {arm: results.of("P5", "forgetting", arm, of) for arm in ("r16", "full")}
+        if not all(runs.values()):
+            continue
+        last = {arm: {row["seed"]: np.array(row["points"][-1]["web"]) for row in rows} for arm, rows in runs.items()}
+        table = paired(last["r16"], last["full"])
+        if len(table):
+            gap, low, high = bootstrap(table, lambda t: float((t[..., 0] - t[..., 1]).mean()))
+            words = f"web bits a byte, r 16 less full: {gap:+.4f} ({low:+.4f} to {high:+.4f}), {len(table)} seeds"
+            yield f"LoRA r 16 forgets less than full at equal steps: {of}", verdict(low, high, len(table)), words
+        curves = {arm: rows[0]["points"] for arm, rows in runs.items() if len(rows[0]["points"]) > 2}
+        if len(curves) < 2:
+            continue
+        target = max(min(point["test"]["loss"] for point in points) for points in curves.values())
+        web = {arm: at_equal_learning(points, target) for arm, points in curves.items()}
+        if web["r16"] is not None and web["full"] is not None:
+            table = paired({0: web["r16"]}, {0: web["full"]})
+            gap, low, high = bootstrap(table, lambda t: float((t[..., 0] - t[..., 1]).mean()))
+            words = f"web bits a byte at test loss {target:.3f}: {gap:+.4f} ({low:+.4f} to {high:+.4f}), one seed"
+            yield f"LoRA r 16 forgets less than full at equal learning: {of}", verdict(low, high, 1), words
+    for arm in ("r16", "full"):
+        plain, cured = (results.of("P5", "forgetting", name, "P2") for name in (arm, f"{arm}, replay"))
+        if plain and cured:
+            a, b = (rows[0]["points"][-1] for rows in (cured, plain))
+            gaps = float(np.mean(np.array(a["web"]) - np.array(b["web"]))), a["test"]["loss"] - b["test"]["loss"]
+            words = f"with replay: web {gaps[0]:+.4f} bits a byte, test loss {gaps[1]:+.4f}, one seed"
+            yield f"replaying 10 % web text keeps {arm} from forgetting: P2", "not shown here", words
+
+
+def _spectra(results: Results) -> Iterable[tuple[str, str, str]]:
+    for of in ("P2", "P3"):
+        found = {row["arm"]: row for row in results.of("P6", "spectrum", None, of)}
+        if {"r16", "full"} <= found.keys():
+            ranks = {arm: statistics.median(found[arm]["ranks"]) for arm in ("r16", "full")}
+            ratio = ranks["full"] / max(1, ranks["r16"])
+            words = (
+                f"rank that holds 90 % of the energy, median: full {ranks['full']:g}, r 16 {ranks['r16']:g}: {ratio:.3g} times"
+            )
+            word = "held" if 10 <= ratio <= 100 else "did not hold"
+            yield f"full's update has 10 to 100 times LoRA's rank: {of}", word, f"{words}, one seed"
+            new = {arm: sum(found[arm]["intruders"]) for arm in ("r16", "full")}
+            words = f"among the ten largest directions of each layer: r 16 {new['r16']}, full {new['full']}, one seed"
+            word = "held" if new["r16"] > new["full"] else "did not hold"
+            yield f"LoRA r 16 brings in new large directions, full does not: {of}", word, words
+
+
+# ---- output ------------------------------------------------------------------------------------------------------------
+
+
+def report(path: Path, folder: Path) -> None:
+    """Draw every picture that there are results for; print and write the table and the claims."""
+    results = Results(path)
+    if not results.rows:
+        print(f"no results in {path}")
+        return
+    for name, draw in (("p0", _p0), ("p1", _p1), ("rates", _rate_curves), ("losses", _losses), ("p5", _p5), ("p6", _p6)):
+        figure = draw(results)
+        if figure is not None:
+            figure.savefig(folder / f"peft_full_{name}.svg", metadata={"Date": None})
+    lines = ["| claim | here | figures |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in claims(results))]
+    lines += ["", "| experiment | arm | rate | seeds | test loss | base |", "|---|---|---|---|---|---|"]
+    for experiment in ("P2", "P3", "P4"):
+        arms = dict.fromkeys(row["arm"] for row in results.of(experiment, "run"))
+        for arm in arms:
+            rows = results.of(experiment, "run", arm)
+            losses = [row["test"]["loss"] for row in rows]
+            shown = f"{statistics.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
+            lines.append(
+                f"| {experiment} | {arm} | {rows[0]['lr']:g} | {len(rows)} | {shown} | {rows[0]['base']['loss']:.4f} |"
+            )
+    models = sorted({row["model"] for row in results.rows if row["model"] != "none"})
+    text = "\n".join(lines) + f"\n\nModels: {', '.join(models)}. Nothing here says anything about larger ones.\n"
+    (folder / "peft_full.md").write_text(text)
+    print(text)
+
+
+def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, columns))
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(color="#666666", alpha=0.15, linewidth=0.6)
+    return figure, axes
+
+
+def _caption(axes: Any, rows: Sequence[Result], text: str) -> None:
+    models = ", ".join(sorted({row["model"] for row in rows}))
+    axes.set_title(f"{text}\n{models}, {len({row['seed'] for row in rows})} seed(s)", loc="left", fontsize=9)
+
+
+def _p0(results: Results) -> Any:
+    rows = results.of("P0", "theory")
+    if not rows:
+        return None
+    figure, axes = _figure(12, 3.4, 4)
+    ranks = rows[0]["ranks"]
+    for each, name in zip(axes, rows[0]["gaps"], strict=False):
+        for row in rows:
+            each.plot(ranks, np.maximum(row["gaps"][name]["reached"], 1e-12), "o", color="#0072B2", alpha=0.6, markersize=5)
+        each.plot(
+            ranks,
+            np.maximum(rows[0]["gaps"][name]["bound"], 1e-12),
+            "-",
+            color="#D55E00",
+            label="sum of the cut off $\\sigma^2$",
+        )
+        each.set(xscale="log", xlabel="rank", ylabel="loss left, share")
+        each.set_ylim(-0.05, 1.05)
+        each.set_title(f"64 x 96, spectrum {name}", loc="left", fontsize=9)
+    axes[0].legend(frameon=False, fontsize=8)
+    for row in rows:
+        axes[3].plot(ranks, row["first_step"]["measured"], "o", color="#0072B2", alpha=0.6)
+    axes[3].plot(ranks, rows[0]["first_step"]["r/d"], "-", color="#D55E00", label="r / d")
+    axes[3].set(xscale="log", yscale="log", xlabel="rank", ylabel="share of a full step")
+    axes[3].set_title("LoRA's first SGD step", loc="left", fontsize=9)
+    axes[3].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _p1(results: Results) -> Any:
+    rows = results.of("P1", "facts")
+    if not rows:
+        return None
+    figure, axes = _figure(6.6, 4.4, 1)
+    arms = dict.fromkeys(row["arm"].partition("; ")[0] for row in sorted(rows, key=lambda row: row["trained"]))
+    for arm, color in zip(arms, ADAPTER_COLORS, strict=False):
+        own = [row for row in rows if row["arm"].startswith(f"{arm};")]
+        axes[0].plot(
+            [row["entropy"] for row in own], [max(1.0, row["bits"]) for row in own], "o", color=color, alpha=0.7,
+            label=f"{arm}: {own[0]['trained']:,} parameters",
+        )  # fmt: skip
+        axes[0].axhline(2 * own[0]["trained"], color=color, linewidth=0.8, linestyle="--")
+    ends = [min(row["entropy"] for row in rows), max(row["entropy"] for row in rows)]
+    axes[0].plot(ends, ends, color="#666666", linewidth=0.8, label="all of it")
+    axes[0].set(xscale="log", yscale="log", xlabel="bits in the facts", ylabel="bits recalled")
+    axes[0].set_ylim(top=4 * ends[1])
+    axes[0].legend(frameon=False, fontsize=8)
+    _caption(axes[0], rows, "random facts; dashed: 2 bits a parameter")
+    return figure
+
+
+def _rate_curves(results: Results) -> Any:
+    shown = [e for e in ("P2", "P3") if results.of(e, "tune")]
+    if not shown:
+        return None
+    figure, axes = _figure(5.4 * len(shown), 3.8, len(shown))
+    for each, experiment in zip(axes, shown, strict=True):
+        rows = results.of(experiment, "tune")
+        for row in rows:
+            curve = sorted((lr, loss) for lr, loss in row["curve"] if loss is not None)
+            if curve:
+                each.plot(*zip(*curve, strict=True), "o-", color=COLORS[row["arm"]], label=row["arm"], markersize=4)
+                each.plot([row["lr"]], [dict(curve)[row["lr"]]], "o", color=COLORS[row["arm"]], markersize=9, alpha=0.4)
+        each.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss")
+        each.legend(frameon=False, fontsize=8)
+        _caption(each, rows, f"{experiment}: rates at a quarter of the steps")
+    return figure
+
+
+def _losses(results: Results) -> Any:
+    shown = [e for e in ("P2", "P3", "P4") if results.of(e, "run")]
+    if not shown:
+        return None
+    figure, axes = _figure(4.6 * len(shown), 3.4, len(shown))
+    for each, experiment in zip(axes, shown, strict=True):
+        rows = results.of(experiment, "run")
+        arms = list(dict.fromkeys(row["arm"] for row in rows))
+        for at, arm in enumerate(arms):
+            losses = [row["test"]["loss"] for row in rows if row["arm"] == arm]
+            color = COLORS.get(arm.partition(", ")[0], "#666666")
+            each.plot(losses, [at] * len(losses), "o", color=color, alpha=0.7, fillstyle="none" if ", " in arm else "full")
+        each.axvline(rows[0]["base"]["loss"], color="#666666", linestyle="--", linewidth=0.8)
+        each.set_yticks(range(len(arms)), arms)
+        each.invert_yaxis()
+        each.set_xlabel("test loss; dashed: the base")
+        _caption(each, rows, experiment)
+    return figure
+
+
+def _p5(results: Results) -> Any:
+    shown = [of for of in ("P2", "P3") if results.of("P5", "forgetting", None, of)]
+    if not shown:
+        return None
+    figure, axes = _figure(5.6 * len(shown), 4.0, len(shown))
+    for each, of in zip(axes, shown, strict=True):
+        rows = results.of("P5", "forgetting", None, of)
+        for row in rows:
+            method, _, change = row["arm"].partition(", ")
+            points = row["points"]
+            x = [point["test"]["loss"] for point in points]
+            y = [float(np.mean(np.array(point["web"]) - np.array(points[0]["web"]))) for point in points]
+            line = "-" if len(points) > 2 else ""
+            label = row["arm"] if row["seed"] == 0 else None
+            marker = {"": "o", "replay": "s", "lower rate": "^"}.get(change, "o")
+            each.plot(x, y, linestyle=line, marker=marker, color=COLORS[method], label=label, markersize=4, linewidth=1.1)
+        each.invert_xaxis()
+        each.set(xlabel="test loss (learned more to the right)", ylabel="web text, bits a byte above the base")
+        each.legend(frameon=False, fontsize=8)
+        _caption(each, rows, f"{of}: forgetting over learning, scales 0 to 1")
+    return figure
+
+
+def _p6(results: Results) -> Any:
+    shown = [of for of in ("P2", "P3") if results.of("P6", "spectrum", None, of)]
+    if not shown:
+        return None
+    figure, axes = _figure(5.0 * len(shown), 3.6, len(shown))
+    for each, of in zip(axes, shown, strict=True):
+        rows = results.of("P6", "spectrum", None, of)
+        for row in rows:
+            ranks = np.sort(row["ranks"])
+            label = f"{row['arm']}: {sum(row['intruders'])} new directions"
+            each.plot(ranks, np.arange(1, len(ranks) + 1) / len(ranks), color=COLORS[row["arm"]], label=label)
+        each.set(xscale="log", xlabel="rank that holds 90 % of the update", ylabel="share of the layers")
+        each.legend(frameon=False, fontsize=8)
+        _caption(each, rows, f"{of}: spectra of the updates")
+    return figure
