@@ -64,6 +64,7 @@ SMOLLM2 = "smollm2-135m-instruct"
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SEEDS = (0, 1, 2)
 LORA_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (3e-5, 1e-4, 3e-4, 1e-3)
+TINY_RATES = (3e-3, 1e-2, 3e-2)
 METHODS: dict[str, dict[str, object]] = {
     "r1": {"rank": 1},
     "r16": {"rank": 16},
@@ -274,7 +275,7 @@ def recall(lab: Lab, cell: Cell) -> dict[str, object]:
 
 def tune(lab: Lab, cell: Cell) -> dict[str, object]:
     """The best rate at a quarter of the steps; a grid whose best rate is at an edge is extended, at most five times."""
-    rates = list(FULL_RATES if "full" in cell.arm else LORA_RATES)
+    rates = list(TINY_RATES if lab.tiny else FULL_RATES if "full" in cell.arm else LORA_RATES)
     run = lab.run_config(cell.experiment, cell.arm, 0)
     out = lab.root / cell.experiment / f"lr-{cell.arm}-{lab.key(cell)}".replace(" ", "-")
     for _ in range(6):
@@ -287,6 +288,8 @@ def tune(lab: Lab, cell: Cell) -> dict[str, object]:
                 raise
             rates.sort()
             best = min(json.loads((out / "lr.json").read_text())["cells"], key=lambda c: c["loss"] or float("inf"))["lr"]
+            if lab.tiny:  # noise has no optimum
+                return {"lr": best, "bracket": [best, best], "curve": [], "steps": 0}
             rates.append(half_decade(best, -1 if best == rates[0] else 1))
             note(f"the best rate {best:g} is at the edge: adding {rates[-1]:g}")
             continue
@@ -295,8 +298,6 @@ def tune(lab: Lab, cell: Cell) -> dict[str, object]:
         curve = [[each.lr, each.loss] for each in found.cells]
         choice = found.choice
         return {"lr": choice.lr, "bracket": list(choice.bracket), "curve": curve, "steps": found.steps}
-    if lab.tiny:
-        return {"lr": best, "bracket": [best, best], "curve": [], "steps": 0}  # noise has no optimum
     raise SystemExit(f"{cell.name}: no optimum inside {rates}")
 
 

@@ -18,7 +18,8 @@ import numpy as np
 
 MIN_SEEDS, DRAWS = 3, 4000
 COLORS = {
-    "r1": "#56B4E9", "r16": "#0072B2", "r64": "#004C78", "attention r16": "#009E73", "full-linears": "#E69F00", "full": "#D55E00",
+    "r1": "#56B4E9", "r16": "#0072B2", "r64": "#004C78", "attention r16": "#009E73",
+    "full-linears": "#E69F00", "full": "#D55E00",
 }  # fmt: skip
 ADAPTER_COLORS = ("#56B4E9", "#0072B2", "#009E73", "#D55E00")
 Result = dict[str, Any]

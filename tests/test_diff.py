@@ -15,6 +15,7 @@ import torch
 from minisft.cli.main import main
 from minisft.common.errors import UserError
 from minisft.config import LoRAConfig
+from minisft.evaluation.interpolate import interpolated
 from minisft.formats import load_model, save_adapter, save_model
 from minisft.merge_weights import merge
 from minisft.merging.diff import diff_models
@@ -54,8 +55,8 @@ def test_rows_may_come_in_pieces(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_a_planted_rank_is_found_below_noise_and_new_directions_are_counted(rank: int) -> None:
-    """D = U V^T with equal singular values and noise of 1e-3 of it: with 99 % of the energy the rank is the planted one; large
-    directions that are orthogonal to all of W's left singular vectors are new, small ones are not seen."""
+    """With noise of 1e-3 beside it, 99 % of the energy has the planted rank; large directions that are orthogonal to all of W's
+    left singular vectors are new, small ones are not seen."""
     draw = torch.Generator().manual_seed(rank)
     basis = torch.linalg.qr(torch.randn(40, 20, generator=draw, dtype=torch.float64)).Q
     v = torch.linalg.qr(torch.randn(15, 15, generator=draw, dtype=torch.float64)).Q
@@ -152,8 +153,8 @@ def test_models_that_do_not_belong_together_are_one_line(
     with pytest.raises(UserError) as error:
         diff_models(models / "base", tmp_path / "other")
     assert error.value.code == code
-    assert main(["sweep", "--model", str(models / "base"), "--tuned", str(tmp_path / "other"), "--data", str(models), "--general",
-                 str(models), "--out", str(tmp_path / "out")]) != 0  # fmt: skip
+    with pytest.raises(UserError, match=code):
+        interpolated(models / "base", tmp_path / "other")
     assert main(["diff", "--a", str(models / "base"), "--b", str(tmp_path / "other")]) == 4
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error[{code}]")
 

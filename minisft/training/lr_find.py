@@ -153,7 +153,8 @@ class _Search:
                 fix="give a larger --share, or a longer run",
             )  # fmt: skip
         init = adapter_sha256(Path(run.init_adapter)) if run.init_adapter else None
-        self.identity = run_identity(self.run, self.data.identity, fingerprint(run.model), device, init)
+        identity = run_identity(self.run, self.data.identity, fingerprint(run.model), device, init)
+        self.identity = {name: value for name, value in identity.items() if name != "date"}  # the tokens hold what it changes
 
     def _read(self, log: Log, context: int | None) -> tuple[ChatTemplate, RunData[Encoded]]:
         """The rows, with the date of the first call in templates that write one."""
