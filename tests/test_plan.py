@@ -269,7 +269,7 @@ def test_a_run_that_does_not_fit_is_told_what_to_change(small: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "status"),
-    [(["--rank", "99"], 2), (["--targets", "no_such"], 2), (["--quant", "nf4", "--method", "full"], 2), (["--data", "x"], 2)],
+    [(["--rank", "99"], 2), (["--targets", "no_such"], 2), (["--quant", "nf4", "--method", "full"], 2), (["--steps", "3"], 2)],
 )
 def test_bad_settings_are_one_line(small: Path, flags: list[str], status: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", str(small), *flags]) == status
