@@ -6,6 +6,7 @@ seeds were run, or where nothing of this size could show it. Intervals: 95 %, bo
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -29,8 +30,12 @@ class Results:
     """The lines of a results file."""
 
     def __init__(self, path: Path) -> None:
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.rows: list[Result] = list({row["key"]: row for row in map(json.loads, lines)}.values())
+        found: dict[str, Result] = {}
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):  # the last line of a killed run
+                row = json.loads(line)
+                found[row["key"]] = row
+        self.rows = list(found.values())
 
     def of(self, experiment: str, kind: str, arm: str | None = None, of: str = "") -> list[Result]:
         """Cells, by seed."""
@@ -186,6 +191,22 @@ def at_equal_learning(points: Sequence[Result], target: float) -> np.ndarray | N
     return None
 
 
+def _equal_pairs(first: Sequence[Result], second: Sequence[Result]) -> np.ndarray:
+    """(seeds, texts, 2) bits a byte, each seed at the best test loss that both of its runs reach."""
+    found: list[dict[int, np.ndarray]] = [{}, {}]
+    others = {row["seed"]: row["points"] for row in second}
+    for row in first:
+        pair = row["points"], others.get(row["seed"], [])
+        if not all(len(points) > 2 for points in pair):
+            continue
+        target = max(min(point["test"]["loss"] for point in points) for points in pair)
+        web = [at_equal_learning(points, target) for points in pair]
+        for each, values in zip(found, web, strict=True):
+            if values is not None:
+                each[row["seed"]] = values
+    return paired(found[0], found[1])
+
+
 def _forgetting(results: Results) -> Iterable[tuple[str, str, str]]:
     for of in ("P2", "P3"):
         runs = {arm: results.of("P5", "forgetting", arm, of) for arm in ("r16", "full")}
@@ -197,16 +218,11 @@ def _forgetting(results: Results) -> Iterable[tuple[str, str, str]]:
             gap, low, high = bootstrap(table, lambda t: float((t[..., 0] - t[..., 1]).mean()))
             words = f"web bits a byte, r 16 less full: {gap:+.4f} ({low:+.4f} to {high:+.4f}), {len(table)} seeds"
             yield f"LoRA r 16 forgets less than full at equal steps: {of}", verdict(low, high, len(table)), words
-        curves = {arm: rows[0]["points"] for arm, rows in runs.items() if len(rows[0]["points"]) > 2}
-        if len(curves) < 2:
-            continue
-        target = max(min(point["test"]["loss"] for point in points) for points in curves.values())
-        web = {arm: at_equal_learning(points, target) for arm, points in curves.items()}
-        if web["r16"] is not None and web["full"] is not None:
-            table = paired({0: web["r16"]}, {0: web["full"]})
+        table = _equal_pairs(runs["r16"], runs["full"])
+        if len(table):
             gap, low, high = bootstrap(table, lambda t: float((t[..., 0] - t[..., 1]).mean()))
-            words = f"web bits a byte at test loss {target:.3f}: {gap:+.4f} ({low:+.4f} to {high:+.4f}), one seed"
-            yield f"LoRA r 16 forgets less than full at equal learning: {of}", verdict(low, high, 1), words
+            words = f"web bits a byte at the best loss both reach: {gap:+.4f} ({low:+.4f} to {high:+.4f}), {len(table)} seeds"
+            yield f"LoRA r 16 forgets less than full at equal learning: {of}", verdict(low, high, len(table)), words
     for arm in ("r16", "full"):
         plain, cured = (results.of("P5", "forgetting", name, "P2") for name in (arm, f"{arm}, replay"))
         if plain and cured:
@@ -274,6 +290,14 @@ def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _log_x(axes: Any) -> None:
+    """A logarithmic axis on which only powers of ten have a label."""
+    from matplotlib.ticker import NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _caption(axes: Any, rows: Sequence[Result], text: str) -> None:
     models = ", ".join(sorted({row["model"] for row in rows}))
     axes.set_title(f"{text}\n{models}, {len({row['seed'] for row in rows})} seed(s)", loc="left", fontsize=9)
@@ -323,9 +347,10 @@ def _p1(results: Results) -> Any:
         axes[0].axhline(2 * own[0]["trained"], color=color, linewidth=0.8, linestyle="--")
     ends = [min(row["entropy"] for row in rows), max(row["entropy"] for row in rows)]
     axes[0].plot(ends, ends, color="#666666", linewidth=0.8, label="all of it")
-    axes[0].set(xscale="log", yscale="log", xlabel="bits in the facts", ylabel="bits recalled")
+    _log_x(axes[0])
+    axes[0].set(yscale="log", xlabel="bits in the facts", ylabel="bits recalled")
     axes[0].set_ylim(top=4 * ends[1])
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=7, loc="upper left")
     _caption(axes[0], rows, "random facts; dashed: 2 bits a parameter")
     return figure
 
@@ -342,7 +367,8 @@ def _rate_curves(results: Results) -> Any:
             if curve:
                 each.plot(*zip(*curve, strict=True), "o-", color=COLORS[row["arm"]], label=row["arm"], markersize=4)
                 each.plot([row["lr"]], [dict(curve)[row["lr"]]], "o", color=COLORS[row["arm"]], markersize=9, alpha=0.4)
-        each.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss")
+        _log_x(each)
+        each.set(xlabel="peak learning rate", ylabel="validation loss")
         each.legend(frameon=False, fontsize=8)
         _caption(each, rows, f"{experiment}: rates at a quarter of the steps")
     return figure

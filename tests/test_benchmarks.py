@@ -79,3 +79,21 @@ def test_exp_judging_simulates_peeking_and_skips_what_needs_data(tmp_path: Path)
     assert "always valid" in printed
     assert (tmp_path / "judging_c.svg").read_text().startswith("<?xml")
     assert "skipped" in run("exp_judging.py", "a", "--data", str(tmp_path))
+
+
+@pytest.mark.slow
+def test_exp_peft_full_goes_on_where_it_stopped_and_draws_from_its_results(tmp_path: Path) -> None:
+    """Two cells on a tiny model of its own; a broken last line of the results is a killed run's."""
+    where = ("--out", str(tmp_path), "--root", str(tmp_path / "root"))
+    chosen = ("--tiny", "--seeds", "0", "--cells", "P0", *where)
+    run("exp_peft_full.py", *chosen)
+    file = tmp_path / "peft_full.jsonl"
+    lines = file.read_text().splitlines()
+    (row,) = map(json.loads, lines)
+    assert row["cell"] == "P0/theory/closed forms/0"
+    for spectrum in row["gaps"].values():
+        assert all(reached >= bound - 1e-9 for reached, bound in zip(spectrum["reached"], spectrum["bound"], strict=True))
+    file.write_text(lines[0] + "\n" + lines[0][:100])
+    assert run("exp_peft_full.py", "--list", *chosen).startswith("done  P0/theory")
+    assert "claim" in run("exp_peft_full.py", "--figures", *where)
+    assert (tmp_path / "peft_full_p0.svg").is_file()

@@ -1,27 +1,21 @@
-"""Bits that a run can hold beside the bits that its rows bring: counted on real models, stubs and files."""
+"""Bits that a run can hold beside the bits that its rows bring: counted on real models and files."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_folder
-import torch
 
 from minisft.cli.main import main
 from minisft.config import RunConfig
 from minisft.formats import load_model
-from minisft.model import CausalLM
 from minisft.step import prepare_method
 from minisft.surgery import num_parameters
 from minisft.training.capacity import Capacity, advice, capacity
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import peft_full_data as facts_lab
 
 
 @pytest.fixture(scope="module")
@@ -95,44 +89,3 @@ def test_the_sentence_says_whether_rank_is_the_limit(shop: Path, tmp_path: Path,
     assert printed.strip().endswith("of capacity.")
     assert "may be your limit" in advice(Capacity("lora", 10, 20.0, 1, 9, 80.0, 70.0))
     assert "Rank is not" in advice(Capacity("lora", 10, 20.0, 1, 9, 80.0, 19.0))
-
-
-# ---- the counter of recalled facts ---------------------------------------------------------------------------------------
-
-
-class Lookup(torch.nn.Module):
-    """A stub with a model's parts: hidden states are one-hot of the right next token for the facts that it knows."""
-
-    def __init__(self, known: int) -> None:
-        super().__init__()
-        self.known, self.lm_head = known, torch.nn.Linear(258, 258, bias=False)
-        self.lm_head.weight.data = 60.0 * torch.eye(258)
-
-    def hidden(self, input_ids: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-        states = torch.zeros(*input_ids.shape, 258)
-        after = torch.roll(input_ids, -1, 1)
-        for row in range(min(self.known, len(input_ids))):
-            states[row].scatter_(1, after[row][:, None], 1.0)
-        return states
-
-
-def test_the_counter_reads_nothing_from_an_untrained_model_and_everything_from_a_lookup(tmp_path: Path) -> None:
-    tokenizer = facts_lab.own_tokenizer(tmp_path / "tokenizer")
-    rows = facts_lab.encode_facts(tokenizer, facts_lab.facts(40, 1))
-    model = CausalLM(facts_lab.own_config(True))
-    facts_lab.start_small_(model, 0)
-    assert facts_lab.recalled_bits(model, rows, tokenizer.pad_id) < 0.01 * 40 * facts_lab.BITS_A_FACT
-    for known in (40, 13, 0):
-        found = facts_lab.recalled_bits(Lookup(known), rows, tokenizer.pad_id)  # type: ignore[arg-type]
-        assert found == pytest.approx(known * facts_lab.BITS_A_FACT, abs=1e-3)
-    assert math.isclose(facts_lab.BITS_A_FACT, 16.6096, rel_tol=1e-4)
-
-
-def test_the_cipher_replaces_every_letter_and_can_be_undone() -> None:
-    text = "The quick brown fox jumps over the lazy dog, 42 times."
-    changed = facts_lab.cipher(text)
-    pairs = {(a, b) for a, b in zip(text, changed, strict=True)}
-    assert len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs)
-    assert sum(a != b for a, b in pairs if a.isalpha()) > 20
-    assert all(a == b for a, b in pairs if not a.isalpha())
-    assert [c.isupper() for c in text] == [c.isupper() for c in changed]
