@@ -42,6 +42,8 @@ TRAIN = ["train", "--model", "m", "--data", "d", "--out", "o"]
 EVAL = ["eval", "--model", "m", "--data", "d", "--metric", "f1", "--out", "o"]
 MERGE = ["merge", "--adapter", "a", "--out", "no-such-folder/out"]
 GENERATE = ["generate", "--model", "m", "--prompt", "p"]
+SWEEP = ["sweep", "--model", "m", "--data", "d", "--general", "g", "--out", "no-such-folder/s"]
+LR_FIND = ["lr-find", "--model", "m", "--data", "d", "--out", "no-such-folder/l"]
 MISUSES: list[tuple[list[str], str]] = [
     (["trian"], "config/unknown-command"),
     (["train", "--lerning-rate", "1"], "config/unknown-flag"),
@@ -70,7 +72,14 @@ MISUSES: list[tuple[list[str], str]] = [
     ([*MERGE, "--calibration", "c"], "config/unused-calibration"),
     (["combine", "--adapter", "a:b", "--out", "o"], "config/bad-value"),
     (["quantize", "--model", "m", "--out", "o", "--block-size", "7"], "config/bad-value"),
-    (["sweep", "--model", "m", "--data", "d", "--general", "g", "--out", "no-such-folder/s"], "adapter/none"),
+    (SWEEP, "adapter/none"),
+    ([*SWEEP, "--tuned", "t", "--adapter", "a"], "config/usage"),
+    ([*LR_FIND, "--lrs", "1e-3"], "config/bad-value"),
+    ([*LR_FIND, "--lrs", "1e-3", "-1", "1e-2"], "config/bad-value"),
+    ([*LR_FIND, "--lrs", "1e-3", "3e-3", "1e-2", "--validation-share", "0"], "config/no-validation"),
+    ([*LR_FIND, "--lrs", "1e-3", "3e-3", "1e-2", "--share", "2"], "config/bad-value"),
+    ([*LR_FIND, "--lrs", "1e-3", "3e-3", "1e-2", "--lr", "1"], "config/unknown-flag"),
+    (["diff", "--a", "a", "--b", "b", "--top", "0"], "config/bad-value"),
 ]
 
 

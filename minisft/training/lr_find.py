@@ -148,7 +148,7 @@ class _Search:
         self.steps = math.ceil(share * self.total_steps)
         if self.steps < MIN_STEPS:
             raise UserError(
-                "config/too-few-steps", "a share of the run is too short to tell rates apart", where="--share",
+                "config/too-few-steps", "a share of the run is too short to rank rates", where="--share",
                 found=f"{self.steps} of {self.total_steps} steps", expected=f"at least {MIN_STEPS} steps",
                 fix="give a larger --share, or a longer run",
             )  # fmt: skip
