@@ -20,6 +20,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from minisft.model import CausalLM
 from minisft.surgery import num_parameters
 from minisft.training.identity import adapter_sha256, run_identity
 from minisft.training.lr_grid import Cell, Choice, Curve, check_search, choose, draw, no_validation
+from minisft.training.replay import steps_of_epochs
 from minisft.training.run_data import RunData, prepare_data
 from minisft.training.sft import SFTTrainer
 from minisft.training.stop_signal import StopSignal
@@ -144,7 +146,8 @@ class _Search:
         self.template, self.data = self._read(log, context)
         if not self.data.validation:
             raise no_validation("0 rows to validate on")
-        self.total_steps = run.steps or max(1, math.ceil((run.epochs or 1.0) * len(self.data.train) / run.batch_size))
+        replayed = self.data.replay.share if self.data.replay else Fraction(0)
+        self.total_steps = run.steps or steps_of_epochs(run.epochs or 1.0, len(self.data.train), run.batch_size, replayed)
         self.steps = math.ceil(share * self.total_steps)
         if self.steps < MIN_STEPS:
             raise UserError(
@@ -294,8 +297,8 @@ def _read_object(path: Path) -> dict[str, JSON]:
 def _read_cell(path: Path) -> Cell:
     try:
         values: dict[str, Any] = _read_object(path)
-        curves = {name: tuple((int(a), float(b)) for a, b in values.pop(name)) for name in ("curve", "train")}
-        return Cell(**values, **curves)
+        values |= {name: tuple((int(a), float(b)) for a, b in values[name]) for name in ("curve", "train")}
+        return Cell(**values)
     except (TypeError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise
