@@ -207,7 +207,7 @@ class Lab:
         if change == "replay":
             replay = self.root / "replay.jsonl"
             write_rows(replay, self.source.rows("web", "train", 77))
-            values |= {"replay": str(replay), "replay_share": 0.1}
+            values |= {"replay": str(replay), "replay_share": 0.25 if self.tiny else 0.1}
         return RunConfig(**values)  # type: ignore[arg-type]
 
     def run_folder(self, experiment: str, arm: str, seed: int) -> Path:
