@@ -118,7 +118,7 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
     batch_size: int = 16,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt until it says one of ``eos_ids``, has ``max_new_tokens`` more, or fills the model's context.
 
@@ -129,7 +129,7 @@ def generate(
         eos_ids: tokens that end a row; may be empty.
         temperature, top_p, top_k, seed: how a token is chosen, see ``Sampling``.
         batch_size: rows computed at once; never changes a row's result (but for rounding).
-        on_token: called with (index of the prompt, token) as tokens come.
+        on_token: called with (index of the prompt, token) as tokens come; a row for which it returns True ends there.
 
     Returns:
         the new ids of each prompt; the last one is an eos if and only if the row stopped by itself.
@@ -147,10 +147,11 @@ def generate(
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # neighbours of one length: little padding
     for start in range(0, len(prompts), batch_size):
         batch = {i: prompts[i] for i in longest_first[start : start + batch_size]}
-        for index, token in _tokens(model, batch, max_new_tokens, eos_ids, sampling):
+        ended: set[int] = set()
+        for index, token, _, _ in _scored_tokens(model, batch, max_new_tokens, eos_ids, sampling, ended, scored=False):
             answers[index].append(token)
-            if on_token is not None:
-                on_token(index, token)
+            if on_token is not None and on_token(index, token):
+                ended.add(index)
     return answers
 
 
@@ -236,9 +237,13 @@ def _scored_tokens(
     max_new_tokens: int,
     eos_ids: Collection[int],
     sampling: Sampling,
+    ended: Collection[int] = (),
     scored: bool = True,
 ) -> Iterator[tuple[int, int, float, float]]:
-    """(prompt index, token, its log-probability, entropy), step by step, for one batch; zeros unless ``scored``."""
+    """(prompt index, token, its log-probability, entropy), step by step, for one batch; zeros unless ``scored``.
+
+    ``ended`` may grow meanwhile: prompts in it get no further token.
+    """
     context = model.config.max_position_embeddings
     limits = {i: min(max_new_tokens, context - len(prompt)) for i, prompt in prompts.items()}
     rows = list(prompts)
@@ -251,7 +256,7 @@ def _scored_tokens(
             zeros = [0.0] * len(rows)
             log_probs, entropies = _scores(logits_BV, tokens, sampling.temperature) if scored else (zeros, zeros)
             yield from zip(rows, chosen, log_probs, entropies, strict=True)
-            active = [r for r, i in enumerate(rows) if chosen[r] not in eos_ids and step + 1 < limits[i]]
+            active = [r for r, i in enumerate(rows) if chosen[r] not in eos_ids and step + 1 < limits[i] and i not in ended]
             if not active:
                 return
             if len(active) < len(rows):

@@ -128,6 +128,21 @@ def test_on_token_tells_everything(model):
     assert list(told.values()) == answers
 
 
+def test_on_token_may_end_a_row(model):
+    """The others go on as if nothing had happened."""
+    prompts = [[1], [2, 3], [4]]
+    whole = generate(model, prompts, max_new_tokens=6, eos_ids=())
+    told = dict.fromkeys(range(3), 0)
+
+    def ends(index: int, token: int) -> bool:
+        told[index] += 1
+        return index == 1 and told[1] == 2
+
+    answers = generate(model, prompts, max_new_tokens=6, eos_ids=(), on_token=ends)
+    assert answers == [whole[0], whole[1][:2], whole[2]]
+    assert list(told.values()) == [6, 2, 6]
+
+
 @pytest.mark.parametrize(
     "settings",
     [

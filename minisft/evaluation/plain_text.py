@@ -130,10 +130,15 @@ def windows(tokenizer: Tokenizer, text: str, size: int) -> Iterator[Continuation
         text: not empty.
         size: tokens of a window.
 
-    Yields:
+    Returns:
         windows in order.
     """
-    ids = [prefix_id(tokenizer), *tokenizer.encode(text)]
+    return token_windows([prefix_id(tokenizer), *tokenizer.encode(text)], size)
+
+
+def token_windows(ids: Sequence[int], size: int) -> Iterator[Continuation]:
+    """``ids`` after the first in windows of ``size``, see ``windows``."""
+    ids = list(ids)
     for start in range(1, len(ids), size):
         end = min(len(ids), start + size)
         first = max(0, end - size - 1) if start > 1 else 0
