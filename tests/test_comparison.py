@@ -248,6 +248,34 @@ def test_files_that_differ_in_more_than_the_model_are_refused(tmp_path, change, 
             require_comparable(first, second)
 
 
+def test_files_of_before_prompts_were_noted_may_be_compared(tmp_path):
+    rows = task_rows([1.0] * 10)
+    old = read_rows(write_scored(tmp_path, "old", rows, metric="exact_match"))
+    new = read_rows(write_scored(tmp_path, "new", [{**row, "prompt_sha256": "aa"} for row in rows], metric="exact_match"))
+    require_comparable(old, new)
+    require_comparable(new, old)
+
+
+def test_embeddings_decide_which_training_rows_are_near(tmp_path):
+    """Words would name the row with the same words; the column names another."""
+    rows = [{**row, "e": [1.0, float(i)]} for i, row in enumerate(task_data(30))]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    train = write_jsonl(tmp_path / "train.jsonl", [{**row, "e": [1.0, 29.0 - i]} for i, row in enumerate(task_data(30))])
+    a = write_scored(tmp_path, "a", task_rows([1.0] * 30), metric="exact_match")
+    b = write_scored(tmp_path, "b", task_rows([0.0] * 30), metric="exact_match")
+    found = compare_files(a, b, data=data, train=train, embedding="e")
+    for case in found.cases:
+        assert case.near[0].startswith(f"row {31 - case.row}:")
+    assert any(
+        not case.near[0].startswith(f"row {31 - case.row}:") for case in compare_files(a, b, data=data, train=train).cases
+    )
+    short = write_jsonl(tmp_path / "short.jsonl", [{**row, "e": [1.0]} for row in task_data(30)])
+    with pytest.raises(UserError, match="embeddings of data and training differ"):
+        compare_files(a, b, data=data, train=short, embedding="e")
+    with pytest.raises(UserError, match="bad-embedding"):
+        compare_files(a, b, data=data, train=train, embedding="channel")
+
+
 # --- the report
 
 

@@ -265,3 +265,22 @@ def test_bad_texts_are_named(tmp_path):
 def test_distance_reads_forty_texts_at_most(loaded):
     model, tokenizer, _ = loaded
     assert distance(model, model, tokenizer, [(i, "abc") for i in range(50)]).n == 40
+
+
+@pytest.mark.slow
+def test_a_row_knows_what_was_asked(loaded, folder):
+    """Another system message is another prompt; the suite's rows know their question and their text."""
+    model, tokenizer, template = loaded
+    examples = read_dataset(folder / "rows.jsonl", keep_duplicates=True).examples
+    plain, same, other = (
+        evaluate_all(model, tokenizer, template, examples, ["exact_match", "loss"], max_new_tokens=2, limit=3, system=system)
+        for system in (None, None, "Answer briefly.")
+    )
+    for metric in ("exact_match", "loss"):
+        digests = [[row.extra["prompt_sha256"] for row in found[metric].rows] for found in (plain, same, other)]
+        assert digests[0] == digests[1]
+        assert not set(digests[0]) & set(digests[2])
+        assert len(set(digests[0])) == 3
+    texts = web_text(model, tokenizer, read_texts(folder / "texts.jsonl"), "t")
+    questions = cloze(model, tokenizer, read_mmlu(folder / "mmlu.jsonl"), "m")
+    assert len({row.extra["prompt_sha256"] for row in (*texts.rows, *questions.rows)}) == len(TEXTS) + len(MMLU)

@@ -157,3 +157,11 @@ def test_a_missing_library_names_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"config/missing-extra.*minisft\[metrics\]"):
         text_metrics.bleu(["a"], ["a"])
+
+
+def test_exact_match_says_how_texts_were_normalized():
+    found = result_of([("The answer: Paris", "answer paris!"), ("a", "b"), ("x", " x\n")])
+    strict, loose = (rescore(found, "exact_match", normalize=name) for name in ("none", "squad"))
+    assert [row.score for row in strict.rows] == [0.0, 0.0, 1.0]
+    assert [row.score for row in loose.rows] == [1.0, 0.0, 1.0]
+    assert (strict.extra["normalize"], loose.extra["normalize"]) == ("none", "squad")

@@ -49,6 +49,7 @@ def _rows(arguments: argparse.Namespace) -> int:
         arguments.metric,
         clusters=clusters,
         bleu_tokenize=arguments.bleu_tokenize,
+        normalize=arguments.normalize,
         max_new_tokens=arguments.max_new_tokens,
         limit=arguments.limit,
         batch_size=arguments.batch_size,

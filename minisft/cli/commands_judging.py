@@ -30,6 +30,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
         *arguments.rows,
         data=arguments.data,
         train=arguments.train,
+        embedding=arguments.embedding,
         general=[(first, second) for first, second in arguments.general],
         business=arguments.business,
         gates=gates,
@@ -172,6 +173,15 @@ def feedback_command(arguments: argparse.Namespace) -> int:
     for reason, count in made.left_out.items():
         if count:
             print(f"{count} {reason}")
+    if isinstance(agreed := result.get("rater_agreement"), dict):
+        alpha = agreed["krippendorff_alpha"]
+        shown = (
+            f", alpha {alpha['estimate']:.2f} ({alpha['low']:.2f} to {alpha['high']:.2f})" if isinstance(alpha, dict) else ""
+        )
+        print(
+            f"{agreed['raters']} people judged {agreed['pairs']} pairs that another had judged: "
+            f"{agreed['share_of_equal_verdicts']:.0%} equal verdicts{shown}"
+        )
     if result["pii_rows"]:
         print(f"{result['pii_rows']} rows look as if they held an address, a phone or a card number: see the column pii")
     return 0

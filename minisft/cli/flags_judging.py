@@ -37,6 +37,10 @@ def _compare_flags(parser: argparse.ArgumentParser) -> None:
         "--general", nargs=2, action="append", default=[], metavar=("BASE", "TUNED"),
         help="two rows files of general ability; may be given again",
     )  # fmt: skip
+    parser.add_argument(
+        "--embedding", default=None, metavar="COLUMN",
+        help="of --data and --train: lists of numbers, near training rows point the same way (default: shared words)",
+    )  # fmt: skip
     parser.add_argument("--business", default=None, metavar="F.json", help="what ab analyze, arena or feedback wrote")
     parser.add_argument(
         "--gate", nargs="+", default=[], metavar="NAME>=X",
@@ -138,6 +142,10 @@ def eval_metric_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster", default=None, metavar="COLUMN", help="rows with equal values belong together, for intervals"
     )
+    parser.add_argument(
+        "--normalize", choices=("none", "squad"), default="none",
+        help="of exact_match: as they stand (default), or without case, punctuation and English articles",
+    )  # fmt: skip
     parser.add_argument("--bleu-tokenize", default="13a", metavar="T", help="of bleu: 13a (default), zh, char, intl or none")
     parser.add_argument("--suite", choices=("general",), default=None, help="general ability instead of --data and --metric")
     parser.add_argument("--mmlu", default=None, metavar="F", help="of the suite: four-choice questions, asked in cloze form")

@@ -33,6 +33,7 @@ from minisft.evaluation.references import decode_answer, rendered_reference
 from minisft.evaluation.results import EvalResult as EvalResult
 from minisft.evaluation.results import Progress as Progress
 from minisft.evaluation.results import RowResult as RowResult
+from minisft.evaluation.results import prompt_sha256 as prompt_sha256
 from minisft.evaluation.results import terminal_progress as terminal_progress
 from minisft.evaluation.results import write as write
 from minisft.generation import generate, no_dropout
@@ -159,10 +160,17 @@ def evaluate(
     scorer = Scorer(model, tokenizer, template, max_new_tokens, batch_size, progress)
     with no_dropout(model):
         if metric == "loss":
-            return _loss(scorer, chosen)
+            return _with_prompts(_loss(scorer, chosen), chosen)
         if metric == "choice":
-            return _choice(scorer, chosen, _all_references(examples))
-        return _answers(scorer, chosen, metric)
+            return _with_prompts(_choice(scorer, chosen, _all_references(examples)), chosen)
+        return _with_prompts(_answers(scorer, chosen, metric), chosen)
+
+
+def _with_prompts(result: EvalResult, examples: Sequence[Example]) -> EvalResult:
+    """Each row with the digest of its prompt, the system message included."""
+    asked = {e.row: prompt_sha256(*(text for m in e.messages[:-1] for text in (m.role, m.content))) for e in examples}
+    rows = [replace(row, extra={**row.extra, "prompt_sha256": asked[row.row]}) for row in result.rows]
+    return replace(result, rows=rows)
 
 
 def _with_reference(example: Example) -> Example:

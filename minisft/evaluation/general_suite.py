@@ -27,7 +27,7 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.evaluation.evaluate import evaluate
 from minisft.evaluation.plain_text import Continuation, bits_per_byte, kl_per_token, log_probs, split_continuation
 from minisft.evaluation.rescore import with_interval
-from minisft.evaluation.results import EvalResult, Progress, RowResult
+from minisft.evaluation.results import EvalResult, Progress, RowResult, prompt_sha256
 from minisft.model import CausalLM
 
 QUESTIONS = "general_questions.json"
@@ -138,7 +138,7 @@ def _cloze_row(q: ClozeQuestion, totals: list[float]) -> RowResult:
     norm = max(range(len(totals)), key=lambda i: totals[i] / max(1, len(q.choices[i])))
     extra: dict[str, JSON] = {
         "subject": q.subject, "prediction_norm": q.choices[norm], "log_prob": totals[best],
-        "log_prob_reference": totals[q.answer],
+        "log_prob_reference": totals[q.answer], "prompt_sha256": prompt_sha256(q.question, *q.choices),
     }  # fmt: skip
     return RowResult(q.row, q.choices[best], q.choices[q.answer], float(best == q.answer), extra)
 
@@ -160,8 +160,14 @@ def web_text(
     """
     found = bits_per_byte(model, tokenizer, [text for _, text in texts], progress=progress)
     rows = [
-        RowResult(number, "", "", bits.per_byte, {"bytes": bits.num_bytes, "num_tokens": bits.num_tokens})
-        for (number, _), bits in zip(texts, found, strict=True)
+        RowResult(
+            number,
+            "",
+            "",
+            bits.per_byte,
+            {"bytes": bits.num_bytes, "num_tokens": bits.num_tokens, "prompt_sha256": prompt_sha256(text)},
+        )
+        for (number, text), bits in zip(texts, found, strict=True)
     ]
     corpus = sum(bits.bits for bits in found) / sum(bits.num_bytes for bits in found)
     extra: dict[str, JSON] = {"form": f"{name}/plain/{len(rows)} texts", "corpus": corpus}

@@ -15,6 +15,7 @@ from typing import Literal
 from minisft.common.safe_json import JSON, loads
 
 Metric = Literal["exact_match", "json", "f1", "choice", "loss"]
+NORMALIZATIONS = ("none", "squad")  # of exact_match
 THINK, END_THINK = "<think>", "</think>"
 Z_95 = 1.959964  # the normal distribution's 97.5 % point
 
@@ -28,8 +29,20 @@ def split_thinking(text: str, is_open: bool = False) -> tuple[str, str]:
     return "", text
 
 
-def exact_match(prediction: str, reference: str) -> float:
-    """1.0 if the texts are equal but for white space around them."""
+def exact_match(prediction: str, reference: str, normalize: str = "none") -> float:
+    """1.0 if the texts are equal.
+
+    Args:
+        prediction: the answer.
+        reference: the right one.
+        normalize: ``none``: white space around the texts does not count; ``squad``: nor do case, punctuation and English
+            articles (Rajpurkar et al. 2016, arXiv:1606.05250).
+
+    Returns:
+        1.0 or 0.0.
+    """
+    if normalize == "squad":
+        return float(_words(prediction) == _words(reference))
     return float(prediction.strip() == reference.strip())
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from minisft.evaluation.results import EvalResult, RowResult
 from minisft.evaluation.statistics import Interval, bootstrap_mean, bootstrap_metric, wilson_interval
 from minisft.evaluation.text_metrics import bleu, chrf, rouge
 
-BY_ROW = {"exact_match": exact_match, "json": json_match, "f1": token_f1}
+BY_ROW: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "json": json_match, "f1": token_f1}
 TEXT_METRICS = (*BY_ROW, "label", "bleu", "chrf", "rouge")
 SHARES = ("exact_match", "json", "choice", "label")
 MAX_LABELS, LABEL_DRAWS = 1_000, 500
@@ -29,6 +30,7 @@ def rescore(
     labels: Sequence[str] = (),
     clusters: Sequence[Hashable] | None = None,
     bleu_tokenize: str = "13a",
+    normalize: str = "none",
 ) -> EvalResult:
     """Judge answers by another metric.
 
@@ -38,6 +40,7 @@ def rescore(
         labels: for label: the label set; the references' own by default.
         clusters: of each row, for intervals.
         bleu_tokenize: for bleu.
+        normalize: for exact_match, ``none`` or ``squad``: lower case, no punctuation, no articles; the result says which.
 
     Returns:
         the result; ``score`` is accuracy for label, BLEU or chrF / 100 of the corpus, mean ROUGE-L F for rouge.
@@ -52,10 +55,13 @@ def rescore(
         return _corpus(result, metric, clusters, bleu_tokenize)
     if metric == "rouge":
         return _rouge(result, clusters)
-    rows = [replace(row, score=BY_ROW[metric](row.prediction, row.reference)) for row in result.rows]
+    compare, extra = BY_ROW[metric], dict(result.extra)
+    if metric == "exact_match":
+        compare, extra["normalize"] = functools.partial(exact_match, normalize=normalize), normalize
+    rows = [replace(row, score=compare(row.prediction, row.reference)) for row in result.rows]
     if metric == "json":
         _require_json(rows)
-    return with_interval(_result(metric, rows, dict(result.extra)), clusters)
+    return with_interval(_result(metric, rows, extra), clusters)
 
 
 def with_interval(result: EvalResult, clusters: Sequence[Hashable] | None = None) -> EvalResult:

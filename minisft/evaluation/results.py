@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -52,6 +53,11 @@ def terminal_progress(title: str) -> Iterator[Progress | None]:
             bar.update(done - bar.n)
 
         yield show
+
+
+def prompt_sha256(*texts: str) -> str:
+    """A digest of what was asked; ``compare`` refuses two files in which a row's differ."""
+    return hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def write(result: EvalResult, out_path: str | Path) -> Path:

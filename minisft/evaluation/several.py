@@ -12,7 +12,7 @@ from minisft.data.examples import Example
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.evaluation.evaluate import evaluate
-from minisft.evaluation.metrics import Metric
+from minisft.evaluation.metrics import NORMALIZATIONS, Metric
 from minisft.evaluation.rescore import TEXT_METRICS, rescore, with_interval
 from minisft.evaluation.results import EvalResult, Progress
 from minisft.evaluation.text_metrics import BLEU_TOKENIZERS
@@ -30,6 +30,7 @@ def evaluate_all(
     *,
     clusters: Sequence[Hashable] | None = None,
     bleu_tokenize: str = "13a",
+    normalize: str = "none",
     max_new_tokens: int = 128,
     limit: int | None = None,
     batch_size: int = 16,
@@ -46,6 +47,7 @@ def evaluate_all(
         metrics: of ``ALL_METRICS``; those on texts share one pass.
         clusters: of each example, for intervals.
         bleu_tokenize: sacrebleu's tokenizer.
+        normalize: what exact_match compares, ``none`` or ``squad``.
         max_new_tokens: longest answer.
         limit: only so many rows; the label set of ``label`` comes from all of them.
         batch_size: rows computed at once.
@@ -58,7 +60,7 @@ def evaluate_all(
     Raises:
         UserError: an unknown metric, rows that cannot be scored, a missing library.
     """
-    _check(metrics, bleu_tokenize)
+    _check(metrics, bleu_tokenize, normalize)
     labels = [example.messages[-1].content for example in examples if example.messages]
     grouped = None if clusters is None else list(clusters)[:limit]
     answered: EvalResult | None = None
@@ -66,7 +68,9 @@ def evaluate_all(
     for metric in dict.fromkeys(metrics):
         first = cast(Metric, {"bits_per_byte": "loss"}.get(metric, metric if metric in get_args(Metric) else "exact_match"))
         if metric in TEXT_METRICS and answered is not None:
-            found[metric] = rescore(answered, metric, labels=labels, clusters=grouped, bleu_tokenize=bleu_tokenize)
+            found[metric] = rescore(
+                answered, metric, labels=labels, clusters=grouped, bleu_tokenize=bleu_tokenize, normalize=normalize
+            )
             continue
         result = evaluate(
             model, tokenizer, template, examples, first, max_new_tokens=max_new_tokens, limit=limit,
@@ -77,7 +81,7 @@ def evaluate_all(
             found[metric] = with_interval(_in_bits(result, examples) if metric == "bits_per_byte" else result, kept)
             continue
         answered, grouped = result, kept
-        found[metric] = rescore(result, metric, labels=labels, clusters=kept, bleu_tokenize=bleu_tokenize)
+        found[metric] = rescore(result, metric, labels=labels, clusters=kept, bleu_tokenize=bleu_tokenize, normalize=normalize)
     return found
 
 
@@ -88,8 +92,8 @@ def _in_bits(loss: EvalResult, examples: Sequence[Example]) -> EvalResult:
     for row in loss.rows:
         turns = [m for m in by_row[row.row].messages if m.role == "assistant" and m.train]
         num_bytes, tokens = sum(len(m.content.encode()) for m in turns), int(str(row.extra["tokens"]))
-        bits = row.score * tokens / math.log(2)
-        rows.append(replace(row, score=bits / max(1, num_bytes), extra={"bytes": num_bytes, "num_tokens": tokens}))
+        bits, kept = row.score * tokens / math.log(2), {"prompt_sha256": row.extra["prompt_sha256"]}
+        rows.append(replace(row, score=bits / max(1, num_bytes), extra={**kept, "bytes": num_bytes, "num_tokens": tokens}))
     return EvalResult(sum(row.score for row in rows) / len(rows), len(rows), "bits_per_byte", {}, rows)
 
 
@@ -101,10 +105,11 @@ def _of_rows(result: EvalResult, examples: Sequence[Example], clusters: Sequence
     return [by_row[row.row] for row in result.rows]
 
 
-def _check(metrics: Sequence[str], bleu_tokenize: str) -> None:
+def _check(metrics: Sequence[str], bleu_tokenize: str, normalize: str) -> None:
     for name, options, what in (
         *((metric, ALL_METRICS, "unknown metric") for metric in metrics),
         (bleu_tokenize, BLEU_TOKENIZERS, "unknown tokenizer of BLEU"),
+        (normalize, NORMALIZATIONS, "unknown normalization"),
     ):
         if name not in options:
             fix = nearest(name, options) or f"use {options[0]}"

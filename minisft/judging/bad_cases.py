@@ -17,6 +17,7 @@ from minisft.common.errors import visible
 from minisft.common.safe_json import JSON
 from minisft.data.messages import Example
 from minisft.evaluation.metrics import json_equal
+from minisft.evaluation.statistics import Floats
 from minisft.judging.rows_file import RowId, RowsFile, ScoredRow
 from minisft.judging.words import WordVectors, clusters_of, nearest, over_represented
 
@@ -219,19 +220,24 @@ def cluster_cases(cases: Sequence[BadCase], others: Sequence[str], seed: int = 0
     return [replace(case, cluster=number) for case, number in zip(cases, numbers, strict=True)], clusters
 
 
-def with_neighbours(cases: Sequence[BadCase], training: Sequence[Example], limit: int) -> list[BadCase]:
+def with_neighbours(
+    cases: Sequence[BadCase], training: Sequence[Example], limit: int, vectors: tuple[Floats, Floats] | None = None
+) -> list[BadCase]:
     """The first ``limit`` cases with their three nearest training rows, as "row N: answer".
 
     Args:
         cases: with prompts.
         training: examples that the model was trained on.
         limit: how many cases.
+        vectors: unit vectors of those cases and of the training rows; of their words by default.
 
     Returns:
         all cases, in their order.
     """
-    vectors = WordVectors([prompt_of(example) for example in training])
-    chosen = nearest(vectors.of([case.prompt or "" for case in cases[:limit]]), vectors.vectors, NEIGHBOURS)
+    if vectors is None:
+        words = WordVectors([prompt_of(example) for example in training])
+        vectors = words.of([case.prompt or "" for case in cases[:limit]]), words.vectors
+    chosen = nearest(*vectors, NEIGHBOURS)
     found = []
     for case, rows in zip(cases, chosen, strict=False):
         near = tuple(f"row {training[i].row}: {training[i].messages[-1].content[:120]}" for i in rows)

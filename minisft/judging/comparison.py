@@ -14,13 +14,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from minisft.common import safe_json
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.data.json_rows import json_type
 from minisft.data.messages import Example, read_dataset
 from minisft.evaluation.paired import PairedResult, compare_paired
-from minisft.evaluation.statistics import DRAWS, MIN_TEST_ROWS, Interval
+from minisft.evaluation.statistics import DRAWS, MIN_TEST_ROWS, Floats, Interval
 from minisft.judging.bad_cases import (
     BadCase,
     Cluster,
@@ -35,6 +37,7 @@ from minisft.judging.bad_cases import (
 from minisft.judging.gates import Gate, GateResult, Verdict, judge_gates, verdict_of
 from minisft.judging.rows_file import RowId, RowsFile, ScoredRow, read_prompts, read_rows, require_comparable
 from minisft.judging.slices import Slice, find_slices
+from minisft.selection.ranking import column_vectors
 
 NEIGHBOURS_FOR = 100  # regressions that get their nearest training rows
 
@@ -165,6 +168,7 @@ def compare_files(
     *,
     data: str | Path | None = None,
     train: str | Path | None = None,
+    embedding: str | None = None,
     general: Sequence[tuple[str, str]] = (),
     business: str | Path | None = None,
     gates: Sequence[Gate] = (),
@@ -179,6 +183,7 @@ def compare_files(
         base, tuned: rows of the task.
         data: what was scored: prompts and columns for bad cases, slices and clusters.
         train: rows that the tuned model was trained on, to show those near a regression.
+        embedding: a column of both ``data`` and ``train`` with a list of numbers a row; near is by words without it.
         general: pairs of rows files of general ability, base first.
         business: what ``minisft ab analyze``, ``arena`` or ``feedback`` wrote.
         gates: none stands for task>=0 and, where it was measured, general>=-margin.
@@ -202,7 +207,7 @@ def compare_files(
     outcome = None if business is None else _read_business(Path(business))
     limits = list(gates) or [Gate("task", 0.0), *([Gate("general", -margin)] if general else [])]
     held = judge_gates(limits, _intervals(measured, outcome))
-    cases, groups = _cases(a, b, examples, train, seed)
+    cases, groups = _cases(a, b, examples, train, embedding, seed)
     return Comparison(
         str(base), str(tuned), seed, measured, outcome, held, verdict_of(held), cases, _errors(a, b, examples),
         confusions([*b.rows.values()]) if b.sign > 0 else [], groups, find_slices(a, b, examples), examples,
@@ -248,15 +253,35 @@ def _intervals(measured: Sequence[Measured], business: dict[str, JSON] | None) -
 
 
 def _cases(
-    a: RowsFile, b: RowsFile, examples: Mapping[RowId, Example] | None, train: str | Path | None, seed: int
+    a: RowsFile,
+    b: RowsFile,
+    examples: Mapping[RowId, Example] | None,
+    train: str | Path | None,
+    embedding: str | None,
+    seed: int,
 ) -> tuple[list[BadCase], list[Cluster]]:
     cases = find_bad_cases(a, b, examples)
     wrong = {case.row for case in cases}
     others = [prompt_of(examples[n]) if examples else row.reference for n, row in b.rows.items() if n not in wrong]
     cases, clusters = cluster_cases(cases, others, seed)
     if train is not None and examples is not None:
-        cases = with_neighbours(cases, read_dataset(train).examples, NEIGHBOURS_FOR)
+        training = read_dataset(train).examples
+        vectors = None if embedding is None else _embeddings(embedding, cases[:NEIGHBOURS_FOR], examples, training, str(train))
+        cases = with_neighbours(cases, training, NEIGHBOURS_FOR, vectors)
     return cases, clusters
+
+
+def _embeddings(
+    column: str, cases: Sequence[BadCase], examples: Mapping[RowId, Example], training: Sequence[Example], train: str
+) -> tuple[Floats, Floats]:
+    """Directions of the cases' rows and of the training rows."""
+    near = column_vectors(training, column, train)
+    of = column_vectors([examples[case.row] for case in cases], column, "--data") if cases else near[:0]
+    if of.shape[1] != near.shape[1]:
+        found, fix = f"{of.shape[1]} and {near.shape[1]} numbers", "embed --data and --train with one model"
+        raise UserError("data/bad-embedding", "the embeddings of data and training differ", found=found, fix=fix)
+    unit = [v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-30) for v in (of.astype(float), near.astype(float))]
+    return unit[0], unit[1]
 
 
 def _errors(a: RowsFile, b: RowsFile, examples: Mapping[RowId, Example] | None) -> dict[str, tuple[int, int]]:

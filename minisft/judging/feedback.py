@@ -19,6 +19,7 @@ from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.data.messages import read_dataset
 from minisft.evaluation.statistics import wilson_interval
+from minisft.judging.agreement import rater_agreement
 from minisft.judging.feedback_file import Feedback, Shown, prompt_hash
 from minisft.judging.votes import headline, resolve_orders, win_rate
 
@@ -168,6 +169,8 @@ def report(feedback: Feedback, made: Made) -> dict[str, JSON]:
     if feedback.judgements:
         rate, names = win_rate(feedback.judgements), feedback.names
         result["votes"] = rate.to_json()
+        agreement = rater_agreement(feedback.judgements)
+        result["rater_agreement"] = None if agreement is None else agreement.to_json()
         result["headline"] = headline(rate, names.get("a", "a"), names.get("b", "b"))
     return result
 

@@ -140,7 +140,7 @@ def require_comparable(a: RowsFile, b: RowsFile) -> None:
     for number, row in a.rows.items():
         other = b.rows[number]
         for name in ("prompt_sha256", "tokens"):
-            if row.extra.get(name) != other.extra.get(name):
+            if name in row.extra and name in other.extra and row.extra[name] != other.extra[name]:
                 what = f"the {name.removesuffix('_sha256')} of row {number}"
                 _differ(a, b, what, row.extra.get(name), other.extra.get(name))
         if row.reference != other.reference:
