@@ -752,7 +752,7 @@ shared.grade(check_leaked, leaked)
 # You can now answer:
 #
 # <details>
-# <summary>A colleague says: p was above 0.05 on our 60 general questions, so nothing was forgotten. What do you ask for?</summary>
+# <summary>A colleague says: no significant difference on our 60 general questions, so nothing was forgotten. What do you ask for?</summary>
 #
 # The interval of the difference, and what could have been found. With 60 questions a loss of ten points is easily missed.
 # "Nothing lost" is shown only if the whole interval lies above a limit that was chosen before; paired texts get there with less.
