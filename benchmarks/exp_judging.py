@@ -1,19 +1,28 @@
 """What the judging tools are worth, measured: cells a, b and c.
 
     python benchmarks/exp_judging.py c            # peeking at an A/B test, by simulation: a minute
-    python benchmarks/exp_judging.py a --adapter RUN/adapter    # which detector sees forgetting first: about 25 minutes
-    python benchmarks/exp_judging.py b --adapters EPOCH1/adapter EPOCH3/adapter    # three-panel pages on Banking77: 20 minutes
+    python benchmarks/exp_judging.py a --adapter RUN/adapter        # which detector sees forgetting first
+    python benchmarks/exp_judging.py b --tuned RUN1/adapter RUN2/adapter RUN3/model    # three-panel pages on Banking77
 
-a and b read Banking77, MMLU questions and web texts from --data (default ../shared/data) and are skipped without them. The
-adapters are those of ``minisft train`` on banking77_train.jsonl with --map prompt=text completion=label. Results:
-benchmarks/results/judging_CELL.json, an SVG for a and c, and for b a report for each adapter in judging_b/.
+a and b read Banking77, MMLU questions and web texts from --data (default ../shared/data) and are skipped without them.
+Adapters, or model folders of a full fine-tune, are what ``minisft train`` wrote for rows of banking77_train.jsonl with --map
+prompt=text completion=label. Every measurement is kept as soon as it is made, in OUT/judging_CELL.parts.jsonl: a run that was
+cut off goes on where it was. Results: benchmarks/results/judging_CELL.json, an SVG for a and c, and for b a report for each run
+in judging_b/, without the prompts, which are others' text.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import hashlib
 import io
+import json
+import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +30,7 @@ import numpy as np
 from harness import out_folder, provenance, save
 
 from minisft.data.examples import Example, Message
-from minisft.evaluation.results import EvalResult
+from minisft.evaluation.results import EvalResult, RowResult
 from minisft.judging.ab_statistics import rates_p, sequential
 
 LOOKS, UNITS, RATE, EFFECT, ALPHA = 20, 2_000, 0.10, 0.13, 0.05
@@ -50,23 +59,62 @@ def simulate(rate_b: float, runs: int, seed: int) -> dict[str, list[float]]:
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
-class Subject:
-    """The pretrained model with an adapter, and what it is asked."""
+class Parts:
+    """Results that were made, one JSON line each, so that a run may be cut off at any time."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path, self.known = path, dict[str, EvalResult]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            part = json.loads(line)
+            rows = [RowResult(**row) for row in part["rows"]]
+            self.known[part["key"]] = EvalResult(part["score"], len(rows), part["metric"], part["extra"], rows)
+
+    def get(self, key: str, make: Callable[[], EvalResult]) -> EvalResult:
+        """The result of this name, made now or before; the time it took is printed."""
+        if key not in self.known:
+            started = time.monotonic()
+            result = make()
+            self.known[key] = result
+            part = {"key": key, "score": result.score, "metric": result.metric, "extra": result.extra}
+            line = json.dumps({**part, "rows": [vars(row) for row in result.rows]}, ensure_ascii=False)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            print(f"{key}: {result.score:.4f} over {result.n} rows, {time.monotonic() - started:.0f} s", flush=True)
+        return self.known[key]
+
+
+def identity(path: Path | None) -> str:
+    """What names an adapter or a model in the kept results: the bytes of its weights."""
+    files = [] if path is None else sorted(path.glob("*.safetensors"))
+    if path is not None and not files:
+        raise SystemExit(f"{path} holds no weights: give RUN/adapter, or RUN/model of a full fine-tune")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12] if files else "base"
+
+
+class Subject:
+    """The model with an adapter, and what it is asked."""
+
+    def __init__(self, arguments: argparse.Namespace, tuned: Path | None = None) -> None:
         import torch
 
         from minisft.data.chat import resolve_template
         from minisft.evaluation.general_suite import read_mmlu, read_texts
-        from minisft.formats import load_model
+        from minisft.formats import load_adapter_, load_model
 
         torch.set_num_threads(arguments.threads)
         few = 6 if arguments.quick else None
-        self.model, self.tokenizer = load_model(arguments.model)
+        is_adapter = tuned is None or (tuned / "adapter_config.json").is_file()
+        self.model, self.tokenizer = load_model(arguments.model if is_adapter else tuned)
+        if tuned is not None and is_adapter:
+            load_adapter_(self.model, tuned)
         self.model.eval()
         self.template = resolve_template(self.tokenizer)
-        self.texts = read_texts(arguments.data / "c4_sample.jsonl", few or 300)
-        self.questions = read_mmlu(arguments.data / "mmlu_val.jsonl", few or 400)
+        self.texts = read_texts(arguments.data / "c4_sample.jsonl", few or arguments.texts)
+        self.questions = read_mmlu(arguments.data / "mmlu_val.jsonl", few or arguments.questions)
 
     def letters(self) -> list[Example]:
         """The same questions, answered by a letter in the chat form."""
@@ -95,17 +143,17 @@ def cell_a(arguments: argparse.Namespace) -> dict[str, object]:
     """Each detector at each scale of the adapter, paired with scale 0; a loss counts as negative."""
     from minisft.evaluation.paired import compare_paired
     from minisft.evaluation.sweep import scaled
-    from minisft.formats import load_adapter_
 
-    subject = Subject(arguments)
-    load_adapter_(subject.model, arguments.adapter)
+    subject, name_of = Subject(arguments, arguments.adapter), identity(arguments.adapter)
+    parts = Parts(out_folder(arguments.out, arguments.quick) / "judging_a.parts.jsonl")
     scales = SCALES[::3] if arguments.quick else SCALES
     cells: list[dict[str, object]] = []
     base: dict[str, EvalResult] = {}
     for scale in scales:
         with scaled(subject.model, scale):
             for name, ask in subject.detectors().items():
-                result = ask()
+                size = len(subject.texts) if name.startswith("bits") else len(subject.questions)
+                result = parts.get(f"{name_of} {arguments.model}, scale {scale:g}, {name}, {size}", ask)
                 base.setdefault(name, result)
                 sign = -1 if result.metric == "bits_per_byte" else 1
                 before, after = ([sign * row.score for row in r.rows] for r in (base[name], result))
@@ -147,37 +195,54 @@ def draw_a(result: dict[str, object]) -> bytes:
 
 
 def cell_b(arguments: argparse.Namespace) -> dict[str, object]:
-    """Base against each adapter: intents by likelihood, bits per byte, cloze; a three-panel page each."""
+    """Base against each fine-tune: intents by likelihood, and bits per byte; a page each."""
     from minisft.data.messages import read_dataset
     from minisft.evaluation.evaluate import evaluate
     from minisft.evaluation.general_suite import web_text
     from minisft.evaluation.results import write
-    from minisft.formats import load_adapter_
-    from minisft.judging.compare_report import write_comparison
+    from minisft.judging.compare_report import PAGE, write_comparison
     from minisft.judging.comparison import compare_files
 
     folder = out_folder(arguments.out, arguments.quick) / "judging_b"
-    examples = read_dataset(
-        arguments.data / "banking77_test.jsonl", ("prompt=text", "completion=label"), keep_duplicates=True
-    ).examples
+    parts = Parts(folder.with_name("judging_b.parts.jsonl"))
+    mapping = ("prompt=text", "completion=label")
+    examples = read_dataset(arguments.data / "banking77_test.jsonl", mapping, keep_duplicates=True).examples
+    limit = 20 if arguments.quick else arguments.rows
+    chosen = [examples[i * len(examples) // limit] for i in range(limit)]
     reports: dict[str, object] = {}
-    for adapter in (None, *arguments.adapters):
-        subject, name = Subject(arguments), "base" if adapter is None else adapter.parent.name
-        if adapter is not None:
-            load_adapter_(subject.model, adapter)
-        limit = 20 if arguments.quick else 600
-        step = max(1, len(examples) // limit)
-        task = evaluate(subject.model, subject.tokenizer, subject.template, examples[::step][:limit], "choice")
-        web = web_text(subject.model, subject.tokenizer, subject.texts[:150], "c4")
-        for kind, result in (("task", task), ("web", web)):
-            write(result, folder / f"{name}.{kind}.json")
-        if adapter is not None:
-            pairs = [[folder / f"{which}.{kind}.rows.jsonl" for which in ("base", name)] for kind in ("task", "web")]
-            found = compare_files(*pairs[0], general=[(str(pairs[1][0]), str(pairs[1][1]))])
-            write_comparison(found, folder / name)
-            reports[name] = found.to_json()
-            print(name, found.verdict)
+    with tempfile.TemporaryDirectory() as scratch:
+        for tuned in (None, *arguments.tuned):
+            name, subject = "base" if tuned is None else tuned.parent.name, LazySubject(arguments, tuned)
+            for kind, ask in (
+                ("task", lambda s: evaluate(s.model, s.tokenizer, s.template, chosen, "choice")),
+                ("web", lambda s: web_text(s.model, s.tokenizer, s.texts[:150], "c4")),
+            ):
+                key = f"{identity(tuned)} {arguments.model}, {kind}, {limit} rows, {arguments.texts} texts"
+                write(parts.get(key, functools.partial(lambda f, s: f(s.get()), ask, subject)), f"{scratch}/{name}.{kind}.json")
+            if tuned is not None:
+                files = [[f"{scratch}/{which}.{kind}.rows.jsonl" for which in ("base", name)] for kind in ("task", "web")]
+                found = dataclasses.replace(
+                    compare_files(*files[0], general=[(files[1][0], files[1][1])]), base="base", tuned=name
+                )
+                shutil.rmtree(folder / name, ignore_errors=True)  # of an earlier run of this script
+                write_comparison(found, folder / name)
+                reports[name] = found.to_json()
+                print(name, found.verdict, folder / name / PAGE, flush=True)
     return {"reports": reports}
+
+
+class LazySubject:
+    """A subject that is loaded when it is first asked: a finished part needs no model."""
+
+    def __init__(self, arguments: argparse.Namespace, tuned: Path | None) -> None:
+        self._made: Subject | None = None
+        self._arguments = arguments, tuned
+
+    def get(self) -> Subject:
+        """The subject."""
+        if self._made is None:
+            self._made = Subject(*self._arguments)
+        return self._made
 
 
 # --- c: peeking
@@ -232,7 +297,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--adapter", type=Path, default=None, help="of cell a")
-    parser.add_argument("--adapters", type=Path, nargs="+", default=[], help="of cell b")
+    parser.add_argument("--tuned", type=Path, nargs="+", default=[], help="of cell b: RUN/adapter, or RUN/model")
+    parser.add_argument("--texts", type=int, default=300, help="web texts")
+    parser.add_argument("--questions", type=int, default=200, help="of cell a: MMLU questions, each in two forms")
+    parser.add_argument("--rows", type=int, default=600, help="of cell b: test rows of Banking77")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.cell != "c" and not (arguments.data / "c4_sample.jsonl").is_file():
@@ -240,8 +308,8 @@ def main() -> None:
             f"skipped: cell {arguments.cell} needs c4_sample.jsonl, mmlu_val.jsonl and banking77_test.jsonl in {arguments.data}"
         )
         return
-    if (arguments.cell == "a" and arguments.adapter is None) or (arguments.cell == "b" and not arguments.adapters):
-        parser.error("cell a needs --adapter, cell b --adapters")
+    if (arguments.cell == "a" and arguments.adapter is None) or (arguments.cell == "b" and not arguments.tuned):
+        parser.error("cell a needs --adapter, cell b --tuned")
     result = {"a": cell_a, "b": cell_b, "c": cell_c}[arguments.cell](arguments)
     folder = out_folder(arguments.out, arguments.quick)
     name = f"judging_{arguments.cell}"
