@@ -1,13 +1,15 @@
 """Base -> Instruct -> Chat on one task with exact truth: a short SFT on parcel messages, then DPO and GRPO from its adapter.
 
-    python benchmarks/exp_preference.py                       # every cell that is not done yet; stop and start it as you like
+    python benchmarks/exp_preference.py --threads 1           # every cell that is not done yet; stop and start it as you like
     python benchmarks/exp_preference.py --seeds 0 --cells sft dpo dpo+nll grpo
+    python benchmarks/exp_preference.py --tiny                # two steps a cell, results beside the runs: does it all work?
     python benchmarks/exp_preference.py --figures             # the picture, from the results file only
 
-Each cell is one run, one JSON line in benchmarks/results/preference.jsonl, keyed by a hash of its settings. ``task``: share of
-held-out messages answered with the right JSON (Wilson interval); DPO cells add the held-out pairs that are ranked rightly and
-how far the chosen answers have moved. Pairs: the right JSON against a wrong answer that the SFT model sampled itself, or else
-the right one with one field changed.
+Each cell is one run, one JSON line in benchmarks/results/preference.jsonl, keyed by a hash of its settings; a cell that was
+stopped goes on from its last checkpoint. ``task``: share of held-out messages answered with the right JSON (Wilson interval);
+DPO cells add the held-out pairs that are ranked rightly and how far the chosen answers have moved. Pairs: the right JSON
+against a wrong answer that the SFT model sampled itself, or else the right one with one field changed. All DPO arms of a seed
+share one reference, which is checked by its hash. The cells that the claims rest on come first, for all seeds.
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -41,20 +46,47 @@ from minisft.training.train import train
 
 MODEL = "smollm2-135m-instruct"
 FILE = RESULTS / "preference.jsonl"
-SFT_STEPS, SFT_ROWS, TEST_ROWS, PAIRS, HELD_OUT_PAIRS = 20, 160, 100, 300, 100
-DPO_STEPS, GRPO_STEPS = 75, 30
+GENERAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "dpo_en.json"
 DPO_ARMS: dict[str, dict[str, object]] = {
     "dpo": {},
     "dpo+nll": {"rpo_alpha": 1.0},
     "dpo beta 0.01": {"beta": 0.01},
     "dpo beta 0.5": {"beta": 0.5},
 }
-GRPO_ARMS: dict[str, dict[str, object]] = {"grpo": {}, "grpo dr_grpo": {"loss": "dr_grpo"}}
-CELLS = ("sft", *DPO_ARMS, *GRPO_ARMS, "grpo random reward", "general pairs")
+GRPO_ARMS: dict[str, dict[str, object]] = {"grpo": {}, "grpo random reward": {}, "grpo dr_grpo": {"loss": "dr_grpo"}}
+FIRST = ("sft", "dpo", "dpo+nll", "grpo", "grpo random reward")  # what the claims rest on
+CELLS = (*FIRST, "dpo beta 0.01", "dpo beta 0.5", "grpo dr_grpo", "general pairs")
 
 
-def run_settings(folder: Path, seed: int) -> dict[str, object]:
-    return {"model": MODEL, "seed": seed, "dtype": "fp32", "validation_share": 0.0, "out": str(folder)}
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything; one core does the cells of ``FIRST`` in about 20 minutes a seed."""
+
+    sft_steps: int = 60  # of 4 rows
+    test_rows: int = 100
+    pairs: int = 160
+    held_out_pairs: int = 80
+    dpo_steps: int = 40  # of 4 pairs
+    prompts: int = 200
+    held_out_prompts: int = 8
+    grpo_steps: int = 30  # of 4 prompts with 8 answers each
+    control_steps: int = 10
+    general_pairs: int = 60
+    general_held_out: int = 60
+
+
+TINY = Sizes(
+    sft_steps=2, test_rows=4, pairs=8, held_out_pairs=4, dpo_steps=2, prompts=12, held_out_prompts=2, grpo_steps=2,
+    control_steps=2, general_pairs=4, general_held_out=4,
+)  # fmt: skip
+SFT = {"batch_size": 4, "lr": 8e-4, "packing": True}
+DPO = {"batch_size": 4, "lr": 5e-5}
+GRPO = {"prompts_per_step": 4, "num_generations": 8, "max_new_tokens": 40, "lr": 2e-4}
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 # ---- what all cells of a seed share ----------------------------------------------------------------------------------
@@ -63,52 +95,67 @@ def run_settings(folder: Path, seed: int) -> dict[str, object]:
 class Lab:
     """The data and the SFT adapter of one seed, made once and kept under ``root``."""
 
-    def __init__(self, root: Path, seed: int) -> None:
-        self.folder, self.seed = root / f"seed-{seed}", seed
+    def __init__(self, root: Path, seed: int, sizes: Sizes) -> None:
+        self.sizes, self.seed = sizes, seed
+        self.folder = root / f"{settings_hash(asdict(sizes), SFT, DPO, GRPO)}-seed-{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.train, self.test = self._rows("train", SFT_ROWS), self._rows("test", TEST_ROWS)
-        self.adapter = self.folder / "sft" / "adapter"
-        if not self.adapter.exists():
-            train(RunConfig(data=str(self.train), steps=SFT_STEPS, **run_settings(self.folder / "sft", seed)))
 
-    def _rows(self, split: str, count: int) -> Path:
-        path = self.folder / f"{split}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in parcel_rows(split, count, self.seed)))
-        return path
+    def settings(self, out: Path) -> dict[str, object]:
+        return {"model": MODEL, "seed": self.seed, "dtype": "fp32", "validation_share": 0.0, "out": str(out)}
+
+    @cached_property
+    def adapter(self) -> Path:
+        """After SFT: what every other run starts from."""
+        out, steps = self.folder / "sft", self.sizes.sft_steps
+        if not (out / "adapter").exists():
+            rows = write_rows(self.folder / "train.jsonl", parcel_rows("train", 4 * steps, self.seed))
+            train(RunConfig(data=str(rows), steps=steps, **SFT, **self.settings(out)), resume=out.exists())
+        return out / "adapter"
 
     def score(self, adapter: Path) -> dict[str, object]:
         """The task's score of an adapter on held-out messages."""
         model, tokenizer = load_model(MODEL)
         load_adapter_(model, adapter)
-        examples = read_dataset(self.test, keep_duplicates=True).examples
-        found = evaluate(model, tokenizer, resolve_template(tokenizer), examples, "json", max_new_tokens=64)
+        rows = write_rows(self.folder / "test.jsonl", parcel_rows("test", self.sizes.test_rows, self.seed))
+        examples = read_dataset(rows, keep_duplicates=True).examples
+        found = evaluate(model, tokenizer, resolve_template(tokenizer), examples, "json", max_new_tokens=48)
         return {"task": found.score, "task_interval": list(wilson(found.score, found.n)), "rows": found.n}
 
     def pairs(self) -> tuple[Path, Path]:
         """Training and held-out pairs; written once."""
-        paths = self.folder / "pairs.jsonl", self.folder / "held_out_pairs.jsonl"
+        paths, n = (self.folder / "pairs.jsonl", self.folder / "held_out_pairs.jsonl"), self.sizes.pairs
         if not paths[1].exists():
-            rows = parcel_rows("train", PAIRS + HELD_OUT_PAIRS, self.seed + 1000)
+            rows = parcel_rows("train", n + self.sizes.held_out_pairs, self.seed + 1000)
             wrong = self._wrong_answers(rows)
+            print(f"pairs: {sum(w is not None for w in wrong)} of {len(rows)} rejected answers are the model's own", flush=True)
             draws = (random.Random(f"{self.seed}/{i}") for i in range(len(rows)))
             made = [_pair(*each) for each in zip(rows, wrong, draws, strict=True)]
-            for path, part in zip(paths, (made[:PAIRS], made[PAIRS:]), strict=True):
-                path.write_text("".join(json.dumps(pair) + "\n" for pair in part))
+            for path, part in zip(paths, (made[:n], made[n:]), strict=True):
+                write_rows(path, part)
         return paths
 
     def _wrong_answers(self, rows: list[dict]) -> list[str | None]:
         """A wrong answer that the SFT model samples to each message, None where its sample is right."""
         model, tokenizer = load_model(MODEL)
         load_adapter_(model, self.adapter)
-        template, eos = resolve_template(tokenizer), None
+        template = resolve_template(tokenizer)
         eos = stop_ids(tokenizer, template)
-        path = self.folder / "asked.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        examples = read_dataset(path, keep_duplicates=True).examples
+        examples = read_dataset(write_rows(self.folder / "asked.jsonl", rows), keep_duplicates=True).examples
         prompts = [encode_chat(tokenizer, template, e.messages[:-1], add_generation_prompt=True).input_ids for e in examples]
-        groups = sample_groups(model, prompts, 1, max_new_tokens=64, eos_ids=eos, seed=self.seed)
+        groups = sample_groups(model, prompts, 1, max_new_tokens=48, eos_ids=eos, seed=self.seed)
         texts = [tokenizer.decode([i for i in group[0].ids if i not in eos]) for group in groups]
         return [None if json_match(t, e.messages[-1].content) else t for t, e in zip(texts, examples, strict=True)]
+
+    def general_pairs(self) -> tuple[Path, Path]:
+        """The shortest pairs of the general collection, dealt by the seed: to train on, and held out."""
+        sizes, rows = self.sizes, sorted(json.loads(GENERAL.read_text()), key=lambda row: len(json.dumps(row)))
+        short = rows[: sizes.general_pairs + sizes.general_held_out]
+        random.Random(self.seed).shuffle(short)
+        held_out, rest = short[: sizes.general_held_out], short[sizes.general_held_out :]
+        return (
+            write_rows(self.folder / "general.jsonl", rest[: sizes.general_pairs]),
+            write_rows(self.folder / "general_held_out.jsonl", held_out),
+        )
 
 
 def _pair(row: dict, wrong: str | None, draw: random.Random) -> dict[str, object]:
@@ -122,7 +169,7 @@ def _one_field_changed(right: str, draw: random.Random) -> str:
     changes = {
         "intent": lambda: draw.choice([i for i in INTENTS if i != answer["intent"]]),
         "order": lambda: answer["order"][:-1] + str((int(answer["order"][-1]) + draw.randint(1, 9)) % 10),
-        "name": lambda: answer["name"][::-1].capitalize(),
+        "name": lambda: answer["name"][1:].capitalize(),
         "urgent": lambda: not answer["urgent"],
     }
     answer[field] = changes[field]()
@@ -138,34 +185,44 @@ def run_cell(cell: str, lab: Lab) -> dict[str, object]:
     if cell == "sft":
         found = lab.score(lab.adapter)
     elif cell in DPO_ARMS:
-        found = _dpo(cell, lab, out, *lab.pairs(), init_adapter=str(lab.adapter), **DPO_ARMS[cell])
+        found = _dpo(lab, out, lab.pairs(), lab.sizes.dpo_steps, init_adapter=str(lab.adapter), **DPO_ARMS[cell])
         found |= lab.score(out / "adapter")
     elif cell == "general pairs":
-        data = Path(__file__).resolve().parents[2] / "shared" / "data" / "dpo_en.json"
-        if not data.is_file():
-            return {"skipped": f"needs {data.name}"}
-        found = _dpo(cell, lab, out, data, None, validation_share=0.2, max_length=768, epochs=1.0)
+        if not GENERAL.is_file():
+            return {"skipped": f"needs {GENERAL.name}"}
+        found = _dpo(lab, out, lab.general_pairs(), max(lab.sizes.general_pairs // 4, 1))
     else:
         found = _grpo(cell, lab, out)
         found |= lab.score(out / "adapter")
     return found | {"seconds": round(time.monotonic() - began, 1)}
 
 
-def _dpo(cell: str, lab: Lab, out: Path, pairs: Path, held_out: Path | None, **settings: object) -> dict[str, object]:
-    if "epochs" not in settings:
-        settings["steps"] = DPO_STEPS
-    values = {**run_settings(out, lab.seed), "batch_size": 4, "eval_every": 25, "lr": 2e-5, **settings}
-    values["eval_data"] = None if held_out is None else str(held_out)
-    result = dpo(DPOConfig(data=str(pairs), **values))
-    rows = [row for row in read_metrics(out / "metrics.jsonl") if "eval_loss" in row]
-    right = rows[-1]["eval_rewards/accuracies"]
-    n = HELD_OUT_PAIRS if held_out else round(300 * 0.2)
+def _dpo(lab: Lab, out: Path, pairs: tuple[Path, Path], steps: int, **arm: object) -> dict[str, object]:
+    """One DPO run over the pairs, validated at its end."""
+    run = DPOConfig(
+        data=str(pairs[0]), eval_data=str(pairs[1]), steps=steps, eval_every=steps, save_every=10,
+        **DPO, **lab.settings(out), **arm,
+    )  # fmt: skip
+    kept = lab.folder / "reference.safetensors"
+    if run.init_adapter and kept.exists() and not out.exists():  # another arm's: same pairs, same start
+        out.mkdir()
+        shutil.copy(kept, out)
+    result = dpo(run, resume=out.exists())
+    if run.init_adapter:
+        shutil.copy(out / kept.name, kept)
+    rows = read_metrics(out / "metrics.jsonl")
+    last = next(row for row in reversed(rows) if "eval_loss" in row)
+    right, n = last["eval_rewards/accuracies"], len(pairs[1].read_text().splitlines())
     return {
         "pairs_right": right,
         "pairs_interval": list(wilson(right, n)),
-        "chosen_change": rows[-1]["eval_logps/chosen_change"],
-        "margin_nats": rows[-1]["eval_rewards/margins"] / values.get("beta", 0.1),
+        "held_out_pairs": n,
+        "chosen_change": last["eval_logps/chosen_change"],
+        "margin_nats": last["eval_rewards/margins"] / run.beta,
+        "train_chosen_change": [row["logps/chosen_change"] for row in rows],
+        "train_margin_nats": [row["rewards/margins"] / run.beta for row in rows],
         "steps": result.steps,
+        "run_seconds": round(result.seconds, 1),
     }
 
 
@@ -175,55 +232,58 @@ def _by_hash(answer: str, row: object) -> float:
 
 
 def _grpo(cell: str, lab: Lab, out: Path) -> dict[str, object]:
-    prompts = lab.folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in parcel_rows("train", 400, lab.seed + 2000)))
-    arm = GRPO_ARMS.get(cell, {})
+    rows = parcel_rows("train", lab.sizes.prompts + lab.sizes.held_out_prompts, lab.seed + 2000)
+    prompts = write_rows(lab.folder / "prompts.jsonl", rows[: lab.sizes.prompts])
+    held_out = write_rows(lab.folder / "held_out_prompts.jsonl", rows[lab.sizes.prompts :])
     is_control = cell == "grpo random reward"
-    values = {
-        **run_settings(out, lab.seed), "steps": 10 if is_control else GRPO_STEPS, "max_new_tokens": 48, "lr": 1e-4,
-        "eval_every": 10, "validation_share": 0.05, "reward": "hash" if is_control else "json",
-        "init_adapter": str(lab.adapter), **arm,
-    }  # fmt: skip
-    grpo(GRPOConfig(data=str(prompts), **values), reward=_by_hash if is_control else None)
-    rows = read_metrics(out / "metrics.jsonl")
-    evals = [row["eval_reward"] for row in rows if "eval_reward" in row]
+    run = GRPOConfig(
+        data=str(prompts), eval_data=str(held_out), init_adapter=str(lab.adapter), eval_every=10, save_every=5,
+        steps=lab.sizes.control_steps if is_control else lab.sizes.grpo_steps, reward="hash" if is_control else "json",
+        **GRPO, **lab.settings(out), **GRPO_ARMS[cell],
+    )  # fmt: skip
+    result = grpo(run, reward=_by_hash if is_control else None, resume=out.exists())
+    log = read_metrics(out / "metrics.jsonl")
     return {
-        "reward": [row["reward"] for row in rows],
-        "zero_std": [row["frac_reward_zero_std"] for row in rows],
-        "length": [row["completions/mean_length"] for row in rows],
-        "eval_reward": evals,
+        "reward": [row["reward"] for row in log],
+        "zero_std": [row["frac_reward_zero_std"] for row in log],
+        "length": [row["completions/mean_length"] for row in log],
+        "eval_reward": [row["eval_reward"] for row in log if "eval_reward" in row],
+        "steps": result.steps,
+        "run_seconds": round(result.seconds, 1),
     }
 
 
 # ---- the results file ------------------------------------------------------------------------------------------------
 
 
-def key_of(cell: str, seed: int) -> str:
-    settings = {
-        "cell": cell, "seed": seed, "sft": [SFT_STEPS, SFT_ROWS, TEST_ROWS], "pairs": [PAIRS, HELD_OUT_PAIRS],
-        "steps": [DPO_STEPS, GRPO_STEPS], "arm": {**DPO_ARMS, **GRPO_ARMS}.get(cell),
-    }  # fmt: skip
+def settings_hash(*settings: object) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def done() -> dict[str, dict]:
-    if not FILE.exists():
+def key_of(cell: str, seed: int, sizes: Sizes) -> str:
+    return settings_hash(cell, seed, asdict(sizes), SFT, DPO, GRPO, DPO_ARMS.get(cell) or GRPO_ARMS.get(cell))
+
+
+def done(path: Path) -> dict[str, dict]:
+    if not path.exists():
         return {}
-    return {row["key"]: row for row in map(json.loads, FILE.read_text().splitlines())}
+    return {row["key"]: row for row in map(json.loads, path.read_text().splitlines())}
 
 
-def cells(names: list[str], seeds: list[int]) -> Iterator[tuple[str, int]]:
-    return ((cell, seed) for seed in seeds for cell in names)
+def in_order(names: list[str], seeds: list[int]) -> Iterator[tuple[str, int]]:
+    """What the claims rest on for all seeds, then the rest."""
+    for part in (FIRST, [cell for cell in CELLS if cell not in FIRST]):
+        yield from ((cell, seed) for seed in seeds for cell in part if cell in names)
 
 
-def figures() -> None:
+def figures(path: Path) -> None:
     """Task score by arm with intervals; pairs right and chosen change beside it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in done().values() if "skipped" not in row]
+    rows = [row for row in done(path).values() if "skipped" not in row]
     names = [cell for cell in CELLS if any(r["cell"] == cell and "task" in r for r in rows)]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for y, name in enumerate(names):
@@ -239,7 +299,7 @@ def figures() -> None:
             row["cell"], (row["chosen_change"], row["pairs_right"]), fontsize=7, xytext=(4, 3), textcoords="offset points"
         )
     right.set(xlabel="change of the chosen answer, nats a token", ylabel="held-out pairs ranked rightly", ylim=(0, 1.05))
-    figure.savefig(RESULTS / "preference.svg")
+    figure.savefig(path.with_suffix(".svg"))
 
 
 def main() -> None:
@@ -249,21 +309,25 @@ def main() -> None:
     parser.add_argument(
         "--root", type=Path, default=Path(tempfile.gettempdir()) / "minisft-preference", help="runs are kept here"
     )
+    parser.add_argument("--threads", type=int, help="threads of PyTorch; all cores without it")
+    parser.add_argument("--tiny", action="store_true", help="two steps a cell, results beside the runs: does everything run?")
     parser.add_argument("--figures", action="store_true", help="draw from the results file and stop")
     arguments = parser.parse_args()
-    if arguments.figures:
-        figures()
-        return
-    for cell, seed in cells(arguments.cells, arguments.seeds):
-        key = key_of(cell, seed)
-        if key in done():
+    sizes = TINY if arguments.tiny else Sizes()
+    path = arguments.root / "tiny.jsonl" if arguments.tiny else FILE
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    for cell, seed in [] if arguments.figures else in_order(arguments.cells, arguments.seeds):
+        key = key_of(cell, seed, sizes)
+        if key in done(path):
             continue
-        found = run_cell(cell, Lab(arguments.root, seed))
+        print(f"---- {cell}, seed {seed}, {time.strftime('%H:%M:%S')}", flush=True)
+        found = run_cell(cell, Lab(arguments.root, seed, sizes))
         row = {"key": key, "cell": cell, "seed": seed, **found, "threads": torch.get_num_threads()}
-        with FILE.open("a") as file:
+        with path.open("a") as file:
             file.write(json.dumps(row | {"provenance": provenance(sys.argv)}) + "\n")
-        print(json.dumps(row))
-    figures()
+        print(json.dumps(row), flush=True)
+    figures(path)
 
 
 if __name__ == "__main__":
