@@ -25,6 +25,7 @@ from minisft.model import CausalLM, KVCache
 from minisft.native_decode import next_logits_of
 
 MIN_SHARED_PROMPT = 8  # tokens: a shorter shared prefix is not worth a pass of its own
+LIKELIEST = 256  # tokens in which nearly every draw ends: finding them costs a twentieth of sorting a vocabulary of 49152
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no UTF-8 (yet)
 
 
@@ -62,18 +63,43 @@ class Sampling:
         """
         if self.temperature == 0:
             return logits_BV.argmax(-1)
+        # derive_seed is uniform in [0, 2^63).
+        u = self._scaled(logits_BV[:, :1]).new_tensor([derive_seed(self.seed, "sample", i, step) / 2**63 for i in prompts])
+        if self.top_k or self.top_p < 1 or logits_BV.shape[-1] <= LIKELIEST:
+            return self._drawn(logits_BV, u)
+        return self._drawn_from_whole(logits_BV, u)
+
+    def _drawn_from_whole(self, logits_BV: Tensor, u: Tensor) -> Tensor:
+        """The same without sorting a whole vocabulary: the likeliest in falling order, then the rest as it stands."""
+        probabilities = self._scaled(logits_BV).softmax(-1)
+        likeliest, ids = probabilities.topk(LIKELIEST, sorted=True)
+        cumulative = likeliest.cumsum(-1)
+        threshold = u[:, None] * probabilities.sum(-1, keepdim=True)
+        place = (cumulative <= threshold).sum(-1, keepdim=True)
+        tokens = ids.gather(-1, place.clamp(max=LIKELIEST - 1)).squeeze(-1)
+        beyond = (place.squeeze(-1) == LIKELIEST).nonzero().squeeze(-1)
+        if len(beyond):
+            rest = probabilities[beyond].scatter(-1, ids[beyond], 0).cumsum(-1)
+            found = (rest <= (threshold - cumulative[:, -1:])[beyond]).sum(-1)
+            # Rounding can push the threshold past every token with a share: fall back to the likeliest of all.
+            tokens[beyond] = torch.where(found < rest.shape[-1], found, ids[beyond, 0])
+        return tokens
+
+    def _drawn(self, logits_BV: Tensor, u: Tensor) -> Tensor:
+        """Inverse transform: the first token at which the running sum passes u, (B,) in [0, 1)."""
         probabilities, ids = self.distribution(logits_BV)
-        # Inverse transform: the first token at which the running sum passes u. derive_seed is uniform in [0, 2^63).
-        u = [derive_seed(self.seed, "sample", prompt, step) / 2**63 for prompt in prompts]
         cumulative = probabilities.cumsum(-1)
-        threshold = cumulative.new_tensor(u)[:, None] * cumulative[:, -1:]
+        threshold = u.to(cumulative)[:, None] * cumulative[:, -1:]
         place = (cumulative <= threshold).sum(-1, keepdim=True)
         # Rounding can push u * sum up to the sum itself, past every token with a share: fall back to the last of them.
         return ids.gather(-1, torch.minimum(place, (probabilities > 0).sum(-1, keepdim=True) - 1)).squeeze(-1)
 
+    def _scaled(self, logits_BV: Tensor) -> Tensor:
+        return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) / self.temperature
+
     def distribution(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
         """What is sampled from: probabilities (B, N) in falling order, fp32 at least, and their token ids (B, N)."""
-        scaled = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) / self.temperature
+        scaled = self._scaled(logits_BV)
         N = min(self.top_k or scaled.shape[-1], scaled.shape[-1])
         kept, ids = scaled.topk(N, sorted=True)
         probabilities = kept.softmax(-1)

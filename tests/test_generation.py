@@ -202,6 +202,30 @@ def test_draws_follow_the_distribution():
     assert 3 not in counts
 
 
+@pytest.mark.parametrize("likeliest", [1, 4, VOCAB - 1])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_draws_of_a_large_vocabulary_follow_the_distribution(monkeypatch, likeliest, temperature):
+    """Not sorted as a whole: as random numbers take 2000 even steps from 0 to 1, each token gets its share of them."""
+    monkeypatch.setattr("minisft.generation.LIKELIEST", likeliest)
+    n = 2000
+    monkeypatch.setattr("minisft.generation.derive_seed", lambda _seed, _use, prompt, _step: (2 * prompt + 1) * 2**62 // n)
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2), dtype=torch.float64).mul(2).bfloat16()
+    logits[3] = logits[5] = logits.max()  # ties have no order
+    logits[7] = -torch.inf
+    counts = Sampling(temperature).choose(logits.expand(n, -1), range(n), 0).bincount(minlength=VOCAB)
+    shares = (logits.double() / temperature).softmax(-1)
+    assert (counts / n - shares).abs().max() <= 1.01 / n
+    assert counts[7] == 0
+
+
+def test_a_draw_past_the_sum_is_a_token_with_a_share(monkeypatch):
+    """u just below 1, the sum of the shares rounded down."""
+    monkeypatch.setattr("minisft.generation.LIKELIEST", 2)
+    monkeypatch.setattr("minisft.generation.derive_seed", lambda *_: 2**63 - 1)
+    logits = torch.tensor([[-torch.inf, 1.0, 1.0, -torch.inf, -torch.inf]])
+    assert Sampling(1.0).choose(logits, [0], 0).item() in (1, 2)
+
+
 def test_one_candidate_is_greedy(model):
     prompts = [[1, 2], [3]]
     greedy = generate(model, prompts, max_new_tokens=6, eos_ids=())
