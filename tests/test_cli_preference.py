@@ -363,8 +363,28 @@ def test_a_changed_setting_or_file_is_refused_when_resuming(shop: Preference, co
     shop.refused(5, "checkpoint/changed", "beta", argv=[*resume, "--steps", 5, "--beta", 0.3])
     rows = shop.folder / ("pairs.jsonl" if words[0] == "dpo" else "prompts.jsonl")
     rows.write_text(rows.read_text().replace("say a", "say z"))
-    changed = "reference" if words[0] == "dpo" else "changed"  # the reference is read first
-    shop.refused(5, f"checkpoint/{changed}", argv=[*resume, "--steps", 5])
+    shop.refused(5, "checkpoint/changed", "data.train", argv=[*resume, "--steps", 5])
+
+
+def test_a_reference_of_other_rows_is_refused(shop: Preference) -> None:
+    """Also where there is no checkpoint yet that could tell."""
+    shop.run(*shop.dpo("--save-every", 1))
+    shutil.rmtree(shop.out / "checkpoints")
+    shutil.rmtree(shop.out / "adapter")
+    rows = shop.folder / "pairs.jsonl"
+    rows.write_text(rows.read_text().replace("say a", "say z"))
+    shop.refused(5, "checkpoint/reference", "other data", argv=["dpo", "--resume", "--out", shop.out])
+
+
+def test_a_changed_reward_is_refused_when_resuming_and_a_moved_one_is_not(shop: Preference) -> None:
+    shop.run(*shop.grpo("--save-every", 1))
+    moved = shop.folder / "moved.py"
+    moved.write_text(REWARD)
+    resume = ["grpo", "--resume", "--out", shop.out]
+    shop.run(*resume, "--reward", f"{moved}:reward")
+    Path(shop.reward.rpartition(":")[0]).write_text(REWARD.replace("128", "127"))
+    for changed in (shop.reward, "exact_match"):
+        shop.refused(5, "checkpoint/changed", "reward: ", "reward of a file", argv=[*resume, "--reward", changed])
 
 
 def test_a_signal_saves_and_the_message_names_the_command(

@@ -84,7 +84,6 @@ class GRPOTrainer(Trainer[EncodedPrompt]):
         self.groups: list[Group] = []
         self.sampled: list[_Scored] = []
         self.stats = GRPOStats(0.0, 0.0, 0.0, 0.0, 0)
-        self._constant: list[float] = []
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -94,7 +93,8 @@ class GRPOTrainer(Trainer[EncodedPrompt]):
         self.sampled = self._sample(self.step_rows(step), run.num_generations, derive_seed(run.seed, "grpo", step))
         self._keep_samples(step)
         self.groups = [self._group(scored) for scored in self.sampled]
-        self._constant.append(sum(s.is_constant for s in self.sampled) / len(self.sampled))
+        share = sum(s.is_constant for s in self.sampled) / len(self.sampled)
+        self.state.constant_groups = [*self.state.constant_groups, share][-HOPELESS_STEPS:]
         self._require_hope(step)
         return [group.batch for group in self.groups]
 
@@ -137,7 +137,7 @@ class GRPOTrainer(Trainer[EncodedPrompt]):
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
     def _require_hope(self, step: int) -> None:
-        recent = self._constant[-HOPELESS_STEPS:]
+        recent = self.state.constant_groups
         if len(recent) < HOPELESS_STEPS or min(recent) <= HOPELESS_SHARE:
             return
         rewards = [value for scored in self.sampled for value in scored.rewards if math.isfinite(value)]
@@ -163,7 +163,7 @@ class GRPOTrainer(Trainer[EncodedPrompt]):
         """Rewards, lengths and how far the policy moved, under TRL's names where it has one."""
         return {
             **_summary(self.sampled, self.eos_ids),
-            "frac_reward_zero_std": self._constant[-1],
+            "frac_reward_zero_std": self.state.constant_groups[-1],
             "kl": self.stats.kl,
             "clip_ratio": self.stats.clip_share,
             "sampling_error": self.stats.ratio_error,

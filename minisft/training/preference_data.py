@@ -231,7 +231,8 @@ def prepare_prompts(
         use: {"path": data.path, "sha256": data.sha256, "prompts": len(part)}
         for use, data, part in (("train", dataset, encoded[0]), ("validation", held_out or dataset, encoded[1]))
     }
-    return template, RunData(encoded[0], encoded[1], _identity(hashes, tokens, template, now), facts)
+    identity = {**_identity(hashes, tokens, template, now), "reward": reward.identity or reward.name}
+    return template, RunData(encoded[0], encoded[1], identity, facts)
 
 
 def _unread_answers(prompts: Sequence[Prompt], reward: Reward) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.evaluation.metrics import exact_match, json_match
+from minisft.formats.source import file_sha256
 
 RewardFunction = Callable[[str, Mapping[str, JSON]], float | None]
 REFERENCE = "reference"  # the key of a row under which its own answer stands
@@ -30,13 +31,15 @@ EXPECTED = "exact_match, json, regex:PATTERN or FILE.py:function"
 class Reward:
     """A named reward: ``function(answer, row)`` gives a number, or None for no opinion.
 
-    ``needs_reference`` says that it reads the row's own answer, ``reads_row`` that it may look at the row at all.
+    ``needs_reference`` says that it reads the row's own answer, ``reads_row`` that it may look at the row at all, ``identity``
+    what it is whatever its file is called; None for its name.
     """
 
     name: str
     function: RewardFunction
     needs_reference: bool = False
     reads_row: bool = True
+    identity: str | None = None
 
     def score(self, answer: str, row: Mapping[str, JSON], where: str) -> float:
         """The reward of one answer; nan where there is none (None, or a number that is not finite).
@@ -91,7 +94,8 @@ def load_reward(spec: str) -> Reward:
         return Reward(spec, _matcher(spec.removeprefix("regex:")), reads_row=False)
     path, colon, name = spec.rpartition(":")
     if colon and path.endswith(".py"):
-        return Reward(spec, _from_file(Path(path), name))
+        function = _from_file(Path(path), name)
+        return Reward(spec, function, identity=f"{visible(name)} of a file with sha256 {file_sha256(Path(path))}")
     raise _bad_reward("there is no such reward", spec, EXPECTED)
 
 

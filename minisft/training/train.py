@@ -113,6 +113,8 @@ def run_training(
             return try_run(trainer)
         if not resume:
             lock.enter_context(RunLock(out))  # from here on something is written
+        if saved is not None:
+            trainer.require_same_run(saved)  # first: what is prepared from other rows would fail with a stranger message
         trainer.prepare()
         if saved is not None:
             trainer.restore(saved)

@@ -58,6 +58,7 @@ class RunState:
     bad_steps: int = 0  # non-finite steps in a row
     failed_saves: int = 0
     last_grad_norm: float | None = None
+    constant_groups: list[float] = field(default_factory=list)  # GRPO: their share in the last steps
     saved_step: int = field(default=0, metadata={"saved": False})
 
 
@@ -331,14 +332,21 @@ class Trainer(ABC, Generic[Row]):
         (staging / "adapter").mkdir()
         write_adapter(self.model, staging / "adapter", template=self.template.source)
 
+    def require_same_run(self, saved: Checkpoint) -> list[str]:
+        """Notes on what differs without changing anything but rounding.
+
+        Raises:
+            UserError: ``checkpoint/changed`` when data, tokens, base or settings differ from the run's.
+        """
+        return require_same_run(saved.identity, self.identity)
+
     def restore(self, saved: Checkpoint) -> None:
         """Go on from a checkpoint; with another number of steps the schedule is that of the new number from here on.
 
         Raises:
-            UserError: ``checkpoint/changed`` when data, tokens, base or settings differ from the run's;
-                ``config/too-few-steps`` for fewer steps than are done.
+            UserError: as ``require_same_run``; ``config/too-few-steps`` for fewer steps than are done.
         """
-        notes = require_same_run(saved.identity, self.identity)
+        notes = self.require_same_run(saved)
         if self.total_steps < saved.step:
             raise UserError(
                 "config/too-few-steps", "more steps are done than the run is to have", where="--steps or --epochs",
