@@ -3,8 +3,8 @@
 Padded left or right, or packed end to end: a batch is always a set of segments. ``Segments`` knows where their tokens
 lie, and attention gathers them into a grid (S, L) with every segment at the left edge. There plain causal attention is
 all that is needed: a real token never sees what stands to its right, so padding needs no mask, and segments cannot see each
-other because they are different rows. Nothing is ever quadratic in the packed length. Where all segments continue a
-common prefix, its keys stand once more to the left of each of them.
+other because they are different rows. Nothing is ever quadratic in the packed length. Where all segments of a batch row
+continue a common prefix, its keys stand once more to the left of each of them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ class Segments:
         padding: (N, 1, 1) bool: tokens without a place; None when there are none, or when nothing moves.
         shape: (S, L).
         trivial: the batch already is the grid, so nothing has to move.
-        prefix_length: P, the tokens at the front of the batch that every segment continues. They are in no grid: the fields
-            above, positions aside, speak of the N = B * T - P tokens after them.
+        prefix_length: P, the tokens at the front of each batch row that all its other segments continue. They are in no grid:
+            the fields above, positions aside, speak of the N = B * (T - P) tokens after them.
+        batch_size: B.
+        owner: (S,) int64: the batch row of each segment.
     """
 
     positions: Tensor
@@ -49,6 +51,8 @@ class Segments:
     shape: tuple[int, int]
     trivial: bool
     prefix_length: int
+    batch_size: int
+    owner: Tensor
 
     @classmethod
     def of(cls, segment_ids: Tensor, prefix_length: int = 0) -> Segments:
@@ -56,9 +60,8 @@ class Segments:
 
         Args:
             segment_ids: (B, T) int64; 0 is padding, equal positive neighbours in a row are one segment.
-            prefix_length: P; if not 0, B is 1 and the first P tokens are what all other segments continue.
+            prefix_length: P; if not 0, the first P tokens of each row are what its other segments continue.
         """
-        assert prefix_length == 0 or segment_ids.shape[0] == 1, "a common prefix stands in the only row of its batch"
         ids = segment_ids.cpu()[:, prefix_length:]
         B, T = ids.shape
         starts = torch.ones(B, T, dtype=torch.bool)
@@ -87,6 +90,8 @@ class Segments:
             shape=(S, L),
             trivial=trivial,
             prefix_length=prefix_length,
+            batch_size=B,
+            owner=(first // T if len(first) else torch.zeros(1, dtype=torch.int64)).to(device),
         )
 
     def to_grid(self, flat: Tensor) -> Tensor:
@@ -214,13 +219,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | No
 
     Ref: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
     """
-    P = segments.prefix_length
-    q_grid, k_grid, v_grid = (segments.to_grid(x[P:]) for x in (q, k, v))
+    P, B = segments.prefix_length, segments.batch_size
     if P == 0:
+        q_grid, k_grid, v_grid = (segments.to_grid(x) for x in (q, k, v))
         return segments.from_grid(_attend_grid(q_grid, k_grid, v_grid, window))
-    prefix = _attend_grid(q[None, :P], k[None, :P], v[None, :P], window)[0]
-    k_grid, v_grid = (torch.cat((x[:P].expand(grid.shape[0], -1, -1, -1), grid), 1) for x, grid in ((k, k_grid), (v, v_grid)))
-    return torch.cat((prefix, segments.from_grid(_attend_grid(q_grid, k_grid, v_grid, window))))
+    q_BT, k_BT, v_BT = (x.view(B, -1, *x.shape[1:]) for x in (q, k, v))
+    q_grid, k_grid, v_grid = (segments.to_grid(x[:, P:].flatten(0, 1)) for x in (q_BT, k_BT, v_BT))
+    prefix = _attend_grid(q_BT[:, :P], k_BT[:, :P], v_BT[:, :P], window)
+    k_grid, v_grid = (
+        torch.cat((_for_each_segment(x[:, :P], segments), grid), 1) for x, grid in ((k_BT, k_grid), (v_BT, v_grid))
+    )
+    rest = segments.from_grid(_attend_grid(q_grid, k_grid, v_grid, window))
+    return torch.cat((prefix, rest.view(B, -1, *rest.shape[1:])), 1).flatten(0, 1)
+
+
+def _for_each_segment(prefix: Tensor, segments: Segments) -> Tensor:
+    """(B, P, K, E) -> (S, P, K, E): each segment's own prefix."""
+    S = segments.shape[0]
+    return prefix.expand(S, -1, -1, -1) if segments.batch_size == 1 else prefix.index_select(0, segments.owner)
 
 
 def cache_attn_mask(positions: Tensor, num_positions: int, window: int | None = None) -> Tensor:

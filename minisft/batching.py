@@ -35,7 +35,7 @@ class Batch:
         num_targets: how many targets are not ignored.
         num_tokens: how many tokens the rows have, a shared prefix counted in each of them.
         rows: the data rows (line numbers) inside, for messages.
-        prefix_length: the first so many tokens of the only batch row are a segment that all others continue; 0 for none.
+        prefix_length: the first so many tokens of each batch row are a segment that its others continue; 0 for none.
         segment_rows: for each batch row the data rows of its segments 1, 2, ...
         noise: (B, T, D) fp32, added to the embeddings; None for none (``with_noise``).
     """
@@ -172,11 +172,33 @@ def collate_shared(rows: Sequence[Encoded], pad_id: int, prefix_length: int) -> 
     Returns:
         A ``Batch`` of one batch row, whose first segment is the prefix.
     """
-    prefix = replace(rows[0], input_ids=rows[0].input_ids[:prefix_length], supervised=[False] * prefix_length)
-    rests = [replace(row, input_ids=row.input_ids[prefix_length:], supervised=row.supervised[prefix_length:]) for row in rows]
-    batch = collate([prefix, *rests], pad_id, [range(len(rows) + 1)])
+    return collate_families([rows], pad_id, prefix_length)
+
+
+def collate_families(families: Sequence[Sequence[Encoded]], pad_id: int, prefix_length: int) -> Batch:
+    """Several families of rows, a batch row each: what its rows begin with once, then what each has of its own.
+
+    Args:
+        families: rows that begin alike within a family.
+        pad_id: what fills the rest of a batch row.
+        prefix_length: P, the same for all families: at most the smallest of their ``shared_prefix``; 0 lays whole rows out.
+
+    Returns:
+        A ``Batch`` of a batch row for each family; with P > 0 the first segment of each is the prefix.
+    """
+    P = prefix_length
+    parts: list[Encoded] = []
+    bins: list[range] = []
+    for family in families:
+        first = len(parts)
+        if P:
+            parts.append(replace(family[0], input_ids=family[0].input_ids[:P], supervised=[False] * P))
+        parts += [replace(row, input_ids=row.input_ids[P:], supervised=row.supervised[P:]) for row in family]
+        bins.append(range(first, len(parts)))
+    rows = [row for family in families for row in family]
     num_tokens = sum(len(row.input_ids) for row in rows)
-    return replace(batch, num_tokens=num_tokens, rows=tuple(row.row for row in rows), prefix_length=prefix_length)
+    batch = collate(parts, pad_id, bins)
+    return replace(batch, num_tokens=num_tokens, rows=tuple(row.row for row in rows), prefix_length=P)
 
 
 def collate_packed(rows: Sequence[Encoded], pad_id: int, capacity: int, share_prefix: bool = True) -> Batch:

@@ -252,7 +252,7 @@ class CausalLM(nn.Module):
 
         Args:
             input_ids, segment_ids, cache: as in ``forward``.
-            prefix_length: the first so many tokens of the only row are a segment that all its others continue.
+            prefix_length: the first so many tokens of each row are a segment that all its others continue.
             noise: (B, T, D), added to the embeddings; None for none.
 
         Returns:

@@ -24,6 +24,7 @@ from minisft.training.dpo import (
     PairStats,
     answer_log_probs,
     pair_batch,
+    pair_batches,
     pair_gradients,
     reference_log_probs,
 )  # fmt: skip
@@ -115,6 +116,41 @@ def test_the_gradient_of_a_step_is_that_of_the_formula(settings: DPOSettings) ->
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert_close(found[name], gradient, 1e-11, name)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 24, 1000])
+def test_pairs_that_share_a_batch_change_nothing(max_tokens: int) -> None:
+    """As many to a batch as fit, against each pair alone, and the reference against each answer's full logits."""
+    sides = [*PAIRS, ([1, 2, 3, 4, 5], [6, 9], [7, 9]), ([7, 7, 7], [1, 9], [2, 3, 9]), ([4, 3, 2, 1], [5], [6, 9])]
+    made = [pair(*each, row) for row, each in enumerate(sides, 1)]
+    alone, together = make_model(), make_model()
+    singles = [pair_batch(one, 0) for one in made]
+    batches = pair_batches(made, [one.row for one in made], 0, max_tokens)
+    assert sorted(row for batch in batches for row in batch.rows) == [1, 2, 3, 4, 5, 6]
+    assert all(batch.input_ids.numel() <= max_tokens or len(batch.rows) == 1 for batch in batches)
+    assert (max_tokens == 1) == all(len(batch.rows) == 1 for batch in batches)
+    assert sum(batch.num_tokens for batch in batches) == sum(batch.num_tokens for batch in singles)
+    reference = reference_log_probs(together, batches)
+    for one in made:
+        wanted = torch.stack([by_hand(together, one.chosen), by_hand(together, one.rejected)])
+        assert_close(torch.tensor(reference[one.row], dtype=torch.float64), wanted.detach())
+    for each in (alone, together):
+        move(each)
+    settings = DPOSettings(rpo_alpha=0.7, beta=0.5)
+    stats = [pair_gradients(m, b, reference, settings) for m, b in ((alone, singles), (together, batches))]
+    assert astuple(stats[0]) == pytest.approx(astuple(stats[1]), rel=1e-10)
+    wanted_gradients = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+    for name, p in together.named_parameters():
+        if p.grad is not None:
+            assert_close(p.grad, wanted_gradients[name], 1e-11, name)
+
+
+def test_pairs_are_batched_with_few_places_wasted() -> None:
+    """Prompts of one length lie together, so that each is stored once."""
+    made = [pair(list(range(1, 3 + n % 2 * 10)), [1, 9], [2, 9], n) for n in range(6)]
+    batches = pair_batches(made, range(6), 0, 51)
+    assert [batch.prefix_length for batch in batches] == [11, 1]
+    assert sorted(map(sorted, (batch.rows for batch in batches))) == [[0, 2, 4], [1, 3, 5]]
 
 
 def test_order_and_cut_of_a_step_change_nothing() -> None:

@@ -63,6 +63,7 @@ def test_a_dpo_run_learns_its_pairs_and_logs_them(shop: Path, tmp_path: Path) ->
     rows = log_of(tmp_path / "run")
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-4)  # ln 2: the reference is the model itself
     assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert rows[0]["rewards/accuracies"] == 0  # rounding is no win
     assert rows[-1]["rewards/accuracies"] == 1.0
     assert rows[-1]["loss"] < 0.3
     wanted = {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "logps/chosen_change"}
@@ -87,12 +88,13 @@ def test_the_reference_is_kept_and_never_computed_again(shop: Path, tmp_path: Pa
 def test_dpo_resumed_after_any_step_ends_in_the_same_bits(shop: Path, tmp_path: Path, loss: str, quant: str) -> None:
     run = dpo_config(shop, tmp_path / "whole", save_every=1, keep_last=9, loss=loss, quant=quant, rpo_alpha=0.5)
     dpo(run, log=quiet)
-    for stop in (1, 3, 5):
+    for stop in range(1, 6):
         resume_after(stop, run, tmp_path, dpo)
 
 
-def test_grpo_resumed_after_any_step_ends_in_the_same_bits_and_samples(shop: Path, tmp_path: Path) -> None:
-    run = grpo_config(shop, tmp_path / "whole", save_every=1, keep_last=9, beta=0.05)
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_grpo_resumed_after_any_step_ends_in_the_same_bits_and_samples(shop: Path, tmp_path: Path, quant: str) -> None:
+    run = grpo_config(shop, tmp_path / "whole", save_every=1, keep_last=9, beta=0.05, quant=quant)
     grpo(run, log=quiet)
     samples = (tmp_path / "whole" / "samples.jsonl").read_text()
     for stop in (1, 2, 3):
@@ -161,6 +163,14 @@ def test_hopeless_prompts_stop_the_run_with_advice(shop: Path, tmp_path: Path) -
             reward=lambda *_: 0.0,
             log=quiet,
         )
+
+
+def test_hopeless_steps_are_counted_across_a_resume(shop: Path, tmp_path: Path) -> None:
+    """The tenth step with constant groups alone stops the run, wherever it was stopped before."""
+    run = grpo_config(shop, tmp_path / "run", steps=7, save_every=7, validation_share=0.0, max_new_tokens=1)
+    grpo(run, reward=lambda *_: 0.0, log=quiet)
+    with pytest.raises(DataError, match=r"data/constant-rewards.*step 10"):
+        grpo(replace(run, steps=20), reward=lambda *_: 0.0, resume=True, log=quiet)
 
 
 def test_equal_rewards_change_no_weight(shop: Path, tmp_path: Path) -> None:

@@ -1,18 +1,19 @@
 """DPO's step: two answers to one prompt, scored in one pass, and the gradient of their preference.
 
-A pair is one batch: the prompt once, and two segments that continue it. The reference is what the model itself said of every
-pair before the first step, computed once; no second model exists. ``preference.dpo_loss`` has the formula.
+A pair is one batch row: the prompt once, and two segments that continue it; several pairs make a batch. The reference is what
+the model itself said of every pair before the first step, computed once; no second model exists. ``preference.dpo_loss`` has
+the formula.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from minisft.batching import Batch, collate, collate_shared, shared_prefix
+from minisft.batching import Batch, collate_families, shared_prefix
 from minisft.data.chat import Encoded
 from minisft.generation import no_dropout
 from minisft.loss import IGNORE_INDEX, token_log_probs
@@ -24,6 +25,9 @@ METRICS = (
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
     "logps/chosen_change",
 )  # fmt: skip
+
+
+TIE = 1e-3  # nats: neighbours in a batch change sums of log-probabilities in fp32 by less
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class PairStats:
         loss: the loss, see ``dpo_loss``.
         reward_chosen, reward_rejected: beta * (log pi - log pi_ref) of the two answers.
         reward_margin: their difference.
-        reward_accuracy: share of pairs whose margin is above 0; a tie is not a win.
+        reward_accuracy: share of pairs whose margin is above 0 by more than rounding; a tie is not a win.
         logp_chosen, logp_rejected: log pi of the two answers, in nats.
         chosen_change: log pi - log pi_ref of the chosen answer, in nats per token.
     """
@@ -86,35 +90,73 @@ class PairStats:
 
 def pair_batch(pair: EncodedPair, pad_id: int) -> Batch:
     """One pair as one batch: what both sides begin with is stored once, and each answer is a segment of its own."""
-    rows = (pair.chosen, pair.rejected)
-    if prefix_length := shared_prefix(rows):
-        return collate_shared(rows, pad_id, prefix_length)
-    return collate(rows, pad_id, [[0, 1]])
+    return _batch([pair], [pair.row], pad_id)
+
+
+def _sides(pair: EncodedPair) -> tuple[Encoded, Encoded]:
+    return pair.chosen, pair.rejected
+
+
+def _batch(pairs: Sequence[EncodedPair], numbers: Sequence[int], pad_id: int) -> Batch:
+    prefix_length = min(shared_prefix(_sides(pair)) for pair in pairs)
+    return replace(collate_families([_sides(pair) for pair in pairs], pad_id, prefix_length), rows=tuple(numbers))
+
+
+def pair_batches(pairs: Sequence[EncodedPair], numbers: Sequence[int], pad_id: int, max_tokens: int) -> list[Batch]:
+    """Pairs as few batches, those with prompts of one length together.
+
+    The prompts of a batch are stored once as far as its shortest reaches, the rest of the longer ones in both segments.
+
+    Args:
+        pairs: encoded pairs.
+        numbers: what each is called in ``Batch.rows``.
+        pad_id: the tokenizer's padding.
+        max_tokens: places of a batch, padding included; a pair that has more is a batch of its own.
+
+    Returns:
+        The batches, the longest prompts first; each pair is in exactly one.
+    """
+    prefixes = [shared_prefix(_sides(pair)) for pair in pairs]
+    batches: list[list[int]] = []
+    for i in sorted(range(len(pairs)), key=lambda i: -prefixes[i]):
+        grown = [*(batches[-1] if batches else []), i]
+        P = prefixes[i]  # the shortest so far
+        longest = max(P + sum(len(side.input_ids) - P for side in _sides(pairs[k])) for k in grown)
+        if batches and len(grown) * longest <= max_tokens:
+            batches[-1] = grown
+        else:
+            batches.append([i])
+    return [_batch([pairs[i] for i in batch], [numbers[i] for i in batch], pad_id) for batch in batches]
 
 
 def answer_log_probs(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
-    """log pi(y|x) of the answers in a batch of ``pair_batch``: chosen, then rejected.
+    """log pi(y|x) of the answers in a batch of P pairs: of each pair chosen, then rejected.
 
     Args:
         model: the decoder, its adapters as they are.
-        batch: one pair, on the model's device.
+        batch: of ``pair_batch`` or ``pair_batches``, on the model's device.
 
     Returns:
-        (2,) sums over each answer's tokens, in fp32 at least, and (2,) how many tokens each has.
+        (2 P,) sums over each answer's tokens, in fp32 at least, and (2 P,) how many tokens each has.
     """
     hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=batch.prefix_length)
     log_probs = token_log_probs(hidden, model.lm_head, batch.target_ids)
     first = 2 if batch.prefix_length else 1
-    side = batch.segment_ids[batch.target_ids != IGNORE_INDEX] - first
-    sums = torch.zeros(2, dtype=log_probs.dtype, device=log_probs.device).index_add(0, side, log_probs)
-    return sums, torch.bincount(side, minlength=2)
+    num_pairs = batch.segment_ids.shape[0]
+    pair = torch.arange(num_pairs, device=log_probs.device)[:, None]
+    side = (batch.segment_ids - first + 2 * pair)[batch.target_ids != IGNORE_INDEX]
+    sums = torch.zeros(2 * num_pairs, dtype=log_probs.dtype, device=log_probs.device).index_add(0, side, log_probs)
+    return sums, torch.bincount(side, minlength=2 * num_pairs)
 
 
 def reference_log_probs(model: CausalLM, batches: Iterable[Batch]) -> dict[int, tuple[float, float]]:
     """row -> (chosen, rejected) log pi under the model as it is now, dropout off. Call it before the first step."""
     with torch.no_grad(), no_dropout(model):
-        sums = {batch.rows[0]: answer_log_probs(model, batch.to(model.model.norm.weight.device))[0] for batch in batches}
-    return {row: (float(values[0]), float(values[1])) for row, values in sums.items()}
+        found: dict[int, tuple[float, float]] = {}
+        for batch in batches:
+            sums = answer_log_probs(model, batch.to(model.model.norm.weight.device))[0].tolist()
+            found |= dict(zip(batch.rows, zip(sums[::2], sums[1::2], strict=True), strict=True))
+    return found
 
 
 def pair_gradients(
@@ -128,7 +170,7 @@ def pair_gradients(
 
     Args:
         model: the decoder.
-        batches: one pair each.
+        batches: of ``pair_batch`` or ``pair_batches``.
         reference: row -> (chosen, rejected) log pi_ref.
         settings: the loss.
         backward: accumulate gradients; without it (validation) only the numbers come back.
@@ -136,24 +178,27 @@ def pair_gradients(
     Returns:
         Means over the pairs.
     """
+    num_pairs = sum(len(batch.rows) for batch in batches)
     columns: list[Tensor] = []
     for batch in batches:
-        sums, lengths = answer_log_probs(model, batch)
-        ref = torch.tensor(reference[batch.rows[0]], dtype=sums.dtype, device=sums.device)
+        sums, lengths = (values.view(-1, 2).T for values in answer_log_probs(model, batch))  # (2, P): chosen, rejected
+        ref = torch.tensor([reference[row] for row in batch.rows], dtype=sums.dtype, device=sums.device).T
         loss = dpo_loss(
-            *sums.split(1), *ref.split(1), chosen_lengths=lengths[:1], rejected_lengths=lengths[1:],
+            *sums, *ref, chosen_lengths=lengths[0], rejected_lengths=lengths[1],
             beta=settings.beta, loss=settings.loss, label_smoothing=settings.label_smoothing, rpo_alpha=settings.rpo_alpha,
         )  # fmt: skip
         if backward:
-            (loss.sum() / len(batches)).backward()
+            (loss.sum() / num_pairs).backward()
         columns.append(_facts(loss, sums, ref, lengths, settings.beta))
-    return PairStats(*torch.stack(columns).mean(0).tolist())
+    return PairStats(*torch.cat(columns, 1).mean(1).tolist())
 
 
 def _facts(loss: Tensor, sums: Tensor, ref: Tensor, lengths: Tensor, beta: float) -> Tensor:
-    """One pair's numbers in the order of ``PairStats``, fp64 on the CPU."""
+    """(8, P): each pair's numbers in the order of ``PairStats``, fp64 on the CPU."""
     sums, ref = sums.detach().to("cpu", torch.float64), ref.to("cpu", torch.float64)
     rewards = beta * (sums - ref)
     margin = rewards[0] - rewards[1]
     change = (sums[0] - ref[0]) / lengths[0].cpu()
-    return torch.stack([loss.detach().to("cpu", torch.float64)[0], *rewards, margin, (margin > 0).double(), *sums, change])
+    return torch.stack(
+        [loss.detach().to("cpu", torch.float64), *rewards, margin, (margin > beta * TIE).double(), *sums, change]
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from minisft.common.atomic_files import write_durably
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.generation import no_dropout
-from minisft.training.dpo import DPOSettings, EncodedPair, PairStats, pair_batch, pair_gradients, reference_log_probs
+from minisft.training.dpo import DPOSettings, EncodedPair, PairStats, pair_batches, pair_gradients, reference_log_probs
 from minisft.training.preference_config import DPOConfig
 from minisft.training.trainer import Trainer
 
@@ -52,8 +51,9 @@ class DPOTrainer(Trainer[EncodedPair]):
         from tqdm import tqdm  # late: nothing else here needs it
 
         # ``rows`` says which pair a batch is: training pairs count from 0, validation pairs follow.
-        batches = [self._batch(pair, i) for i, pair in enumerate((*self.data.train, *self.data.validation))]
-        self.reference = reference_log_probs(self.model, tqdm(batches, "reference", unit="pair", leave=False, disable=None))
+        pairs = (*self.data.train, *self.data.validation)
+        batches = pair_batches(pairs, range(len(pairs)), self.tokenizer.pad_id, self.run.max_length)
+        self.reference = reference_log_probs(self.model, tqdm(batches, "reference", unit="batch", leave=False, disable=None))
         rows = torch.tensor(list(self.reference), dtype=torch.int64)
         values = torch.tensor(list(self.reference.values()), dtype=torch.float64)
         write_durably(path, save({"pair": rows, "log_probs": values}, {"identity": identity}))
@@ -69,11 +69,13 @@ class DPOTrainer(Trainer[EncodedPair]):
         return {pair.row: number for number, pair in enumerate(self.data.train)}
 
     def batches(self, step: int) -> list[Batch]:
-        """One batch for each pair of the step, on the model's device."""
-        return [self._batch(pair, self._numbers[pair.row]) for pair in self.step_rows(step)]
+        """The step's pairs on the model's device, as many to a batch as fit ``--max-length`` places."""
+        pairs = self.step_rows(step)
+        return self._batches(pairs, [self._numbers[pair.row] for pair in pairs])
 
-    def _batch(self, pair: EncodedPair, number: int) -> Batch:
-        return replace(pair_batch(pair, self.tokenizer.pad_id), rows=(number,)).to(self.device)
+    def _batches(self, pairs: Sequence[EncodedPair], numbers: Sequence[int]) -> list[Batch]:
+        batches = pair_batches(pairs, numbers, self.tokenizer.pad_id, self.run.max_length)
+        return [batch.to(self.device) for batch in batches]
 
     def gradients(self, step: int, batches: Sequence[Batch]) -> float:
         """Backward of the mean loss over the step's pairs."""
@@ -94,7 +96,8 @@ class DPOTrainer(Trainer[EncodedPair]):
     def evaluate(self) -> tuple[float, dict[str, JSON]]:
         """The mean loss of the pairs held out, and their means under TRL's names."""
         first = len(self.data.train)
-        batches = [self._batch(pair, first + i) for i, pair in enumerate(self.data.validation)]
+        pairs = self.data.validation
+        batches = self._batches(pairs, range(first, first + len(pairs)))
         with torch.no_grad(), no_dropout(self.model):
             stats = pair_gradients(self.model, batches, self.reference, self.settings, backward=False)
         return stats.loss, {f"eval_{name}": value for name, value in stats.metrics().items()}
