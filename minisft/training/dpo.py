@@ -111,7 +111,7 @@ def pair_batches(pairs: Sequence[EncodedPair], numbers: Sequence[int], pad_id: i
         pairs: encoded pairs.
         numbers: what each is called in ``Batch.rows``.
         pad_id: the tokenizer's padding.
-        max_tokens: places of a batch, padding included; a pair that has more is a batch of its own.
+        max_tokens: positions of a batch, padding included; a pair that has more is a batch of its own.
 
     Returns:
         The batches, the longest prompts first; each pair is in exactly one.

@@ -69,7 +69,7 @@ class DPOTrainer(Trainer[EncodedPair]):
         return {pair.row: number for number, pair in enumerate(self.data.train)}
 
     def batches(self, step: int) -> list[Batch]:
-        """The step's pairs on the model's device, as many to a batch as fit ``--max-length`` places."""
+        """The step's pairs on the model's device, as many to a batch as fit ``--max-length`` positions."""
         pairs = self.step_rows(step)
         return self._batches(pairs, [self._numbers[pair.row] for pair in pairs])
 
