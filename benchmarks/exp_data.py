@@ -1,15 +1,18 @@
 """What quality, quantity, diversity, selection and contamination do to a small model: five experiments, every arm, three seeds.
 
-    python benchmarks/exp_data.py                       # about two hours on two quiet cores; stop and start it as you like
-    python benchmarks/exp_data.py --cells E1 E4         # some of them
+    python benchmarks/exp_data.py --threads 1           # about two hours on one quiet core; stop and start it as you like
+    python benchmarks/exp_data.py --cells E1 --seeds 0  # some of them
     python benchmarks/exp_data.py --figures             # pictures and the table, from the results so far
     python benchmarks/exp_data.py --tiny --out DIR      # two steps a cell: whether everything works
 
 SmolLM2-135M-Instruct, LoRA of rank 16, on Banking77 (../shared/data by default). All arms of an experiment take the same steps
-of the same number of rows, which are of nearly one length; only E2's ``pass`` arms go once over their rows. The seed moves the
-subset, the order and the adapter's start. The metric is the loss per supervised token on test rows that no arm has seen.
+of eight rows, which are of nearly one length; each line records the tokens. E2 is one run a seed at a constant rate, scored
+whenever the number of rows has doubled. The seed moves the subset, the order and the adapter's start. The metric is the loss
+per supervised token, averaged over test rows that no arm has seen (but E5's leaked ones).
 
-One JSON line a cell in benchmarks/results/exp_data.jsonl; a cell that stands there is not run again.
+Training drops exact copies, so E5's copies of a test row differ by a greeting and a word of thanks, as leaked rows do.
+One JSON line a cell in benchmarks/results/exp_data.jsonl; a cell that stands there is not run again. The order is whole
+experiments, seed by seed: what a stopped run leaves out is the last arms, not one side of a comparison.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +35,7 @@ import torch
 from harness import RESULTS, provenance
 
 from minisft.config import RunConfig
-from minisft.data.chat import resolve_template
+from minisft.data.chat import encode_chat, resolve_template
 from minisft.data.messages import read_dataset
 from minisft.evaluation.evaluate import evaluate
 from minisft.formats import load_adapter_, load_model
@@ -44,13 +48,15 @@ from minisft.training.train import train
 
 MODEL = "smollm2-135m-instruct"
 DATA = Path(__file__).parents[2] / "shared" / "data"
-INSTRUCTION = "Name the intent of this message to a bank, in one short label."
-STEPS, BATCH, LR, RANK = 60, 8, 5e-4, 16
+SYSTEM = "Name the intent."  # short: the model's own system message is half of a row's tokens
+BATCH, LR, RANK = 8, 5e-4, 16
+STEPS = {"E1": 60, "E2": 128, "E3": 45, "E4": 38, "E5": 50}
 SEEDS = (0, 1, 2)
-TEST_PER_INTENT, LEAK_PER_INTENT = 5, 2
-SIZES = (125, 250, 500, 1000, 2000, 4000, 8000)
-PASS_SIZES = (125, 250, 500, 1000, 2000)
-PICK, POOL = 500, 4000
+TEST_PER_INTENT, SEEN_ROWS, LEAKED = 2, 60, 20
+SMALL, LARGE = 300, 1200  # E1
+PASS_SIZES = (32, 64, 128, 256, 512, 1024)  # E2: rows of one pass
+PICK, POOL = 300, 1200  # E4
+GREETINGS, THANKS = ("", "Hi. ", "Hello, ", "Good morning. "), ("", " Thanks.", " Please help.", " Thank you!")
 Row = dict[str, str]
 
 
@@ -63,22 +69,20 @@ class Cell:
     seed: int
 
 
-def cells() -> Iterator[Cell]:
+def cells(seeds: Sequence[int] = SEEDS) -> Iterator[Cell]:
     """Every cell, those of one experiment together, seed by seed so that a partial run compares whole sets of arms."""
     arms = {
-        "E1": ("clean 500", "clean 2000", "500 + 500 wrong", "500 + 1500 wrong", "2000, 20 % uniform", "2000, 50 % uniform",
-               "2000, 20 % near", "2000, 50 % near"),
-        "E2": (*(f"equal steps, {n}" for n in SIZES), *(f"one pass, {n}" for n in PASS_SIZES)),
-        "E3": ("6 x 77", "12 x 38", "46 x 10", "random 462"),
-        "E4": ("dirty, random", "dirty, longest", "dirty, ifd", "dirty, pmi", "dirty, cleaned",
-               "dirty, cleaned + ifd", "dirty, cleaned + ifd + diverse", "clean, random", "clean, longest",
-               "clean, ifd", "clean, cleaned + ifd + diverse"),
-        "E5": ("leaked 0 times", "leaked 1 times", "leaked 4 times", "leaked 16 times"),
+        "E1": (f"clean {SMALL}", f"clean {LARGE}", f"{SMALL} + {LARGE - SMALL} wrong",
+               f"{LARGE}, 50 % uniform", f"{LARGE}, 50 % near"),
+        "E3": ("6 x 50", "75 x 4", "random 300"),
+        "E5": ("leaked 0 times", "leaked 4 times", "leaked 16 times"),
+        "E2": ("one pass",),
+        "E4": ("dirty, random", "dirty, longest", "dirty, ifd", "dirty, cleaned", "dirty, cleaned + ifd",
+               "clean, random", "clean, ifd"),
     }  # fmt: skip
     for experiment, names in arms.items():
-        for seed in SEEDS:
+        for seed in seeds:
             yield from (Cell(experiment, arm, seed) for arm in names)
-    yield Cell("E2", "one pass, 4000", 0)
 
 
 class Banking:
@@ -92,8 +96,10 @@ class Banking:
             by_intent.setdefault(row["label"], []).append(row)
         self.intents = sorted(by_intent)
         self.test = [row for rows in by_intent.values() for row in rows[:TEST_PER_INTENT]]
-        self.leaked = [row for rows in by_intent.values() for row in rows[TEST_PER_INTENT : TEST_PER_INTENT + LEAK_PER_INTENT]]
-        self.fresh = [row for rows in by_intent.values() for row in rows[-LEAK_PER_INTENT:]]
+        self.deep = {intent: rows[TEST_PER_INTENT : TEST_PER_INTENT + 10] for intent, rows in by_intent.items()}
+        chosen = random.Random(0).sample(self.intents, LEAKED)
+        self.leaked = [by_intent[intent][-1] for intent in chosen]
+        self.fresh = [by_intent[intent][-2] for intent in chosen]  # the same intents, other words
         self.near = nearest_intents(self.train, self.intents)
 
     def draw(self, seed: int, count: int) -> list[Row]:
@@ -135,27 +141,25 @@ def rows_of(cell: Cell, banking: Banking, scratch: Path) -> list[Row]:
 
 
 def quality(cell: Cell, banking: Banking, _: Path) -> list[Row]:
-    draw, rows = random.Random(cell.seed + 100), banking.draw(cell.seed, 2000)
+    draw, rows = random.Random(cell.seed + 100), banking.draw(cell.seed, LARGE)
     if cell.arm.startswith("clean"):
         return rows[: int(cell.arm.split()[1])]
     if "+" in cell.arm:
-        more = int(cell.arm.split()[2])
-        return rows[:500] + banking.wrong(rows[500 : 500 + more], draw, near=False)
-    share = int(cell.arm.split()[1]) * 20
-    return banking.wrong(rows[:share], draw, cell.arm.endswith("near")) + rows[share:]
+        return rows[:SMALL] + banking.wrong(rows[SMALL:], draw, near=False)
+    return banking.wrong(rows[: LARGE // 2], draw, cell.arm.endswith("near")) + rows[LARGE // 2 :]
 
 
 def quantity(cell: Cell, banking: Banking, _: Path) -> list[Row]:
-    return banking.draw(cell.seed, int(cell.arm.split()[-1]))
+    return banking.draw(cell.seed, PASS_SIZES[-1])
 
 
 def diversity(cell: Cell, banking: Banking, _: Path) -> list[Row]:
     draw = random.Random(cell.seed)
     if cell.arm.startswith("random"):
-        return banking.draw(cell.seed, 462)
+        return banking.draw(cell.seed, int(cell.arm.split()[1]))
     num_intents, each = (int(part) for part in cell.arm.split(" x "))
     sizes = Counter(row["label"] for row in banking.train)
-    chosen = draw.sample([intent for intent in banking.intents if sizes[intent] >= 77], num_intents)
+    chosen = draw.sample([intent for intent in banking.intents if sizes[intent] >= each], num_intents)
     return [row for intent in chosen for row in draw.sample([r for r in banking.train if r["label"] == intent], each)]
 
 
@@ -202,12 +206,17 @@ def selected(cell: Cell, banking: Banking, scratch: Path) -> list[Row]:
         select_rows(pool, out, settings, ModelSettings(MODEL) if needs_model else None, reuse=reuse, log=note)
         if needs_model and reuse is None:
             kept.write_bytes(out.with_name(out.stem + ".scores.jsonl").read_bytes())
-    return [{"text": row["prompt"], "label": row["completion"], "ready": "yes"} for row in read_lines(out)]
+    return [
+        {"text": messages[1]["content"], "label": messages[2]["content"]}
+        for messages in map(itemgetter("messages"), read_lines(out))
+    ]
 
 
 def contaminated(cell: Cell, banking: Banking, _: Path) -> list[Row]:
     times = int(cell.arm.split()[1])
-    return banking.draw(cell.seed, 480) + banking.leaked * times
+    forms = [(hello, thanks) for hello in GREETINGS for thanks in THANKS][:times]
+    copies = [{**row, "text": hello + row["text"] + thanks} for hello, thanks in forms for row in banking.leaked]
+    return banking.draw(cell.seed, STEPS["E5"] * BATCH - len(copies)) + copies
 
 
 def note(text: str) -> None:
@@ -218,57 +227,88 @@ def note(text: str) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> Path:
-    lines = [
-        {"prompt": row["text"] if "ready" in row else f"{INSTRUCTION}\n{row['text']}", "completion": row["label"]}
-        for row in rows
-    ]
+    said = [(("system", SYSTEM), ("user", row["text"]), ("assistant", row["label"])) for row in rows]
+    lines = [{"messages": [{"role": role, "content": content} for role, content in row]} for row in said]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
-def run(cell: Cell, banking: Banking, scratch: Path, steps: int, limit: int | None) -> dict:
+def tests_of(cell: Cell, banking: Banking, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows that score a cell: those of all cells, and the experiment's own."""
+    tests = {"test": banking.test}
+    if cell.experiment == "E3":
+        seen = sorted({row["label"] for row in rows})
+        pool = [row for intent in seen for row in banking.deep[intent]]
+        tests |= {"seen": random.Random(cell.seed).sample(pool, min(SEEN_ROWS, len(pool)))}
+    if cell.experiment == "E5":
+        tests |= {"leaked": banking.leaked, "fresh": banking.fresh}
+    return tests
+
+
+def score(adapter: Path, tests: dict[str, list[Row]], folder: Path, limit: int | None) -> dict[str, dict]:
+    """The loss of each test row."""
+    model, tokenizer = load_model(MODEL, torch.float32)
+    load_adapter_(model, adapter)
+    model.eval()
+    losses = {}
+    for key, part in tests.items():
+        examples = read_dataset(write_rows(folder / f"{key}.jsonl", part), keep_duplicates=True).examples[:limit]
+        scored = evaluate(model, tokenizer, resolve_template(tokenizer), examples, "loss")
+        rows = [round(row.score, 4) for row in scored.rows]
+        losses[key] = {"loss": round(sum(rows) / len(rows), 5), "n": scored.n, "rows": rows}
+    return losses
+
+
+def tokens_of(data: Path, limit: int | None = None) -> dict[str, int]:
+    """How many tokens a file of rows has, and how many of them are trained on."""
+    tokenizer = load_model(MODEL, torch.float32)[1]
+    template = resolve_template(tokenizer)
+    encoded = [encode_chat(tokenizer, template, e.messages) for e in read_dataset(data).examples[:limit]]
+    return {"tokens": sum(len(e.input_ids) for e in encoded), "supervised": sum(sum(e.supervised) for e in encoded)}
+
+
+def run(cell: Cell, banking: Banking, scratch: Path, tiny: bool) -> dict:
     """Train one cell and score it."""
-    began = time.time()
+    began, limit = time.time(), 8 if tiny else None
     rows = rows_of(cell, banking, scratch)
-    if cell.arm.startswith("one pass"):
-        steps = steps if limit else math.ceil(len(rows) / BATCH)
+    tests = tests_of(cell, banking, rows)
+    curve = cell.experiment == "E2"
+    stops = [size // BATCH for size in PASS_SIZES] if curve else [STEPS[cell.experiment]]
+    stops = [1, 2][: len(stops)] if tiny else stops
+    points = []
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
         data = write_rows(folder / "train.jsonl", rows)
-        train(
-            RunConfig(
+        for number, steps in enumerate(stops):
+            settings = RunConfig(
                 model=MODEL, data=str(data), out=str(folder / "run"), steps=steps, batch_size=BATCH, lr=LR, rank=RANK,
+                schedule="constant" if curve else "cosine", warmup=0.0 if curve else 0.03,
                 dtype="fp32", packing=True, validation_share=0.0, seed=cell.seed,
-            )
-        )  # fmt: skip
-        model, tokenizer = load_model(MODEL, torch.float32)
-        load_adapter_(model, folder / "run" / "adapter")
-        model.eval()
-        tests = {"test": banking.test}
-        if cell.experiment == "E3":
-            seen = {row["label"] for row in rows}
-            tests |= {
-                "seen": [r for r in banking.test if r["label"] in seen],
-                "unseen": [r for r in banking.test if r["label"] not in seen],
-            }
-        if cell.experiment == "E5":
-            tests |= {"leaked": banking.leaked, "fresh": banking.fresh}
-        losses = {}
-        for key, part in tests.items():
-            if part:
-                examples = read_dataset(write_rows(folder / f"{key}.jsonl", part), keep_duplicates=True).examples[:limit]
-                scored = evaluate(model, tokenizer, resolve_template(tokenizer), examples, "loss")
-                losses[key] = {"loss": scored.score, "n": scored.n, "rows": [round(row.score, 4) for row in scored.rows]}
+            )  # fmt: skip
+            train(settings, resume=number > 0, log=lambda _: None)
+            losses = score(folder / "run" / "adapter", tests, folder, limit)
+            points.append({"rows": steps * BATCH, "steps": steps, "loss": losses["test"]["loss"]})
+        tokens = tokens_of(data)
         found = {}
         if cell.experiment == "E5":
             leaks = find_leaks(read_pool(str(data)), read_pool(str(folder / "leaked.jsonl")))
             found = {"test_rows_found": len({leak.test_row for leak in leaks}), "test_rows": len(banking.leaked)}
+    if cell.experiment == "E3":
+        seen = {row["label"] for row in rows}
+        pairs = zip(banking.test, losses["test"]["rows"], strict=False)  # a tiny run scores fewer
+        unseen = [loss for row, loss in pairs if row["label"] not in seen]
+        if unseen:
+            losses["unseen"] = {"loss": round(sum(unseen) / len(unseen), 5), "n": len(unseen), "rows": unseen}
     return {
         **asdict(cell),
         "rows": len(rows),
-        "steps": steps,
+        "steps": stops[-1],
+        "pool_tokens": tokens,
+        "trained_tokens": {key: round(n * stops[-1] * BATCH / len(rows)) for key, n in tokens.items()},
         "losses": losses,
+        **({"curve": points} if curve else {}),
         **found,
+        "threads": torch.get_num_threads(),
         "seconds": round(time.time() - began, 1),
     }
 
@@ -350,28 +390,26 @@ def figures(results: Sequence[dict], folder: Path) -> None:
 def quantity_figure(results: Sequence[dict], folder: Path) -> None:
     from matplotlib.figure import Figure
 
+    curves = [cell["curve"] for cell in results if cell["experiment"] == "E2"]
+    if not curves:
+        return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for kind, color in (("equal steps", "#0072B2"), ("one pass", "#D55E00")):
-        arms = {int(arm.split()[-1]): losses for arm, losses in by_arm(results, "E2").items() if arm.startswith(kind)}
-        sizes = sorted(arms)
-        for n in sizes:
-            axes.plot([n] * len(arms[n]), arms[n], "o", color=color, alpha=0.6, label=kind if n == sizes[0] else None)
-        if len(sizes) >= 5:
-            means = [float(np.mean(arms[n])) for n in sizes]
-            a, b, c = fitted(sizes[:-2], means[:-2])
-            line = np.geomspace(sizes[0], sizes[-1])
-            axes.plot(line, a + b * line**-c, color=color, linewidth=0.8)
-            for n, mean in zip(sizes[-2:], means[-2:], strict=True):
-                print(
-                    f"E2 {kind}: {n} rows predicted {a + b * n**-c:.4f}, measured {mean:.4f} (fit {a:.3f} + {b:.2f} n^-{c:.2f})"
-                )
-    axes.set(xscale="log", xlabel="training rows", ylabel="loss per supervised token on test rows")
+    sizes = [point["rows"] for point in curves[0]]
+    for curve in curves:
+        axes.plot(sizes, [point["loss"] for point in curve], "o", color="#0072B2", alpha=0.6)
+    means = [float(np.mean([curve[i]["loss"] for curve in curves])) for i in range(len(sizes))]
+    a, b, c = fitted(sizes[:-2], means[:-2])
+    line = np.geomspace(sizes[0], sizes[-1])
+    axes.plot(line, a + b * line**-c, color="#555555", linewidth=0.8, label=f"fitted to the first {len(sizes) - 2} sizes")
+    for n, mean in zip(sizes[-2:], means[-2:], strict=True):
+        print(f"E2: {n} rows predicted {a + b * n**-c:.3f}, measured {mean:.3f} (fit {a:.3f} + {b:.2f} n^-{c:.2f})")
+    axes.set(xscale="log", xlabel="training rows, each seen once", ylabel="loss per supervised token on test rows")
     axes.legend(frameon=False)
     figure.savefig(folder / "exp_data_e2.svg", metadata={"Date": None})
 
 
-BASELINES = {"E1": "clean 2000", "E3": "random 462", "E4": "random", "E5": "leaked 0 times"}
+BASELINES = {"E1": f"clean {SMALL}", "E3": "random 300", "E4": "random", "E5": "leaked 0 times"}
 
 
 def table(results: Sequence[dict]) -> None:
@@ -390,10 +428,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", default=None, metavar="E1", help="experiments to run (default: all)")
     parser.add_argument("--figures", action="store_true", help="draw from the results, run nothing")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="seeds to run (default: 0 1 2)")
+    parser.add_argument("--threads", type=int, default=None, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--tiny", action="store_true", help="first arm and seed of each experiment, two steps, eight test rows")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with banking77_train.jsonl and banking77_test.jsonl")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
     path = given.out / "exp_data.jsonl"
     if given.figures:
         figures(done_cells(path), given.out)
@@ -406,14 +448,16 @@ def main() -> None:
     scratch = given.out / "exp_data.scratch"  # pools and scores of E4; may be removed when all is done
     scratch.mkdir(exist_ok=True)
     if not path.exists():
-        path.write_text(json.dumps(provenance(sys.argv) | {"steps": STEPS, "batch": BATCH, "lr": LR, "rank": RANK}) + "\n")
+        path.write_text(
+            json.dumps(provenance(sys.argv) | {"model": MODEL, "steps": STEPS, "batch": BATCH, "lr": LR, "rank": RANK}) + "\n"
+        )
     seen: set[str] = set()
-    for cell in cells():
+    for cell in cells(given.seeds):
         wanted = given.cells is None or cell.experiment in given.cells
         if not wanted or (cell.experiment, cell.arm, cell.seed) in known or (given.tiny and cell.experiment in seen):
             continue
         seen.add(cell.experiment)
-        result = run(cell, banking, scratch, 2 if given.tiny else STEPS, 8 if given.tiny else None)
+        result = run(cell, banking, scratch, given.tiny)
         with path.open("a") as file:
             file.write(json.dumps(result) + "\n")
         note(f"{cell.experiment} {cell.arm} seed {cell.seed}: {result['losses']['test']['loss']:.4f} in {result['seconds']} s")
