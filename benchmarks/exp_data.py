@@ -200,7 +200,7 @@ def selected(cell: Cell, banking: Banking, scratch: Path) -> list[Row]:
     settings = Settings(score=score, rows=PICK, seed=cell.seed, **cleaned, **spread)
     needs_model = settings.needs_model
     out = folder / f"{how.replace(' ', '-')}-{cell.seed}.jsonl"
-    kept = folder / f"{score}-{settings.needs_states}-{'cleaned' in how}.scores.jsonl"
+    kept = folder / f"{score}-{settings.needs_states}.scores.jsonl"  # of all rows, if the uncleaned arm came first
     if not out.exists():
         reuse = kept if kept.exists() else None
         select_rows(pool, out, settings, ModelSettings(MODEL) if needs_model else None, reuse=reuse, log=note)
