@@ -52,7 +52,7 @@ SYSTEM = "Name the intent."  # short: the model's own system message is half of 
 BATCH, LR, RANK = 8, 5e-4, 16
 STEPS = {"E1": 60, "E2": 128, "E3": 45, "E4": 38, "E5": 50}
 SEEDS = (0, 1, 2)
-TEST_PER_INTENT, SEEN_ROWS, LEAKED = 2, 60, 20
+TEST_PER_INTENT, DEEP_PER_INTENT, LEAKED = 2, 10, 20
 SMALL, LARGE = 300, 1200  # E1
 PASS_SIZES = (32, 64, 128, 256, 512, 1024)  # E2: rows of one pass
 PICK, POOL = 300, 1200  # E4
@@ -96,7 +96,7 @@ class Banking:
             by_intent.setdefault(row["label"], []).append(row)
         self.intents = sorted(by_intent)
         self.test = [row for rows in by_intent.values() for row in rows[:TEST_PER_INTENT]]
-        self.deep = {intent: rows[TEST_PER_INTENT : TEST_PER_INTENT + 10] for intent, rows in by_intent.items()}
+        self.deep = {intent: rows[TEST_PER_INTENT : TEST_PER_INTENT + DEEP_PER_INTENT] for intent, rows in by_intent.items()}
         chosen = random.Random(0).sample(self.intents, LEAKED)
         self.leaked = [by_intent[intent][-1] for intent in chosen]
         self.fresh = [by_intent[intent][-2] for intent in chosen]  # the same intents, other words
@@ -158,9 +158,14 @@ def diversity(cell: Cell, banking: Banking, _: Path) -> list[Row]:
     if cell.arm.startswith("random"):
         return banking.draw(cell.seed, int(cell.arm.split()[1]))
     num_intents, each = (int(part) for part in cell.arm.split(" x "))
-    sizes = Counter(row["label"] for row in banking.train)
-    chosen = draw.sample([intent for intent in banking.intents if sizes[intent] >= each], num_intents)
+    chosen = few_intents(banking, cell.seed) if num_intents == 6 else draw.sample(banking.intents, num_intents)
     return [row for intent in chosen for row in draw.sample([r for r in banking.train if r["label"] == intent], each)]
+
+
+def few_intents(banking: Banking, seed: int) -> list[str]:
+    """The six intents of E3's arm with few of them; all its arms are tested on these too."""
+    sizes = Counter(row["label"] for row in banking.train)
+    return random.Random(seed).sample([intent for intent in banking.intents if sizes[intent] >= 50], 6)
 
 
 def dirty(rows: list[Row], draw: random.Random, banking: Banking) -> list[Row]:
@@ -237,9 +242,7 @@ def tests_of(cell: Cell, banking: Banking, rows: Sequence[Row]) -> dict[str, lis
     """The rows that score a cell: those of all cells, and the experiment's own."""
     tests = {"test": banking.test}
     if cell.experiment == "E3":
-        seen = sorted({row["label"] for row in rows})
-        pool = [row for intent in seen for row in banking.deep[intent]]
-        tests |= {"seen": random.Random(cell.seed).sample(pool, min(SEEN_ROWS, len(pool)))}
+        tests |= {"six": [row for intent in few_intents(banking, cell.seed) for row in banking.deep[intent]]}
     if cell.experiment == "E5":
         tests |= {"leaked": banking.leaked, "fresh": banking.fresh}
     return tests
@@ -370,7 +373,9 @@ def figures(results: Sequence[dict], folder: Path) -> None:
     from matplotlib.figure import Figure
 
     for experiment in ("E1", "E3", "E4", "E5"):
-        keys = {"E3": ("seen", "unseen"), "E5": ("leaked", "fresh")}.get(experiment, ("test",))
+        if not by_arm(results, experiment):
+            continue
+        keys = {"E3": ("six", "test"), "E5": ("leaked", "fresh")}.get(experiment, ("test",))
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         for shift, key in enumerate(keys):
@@ -385,6 +390,7 @@ def figures(results: Sequence[dict], folder: Path) -> None:
         figure.savefig(folder / f"exp_data_{experiment.lower()}.svg", metadata={"Date": None})
     quantity_figure(results, folder)
     table(results)
+    (folder / "exp_data_claims.json").write_text(json.dumps(verdicts(results), indent=1) + "\n")
 
 
 def quantity_figure(results: Sequence[dict], folder: Path) -> None:
@@ -409,19 +415,75 @@ def quantity_figure(results: Sequence[dict], folder: Path) -> None:
     figure.savefig(folder / "exp_data_e2.svg", metadata={"Date": None})
 
 
-BASELINES = {"E1": f"clean {SMALL}", "E3": "random 300", "E4": "random", "E5": "leaked 0 times"}
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that the field holds true: ``arm`` minus ``other`` on test rows ``key`` has the sign ``sign``."""
+
+    experiment: str
+    claim: str
+    arm: str
+    other: str
+    sign: int
+    key: str = "test"
+
+
+WRONG_ADDED, HALF = f"{SMALL} + {LARGE - SMALL} wrong", f"{LARGE}, 50 %"
+CLAIMS = (
+    Claim("E1", f"{LARGE} clean rows beat {SMALL}, at equal steps", f"clean {LARGE}", f"clean {SMALL}", -1),
+    Claim("E1", f"{LARGE - SMALL} wrong rows beside {SMALL} clean ones hurt", WRONG_ADDED, f"clean {SMALL}", 1),
+    Claim(
+        "E1", f"{LARGE} rows of which half are wrong are worse than {SMALL} clean ones", f"{HALF} uniform", f"clean {SMALL}", 1
+    ),
+    Claim("E1", "labels exchanged with the nearest intent hurt more than with any", f"{HALF} near", f"{HALF} uniform", 1),
+    Claim("E3", "300 rows of 6 intents are worse than of 75", "6 x 50", "75 x 4", 1),
+    Claim("E3", "6 intents with 50 rows each are learned better than with 4", "6 x 50", "75 x 4", -1, "six"),
+    Claim("E3", "an even choice over intents beats a random one", "75 x 4", "random 300", -1),
+    Claim("E4", "dirty pool: cleaning beats random", "dirty, cleaned", "dirty, random", -1),
+    Claim("E4", "dirty pool: highest IFD beats random", "dirty, ifd", "dirty, random", -1),
+    Claim("E4", "dirty pool: longest beats random", "dirty, longest", "dirty, random", -1),
+    Claim("E4", "dirty pool: IFD after cleaning beats cleaning", "dirty, cleaned + ifd", "dirty, cleaned", -1),
+    Claim("E4", "clean pool: highest IFD beats random", "clean, ifd", "clean, random", -1),
+    Claim("E5", "4 copies of a test row lower its loss", "leaked 4 times", "leaked 0 times", -1, "leaked"),
+    Claim("E5", "16 copies of a test row lower its loss", "leaked 16 times", "leaked 0 times", -1, "leaked"),
+    Claim("E5", "16 copies raise the loss on other test rows", "leaked 16 times", "leaked 0 times", 1),
+)
+FORMAT_GAP = "{:+.3f} ({:+.3f} to {:+.3f})"
+
+
+def verdicts(results: Sequence[dict]) -> list[dict]:
+    """What became of each claim of which both arms have been run; an interval decides, not the sign of a mean."""
+    found = []
+    for claim in CLAIMS:
+        of = {
+            arm: [c for c in results if (c["experiment"], c["arm"]) == (claim.experiment, arm)]
+            for arm in (claim.arm, claim.other)
+        }
+        difference, low, high = interval(of[claim.arm], of[claim.other], claim.key)
+        if math.isnan(difference):
+            continue
+        shown = low > 0 or high < 0
+        verdict = "not shown at this size" if not shown else "held" if difference * claim.sign > 0 else "did not hold"
+        seeds = len({c["seed"] for c in of[claim.arm]} & {c["seed"] for c in of[claim.other]})
+        found.append({**asdict(claim), "seeds": seeds, "difference": difference, "low": low, "high": high, "verdict": verdict})
+    return found
 
 
 def table(results: Sequence[dict]) -> None:
-    print("| experiment | arm | seeds | loss | against the baseline, 95 % interval |\n|---|---|---|---|---|")
+    """Two tables for benchmarks/README.md on standard output: every arm, and every claim."""
+    print("| experiment | arm | seeds | rows | steps | tokens a run | loss on test rows |\n|---|---|---|---|---|---|---|")
     for experiment in ("E1", "E2", "E3", "E4", "E5"):
-        own = [cell for cell in results if cell["experiment"] == experiment]
         for arm, losses in by_arm(results, experiment).items():
-            baseline = BASELINES.get(experiment, "")
-            baseline = f"{arm.split(', ')[0]}, {baseline}" if experiment == "E4" else baseline
-            mean, low, high = interval([c for c in own if c["arm"] == arm], [c for c in own if c["arm"] == baseline])
-            gap = "" if math.isnan(mean) or arm == baseline else f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
-            print(f"| {experiment} | {arm} | {len(losses)} | {np.mean(losses):.3f} | {gap} |")
+            runs = [c for c in results if (c["experiment"], c["arm"]) == (experiment, arm)]
+            tokens = round(float(np.mean([c["trained_tokens"]["tokens"] for c in runs])), -2)
+            size = f"{runs[0]['rows']:,} | {runs[0]['steps']} | {tokens:,.0f}"
+            print(f"| {experiment} | {arm} | {len(losses)} | {size} | {np.mean(losses):.3f} |")
+    print("\n| experiment | claim | difference, 95 % interval | seeds | verdict |\n|---|---|---|---|---|")
+    for v in verdicts(results):
+        gap = FORMAT_GAP.format(v["difference"], v["low"], v["high"])
+        print(f"| {v['experiment']} | {v['claim']} | {gap} | {v['seeds']} | {v['verdict']} |")
+    for cell in results:
+        if "test_rows_found" in cell and cell["seed"] == SEEDS[0]:
+            print(f"E5 {cell['arm']}: the detector finds {cell['test_rows_found']} of {cell['test_rows']} leaked rows")
 
 
 def main() -> None:
