@@ -38,7 +38,7 @@ import math
 import random
 import tempfile
 from collections import namedtuple
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,8 @@ C = shared.COLORS
 
 # %% tags=["drawing"]
 TOP = 9
-FILLERS = "please count from to up say the numbers between and I want list me for now then with next would".split()
+MESSAGE_WORDS = "please count from to up say the numbers between and I want list me for now then with next would"
+FILLERS = MESSAGE_WORDS.split()
 WORDS = ["<start>", "<end>", "user", "assistant", "\n", ":", ".", *FILLERS, *map(str, range(1, TOP + 1))]
 WORD_ID = {word: i for i, word in enumerate(WORDS)}
 END = WORD_ID["<end>"]
@@ -405,7 +406,7 @@ BLANK = prompt_of("")
 
 def word_pairs(row):
     """The neighbouring words of the message, and of the answer."""
-    return {pair for part in (ids_of(row.text), row.answer) for pair in zip(part, part[1:], strict=False)}
+    return {pair for part in (ids_of(row.text), row.answer) for pair in pairwise(part)}
 
 
 def tools(rows, judge):
@@ -671,7 +672,7 @@ shared.say(
 RESULTS = shared.FOLDER.parent / "benchmarks" / "results"
 lines = (RESULTS / "exp_data.jsonl").read_text().splitlines() if (RESULTS / "exp_data.jsonl").exists() else []
 runs = [run for run in map(json.loads, (line for line in lines if line.endswith("}"))) if "arm" in run]
-KEYS = {"E3": ("seen", "unseen"), "E5": ("leaked", "fresh")}
+KEYS = {"E3": ("six", "test"), "E5": ("leaked", "fresh")}
 TITLES = {
     "E1": "E1 wrong labels",
     "E3": "E3 intents x rows of each",
@@ -864,10 +865,11 @@ def leaked(rows, tests, n):  # lists of lists of words, a number -> list of posi
 
 # %% tags=["check"]
 def check_leaked(answer):
-    tests = ["please send 48 clips to the old mill".split(), "stop".split()]
-    rows = ["hello please send 48 clips to me".split(), "please send 52 clips to us".split(), "send the old clips".split()]
+    tests = [["please", "send", "48", "clips", "to", "the", "old", "mill"], ["stop"]]
+    rows = [["hello", "please", "send", "48", "clips", "to", "me"], ["please", "send", "52", "clips", "to", "us"]]
+    rows.append(["send", "the", "old", "clips"])
     assert 0 in answer(rows, tests, 4), (
-        "row 0 shares `please send 48 clips` with a test row: look at every place, not only the first"
+        "row 0 shares `please send 48 clips` with a test row: look everywhere, not only at the start"
     )
     assert 1 in answer(rows, tests, 4), "row 1 differs from the test in its number only: 48 and 52 count as the same word"
     assert 2 not in answer(rows, tests, 3), "row 2 has three words of the test, but not in a row"
