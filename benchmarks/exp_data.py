@@ -1,6 +1,6 @@
 """What quality, quantity, diversity, selection and contamination do to a small model: five experiments, every arm, three seeds.
 
-    python benchmarks/exp_data.py --threads 1           # about two hours on one quiet core; stop and start it as you like
+    python benchmarks/exp_data.py --threads 1           # hours on one core; stop and start it as you like
     python benchmarks/exp_data.py --cells E1 --seeds 0  # some of them
     python benchmarks/exp_data.py --figures             # pictures and the table, from the results so far
     python benchmarks/exp_data.py --tiny --out DIR      # two steps a cell: whether everything works

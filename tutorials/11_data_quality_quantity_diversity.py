@@ -207,6 +207,7 @@ def damaged(row, kind, draw, rows):
     return [*(numbers * 4)[:12], END]  # looping
 
 
+# %%
 def pool(seed):
     """240 rows in the order of the file; no two of them are equal."""
     draw = random.Random(f"pool {seed}")
@@ -596,6 +597,7 @@ def filled(order, lengths, budget):
     return [row for row, total in zip(order, np.cumsum(lengths[order]), strict=True) if total <= budget]
 
 
+# %%
 def choices(seed):
     """Arm -> rows of the pool, by number."""
     s, kind, draw = scores[seed], kinds[seed], random.Random(f"choice {seed}")
@@ -661,6 +663,8 @@ shared.show(
 
 def compared(one, other):
     """The mean gap in points, and in how many pools it has the same sign."""
+    if one == other:
+        return "-"
     gaps = [100 * (a - b) for a, b in zip(bought[one], bought[other], strict=True)]
     return f"{np.mean(gaps):+.0f} points ({sum(g > 0 for g in gaps)} of {len(gaps)} pools better)"
 
@@ -730,7 +734,7 @@ if panels:
         ax.set_visible(False)
     shared.show(fig, "pretrained", "The same questions on SmolLM2-135M and Banking77: a dot is a run, lower is better.")
 else:
-    shared.say("*No results file yet: `python benchmarks/exp_data.py` makes it in about two hours on one core.*")
+    shared.say("*There is no results file yet: `python benchmarks/exp_data.py` makes it.*")
 
 # %% tags=["drawing"]
 claims = json.loads((RESULTS / "exp_data_claims.json").read_text()) if (RESULTS / "exp_data_claims.json").exists() else []
