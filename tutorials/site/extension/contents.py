@@ -19,7 +19,6 @@ LANES = {
 DOORS = {"01": "start here: how a model answers", "03": "start here: adapters", "05": "start here: 4-bit numbers"}
 TO_COME = {  # pages whose notebooks do not exist yet keep their numbers
     "04": "Choosing rank, alpha, targets and learning rate",
-    "13": "Judging a fine-tune in three dimensions",
 }
 
 
