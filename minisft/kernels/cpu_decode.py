@@ -15,7 +15,7 @@ from torch import Tensor
 from minisft.kernels import cpu_nf4
 from minisft.nf4 import QuantizedWeight
 
-MAX_ROWS = 16  # rows of a step: beyond, the BLAS is faster (``benchmarks/LOG.md``)
+MAX_ROWS = 16  # rows of a step; more of them go to the BLAS, which reads each weight once for all rows
 COLUMNS = 16  # a row of dense weights is read in groups of 16
 PACKED_COLUMNS = 32  # and one of 4-bit weights in groups of 32
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
