@@ -93,7 +93,8 @@ def near_copies(pool: Path) -> dict:
 
 def tokens(pool: Path) -> dict:
     """Our encoding of chats beside transformers' on the same rows; both must give the same ids."""
-    from minisft.data.chat import encode_dataset, resolve_template
+    from minisft.data.chat import resolve_template
+    from minisft.data.encoding import encode_dataset
     from minisft.data.messages import read_dataset
     from minisft.formats import load_tokenizer
 

@@ -44,7 +44,8 @@ INSTRUCTION = (
 
 def make_rows(data: Path | None, num_rows: int, dtypes: list[str], folder: Path) -> Path:
     """Encode chat rows once for all contestants; save the model in each dtype, so that all of them read the same numbers."""
-    from minisft.data.chat import encode_dataset, resolve_template
+    from minisft.data.chat import resolve_template
+    from minisft.data.encoding import encode_dataset
     from minisft.data.messages import Example, Message
     from minisft.formats import load_model, save_model
     from minisft.quickstart.parcel_task import parcel_rows

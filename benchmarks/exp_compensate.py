@@ -23,7 +23,8 @@ from harness import out_folder, provenance, save
 from torch import Tensor
 
 from minisft.config import QuantConfig, RunConfig
-from minisft.data.chat import Encoded, encode_dataset, resolve_template
+from minisft.data.chat import Encoded, resolve_template
+from minisft.data.encoding import encode_dataset
 from minisft.data.messages import Example, read_dataset
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer

@@ -35,7 +35,8 @@ from typing import cast, get_args, overload
 
 from minisft import generation
 from minisft.common.errors import UserError, visible
-from minisft.data.chat import Turns, encode_chat, encode_dataset, resolve_template, stop_ids
+from minisft.data.chat import Turns, encode_chat, resolve_template, stop_ids
+from minisft.data.encoding import encode_dataset
 from minisft.data.examples import Example, Message, Role
 from minisft.data.inspect_data import Report, inspect_dataset
 from minisft.data.messages import read_dataset

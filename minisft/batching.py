@@ -56,21 +56,32 @@ class Batch:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
-def step_rows(step: int, batch_size: int, num_rows: int, seed: int) -> list[int]:
+@dataclass(frozen=True)
+class Share:
+    """What one file of a mixture gives: rows ``first`` to ``first + count - 1`` of the data, ``drawn`` of them in an epoch."""
+
+    first: int
+    count: int
+    drawn: int
+
+
+def step_rows(step: int, batch_size: int, num_rows: int, seed: int, shares: tuple[Share, ...] = ()) -> list[int]:
     """The rows of one optimizer step: the next ``batch_size`` of an endless series of shuffled epochs.
 
     Args:
         step: the step's number, from 1.
         batch_size: rows in a step; a step may reach into the next epoch.
-        num_rows: rows in the data.
+        num_rows: rows in an epoch: those of the data.
         seed: decides the order of each epoch.
+        shares: what each file of a mixture gives to an epoch; together ``num_rows``.
 
     Returns:
         Indices of rows.
     """
     first = (step - 1) * batch_size
     positions = range(first, first + batch_size)
-    return [int(_shuffled(p // num_rows, num_rows, seed)[p % num_rows]) for p in positions]
+    orders = {epoch: _order(epoch, num_rows, seed, shares) for epoch in {p // num_rows for p in positions}}
+    return [int(orders[p // num_rows][p % num_rows]) for p in positions]
 
 
 def epoch_order(epoch: int, num_rows: int, seed: int) -> list[int]:
@@ -85,6 +96,26 @@ def epoch_order(epoch: int, num_rows: int, seed: int) -> list[int]:
         Indices of rows.
     """
     return _shuffled(epoch, num_rows, seed).tolist()
+
+
+def _order(epoch: int, num_rows: int, seed: int, shares: tuple[Share, ...]) -> Tensor:
+    return _mixed(epoch, seed, shares) if shares else _shuffled(epoch, num_rows, seed)
+
+
+@functools.lru_cache(maxsize=2)  # as below
+def _mixed(epoch: int, seed: int, shares: tuple[Share, ...]) -> Tensor:
+    """The rows of an epoch of a mixture, in their order."""
+    rows = torch.cat([share.first + _drawn(epoch, seed, i, share) for i, share in enumerate(shares)])
+    return rows[_shuffled(epoch, len(rows), seed)]
+
+
+def _drawn(epoch: int, seed: int, index: int, share: Share) -> Tensor:
+    """What a file gives to an epoch: the next ``drawn`` of an endless series of its rows, each pass in an order of its own."""
+    start, end = epoch * share.drawn, (epoch + 1) * share.drawn
+    passes = range(start // share.count, (end - 1) // share.count + 1)
+    orders = [torch.randperm(share.count, generator=generator(seed, "file-order", index, number)) for number in passes]
+    begin = start - passes.start * share.count
+    return torch.cat(orders)[begin : begin + share.drawn]
 
 
 @functools.lru_cache(maxsize=4)  # a step asks for one epoch, or for two neighbours; with --replay of two files

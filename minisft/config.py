@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from minisft.common.errors import UserError, listing, nearest, visible
+from minisft.data.sources import parse_sources
 
 ALL_LINEAR = "all-linear"
 QUANT_LEVELS = ("nf4", "fp4", "int4")
@@ -209,7 +210,11 @@ class RunConfig:
     """Everything that decides one training run. Each field is a flag of ``minisft train`` and a key of ``--config``."""
 
     model: str = flag("model folder, GGUF file, hub id or smollm2-135m-instruct", metavar="M")
-    data: str = flag("training rows, JSONL or JSON", metavar="F")
+    data: str | tuple[str, ...] = flag(
+        "training rows: JSONL, JSON, CSV, Parquet; several files are read as one, or mixed by their shares of an epoch's rows: "
+        "a.jsonl:0.7 b.jsonl:0.3",
+        metavar="F[:SHARE]",
+    )
     out: str = flag("run folder: new, or with --resume the one to go on with", metavar="DIR")
     eval_data: str | None = flag("validation rows; without it a share of --data is held out", None, "F")
     validation_share: float = flag("share of --data held out when there is no --eval-data", 0.05)
@@ -281,6 +286,7 @@ class RunConfig:
     keep_last: int = flag("how many newest checkpoints stay (the best always stays)", 2, "N")
     patience: int | None = flag("stop after N validations without improvement", None, "N")
     log_every: int = flag("print a line every N steps when there is no terminal", 10, "N")
+    cache: bool = flag("keep the encoded rows of large files in the user's cache folder, for the next run", True)
 
     def __post_init__(self) -> None:
         if self.init_adapter is None:  # nobody else says them
@@ -368,6 +374,9 @@ class RunConfig:
                 "leave --init away: the adapter's own numbers are the start",
             )  # fmt: skip
         self.lora  # noqa: B018  (checks rank, alpha, dropout and targets)
+        if isinstance(self.data, tuple) and len(self.data) == 1:
+            object.__setattr__(self, "data", self.data[0])
+        parse_sources(self.data)
 
     @property
     def lora(self) -> LoRAConfig:
@@ -433,7 +442,8 @@ def field_type(name: str, of: typing.Any = RunConfig) -> tuple[type, bool, tuple
     if typing.get_origin(hint) is Literal:
         return str, False, typing.get_args(hint)
     if isinstance(hint, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+        parts = [part for part in typing.get_args(hint) if part is not types.NoneType]
+        hint = next((part for part in parts if typing.get_origin(part) is tuple), parts[0])  # one or several: several
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True, ()
     return hint, False, ()
@@ -493,6 +503,9 @@ def _typed(name: str, value: object, where: str, of: typing.Any) -> object:
     kind, is_tuple, _ = field_type(name, of)
     if value is None and types.NoneType in typing.get_args(_hints(of)[name]):
         return None
+    hint = _hints(of)[name]
+    if is_tuple and isinstance(hint, types.UnionType) and kind in typing.get_args(hint) and isinstance(value, kind):
+        return value  # one, where several may stand
     if is_tuple and isinstance(value, (list, tuple)) and all(isinstance(v, kind) for v in value):
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:

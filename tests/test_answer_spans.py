@@ -8,7 +8,8 @@ from texts import byte_tokenizer
 
 from minisft.common.errors import UserError
 from minisft.data.answer_text import answer_text
-from minisft.data.chat import encode_chat, encode_dataset, resolve_template, stop_ids
+from minisft.data.chat import encode_chat, resolve_template, stop_ids
+from minisft.data.encoding import encode_dataset
 from minisft.data.inspect_data import inspect_dataset, render
 from minisft.data.messages import Dataset, Example, Message
 from minisft.data.template import ChatTemplate, Turns

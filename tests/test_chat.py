@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from texts import CONTROL, GENERATION, LLAMA3, byte_tokenizer, smollm2_tokenizer
 
 from minisft.common.errors import UserError
-from minisft.data.chat import Encoded, Turns, encode_chat, encode_dataset, fit, resolve_template, stop_ids
+from minisft.data.chat import Encoded, Turns, encode_chat, fit, resolve_template, stop_ids
+from minisft.data.encoding import encode_dataset
 from minisft.data.messages import Example, Message
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer

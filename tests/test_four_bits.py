@@ -13,7 +13,8 @@ from tiny_folder import CONFIG, write_model, write_rows
 
 from minisft.cli.main import main
 from minisft.config import LoRAConfig, QuantConfig
-from minisft.data.chat import encode_dataset, resolve_template
+from minisft.data.chat import resolve_template
+from minisft.data.encoding import encode_dataset
 from minisft.data.messages import read_dataset
 from minisft.formats import load_adapter_, load_model, save_adapter, save_quantized
 from minisft.merging import four_bits

@@ -9,7 +9,8 @@ import pytest
 from texts import byte_tokenizer
 
 from minisft.common.errors import UserError
-from minisft.data.chat import EncodedDataset, encode_dataset, resolve_template
+from minisft.data.chat import resolve_template
+from minisft.data.encoding import EncodedDataset, encode_dataset
 from minisft.data.inspect_data import Report, check, inspect_dataset, render
 from minisft.data.messages import Dataset, Example, Message
 from minisft.data.template import ChatTemplate

@@ -186,7 +186,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
         return commands_data.quality_command(arguments)
     commands_data.require_model(arguments)
     load_libraries()
-    from minisft.data.chat import encode_dataset, resolve_template
+    from minisft.data.chat import resolve_template
+    from minisft.data.encoding import encode_dataset
     from minisft.data.inspect_data import check, inspect_dataset, render
     from minisft.data.messages import read_dataset
     from minisft.formats import context_length, load_tokenizer

@@ -37,7 +37,7 @@ def failure(task: Callable[[], object], cpu_seconds: int = CPU_SECONDS, memory_b
         None, or what went wrong: too long, too much memory, an exception, or how the process died.
     """
     reader, writer = os.pipe()
-    child = os.fork()
+    child = _fork()
     if child == 0:
         os.close(reader)
         _run_in_child(task, writer, cpu_seconds, memory_bytes)
@@ -52,6 +52,18 @@ def failure(task: Callable[[], object], cpu_seconds: int = CPU_SECONDS, memory_b
     if not in_time or (os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)):
         return f"it ran longer than {cpu_seconds} s"
     return f"the process died with status {status}"
+
+
+def _fork() -> int:
+    # Once its threads have worked, ``tokenizers`` warns at every fork that they will not be there; the child needs none.
+    name = "TOKENIZERS_PARALLELISM"
+    if name in os.environ:
+        return os.fork()
+    os.environ[name] = "false"
+    try:
+        return os.fork()
+    finally:
+        del os.environ[name]
 
 
 def _run_in_child(task: Callable[[], object], writer: int, cpu_seconds: int, memory_bytes: int) -> NoReturn:

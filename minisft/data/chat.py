@@ -14,13 +14,14 @@ model that is not taught to stop does not stop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from minisft.common.errors import UserError, visible
+from minisft.common.errors import UserError
 from minisft.data.answer_spans import loses_reasoning, render_with_answers
 from minisft.data.answer_text import stop_ids as stop_ids
-from minisft.data.examples import Example, Message
+from minisft.data.examples import Message
 from minisft.data.special_tokens import Span, SpecialTokenText
 from minisft.data.template import ChatTemplate
 from minisft.data.template import Turns as Turns
@@ -86,41 +87,115 @@ def encode_chat(
         UserError: ``tokenizer/template...``: the template fails, or its parts do not show where the answers lie;
             ``data/unread-field``: the template does not read a field that carries content.
     """
-    try:
-        encoded, text = _encode(tokenizer, template, messages, turns, add_generation_prompt, allow_control_tokens, row)
-    except UserError as error:
-        raise (error.at(where) if where else error) from None
-    lost = not add_generation_prompt and loses_reasoning(messages, turns, text)
-    return replace(encoded, loses_reasoning=True) if lost else encoded
+    prepared = prepare(
+        tokenizer,
+        template,
+        messages,
+        turns,
+        add_generation_prompt,
+        allow_control_tokens=allow_control_tokens,
+        row=row,
+        where=where,
+    )
+    if prepared.encoded is not None:
+        return prepared.encoded
+    return finish(tokenizer, prepared, *tokenizer.encode_with_offsets(prepared.text, control=True))
 
 
-def _encode(
+@dataclass(frozen=True)
+class Prepared:
+    """A chat between rendering and encoding, which is done for many texts at once.
+
+    Attributes:
+        text: the rendered chat.
+        spans: the answers in it.
+        own: the special tokens that the template wrote; None where those of the messages may act as such.
+        row, where, loses_reasoning: as in ``Encoded`` and ``encode_chat``.
+        encoded: the result, where the text had to be cut by hand.
+    """
+
+    text: str
+    spans: list[Span]
+    own: list[Span] | None
+    row: int
+    where: str
+    loses_reasoning: bool
+    encoded: Encoded | None = None
+
+
+def prepare(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     messages: Sequence[Message],
-    turns: Turns,
-    add_generation_prompt: bool,
-    allow_control_tokens: bool,
-    row: int,
-) -> tuple[Encoded, str]:
-    special = SpecialTokenText.of(tuple(tokenizer.special_tokens))
-    text, spans = render_with_answers(template, messages, turns, add_generation_prompt, special)
-    hidden = None if allow_control_tokens else special.hide(messages)
-    if hidden is not None:
-        masked, masked_spans = render_with_answers(template, hidden.messages, turns, add_generation_prompt, special)
-        own, all_seen = special.spans(masked), special.spans(text)
-        if own != all_seen or hidden.reveal(masked) != text:
-            text = hidden.reveal(masked)
-            ids, offsets = _encode_by_chunks(tokenizer, own, text)
-            return _flag(ids, offsets, masked_spans, row, max(0, len(all_seen) - len(own))), text
-    ids, offsets = tokenizer.encode_with_offsets(text, control=True)
-    injected = 0
-    if not allow_control_tokens:
-        own, seen = special.spans(text), _num_special(tokenizer, ids)
-        if seen != len(own):  # a normalizer made a special token out of other characters: cut the text ourselves
-            ids, offsets = _encode_by_chunks(tokenizer, own, text)
-            injected = max(0, seen - _num_special(tokenizer, ids))
-    return _flag(ids, offsets, spans, row, injected), text
+    turns: Turns = "all",
+    add_generation_prompt: bool = False,
+    *,
+    allow_control_tokens: bool = False,
+    row: int = 0,
+    where: str = "",
+) -> Prepared:
+    """The first half of ``encode_chat``: render a chat and find its answers.
+
+    Args:
+        tokenizer, template, messages, turns, add_generation_prompt, allow_control_tokens, row, where: see ``encode_chat``.
+
+    Returns:
+        The text to encode, or the encoded chat where messages spell special tokens.
+
+    Raises:
+        UserError: see ``encode_chat``.
+    """
+    with _located(where):
+        special = SpecialTokenText.of(tuple(tokenizer.special_tokens))
+        text, spans = render_with_answers(template, messages, turns, add_generation_prompt, special)
+        hidden = None if allow_control_tokens else special.hide(messages)
+        encoded = None
+        own = None if allow_control_tokens else special.spans(text)
+        if hidden is not None:
+            masked, masked_spans = render_with_answers(template, hidden.messages, turns, add_generation_prompt, special)
+            written, all_seen = special.spans(masked), special.spans(text)
+            if written != all_seen or hidden.reveal(masked) != text:
+                text = hidden.reveal(masked)
+                ids, offsets = _encode_by_chunks(tokenizer, written, text)
+                encoded = _flag(ids, offsets, masked_spans, row, max(0, len(all_seen) - len(written)))
+    lost = not add_generation_prompt and loses_reasoning(messages, turns, text)
+    if encoded is not None and lost:
+        encoded = replace(encoded, loses_reasoning=True)
+    return Prepared(text, spans, own, row, where, lost, encoded)
+
+
+def finish(tokenizer: Tokenizer, prepared: Prepared, ids: list[int], offsets: list[Span]) -> Encoded:
+    """The second half of ``encode_chat``: flag the answers' tokens.
+
+    Args:
+        tokenizer: the model's.
+        prepared: from ``prepare``.
+        ids: the tokens of its text, control tokens read as such.
+        offsets: their characters.
+
+    Returns:
+        The chat as tokens.
+
+    Raises:
+        UserError: ``tokenizer/control-from-text``.
+    """
+    injected, own = 0, prepared.own
+    if own is not None and (seen := _num_special(tokenizer, ids)) != len(own):
+        # A normalizer made a special token out of other characters: cut the text ourselves.
+        with _located(prepared.where):
+            ids, offsets = _encode_by_chunks(tokenizer, own, prepared.text)
+        injected = max(0, seen - _num_special(tokenizer, ids))
+    encoded = _flag(ids, offsets, prepared.spans, prepared.row, injected)
+    return replace(encoded, loses_reasoning=True) if prepared.loses_reasoning else encoded
+
+
+@contextlib.contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Errors that name the row."""
+    try:
+        yield
+    except UserError as error:
+        raise (error.at(where) if where else error) from None
 
 
 def _num_special(tokenizer: Tokenizer, ids: list[int]) -> int:
@@ -180,149 +255,3 @@ def fit(encoded: Encoded, max_length: int) -> Encoded | None:
     prompt_length = encoded.prompt_length - start
     ids, supervised = encoded.input_ids[start:end], encoded.supervised[start:end]
     return replace(encoded, input_ids=ids, supervised=supervised, prompt_length=prompt_length)
-
-
-@dataclass(frozen=True)
-class EncodedDataset:
-    """Encoded rows that fit, and which of the others were cut or dropped.
-
-    Attributes:
-        rows: the rows to use, in file order.
-        lengths: tokens of every row before ``fit``.
-        truncated: row numbers whose prompt lost its start.
-        too_long: row numbers dropped because their answers do not fit.
-        untrained: row numbers dropped because they have no target (every answer is marked as context).
-        control_tokens: special tokens spelt out in the data and encoded as text.
-        stop_ids: ids that end an answer, see ``stop_ids``.
-        path: the data file.
-        lost_reasoning: row numbers, see ``Encoded.loses_reasoning``.
-    """
-
-    rows: tuple[Encoded, ...]
-    lengths: tuple[int, ...]
-    truncated: tuple[int, ...]
-    too_long: tuple[int, ...]
-    untrained: tuple[int, ...]
-    control_tokens: int
-    stop_ids: tuple[int, ...]
-    path: str
-    lost_reasoning: tuple[int, ...] = ()
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """All of it as numbers, for ``data.json``."""
-        return {
-            "rows": len(self.lengths),
-            "used": len(self.rows),
-            "truncated": len(self.truncated),
-            "too_long": len(self.too_long),
-            "untrained": len(self.untrained),
-            "control_tokens_in_text": self.control_tokens,
-            "tokens": sum(len(row.input_ids) for row in self.rows),
-            "supervised_tokens": sum(row.num_targets for row in self.rows),
-        }
-
-
-def encode_dataset(
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    max_length: int,
-    *,
-    turns: Turns = "all",
-    allow_control_tokens: bool = False,
-    strict: bool = False,
-    path: str = "data",
-    context: int | None = None,
-) -> EncodedDataset:
-    """Encode and fit every example.
-
-    Args:
-        examples: the rows.
-        tokenizer: the model's tokenizer.
-        template: see ``resolve_template``.
-        max_length: longest row in tokens.
-        turns: train every assistant turn, or only the last.
-        allow_control_tokens: let special tokens spelt out in the messages act as such.
-        strict: a row that is too long is an error instead of being counted.
-        path: the data file, for errors.
-        context: the most tokens that the model is made for, if known: no error then advises a longer ``max_length``.
-
-    Returns:
-        The rows that fit, and counts of the others.
-
-    Raises:
-        UserError: ``data/too-long`` with ``strict``; ``tokenizer/template...``; ``data/unread-field``. All name the row.
-    """
-    rows: list[Encoded] = []
-    lengths: list[int] = []
-    truncated, too_long, untrained, lost_reasoning = [], [], [], []
-    control_tokens = 0
-    for example in examples:
-        encoded = encode_chat(
-            tokenizer,
-            template,
-            example.messages,
-            turns=turns,
-            allow_control_tokens=allow_control_tokens,
-            row=example.row,
-            where=example.where or f"{visible(path)}:{example.row}",
-        )
-        length = len(encoded.input_ids)
-        lengths.append(length)
-        control_tokens += encoded.control_tokens_in_text
-        if strict and length > max_length:
-            raise _too_long(example.where or f"{visible(path)}:{example.row}", length, max_length, context)
-        if encoded.loses_reasoning:
-            lost_reasoning.append(example.row)
-        fitted = fit(encoded, max_length)
-        if not encoded.num_targets:
-            untrained.append(example.row)
-        elif fitted is None:
-            too_long.append(example.row)
-        else:
-            rows.append(fitted)
-            if fitted.prompt_length < encoded.prompt_length:
-                truncated.append(example.row)
-    return EncodedDataset(
-        rows=tuple(rows),
-        lengths=tuple(lengths),
-        truncated=tuple(truncated),
-        too_long=tuple(too_long),
-        untrained=tuple(untrained),
-        control_tokens=control_tokens,
-        stop_ids=stop_ids(tokenizer, template),
-        path=path,
-        lost_reasoning=tuple(lost_reasoning),
-    )
-
-
-def _too_long(where: str, found: int, limit: int, context: int | None) -> UserError:
-    expected = f"at most {limit_words(limit, context)}" if limit == context else f"at most {limit}"
-    return UserError(
-        "data/too-long", "the row is too long", where=where, found=f"{found} tokens", expected=expected,
-        fix=f"{longer_or_shorter(found, limit, context)}, or leave --strict away to count and drop such rows",
-    )  # fmt: skip
-
-
-def limit_words(max_length: int, context: int | None) -> str:
-    """What limits a row: the model's context where ``max_length`` reaches it, else the flag."""
-    return f"the model's context of {context} tokens" if max_length == context else f"--max-length {max_length}"
-
-
-def longer_or_shorter(longest: int, max_length: int, context: int | None) -> str:
-    """What makes a row fit: a larger ``--max-length`` only as far as the model's context goes.
-
-    Args:
-        longest: tokens of the row.
-        max_length: the limit now.
-        context: the most tokens that the model is made for, if known.
-
-    Returns:
-        Words for an error's fix.
-    """
-    if context is None or longest <= context:
-        return f"--max-length {longest}, or shorter rows"
-    if max_length < context:
-        return f"--max-length {context}, the model's context, and rows that fit it"
-    return "shorter rows, or a model with a longer context"

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minisft.common.errors import UserError, visible
-from minisft.data.chat import Encoded, EncodedDataset, limit_words, longer_or_shorter
+from minisft.data.chat import Encoded
+from minisft.data.encoding import EncodedDataset, limit_words, longer_or_shorter
 from minisft.data.messages import Dataset
 from minisft.data.tokenizer import Tokenizer
 
@@ -91,14 +92,7 @@ def inspect_dataset(
 
 
 def _open_ended(encoded: EncodedDataset) -> tuple[int, ...]:
-    ends = frozenset(encoded.stop_ids)
-    return tuple(row.row for row in encoded.rows if not _ends_closed(row, ends))
-
-
-def _ends_closed(row: Encoded, ends: frozenset[int]) -> bool:
-    """Whether every run of targets ends on an end token."""
-    followed = [*row.supervised[1:], False]
-    return all(i in ends for i, flag, more in zip(row.input_ids, row.supervised, followed, strict=True) if flag and not more)
+    return encoded.rows.open_ended(frozenset(encoded.stop_ids))
 
 
 def _shown(row: Encoded, tokenizer: Tokenizer) -> ShownRow:

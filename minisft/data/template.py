@@ -109,6 +109,11 @@ class ChatTemplate:
             return ""
         return whole.removeprefix(without) if whole.startswith(without) else ""
 
+    @property
+    def dates(self) -> dict[str, str]:
+        """What the template has written of the time so far, by the form it asked for."""
+        return dict(self._program.dates)
+
     def reads(self, name: str) -> bool:
         """Whether the template names this field of a message at all."""
         return name in self.source
@@ -138,10 +143,11 @@ class _Program:
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _tojson
+        self.dates: dict[str, str] = {}
         environment.globals.update(
             {
                 "raise_exception": _raise_exception,
-                "strftime_now": _clock(now),
+                "strftime_now": _clock(now, self.dates),
                 "namespace": _Namespace,
                 "dict": _dict,
             }
@@ -266,8 +272,12 @@ def _dict(*pairs: Mapping[str, object], **items: object) -> dict[str, object]:
     return dict(*pairs, **items)
 
 
-def _clock(now: datetime.datetime | None) -> Callable[[str], str]:
-    return lambda form: (now or current_time()).strftime(form)
+def _clock(now: datetime.datetime | None, written: dict[str, str]) -> Callable[[str], str]:
+    def write(form: str) -> str:
+        written[form] = (now or current_time()).strftime(form)
+        return written[form]
+
+    return write
 
 
 def current_time() -> datetime.datetime:

@@ -10,6 +10,7 @@ byte-level BPE. The one idea: what is text and what is structure is decided by w
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from minisft.common.sandbox import failure
 from minisft.data.gguf_vocabulary import build_bpe, special_ids, splitting_notes
 
 T = TypeVar("T")
+Tokenized = tokenizers.Encoding  # ``ids`` and ``offsets``
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Long runs are what makes a careless regular expression explode.
 PROBE_TEXTS = tuple(run * 400 + end for run in ("a", " ", "1", "\n", ".", "é", "aA ", "中") for end in ("!", "\x00", "b1"))
@@ -115,6 +117,16 @@ class Tokenizer:
                     "tokenizer/control-from-text", "plain text becomes a control token", found=listing(injected), fix=fix
                 )
         return ids, encoding.offsets
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokenized]:
+        """``encode_with_offsets(text, control=True)`` of each text, in the library's own threads."""
+        return self._with_control.encode_batch(list(texts), add_special_tokens=False)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all that decides how text becomes tokens."""
+        facts = json.dumps([self.special_names, self.eos_ids, self.adds_bos, self.notes])
+        return hashlib.sha256(self._with_control.to_str().encode() + facts.encode()).hexdigest()
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of ``ids``, without control tokens unless asked."""

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 
 from minisft import nf4
+from minisft.common.user_cache import cache_folder, is_private
 
 _HERE = Path(__file__).parent
 SOURCES = [_HERE / "cpu_nf4.cpp", _HERE / "cpu_decode.cpp"]
@@ -148,24 +149,10 @@ def _build(command: list[str], path: Path) -> str:
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Where compiled code is kept. Made if it is not there; the user's own, and nobody else may write to it."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("MINISFT_CACHE") or Path(home) / "minisft").absolute()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _is_private(folder.stat()):
-        raise _NoLibraryError(f"{folder} is not a folder that only this user can write to")
-    return folder
-
-
-def _is_private(status: os.stat_result) -> bool:
-    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
 def _open(path: Path) -> ctypes.CDLL | None:
     """The library, or None for a file that is cut short, does not load, or could be somebody else's work."""
     status = path.lstat()
-    if not stat.S_ISREG(status.st_mode) or not _is_private(status):
+    if not stat.S_ISREG(status.st_mode) or not is_private(status):
         raise _NoLibraryError(f"{path} is not a file that only this user can write to")
     content = path.read_bytes()
     if hashlib.sha256(content[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:

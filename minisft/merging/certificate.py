@@ -24,7 +24,7 @@ from torch import Tensor
 from minisft.common.atomic_files import FileRecord, disk_errors, write_durably
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
-from minisft.data.chat import encode_dataset
+from minisft.data.encoding import encode_dataset
 from minisft.data.messages import Example, read_dataset
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer

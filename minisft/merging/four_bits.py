@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minisft.common.errors import UserError, visible
-from minisft.data.chat import encode_dataset
+from minisft.data.encoding import encode_dataset
 from minisft.data.messages import read_dataset
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer

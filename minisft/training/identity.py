@@ -19,13 +19,14 @@ from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.config import RunConfig, flag_name
 from minisft.data.chat import Encoded
+from minisft.data.token_rows import TokenRows
 from minisft.formats.adapter import WEIGHTS_FILE
 from minisft.formats.adapter_config import CONFIG_FILE
 from minisft.formats.source import file_sha256
 
 FORMAT = 3  # 1 compared names and memory settings, and knew nothing of tokens; 2 trained all weights whatever --targets said
 FILES = ("model", "data", "eval_data", "replay", "template", "init_adapter", "reward")  # compared by content
-WATCHING = ("out", "log_every", "keep_last", "save_every", "strict")  # decide nothing that is computed
+WATCHING = ("out", "log_every", "keep_last", "save_every", "strict", "cache")  # decide nothing that is computed
 LENGTH = ("steps", "epochs")  # may be raised, see ``Trainer.restore``
 COMPUTE = ("micro_batch_size", "checkpointing", "device", "packing")
 MASKS = ("micro_batch_size", "device", "packing")  # those of COMPUTE that dropout's masks depend on
@@ -143,10 +144,11 @@ def tokens_sha256(*sets: Iterable[Encoded]) -> str:
     """Hash of what is trained and validated on: every token id and every supervised flag, row by row."""
     digest = hashlib.sha256()
     for rows in sets:
-        for row in rows:
-            digest.update(len(row.input_ids).to_bytes(8, "little"))
-            digest.update(np.asarray(row.input_ids, dtype="<i8").tobytes())
-            digest.update(np.asarray(row.supervised, dtype=np.uint8).tobytes())
+        arrays = rows.arrays() if isinstance(rows, TokenRows) else ((row.input_ids, row.supervised) for row in rows)
+        for input_ids, supervised in arrays:
+            digest.update(len(input_ids).to_bytes(8, "little"))
+            digest.update(np.asarray(input_ids, dtype="<i8").tobytes())
+            digest.update(np.asarray(supervised, dtype=np.uint8).tobytes())
         digest.update(b"end of a set")
     return digest.hexdigest()
 

@@ -9,7 +9,7 @@ from typing import Literal
 from minisft.config import RunConfig, flag, flag_name, require
 
 # What a run on pairs or on sampled answers has no use for.
-UNUSED_BY_DPO = ("turns", "packing", "micro_batch_size", "strict", "neftune_alpha", "replay", "replay_share")
+UNUSED_BY_DPO = ("turns", "packing", "micro_batch_size", "strict", "neftune_alpha", "replay", "replay_share", "cache")
 UNUSED_BY_GRPO = (*UNUSED_BY_DPO, "batch_size", "allow_control_tokens")
 
 

@@ -11,7 +11,8 @@ from typing import TypeVar
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
-from minisft.data.chat import Encoded, encode_chat, fit, limit_words, resolve_template
+from minisft.data.chat import Encoded, encode_chat, fit, resolve_template
+from minisft.data.encoding import limit_words
 from minisft.data.messages import Message
 from minisft.data.pairs import Pair, read_pairs
 from minisft.data.prompts import Prompt, read_prompts

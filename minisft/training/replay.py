@@ -16,15 +16,17 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from minisft.batching import step_rows
+from minisft.batching import Share, step_rows
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
 from minisft.config import RunConfig
-from minisft.data.chat import Encoded, encode_dataset
+from minisft.data.chat import Encoded
+from minisft.data.encoding import encode_dataset
 from minisft.data.json_rows import MAX_ROW_BYTES, RowFile
 from minisft.data.messages import read_dataset
 from minisft.data.template import ChatTemplate
+from minisft.data.token_rows import TokenRows
 from minisft.data.tokenizer import Tokenizer
 from minisft.evaluation.plain_text import windows
 from minisft.training.identity import tokens_sha256
@@ -82,9 +84,9 @@ def read_replay(run: RunConfig, tokenizer: Tokenizer, template: ChatTemplate, da
     return Replay(rows, share, {"sha256": sha256, "tokens": tokens_sha256(rows)}, facts)
 
 
-def replay_words(replay: Replay, own: Sequence[Encoded]) -> str:
+def replay_words(replay: Replay, own: TokenRows) -> str:
     """What is replayed, in a sentence, and what share of the supervised tokens that is on average."""
-    theirs, ours = (sum(row.num_targets for row in rows) / len(rows) for rows in (replay.rows, own))
+    theirs, ours = sum(row.num_targets for row in replay.rows) / len(replay.rows), own.num_targets / len(own)
     tokens = replay.share * Fraction(theirs) / (replay.share * Fraction(theirs) + (1 - replay.share) * Fraction(ours))
     return (
         f"replay: {len(replay.rows)} rows ({replay.facts['form']}) of {visible(replay.facts['path'])}, "
@@ -169,7 +171,7 @@ def steps_of_epochs(epochs: float, num_rows: int, batch_size: int, share: Fracti
 
 
 def mixed_rows(
-    step: int, batch_size: int, num_rows: int, num_replay: int, share: Fraction, seed: int
+    step: int, batch_size: int, num_rows: int, num_replay: int, share: Fraction, seed: int, shares: tuple[Share, ...] = ()
 ) -> list[tuple[bool, int]]:
     """The rows of one optimizer step: first those of the run's own stream, then those of the replayed one.
 
@@ -181,6 +183,7 @@ def mixed_rows(
         num_rows, num_replay: rows in the data, and in the file to replay.
         share: of replayed rows.
         seed: the run's.
+        shares: what each file of a mixture gives to an epoch of the run's own stream.
 
     Returns:
         (is it replayed, index) of each row.
@@ -190,6 +193,6 @@ def mixed_rows(
     other = derive_seed(seed, "replay")
     # A step of one row is that row of the stream.
     return [
-        *((False, step_rows(i + 1, 1, num_rows, seed)[0]) for i in range(*own)),
+        *((False, step_rows(i + 1, 1, num_rows, seed, shares)[0]) for i in range(*own)),
         *((True, step_rows(i + 1, 1, num_replay, other)[0]) for i in range(*replayed)),
     ]

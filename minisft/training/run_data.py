@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -12,19 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 
+from minisft.batching import Share
+from minisft.common.errors import visible
 from minisft.common.safe_json import JSON
 from minisft.config import RunConfig
-from minisft.data.chat import Encoded, EncodedDataset, encode_dataset, limit_words, resolve_template
+from minisft.data.chat import Encoded, resolve_template
+from minisft.data.encoding import EncodedDataset, encode_dataset, limit_words
 from minisft.data.inspect_data import check
 from minisft.data.messages import Dataset, Example, read_dataset, split
+from minisft.data.mixture import FileRows, described, read_sources, rows_of_epoch, shares, shown
+from minisft.data.sources import Source, parse_sources
 from minisft.data.template import ChatTemplate, current_time
+from minisft.data.token_rows import TokenRows, TokenWriter
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats.adapter import TEMPLATE_FILE
 from minisft.quality.report import near_groups
 from minisft.training.identity import tokens_sha256
+from minisft.training.manifest import as_object
 from minisft.training.replay import Replay, read_replay, replay_words, validated_too
+from minisft.training.row_cache import PreparedRows, open_cache
 
 RECORDED_PACKAGES = ("minisft", "torch", "numpy", "safetensors", "tokenizers", "triton", "jinja2", "gguf")
 
@@ -34,13 +44,14 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class RunData(Generic[Row]):
-    """Encoded rows to train and validate on, what identifies them, facts for ``data.json``, and rows to replay."""
+    """Encoded rows, what identifies them, facts for ``data.json``, rows to replay, and the shares of a mixture."""
 
-    train: tuple[Row, ...]
-    validation: tuple[Row, ...]
+    train: Sequence[Row]
+    validation: Sequence[Row]
     identity: dict[str, JSON]
     facts: dict[str, JSON]
     replay: Replay | None = None
+    shares: tuple[Share, ...] = ()
 
 
 def prepare_data(
@@ -67,54 +78,118 @@ def prepare_data(
     """
     now = began or current_time()
     template = resolve_template(tokenizer, template_choice(run, log), now)
-    dataset = read_dataset(run.data, run.map)
+    cache = open_cache(run, tokenizer, template, context, now, log)
+    rows = cache.load() if cache is not None else None
+    if cache is not None and rows is not None:
+        log(f"encoded rows: taken from {visible(cache.folder)}")
+    elif cache is not None:
+        log(f"reading and encoding the rows, which are kept in {visible(cache.folder)}")
+        rows = cache.store(lambda folder: _prepare(run, tokenizer, template, context, folder))
+    if rows is None:
+        rows = _prepare(run, tokenizer, template, context, None)
+    for note in _list(rows.record["notes"]):
+        log(str(note))
+    identity = {**as_object(rows.record["identity"]), "date": now.isoformat()}
+    facts = {name: {"path": _path(run, name), **as_object(fact)} for name, fact in as_object(rows.record["facts"]).items()}
+    shares = tuple(Share(*(int(str(number)) for number in _list(share))) for share in _list(rows.record["shares"]))
+    replay = read_replay(run, tokenizer, template, list(map(str, _list(rows.record["files"]))))
+    if replay is not None:
+        for note in filter(None, (replay_words(replay, rows.train), validated_too(replay, rows.validation))):
+            log(note)
+        identity, facts = identity | {"replay": replay.identity}, facts | {"replay": replay.facts}
+    return template, RunData(rows.train, rows.validation, identity, dict(facts), replay, shares)
+
+
+def _prepare(
+    run: RunConfig, tokenizer: Tokenizer, template: ChatTemplate, context: int | None, folder: Path | None
+) -> PreparedRows:
+    """Read, split and encode; the tokens go into ``folder``, or stay in memory."""
+    sources = parse_sources(run.data)
+    dataset, files = read_sources(sources, run.map)
     held_out = read_dataset(run.eval_data, run.map) if run.eval_data else None
-    if held_out is None:
-        groups = near_groups(dataset) if run.validation_share > 0 else {}
-        train, validation = split(dataset.examples, run.validation_share, run.seed, groups)
-        if groups:
-            log(f"{len(groups)} rows are copies or near copies of others: each stays on the side of its like")
-        if run.validation_share > 0 and len(dataset.examples) > 1 and not validation:
-            log("all rows are near copies of each other: there is nothing to validate on; give --eval-data")
-    else:
-        train, validation = dataset.examples, held_out.examples
+    train, validation, notes = _sides(run, dataset, held_out)
 
-    def encode(examples: Sequence[Example], path: str) -> EncodedDataset:
-        return encode_dataset(
-            examples,
-            tokenizer,
-            template,
-            run.max_length,
-            turns=run.turns,
-            allow_control_tokens=run.allow_control_tokens,
-            strict=run.strict,
-            path=path,
-            context=context,
-        )
+    def encode(examples: Sequence[Example], name: str, path: str) -> EncodedDataset:
+        writer = TokenWriter(None if folder is None else folder / f"{name}.tokens")
+        with contextlib.closing(writer):
+            return encode_dataset(
+                examples, tokenizer, template, run.max_length, turns=run.turns,
+                allow_control_tokens=run.allow_control_tokens, strict=run.strict, path=path, context=context, writer=writer,
+            )  # fmt: skip
 
-    encoded, encoded_validation = encode(train, run.data), encode(validation, run.eval_data or run.data)
+    encoded = encode(train, "train", dataset.path)
+    encoded_validation = encode(validation, "validation", run.eval_data or dataset.path)
     check(encoded, tokenizer, run.max_length, context)
+    there = _rows_of_files(files, encoded.rows)
+    drawn = rows_of_epoch(sources, there) if shares(sources) is not None else None
     limit = limit_words(run.max_length, context)
-    losses = (*_losses(encoded, "training", limit), *_losses(encoded_validation, "validation", limit))
-    for note in (*dataset.notes, *tokenizer.notes, *losses):
-        log(note)
-    log(f"{len(encoded.rows)} rows to train on, {len(encoded_validation.rows)} to validate on")
+    notes += [*dataset.notes, *tokenizer.notes]
+    notes += [*_losses(encoded, "training", limit), *_losses(encoded_validation, "validation", limit)]
+    notes += _file_notes(sources, there, drawn) if len(sources) > 1 else []
+    notes.append(f"{len(encoded.rows)} rows to train on, {len(encoded_validation.rows)} to validate on")
     identity: dict[str, JSON] = {
         "data": {"train": dataset.sha256, "eval": held_out.sha256 if held_out else None},
         "tokens": tokens_sha256(encoded.rows, encoded_validation.rows),
         "template": hashlib.sha256(template.source.encode("utf-8", "surrogatepass")).hexdigest(),
-        "date": now.isoformat(),
     }
     facts: dict[str, JSON] = {
         "train": _facts(dataset, encoded),
         "validation": _facts(held_out or dataset, encoded_validation),
     }
-    replay = read_replay(run, tokenizer, template, [dataset.sha256, *([held_out.sha256] if held_out else [])])
-    if replay is not None:
-        for note in filter(None, (replay_words(replay, encoded.rows), validated_too(replay, encoded_validation.rows))):
-            log(note)
-        identity, facts = identity | {"replay": replay.identity}, facts | {"replay": replay.facts}
-    return template, RunData(encoded.rows, encoded_validation.rows, identity, facts, replay)
+    if (parts := shares(sources)) is not None:
+        identity["mixture"] = [round(part, 12) for part in parts]
+    if len(sources) > 1:
+        facts["files"] = {"files": list(described(sources, there, drawn))}
+    firsts = np.cumsum([0, *there])[:-1].tolist()
+    record: dict[str, JSON] = {
+        "identity": identity,
+        "facts": facts,
+        "files": [*(file.sha256 for file in files), *([held_out.sha256] if held_out else [])],
+        "shares": [[first, count, number] for first, count, number in zip(firsts, there, drawn or (), strict=False)],
+        "notes": [visible(note, 2000) for note in notes],
+        "dates": dict(template.dates),
+    }
+    return PreparedRows(encoded.rows, encoded_validation.rows, record)
+
+
+def _sides(
+    run: RunConfig, dataset: Dataset, held_out: Dataset | None
+) -> tuple[tuple[Example, ...], tuple[Example, ...], list[str]]:
+    """The rows to train on, those to validate on, and sentences for the log."""
+    if held_out is not None:
+        return dataset.examples, held_out.examples, []
+    notes = []
+    groups = near_groups(dataset) if run.validation_share > 0 else {}
+    train, validation = split(dataset.examples, run.validation_share, run.seed, groups)
+    if groups:
+        notes.append(f"{len(groups)} rows are copies or near copies of others: each stays on the side of its like")
+    if run.validation_share > 0 and len(dataset.examples) > 1 and not validation:
+        notes.append("all rows are near copies of each other: there is nothing to validate on; give --eval-data")
+    return train, validation, notes
+
+
+def _rows_of_files(files: Sequence[FileRows], rows: TokenRows) -> list[int]:
+    """How many of the rows came from each file."""
+    ends = np.searchsorted(rows.numbers, [file.last for file in files], side="right")
+    return np.diff(ends, prepend=0).tolist()
+
+
+def _file_notes(sources: Sequence[Source], there: Sequence[int], drawn: Sequence[int] | None) -> list[str]:
+    notes = []
+    for i, source in enumerate(sources):
+        note = f"{visible(source.path)}: {there[i]} rows to train on"
+        if drawn is not None:
+            note += f"; {drawn[i]} rows of an epoch ({drawn[i] / sum(drawn):.1%}), {drawn[i] / there[i]:.2f} passes"
+        notes.append(note)
+    return notes
+
+
+def _list(value: JSON) -> list[JSON]:
+    return value if isinstance(value, list) else []
+
+
+def _path(run: RunConfig, name: str) -> JSON:
+    return run.eval_data if name == "validation" and run.eval_data else shown(parse_sources(run.data))
 
 
 def template_choice(run: RunConfig, log: Callable[[str], None]) -> str | None:
@@ -141,10 +216,9 @@ def _losses(encoded: EncodedDataset, use: str, limit: str) -> list[str]:
 
 
 def _facts(dataset: Dataset, encoded: EncodedDataset) -> dict[str, JSON]:
-    lengths = sorted(len(row.input_ids) for row in encoded.rows)
-    num_tokens, num_supervised = sum(lengths), sum(sum(row.supervised) for row in encoded.rows)
+    lengths = np.sort(encoded.rows.lengths).tolist()
+    num_tokens, num_supervised = sum(lengths), encoded.rows.num_targets
     return {
-        "path": dataset.path,
         "sha256": dataset.sha256,
         "form": dataset.form,
         "file_counts": dict(dataset.counts),

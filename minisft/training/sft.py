@@ -7,11 +7,14 @@ import time
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
+
 from minisft.batching import Batch, micro_batches, with_noise
 from minisft.common.errors import UserError
 from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
 from minisft.data.chat import Encoded
+from minisft.data.token_rows import TokenRows
 from minisft.step import accumulate_gradients, validation_loss
 from minisft.training.replay import mixed_rows
 from minisft.training.runlog import peak_memory_bytes
@@ -24,7 +27,7 @@ class SFTTrainer(Trainer[Encoded]):
 
     def prepare(self) -> None:
         """Report special tokens that the rows train and the model cannot produce."""
-        for note in untrained_tokens(self.model, self.tokenizer, self._all_rows):
+        for note in untrained_tokens(self.model, self.tokenizer, *self._sets):
             self.log(note)
 
     def step_rows(self, step: int) -> list[Encoded]:
@@ -32,7 +35,7 @@ class SFTTrainer(Trainer[Encoded]):
         run, own, replay = self.run, self.data.train, self.data.replay
         if replay is None:
             return super().step_rows(step)
-        mixed = mixed_rows(step, run.batch_size, len(own), len(replay.rows), replay.share, run.seed)
+        mixed = mixed_rows(step, run.batch_size, len(own), len(replay.rows), replay.share, run.seed, self.data.shares)
         return [replay.rows[i] if is_replayed else own[i] for is_replayed, i in mixed]
 
     def facts(self) -> dict[str, JSON]:
@@ -58,7 +61,8 @@ class SFTTrainer(Trainer[Encoded]):
             UserError: ``numeric/non-finite``; what ``check_gradients`` finds.
         """
         self.prepare()
-        longest = sorted(self._all_rows, key=lambda row: len(row.input_ids))[-self.micro_batch_size :]
+        candidates = [row for rows in self._sets for row in _longest(rows, self.micro_batch_size)]
+        longest = _longest(candidates, self.micro_batch_size)
         began, batches = time.monotonic(), self._with_noise(self._cut(longest), step=1)
         loss = self.gradients(1, batches)
         norm = self.optimizer.grad_norm()
@@ -84,8 +88,9 @@ class SFTTrainer(Trainer[Encoded]):
         return validation_loss(self.model, self._validation), {}
 
     @property
-    def _all_rows(self) -> tuple[Encoded, ...]:
-        return (*self.data.train, *(self.data.replay.rows if self.data.replay else ()))
+    def _sets(self) -> tuple[Sequence[Encoded], ...]:
+        """The run's own rows, and those to replay."""
+        return (self.data.train, *([self.data.replay.rows] if self.data.replay else []))
 
     @cached_property
     def _validation(self) -> list[Batch]:
@@ -98,3 +103,9 @@ class SFTTrainer(Trainer[Encoded]):
         return micro_batches(
             rows, self.micro_batch_size, self.tokenizer.pad_id, run.packing, run.max_length, share_prefix=share_prefix
         )
+
+
+def _longest(rows: Sequence[Encoded], count: int) -> list[Encoded]:
+    """The ``count`` rows with most tokens, the longest last; of a mapped file no other row is made."""
+    lengths = rows.lengths if isinstance(rows, TokenRows) else np.array([len(row.input_ids) for row in rows])
+    return [rows[i] for i in np.argsort(lengths, kind="stable")[-count:].tolist()]

@@ -224,7 +224,8 @@ class Trainer(ABC, Generic[Row]):
 
     def step_rows(self, step: int) -> list[Row]:
         """The rows of one optimizer step (from 1)."""
-        return [self.data.train[i] for i in step_rows(step, self.run.batch_size, len(self.data.train), self.run.seed)]
+        train, shares = self.data.train, self.data.shares
+        return [train[i] for i in step_rows(step, self.run.batch_size, len(train), self.run.seed, shares)]
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of one optimizer step (from 1)."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minisft.common.errors import UserError, listing
 from minisft.data.chat import Encoded
+from minisft.data.token_rows import TokenRows
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats.lazy_weights import open_model, read_rows
 from minisft.formats.loading import EMBEDDING, HEAD
@@ -23,19 +24,19 @@ from minisft.model import CausalLM
 ReadRow = Callable[[int], Tensor]  # token id -> its row, in any dtype
 
 
-def untrained_tokens(model: CausalLM, tokenizer: Tokenizer, rows: Iterable[Encoded]) -> tuple[str, ...]:
+def untrained_tokens(model: CausalLM, tokenizer: Tokenizer, *sets: Iterable[Encoded]) -> tuple[str, ...]:
     """Report chat tokens whose frozen rows in embedding or head are zero or equal to each other.
 
     Args:
         model: as it will be trained, adapters included.
         tokenizer: its tokenizer.
-        rows: what is trained on; tokens that no row uses do not matter.
+        sets: rows that are trained on; tokens that no row uses do not matter.
 
     Returns:
         One note, or nothing if all is well.
     """
     embedding, head = _frozen_rows(model.model.embed_tokens), _frozen_rows(model.lm_head)
-    return _note(tokenizer, rows, embedding, head)
+    return _note(tokenizer, sets, embedding, head)
 
 
 def untrained_tokens_of(path: str, tokenizer: Tokenizer, rows: Iterable[Encoded]) -> tuple[str, ...]:
@@ -59,7 +60,7 @@ def untrained_tokens_of(path: str, tokenizer: Tokenizer, rows: Iterable[Encoded]
     def row_of(weight: object) -> ReadRow:
         return lambda i: read_rows(weight, i, i + 1)[0]  # type: ignore[arg-type]  # any stored weight
 
-    return _note(tokenizer, rows, row_of(embedding), row_of(head))
+    return _note(tokenizer, [rows], row_of(embedding), row_of(head))
 
 
 def _frozen_rows(module: nn.Module) -> ReadRow | None:
@@ -70,8 +71,11 @@ def _frozen_rows(module: nn.Module) -> ReadRow | None:
     return lambda i: weight.detach()[i]
 
 
-def _note(tokenizer: Tokenizer, rows: Iterable[Encoded], embedding: ReadRow | None, head: ReadRow | None) -> tuple[str, ...]:
-    used, learned = _chat_tokens(tokenizer, rows)
+def _note(
+    tokenizer: Tokenizer, sets: Iterable[Iterable[Encoded]], embedding: ReadRow | None, head: ReadRow | None
+) -> tuple[str, ...]:
+    found_in = [_chat_tokens(tokenizer, rows) for rows in sets]
+    used, learned = (set[int]().union(*ids) for ids in zip(*found_in, strict=True))
     bad = {
         "embedding": [] if embedding is None else _zero_or_equal(sorted(used), embedding),
         "head": [] if head is None else _zero_or_equal(sorted(learned), head),
@@ -85,8 +89,10 @@ def _note(tokenizer: Tokenizer, rows: Iterable[Encoded], embedding: ReadRow | No
 
 def _chat_tokens(tokenizer: Tokenizer, rows: Iterable[Encoded]) -> tuple[set[int], set[int]]:
     """Added tokens that stand in the rows, and those among them that are targets."""
-    used: set[int] = set()
-    learned: set[int] = set()
+    if isinstance(rows, TokenRows):
+        used, learned = (set(tokenizer.added_ids & ids) for ids in rows.vocabulary())
+        return used, learned
+    used, learned = set(), set()
     for row in rows:
         used |= tokenizer.added_ids.intersection(row.input_ids)
         learned |= {i for i, flag in zip(row.input_ids, row.supervised, strict=True) if flag and i in tokenizer.added_ids}
