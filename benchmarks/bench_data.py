@@ -3,15 +3,17 @@
     python benchmarks/bench_data.py                      # 300 000 rows: about half an hour on two cores
     python benchmarks/bench_data.py --rows 20000 --out build/bench
 
-The pool (``data_pool.py``) is the same bytes for the same number of rows. Each command is a process of its own; seconds and
-peak memory are the whole process's. Peers: datasketch's MinHash and LSH on the same shingles of 20 000 rows, timed without
-reading them, and transformers' ``apply_chat_template`` and tokenizer on 5 000 rows. Results: benchmarks/results/data.json.
+The pool (``data_pool.py``) is the same bytes for the same number of rows. Each command is a process of its own; seconds, CPU
+seconds (of all threads) and peak memory are the whole process's. Peers: datasketch's MinHash and LSH on the same shingles of
+20 000 rows, timed without reading them, and transformers' ``apply_chat_template`` and tokenizer on 5 000 rows. Results:
+benchmarks/results/data.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,10 +30,12 @@ PEER_ROWS, CHAT_ROWS = 20_000, 5_000
 
 
 def measured(*command: object) -> dict:
-    """Seconds and peak memory of ``minisft`` with these words."""
+    """Seconds, CPU seconds and peak memory of ``minisft`` with these words."""
     words = [sys.executable, str(CHILD), sys.executable, "-m", "minisft", *map(str, command)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    cell = json.loads(done.stdout.strip().splitlines()[-1]) | {"load_after": os.getloadavg()[0]}
+    print(json.dumps({" ".join(map(str, command[:1])): cell}), flush=True)
+    return cell
 
 
 def commands(pool: Path, test: Path, folder: Path) -> dict[str, dict]:
@@ -50,6 +54,7 @@ def commands(pool: Path, test: Path, folder: Path) -> dict[str, dict]:
         "length",
     )
     cells = {"inspect --quality --against": measured(*report), "select --dedup near --drop-defects": measured(*pick)}
+    os.environ["MINISFT_CACHE"] = str(folder / "cache")  # empty at first
     for name in ("train, first step", "train, first step, from the cache"):
         run = ("train", "--model", MODEL, "--data", pool, "--out", folder / name.replace(", ", "-").replace(" ", "-"))
         cells[name] = measured(*run, "--steps", 1, "--batch-size", 1, "--max-length", 512, "--validation-share", 0)

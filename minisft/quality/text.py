@@ -26,6 +26,7 @@ _WORD = re.compile(r"\w+|(?<=\d)[.,:](?=\d)|[^\w\s.,;:!?…\"'“”‘’«»`�
 _DIGIT = re.compile(r"\d")
 # Hashes of words are remembered up to this many; a hash is a function of its word, so forgetting them costs time only.
 _MAX_MEMORY = 1_000_000
+_ROWS_AT_ONCE = 4_096
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 # The two lowest bits of a hash: the word has a digit; it is a sign.
 _HAS_DIGIT, _IS_SIGN = 1, 2
@@ -162,6 +163,28 @@ def ngrams(runs: Runs, n: int) -> Runs:
     if offsets[-1] == total:  # one row: nothing to leave out
         return Runs(mix(hashes), offsets)
     return Runs(mix(hashes[ngram_starts(runs, n)]), offsets)
+
+
+def distinct_share(runs: Runs, rows: Integers, n: int) -> float:
+    """Different n-grams of some rows, divided by all of theirs; in memory for one number an n-gram.
+
+    Args:
+        runs: all rows.
+        rows: which of them.
+        n: values of an n-gram.
+
+    Returns:
+        the share, 0 without any.
+    """
+    counts = np.maximum(runs.lengths[rows] - n + 1, 0)
+    grams = np.empty(int(counts.sum()), np.uint64)
+    start = 0
+    for first in range(0, len(rows), _ROWS_AT_ONCE):
+        part = ngrams(runs.select(rows[first : first + _ROWS_AT_ONCE]), n).values
+        grams[start : start + len(part)] = part
+        start += len(part)
+    grams.sort()
+    return (1 + int(np.count_nonzero(grams[1:] != grams[:-1]))) / len(grams) if len(grams) else 0.0
 
 
 def ngram_starts(runs: Runs, n: int) -> Integers:

@@ -5,6 +5,7 @@ The picked rows come last: where they stand, everything else does.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -66,8 +67,16 @@ def write_selection(files: OutputFiles, chosen: Selection, scores: Mapping[int, 
     lines = (to_line(scores[i], pool.row(i)) for i in sorted(scores))
     write_scores(files.scores, name, lines if scores else _plain_scores(chosen))
     write_durably(files.page, selection_page(chosen, scores).encode())
-    write_durably(files.report, (json.dumps(to_json(chosen, name), indent=1, ensure_ascii=False) + "\n").encode())
+    replace_durably(files.report, _json_parts(to_json(chosen, name)))
     replace_durably(files.rows, picked_lines(Path(pool.path), {pool.row(int(i)) for i in chosen.picked}))
+
+
+def _json_parts(document: Mapping[str, JSON]) -> Iterator[bytes]:
+    """Indented JSON in pieces: the text of a large report is never in memory as a whole."""
+    pieces = json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(document)
+    while part := "".join(itertools.islice(pieces, 1 << 16)):
+        yield part.encode()
+    yield b"\n"
 
 
 def _plain_scores(chosen: Selection) -> Iterator[bytes]:

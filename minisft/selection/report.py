@@ -12,7 +12,7 @@ from minisft.common.safe_json import JSON
 from minisft.quality.html import Cell, bars, charts, document, escape, heading, histogram, scatter, table
 from minisft.quality.pool import answer_text, prompt_text
 from minisft.quality.report import excerpt
-from minisft.quality.text import Integers, ngrams, sorted_distinct
+from minisft.quality.text import Integers, distinct_share
 from minisft.selection.diversity import mean_nearest_cosine, principal_plane, vendi_score
 from minisft.selection.ranking import MAX_CORRELATION, best_first, random_values
 from minisft.selection.scores import RowScore
@@ -50,7 +50,13 @@ def to_json(chosen: Selection, facts: Mapping[str, JSON]) -> dict[str, JSON]:
 
 
 def comparison(chosen: Selection) -> list[dict[str, JSON]]:
-    """The picked rows beside as many random and as many of the longest rows, from what cleaning left."""
+    """The picked rows beside as many random and as many of the longest rows, from what cleaning left; computed once."""
+    if chosen.compared is None:
+        chosen.compared = _comparison(chosen)
+    return chosen.compared
+
+
+def _comparison(chosen: Selection) -> list[dict[str, JSON]]:
     dropped_later = ("beyond the budget", "too near")
     alive = [
         p for p, i in enumerate(chosen.scored)
@@ -86,7 +92,7 @@ def _described(chosen: Selection, name: str, positions: Integers) -> dict[str, J
         "tokens": int(chosen.sizes.tokens[rows].sum()),
         "mean_score": float(chosen.values[positions].mean()),
         "mean_length": float(chosen.sizes.targets[rows].mean()),
-        "distinct_2": _distinct_2(chosen, rows),
+        "distinct_2": distinct_share(chosen.pool.words, rows, 2),
     }
     if chosen.vectors is not None:
         row |= {
@@ -94,11 +100,6 @@ def _described(chosen: Selection, name: str, positions: Integers) -> dict[str, J
             "vendi": vendi_score(chosen.vectors[sample]),
         }
     return row | {"answer_entropy": _answer_entropy(chosen, rows)}
-
-
-def _distinct_2(chosen: Selection, rows: Integers) -> float:
-    grams = ngrams(chosen.pool.words.select(rows), 2).values
-    return len(sorted_distinct(grams)) / max(1, len(grams))
 
 
 def _answer_entropy(chosen: Selection, rows: Integers) -> float:

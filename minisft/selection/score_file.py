@@ -7,6 +7,7 @@ under any other name are never mixed in. While rows are still missing the file h
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -47,7 +48,7 @@ def write_scores(path: Path, name: Mapping[str, JSON], lines: Iterator[bytes]) -
         name: what the scores belong to.
         lines: one for each row.
     """
-    replace_durably(path, (part for part in [json.dumps(dict(name)).encode() + b"\n", *lines]))
+    replace_durably(path, itertools.chain([json.dumps(dict(name)).encode() + b"\n"], lines))
 
 
 def read_scores(path: Path, name: Mapping[str, JSON], strict: bool) -> dict[int, RowScore]:

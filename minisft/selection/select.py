@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from minisft.common.errors import UserError, visible
+from minisft.common.safe_json import JSON
 from minisft.quality.contamination import find_leaks
 from minisft.quality.defects import find_defects
 from minisft.quality.pool import Pool
@@ -81,6 +82,7 @@ class Selection:
         vectors: for diversity, the map and the comparison, one for each of ``scored``.
         correlation: Spearman of the score with the length.
         threshold: the cosine that ``greedy`` used.
+        compared: the picked rows beside others, see ``report.comparison``, once it has been computed.
     """
 
     pool: Pool
@@ -95,6 +97,7 @@ class Selection:
     vectors: Vectors | None = None
     correlation: float = 0.0
     threshold: float | None = None
+    compared: list[dict[str, JSON]] | None = None
 
     def alive(self) -> Integers:
         """Indices of the rows that are still there."""
@@ -274,8 +277,11 @@ def word_vectors(pool: Pool, rows: Integers) -> Vectors:
         table[start : start + len(words)] = np.bincount(at, sign, len(words) * WORD_DIMENSIONS).reshape(len(words), -1)
     table *= np.log(len(rows) / np.maximum(1, np.count_nonzero(table, axis=0)) + 1).astype(np.float32)
     table -= table.mean(axis=0)
-    norms = np.linalg.norm(table, axis=1, keepdims=True)
-    return np.divide(table, norms, out=table, where=norms > 0)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):  # a part at a time: the norm squares all that it is given
+        part = table[start : start + _ROWS_AT_ONCE]
+        norms = np.linalg.norm(part, axis=1, keepdims=True)
+        np.divide(part, norms, out=part, where=norms > 0)
+    return table
 
 
 def _fill(chosen: Selection, order: Integers, log: Log) -> None:
