@@ -13,7 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minisft.quality import near_duplicates as nd
-from minisft.quality.text import Runs, WordHashes, character_codes, distinct, mix, ngrams, words
+from minisft.quality import text
+from minisft.quality.text import Runs, WordHashes, character_codes, distinct, distinct_share, mix, ngrams, words
 
 SETS = st.lists(st.sets(st.integers(0, 25), max_size=12), min_size=1, max_size=14)
 
@@ -73,6 +74,21 @@ def test_signatures_agree_as_often_as_the_sets_are_alike(similarity: float) -> N
     sigma = np.sqrt(exact * (1 - exact) / num_hashes)
     assert abs(float((agreement - exact).mean())) < 3 * float(sigma.mean()) / math.sqrt(num_pairs)
     assert np.mean(np.abs(agreement - exact) < 3 * sigma) > 0.95
+
+
+def test_signatures_estimate_as_well_as_datasketch_does() -> None:
+    """Two independent estimates of one similarity: their difference has the variance of both, and neither is off on average."""
+    datasketch = pytest.importorskip("datasketch", reason="datasketch is not installed (extra oracles)")
+    draw, num_hashes, num_pairs = random.Random(3), 256, 40
+    sets = [s for _ in range(num_pairs) for s in pair_of_sets(0.7, 120, draw)]
+    signed = nd.signatures(runs(sets), num_hashes)
+    ours = (signed[::2] == signed[1::2]).mean(axis=1)
+    hashed = datasketch.MinHash.bulk([[value.to_bytes(8, "little") for value in s] for s in sets], num_perm=num_hashes)
+    theirs = np.array([a.jaccard(b) for a, b in zip(hashed[::2], hashed[1::2], strict=True)])
+    exact = jaccard(sets[0], sets[1])
+    sigma = math.sqrt(2 * exact * (1 - exact) / num_hashes)
+    assert abs(float((ours - theirs).mean())) < 3 * sigma / math.sqrt(num_pairs)
+    assert np.abs(ours - theirs).max() < 4.5 * sigma
 
 
 @pytest.mark.parametrize("similarity", [0.3, 0.5, 0.6, 0.7, 0.8, 0.9])
@@ -173,3 +189,12 @@ def test_one_word_in_twenty_leaves_eight_tenths() -> None:
                 sets = nd.shingle_sets(Runs.of([WordHashes().of(side) for side in pair]))
             likenesses.append(nd.jaccard(sets[0], sets[1]))
         assert np.mean(np.array(likenesses) >= 0.79) >= 0.9
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=8), st.integers(1, 3), st.integers(1, 3))
+def test_the_distinct_share_is_that_of_a_set(rows: list[list[int]], n: int, at_once: int) -> None:
+    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "_ROWS_AT_ONCE", at_once)
+        share = distinct_share(Runs.of([np.array(row, np.uint64) for row in rows]), np.arange(len(rows)), n)
+    assert share == pytest.approx(len(set(grams)) / len(grams) if grams else 0.0)

@@ -168,6 +168,28 @@ def test_neither_the_batch_nor_its_padding_nor_the_order_changes_a_score(model_f
         assert np.allclose(a.state.astype(float), b.state.astype(float), atol=2e-3, rtol=2e-3)
 
 
+def test_threads_change_no_score(model_folder: Path) -> None:
+    model, tokenizer = load_model(model_folder)
+    judge = Judge(model.eval().requires_grad_(False), tokenizer, resolve_template(tokenizer), 400, 4, True, True)
+    rows = [Example((Message("user", "ab" * i), Message("assistant", "cd" * (i % 5 + 1))), i) for i in range(1, 12)]
+
+    def scored() -> list[RowScore]:
+        return sorted(itertools.chain.from_iterable(score_rows(judge, rows, range(len(rows)))), key=lambda s: s.row)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = scored()
+        torch.set_num_threads(2)
+        two = scored()
+    finally:
+        torch.set_num_threads(before)
+    assert [replace(score, state=None) for score in one] == [replace(score, state=None) for score in two]
+    for a, b in zip(one, two, strict=True):
+        assert a.state is not None
+        np.testing.assert_allclose(a.state, b.state, atol=1e-3)
+
+
 def test_a_state_is_the_mean_over_the_rows_own_tokens(model_folder: Path) -> None:
     who = tiny_judge(model_folder, 2)
     examples = [chat("short", "a"), chat("a much longer prompt than the other", "bbb")]
@@ -229,3 +251,41 @@ def test_scores_of_other_data_or_another_model_are_not_used(tmp_path: Path, key:
     fresh.remove()
     assert not (tmp_path / "s.partial").exists()
     json.dumps(other)
+
+
+# ---- the pretrained model ----
+
+PAIRS = (
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("How many days are in a week?", "There are seven days in a week."),
+    ("Write a short poem about the sea.", "The waves roll in, the salt winds sing, and gulls cry out on silver wing."),
+    ("How do I boil an egg?", "Put the egg in boiling water for eight minutes, then cool it under cold water."),
+    ("Translate 'good morning' to Spanish.", "'Good morning' in Spanish is 'buenos d\u00edas'."),
+    ("What do bees make?", "Bees make honey and beeswax."),
+    ("Why is the sky blue?", "Air scatters blue sunlight more than red, so the sky looks blue."),
+    ("Name three colors of the rainbow.", "Red, green and violet are three colors of the rainbow."),
+    ("Who wrote Romeo and Juliet?", "William Shakespeare wrote Romeo and Juliet."),
+    ("What is 12 plus 7?", "12 plus 7 equals 19."),
+    ("How can I sleep better?", "Go to bed at the same time each night and avoid screens before sleep."),
+    ("What is photosynthesis?", "Photosynthesis is how plants turn sunlight, water and carbon dioxide into sugar."),
+)
+
+
+@pytest.mark.smollm2
+def test_an_answer_of_another_row_fits_its_prompt_less(smollm2_path: Path) -> None:
+    """AUC of pmi, swapped against clean: above one half with its whole interval, by resampling of rows."""
+    swapped = [(question, PAIRS[(i + 5) % len(PAIRS)][1]) for i, (question, _) in enumerate(PAIRS)]
+    examples = [
+        Example((Message("user", question), Message("assistant", answer)), i)
+        for i, (question, answer) in enumerate((*PAIRS, *swapped), 1)
+    ]
+    model, tokenizer = load_model(smollm2_path)
+    judge = Judge(model.eval().requires_grad_(False), tokenizer, resolve_template(tokenizer), 256, 12, True, False)
+    scores = sorted(itertools.chain.from_iterable(score_rows(judge, examples, range(len(examples)))), key=lambda s: s.row)
+    clean, wrong = np.split(np.array([score.pmi for score in scores]), 2)
+    above_one = [np.mean([score.ifd > 1 for score in part]) for part in (scores[: len(PAIRS)], scores[len(PAIRS) :])]
+    draw = np.random.default_rng(0).integers(0, len(PAIRS), (2000, 2, len(PAIRS)))
+    aucs = [(clean[a][:, None] > wrong[b][None, :]).mean() for a, b in draw]
+    assert np.quantile(aucs, 0.025) > 0.7
+    assert (wrong < 0).mean() > (clean < 0).mean()
+    assert above_one[1] > above_one[0]
