@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_folder import digest, losses, quiet, rows, run_config, stopped_copy, write_shop
 
-from minisft.batching import step_rows
+from minisft.batching import Batch, Share, step_rows
 from minisft.common.errors import UserError
 from minisft.config import RunConfig
 from minisft.training.preference_config import DPOConfig
 from minisft.training.replay import mixed_rows, num_replayed, steps_of_epochs
+from minisft.training.sft import SFTTrainer
 from minisft.training.train import train
 
 TEXTS = ["The quick brown fox. " * 9, "A short one.", "Ends with <|im_end|> as text."]
@@ -47,6 +48,18 @@ def test_the_run_s_own_rows_come_in_the_order_that_they_have_without_replay(batc
     own = [i for s in range(1, steps + 1) for replayed, i in mixed_rows(s, batch, n, 7, Fraction(1, 3), seed) if not replayed]
     alone = [i for s in range(1, steps + 1) for i in step_rows(s, batch, n, seed)]
     assert own == alone[: len(own)]
+
+
+@given(st.integers(1, 9), st.integers(2, 9), st.integers(1, 9), st.integers(0, 99), st.integers(1, 20))
+def test_a_mixture_s_rows_come_in_the_order_that_they_have_without_replay(
+    batch: int, first: int, second: int, seed: int, steps: int
+) -> None:
+    n, numbers, shares = first + second, range(1, steps + 1), (Share(0, first, 1), Share(first, second, first + second - 1))
+    mixed = [pair for s in numbers for pair in mixed_rows(s, batch, n, 7, Fraction(1, 3), seed, shares)]
+    own = [i for replayed, i in mixed if not replayed]
+    assert own == [i for s in numbers for i in step_rows(s, batch, n, seed, shares)][: len(own)]
+    for start in range(0, len(own) - n + 1, n):  # whole epochs
+        assert sum(i < first for i in own[start : start + n]) == 1
 
 
 @given(st.floats(0.01, 5), st.integers(1, 60), st.integers(1, 9), st.fractions(0, Fraction(9, 10), max_denominator=20))
@@ -166,3 +179,27 @@ def test_chats_are_replayed_and_the_tenth_is_the_default(shop: Path) -> None:
     log = losses(shop / "run")
     assert json.loads((shop / "run" / "data.json").read_text())["replay"]["form"] == "prompt/completion"
     assert Counter(row["replay_tokens"] > 0 for row in log) == {True: 2, False: 3}  # floor(5 * 4 * 0.1) rows
+
+
+def test_a_mixture_with_replay_draws_each_file_by_its_weight_and_refuses_to_replay_one_of_them(shop: Path) -> None:
+    lines = [json.dumps(row) + "\n" for row in rows(16)]
+    for name, part in (("a", lines[:12]), ("b", lines[12:])):
+        (shop / f"{name}.jsonl").write_text("".join(part))
+    data = (f"{shop}/a.jsonl:1", f"{shop}/b.jsonl:3")
+    settings = {"data": data, "validation_share": 0.0, "batch_size": 4, "replay_share": 0.5, "steps": 8}
+    run = replayed(shop, file="chats.jsonl", save_every=99, **settings)
+    taken: list[int] = []
+    batches = SFTTrainer.batches
+
+    def noted(self: SFTTrainer, step: int) -> list[Batch]:
+        taken.extend(row.row for row in self.step_rows(step))
+        return batches(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SFTTrainer, "batches", noted)
+        train(run, log=quiet)
+    own = [row for row in taken if row > 0]
+    assert len(own) == len(taken) / 2 == 16  # an epoch: a gives 1 / 4 of its rows, b the rest
+    assert sum(row <= 12 for row in own) == 4
+    with pytest.raises(UserError, match="config/replay-is-data"):
+        train(replayed(shop, name="other", file="b.jsonl", **settings), log=quiet)

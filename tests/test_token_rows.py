@@ -14,7 +14,7 @@ from minisft.data import encoding
 from minisft.data.chat import Encoded, encode_chat, fit, resolve_template
 from minisft.data.encoding import encode_dataset
 from minisft.data.examples import Example, Message
-from minisft.data.token_rows import TokenRows, TokenWriter
+from minisft.data.token_rows import TokenRows, TokenWriter, longest_rows
 from minisft.training.identity import tokens_sha256
 
 LIMIT = 40
@@ -121,3 +121,23 @@ def test_the_first_bad_row_is_the_one_that_is_named(at_once: int, monkeypatch: p
     with pytest.raises(UserError, match=r"f\.jsonl:4") as caught:
         encode_dataset(examples, TOKENIZER, CHATML, LIMIT, path="f.jsonl")
     assert caught.value.code == "data/unread-field"
+
+
+@given(encoded_rows(), st.integers(1, 8))
+def test_the_longest_rows_are_those_of_a_sorted_list(rows: list[Encoded], count: int) -> None:
+    expected = sorted(rows, key=lambda row: len(row.input_ids))[-count:]
+    assert longest_rows(stored(rows), count) == expected
+    assert longest_rows(rows, count) == expected
+
+
+def test_no_row_but_the_longest_is_made() -> None:
+    made: list[int] = []
+
+    class Counted(TokenRows):
+        def __getitem__(self, at: int | slice) -> Encoded | tuple[Encoded, ...]:  # type: ignore[override]
+            made.append(at if isinstance(at, int) else -1)
+            return super().__getitem__(at)
+
+    flat = stored([Encoded([1] * n, [True] * n, n, 0, 0) for n in (3, 9, 1, 7)])
+    longest_rows(Counted(flat.tokens, flat.offsets, flat.facts), 2)
+    assert made == [3, 1]

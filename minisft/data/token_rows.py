@@ -138,6 +138,20 @@ def _mapped(path: Path) -> Tokens:
     return np.memmap(path, "<i4", mode="r")
 
 
+def longest_rows(rows: Sequence[Encoded], count: int) -> list[Encoded]:
+    """The rows with most tokens; of ``TokenRows`` no other row is made.
+
+    Args:
+        rows: in any form.
+        count: how many, at least 1.
+
+    Returns:
+        ``count`` rows, or all if there are fewer; the longest last, rows of one length in their order.
+    """
+    lengths = rows.lengths if isinstance(rows, TokenRows) else np.array([len(row.input_ids) for row in rows], np.int64)
+    return [rows[i] for i in np.argsort(lengths, kind="stable")[-count:].tolist()]
+
+
 class TokenWriter:
     """Lays encoded rows end to end, in memory or in a file.
 

@@ -7,14 +7,12 @@ import time
 from collections.abc import Sequence
 from functools import cached_property
 
-import numpy as np
-
 from minisft.batching import Batch, micro_batches, with_noise
 from minisft.common.errors import UserError
 from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
 from minisft.data.chat import Encoded
-from minisft.data.token_rows import TokenRows
+from minisft.data.token_rows import longest_rows
 from minisft.step import accumulate_gradients, validation_loss
 from minisft.training.replay import mixed_rows
 from minisft.training.runlog import peak_memory_bytes
@@ -61,8 +59,8 @@ class SFTTrainer(Trainer[Encoded]):
             UserError: ``numeric/non-finite``; what ``check_gradients`` finds.
         """
         self.prepare()
-        candidates = [row for rows in self._sets for row in _longest(rows, self.micro_batch_size)]
-        longest = _longest(candidates, self.micro_batch_size)
+        candidates = [row for rows in self._sets for row in longest_rows(rows, self.micro_batch_size)]
+        longest = longest_rows(candidates, self.micro_batch_size)
         began, batches = time.monotonic(), self._with_noise(self._cut(longest), step=1)
         loss = self.gradients(1, batches)
         norm = self.optimizer.grad_norm()
@@ -103,9 +101,3 @@ class SFTTrainer(Trainer[Encoded]):
         return micro_batches(
             rows, self.micro_batch_size, self.tokenizer.pad_id, run.packing, run.max_length, share_prefix=share_prefix
         )
-
-
-def _longest(rows: Sequence[Encoded], count: int) -> list[Encoded]:
-    """The ``count`` rows with most tokens, the longest last; of a mapped file no other row is made."""
-    lengths = rows.lengths if isinstance(rows, TokenRows) else np.array([len(row.input_ids) for row in rows])
-    return [rows[i] for i in np.argsort(lengths, kind="stable")[-count:].tolist()]
