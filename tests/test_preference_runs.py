@@ -129,19 +129,20 @@ def test_dpo_goes_on_from_an_adapter_and_writes_one_whole_adapter(shop: Path, tm
 
 
 def test_a_grpo_run_earns_more_and_keeps_every_sample(shop: Path, tmp_path: Path) -> None:
+    """480 samples at either end: their means differ by more than twice the noise (0.013) only if something was learned."""
     grpo(
-        grpo_config(shop, tmp_path / "run", steps=30, eval_every=10, save_every=10, num_generations=8, lr=5e-2, rank=4),
+        grpo_config(shop, tmp_path / "run", steps=30, eval_every=10, save_every=10, num_generations=32, lr=1e-1, rank=4),
         log=quiet,
     )
     rows = log_of(tmp_path / "run")
-    assert sum(row["reward"] for row in rows[-5:]) / 5 > sum(row["reward"] for row in rows[:5]) / 5 + 0.05
+    assert sum(row["reward"] for row in rows[-5:]) / 5 > sum(row["reward"] for row in rows[:5]) / 5 + 0.03
     assert rows[29]["eval_reward"] > rows[9]["eval_reward"]
     assert max(row["sampling_error"] for row in rows) < 1e-3
-    assert {"eval_pass_at_1", "eval_pass_at_8", "entropy", "frac_reward_zero_std", "completions/clipped_ratio"} <= rows[
+    assert {"eval_pass_at_1", "eval_pass_at_32", "entropy", "frac_reward_zero_std", "completions/clipped_ratio"} <= rows[
         9
     ].keys()
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 30 * 3 * 8
+    assert len(samples) == 30 * 3 * 32
     last = [s["reward"] for s in samples if s["step"] == 30]
     assert sum(last) / len(last) == pytest.approx(rows[-1]["reward"])
 

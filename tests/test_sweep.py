@@ -183,7 +183,7 @@ def test_the_drawing_has_every_scale_once_and_repeats() -> None:
     svg = draw(points)
     texts = ["".join(node.itertext()).strip() for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("text")]
     assert "0.5, 1" in texts  # at one place
-    assert {"task, choice", "general, choice", "scale of the adapter"} <= set(texts)
+    assert {"task, choice", "general, choice", "scale of the update"} <= set(texts)
     assert draw(points) == svg
     assert draw([*points, Point(2.0, error="error")]) == svg
     assert interval(result(0.3, "loss")) is None

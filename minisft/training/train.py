@@ -114,7 +114,7 @@ def run_training(
         if not resume:
             lock.enter_context(RunLock(out))  # from here on something is written
         if saved is not None:
-            trainer.require_same_run(saved)  # first: what is prepared from other rows would fail with a stranger message
+            trainer.require_same_run(saved)  # first: rows that have changed are named here, before their preparation can fail
         trainer.prepare()
         if saved is not None:
             trainer.restore(saved)
