@@ -397,14 +397,15 @@ def test_a_person_leaves_a_thumb_an_edit_and_a_comment_then_chats(server, browse
     left.get_by_label("Better answer").fill("a better answer")
     page.locator("#comment").fill("because 1 2 3 4")  # digits in a text field are no votes
     page.locator('[data-side="1"]').get_by_label("thumb down").click()
+    until(page, "current !== null")
     ticket = page.evaluate("current.ticket")
     page.get_by_role("button", name="Left is better").click()
-    until(page, f"current.ticket !== {json.dumps(ticket)}")
+    until(page, f"current !== null && current.ticket !== {json.dumps(ticket)}")
     page.get_by_role("button", name="Chat with both").click()
     page.locator("#text").fill("good morning")
     page.get_by_role("button", name="Send").click()
-    until(page, "!document.querySelector('#choices button').disabled")
-    assert {t.strip() for t in page.locator(".answer").all_inner_texts()} == {"GOOD MORNING", "morning good"}
+    said = "[...document.querySelectorAll('.answer')].map(a => a.innerText.trim()).sort().join()"
+    until(page, f"{said} === 'GOOD MORNING,morning good' && !document.querySelector('#choices button').disabled")
     page.get_by_role("button", name="Both bad").click()
     until(page, "document.querySelector('#progress').textContent.startsWith('Saved')")
     assert problems == []

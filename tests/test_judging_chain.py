@@ -83,7 +83,7 @@ def vote_for_all(browser, address: str) -> None:
     problems: list[str] = []
     page = person(browser, address, problems)
     for _ in range(NUM_PROMPTS):
-        until(page, "!document.querySelector('#choices button').disabled")
+        until(page, "current !== null && !document.querySelector('#choices button').disabled")
         lengths = [len(text) for text in page.locator(".answer").all_inner_texts()]
         ticket = page.evaluate("current.ticket")
         page.keyboard.press("1" if lengths[0] >= lengths[1] else "4")
