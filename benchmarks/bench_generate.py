@@ -47,7 +47,7 @@ def ours(folder: str, weights: str, native: bool) -> tuple[Answer, Callable[[], 
     from minisft import QuantConfig, generation
     from minisft.formats import load_model
     from minisft.kernels import cpu_nf4
-    from minisft.native_decode import decode_path
+    from minisft.native.decoder import decode_path
 
     model = load_model(folder, dtype=WEIGHTS[weights], quant=QuantConfig() if weights == "nf4" else None)[0].eval()
     inside = [0.0]

@@ -22,7 +22,7 @@ from minisft.common.seeds import derive_seed
 from minisft.config import check_sampling
 from minisft.data.tokenizer import Tokenizer
 from minisft.model import CausalLM, KVCache
-from minisft.native_decode import next_logits_of
+from minisft.native.decoder import next_logits_of
 
 MIN_SHARED_PROMPT = 8  # tokens: a shorter shared prefix is not worth a pass of its own
 LIKELIEST = 256  # tokens in which nearly every draw ends: finding them costs a twentieth of sorting a vocabulary of 49152

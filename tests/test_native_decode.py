@@ -21,14 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from minisft import native_decode
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
 from minisft.generation import generate, read_prompts, sample_groups
 from minisft.kernels import cpu_build, cpu_nf4
 from minisft.kernels.cpu_decode import MAX_ROWS, Unsupported
 from minisft.merge_weights import merge_
 from minisft.model import CausalLM, KVCache
-from minisft.native_decode import NativeDecoder, decode_path, next_logits_of
+from minisft.native import decoder as native_decoder
+from minisft.native.decoder import NativeDecoder, decode_path, next_logits_of
 from minisft.nf4_linear import NF4Linear
 from minisft.surgery import adapters_off, apply_lora_, lora_modules, quantize_
 from tests import tiny
@@ -170,7 +170,7 @@ def readable_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise Unsupported("the test asks for the readable model")
 
     with monkeypatch.context() as patch:
-        patch.setattr(native_decode, "NativeDecoder", refuse)
+        patch.setattr(native_decoder, "NativeDecoder", refuse)
         yield
 
 
@@ -362,7 +362,7 @@ def test_a_full_cache_is_an_error() -> None:
 def test_without_a_compiler_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_nf4, "library", lambda: None)
     monkeypatch.setattr(cpu_build, "load", lambda: cpu_build.Native(None, "no C++ compiler found"))
-    native_decode._no_library.cache_clear()
+    native_decoder._no_library.cache_clear()
     try:
         with pytest.warns(UserWarning, match="no C\\+\\+ compiler found"):
             found = generate(built(FAMILIES["llama"], "fp32"), PROMPTS, max_new_tokens=3, eos_ids=())
@@ -370,7 +370,7 @@ def test_without_a_compiler_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> 
             warnings.simplefilter("error")
             assert decode_path(built(FAMILIES["llama"], "fp32")) == "PyTorch (no C++ compiler found)"
     finally:
-        native_decode._no_library.cache_clear()
+        native_decoder._no_library.cache_clear()
     monkeypatch.undo()
     assert generate(built(FAMILIES["llama"], "fp32"), PROMPTS, max_new_tokens=3, eos_ids=()) == found
 

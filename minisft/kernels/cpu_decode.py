@@ -1,7 +1,7 @@
 """One decoding step in one native call: the structs of ``cpu_decode.cpp``, filled from tensors.
 
 The C++ takes pointers and checks nothing. Here a tensor becomes a pointer only if it lies as the C++ reads it, else
-``Unsupported`` says what does not; ``minisft.native_decode`` walks through the model.
+``Unsupported`` says what does not; ``minisft.native.decoder`` walks through the model.
 """
 
 from __future__ import annotations
