@@ -9,7 +9,7 @@
 // Vectors are GCC's and Clang's own (vector_size), so any CPU with either compiler will do; only the look-up and the fused
 // multiply-add name instructions. Little-endian machines. Python checks every size before it calls: nothing is checked here.
 
-#include "cpu_lanes.h"
+#include "cpu_products.h"
 
 namespace {
 
@@ -20,7 +20,6 @@ typedef float HalfFloats __attribute__((vector_size(2 * LANES)));
 // MAX_RECIPROCAL is nf4.py's: cpu_build.py hands it to the compiler.
 constexpr int MAX_ROWS = 8;    // rows of x in one pass: their sums stay in registers
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // multiplications; fewer are done before another thread has woken
-
 
 // ---- dequantize ----------------------------------------------------------------------------------------------------------
 
@@ -81,7 +80,8 @@ void quantize_block(const float* x, int64_t length, float absmax, const float* m
 
 // ---- products of a few rows ----------------------------------------------------------------------------------------------
 
-// All kinds of weight are read the same way: visit(k, weights k to k + LANES - 1) along one row.
+// All kinds of weight are read the same way: visit(k, weights k to k + LANES - 1) along one row. One output at a time: the tiles of
+// cpu_products.h, which the decoding step shares among threads, give the same bits here but are slower for small layers.
 
 template <class Visit>
 inline void visit_row(const Weight& w, int64_t row, int64_t in, Visit visit) {
@@ -145,15 +145,6 @@ void all_rows(Product p, const Matrix& weight) {
         p.x += MAX_ROWS * p.in;
         p.y += MAX_ROWS * p.out;
     }
-}
-
-inline float dot(const float* a, const float* b, int64_t length) {
-    Floats sums = {};
-    int64_t k = 0;
-    for (; k + LANES <= length; k += LANES) sums = multiply_add(load<Floats>(a + k), load<Floats>(b + k), sums);
-    float total = sum(sums);
-    for (; k < length; ++k) total += a[k] * b[k];
-    return total;
 }
 
 // y += scaling * (x A^T) B^T.
