@@ -248,15 +248,6 @@ def _check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]]) -> None:
 
 
 @torch.inference_mode()
-def _tokens(
-    model: CausalLM, prompts: dict[int, Sequence[int]], max_new_tokens: int, eos_ids: Collection[int], sampling: Sampling
-) -> Iterator[tuple[int, int]]:
-    """(prompt index, token), step by step, for one batch."""
-    for row, token, _, _ in _scored_tokens(model, prompts, max_new_tokens, eos_ids, sampling, scored=False):
-        yield row, token
-
-
-@torch.inference_mode()
 def _scored_tokens(
     model: CausalLM,
     prompts: dict[int, Sequence[int]],
@@ -423,7 +414,7 @@ def stream_chat(
     _require_positive("max_new_tokens", max_new_tokens)
     _check_prompts(model, [prompt])
     stream, pieces = TextStream(tokenizer), []
-    for _, token in _tokens(model, {0: prompt}, max_new_tokens, eos_ids, sampling):
+    for _, token, _, _ in _scored_tokens(model, {0: prompt}, max_new_tokens, eos_ids, sampling, scored=False):
         if token not in eos_ids:
             pieces.append(stream.push(token))
             show(safe_text(pieces[-1]))
