@@ -4,7 +4,8 @@ Tensors keep their dtype in memory, and ``compute_dtype`` says in which dtype th
 instructions multiplies bf16 matrices about eight times slower than fp32 ones, although converting the operands costs next to
 nothing. Sums are then taken in fp32, so the result is never less exact.
 
-``frozen_linear`` is the one place that decides who multiplies; its docstring is the table.
+``frozen_linear`` is the one place that decides who multiplies; its docstring is the table. One thing goes past it: generation's
+step of one token, where ``native.decoder`` takes whole models and multiplies in its own C++.
 """
 
 from __future__ import annotations
