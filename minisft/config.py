@@ -202,6 +202,7 @@ def flag(help_text: str, default: object = dataclasses.MISSING, metavar: str | N
 _ADAPTER_DEFAULTS: dict[str, typing.Any] = {
     "rank": 16, "alpha": 32.0, "use_rslora": False, "use_dora": False, "targets": (ALL_LINEAR,),
 }  # fmt: skip
+_ADAPTER_ONLY = ("rank", "alpha", "dropout", "use_rslora", "use_dora", "init", "lr_b_ratio")  # no part of --method full
 _COUNTS = ("batch_size", "micro_batch_size", "steps", "eval_every", "save_every", "keep_last", "patience", "log_every")
 
 
@@ -317,10 +318,6 @@ class RunConfig:
             math.isfinite(self.lr_b_ratio) and self.lr_b_ratio > 0, "--lr-b-ratio", self.lr_b_ratio, "a positive number",
             "1 is LoRA, 16 is what LoRA+ suggests",
         )  # fmt: skip
-        require(
-            self.lr_b_ratio == 1 or self.method == "lora", "--lr-b-ratio with --method full", self.lr_b_ratio, "1",
-            "leave --lr-b-ratio away: there is no lora_B",
-        )  # fmt: skip
         require(0.0 <= self.warmup < 1.0, "--warmup", self.warmup, "a share in [0, 1), less than all steps")
         require(
             self.decay_share is None or self.schedule == "wsd", "--decay-share", self.decay_share, "--schedule wsd",
@@ -357,18 +354,13 @@ class RunConfig:
             self.init_adapter is None or self.method == "lora", "--init-adapter with --method full", self.method, "lora",
             "leave --init-adapter away, or merge it first and train the merged model",
         )  # fmt: skip
+        if self.method == "full":
+            self._refuse_adapter_settings()
         if self.init == "pissa":
             require(
                 self.quant == "none", "--quant with --init pissa", self.quant, "none",
                 "what is left of each weight would be quantized, and the adapter would fit that base alone: use one of them",
             )  # fmt: skip
-            require(
-                self.method == "lora",
-                "--init with --method full",
-                self.init,
-                "default",
-                "leave --init away: there is no adapter",
-            )
             require(
                 self.init_adapter is None, "--init with --init-adapter", self.init, "default",
                 "leave --init away: the adapter's own numbers are the start",
@@ -377,6 +369,16 @@ class RunConfig:
         if isinstance(self.data, tuple) and len(self.data) == 1:
             object.__setattr__(self, "data", self.data[0])
         parse_sources(self.data)
+
+    def _refuse_adapter_settings(self) -> None:
+        """Training in full has no adapter: what describes one must be as it is by default, not ignored."""
+        for name in _ADAPTER_ONLY:
+            value, default = getattr(self, name), getattr(type(self), name)
+            require(
+                value in (default, _ADAPTER_DEFAULTS.get(name)), f"{flag_name(name)} with --method full", value,
+                "nothing" if default is None else f"{default:g}" if isinstance(default, float) else default,
+                f"leave {flag_name(name)} away: there is no adapter",
+            )  # fmt: skip
 
     @property
     def lora(self) -> LoRAConfig:

@@ -50,7 +50,7 @@ class Preference(Shop):
     def _words(self, command: str, rows: str, *more: object) -> list[object]:
         words = [
             command, "--model", self.model, "--data", self.folder / rows, "--out", self.out, "--dtype", "fp32", "--steps", 3,
-            "--rank", 2, "--alpha", 3, "--lr", 1e-2, "--seed", 3,
+            "--lr", 1e-2, "--seed", 3, *(() if "--method" in more else ("--rank", 2, "--alpha", 3)),
         ]  # fmt: skip
         return [*words, *more]
 

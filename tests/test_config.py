@@ -188,6 +188,31 @@ def test_run_config_refuses_combinations_and_adapters(values, expected):
     assert expected in message(error, "config/bad-value")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("rank", 8, "nothing"),
+        ("alpha", 16.0, "nothing"),
+        ("dropout", 0.1, "0"),
+        ("use_rslora", True, "nothing"),
+        ("use_dora", True, "nothing"),
+    ],
+)
+def test_what_describes_an_adapter_is_refused_where_there_is_none(name, value, expected):
+    with pytest.raises(UserError) as error:
+        run_config({**REQUIRED, "method": "full", name: value})
+    flag = flag_name(name)
+    wanted = f"{flag} with --method full; found {value}; expected {expected}; fix: leave {flag} away: there is no adapter"
+    assert wanted in message(error, "config/bad-value")
+
+
+def test_a_saved_run_in_full_can_be_read_again_and_changed():
+    """Its settings name the defaults of an adapter; that is not asking for one."""
+    run = run_config({**REQUIRED, "method": "full"})
+    assert run_config(json.loads(json.dumps(run.to_dict()))) == run
+    assert dataclasses.replace(run, steps=3).steps == 3
+
+
 @pytest.mark.parametrize("style", ["name", "flag"])
 @pytest.mark.parametrize(
     ("typo", "meant"),

@@ -92,8 +92,10 @@ def run_config(shop: Path, out: Path, **changes: object) -> RunConfig:
     """A short run of what ``write_shop`` made."""
     values: dict[str, object] = {
         "model": str(shop / "model"), "data": str(shop / "rows.jsonl"), "out": str(out), "batch_size": 4,
-        "rank": 2, "alpha": 3.0, "lr": 1e-2, "dtype": "fp32", "validation_share": 0.2,
+        "lr": 1e-2, "dtype": "fp32", "validation_share": 0.2,
     }  # fmt: skip
+    if changes.get("method") != "full":
+        values |= {"rank": 2, "alpha": 3.0}
     return RunConfig(**(values | changes))
 
 
