@@ -32,9 +32,7 @@ COMPUTE = ("micro_batch_size", "checkpointing", "device", "packing")
 MASKS = ("micro_batch_size", "device", "packing")  # those of COMPUTE that dropout's masks depend on
 
 
-def run_identity(
-    run: RunConfig, data: Mapping[str, JSON], base: str | None, device: torch.device, init_adapter: str | None
-) -> dict[str, JSON]:
+def run_identity(run: RunConfig, data: Mapping[str, JSON], base: str | None, device: torch.device) -> dict[str, JSON]:
     """What identifies a run, as it is saved with each checkpoint.
 
     Args:
@@ -42,7 +40,6 @@ def run_identity(
         data: hashes of the rows (``RunData.identity``).
         base: fingerprint of the base model; None for a model that came from no file.
         device: where the run is.
-        init_adapter: hash of the adapter that the run started from, if any.
 
     Returns:
         JSON for ``require_same_run``.
@@ -56,6 +53,7 @@ def run_identity(
         "device": device.type,
         "packing": run.packing,
     }
+    init_adapter = adapter_sha256(Path(run.init_adapter)) if run.init_adapter else None
     return {"format": FORMAT, "config": settings, "compute": compute, "base": base, "init_adapter": init_adapter, **data}
 
 

@@ -20,7 +20,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,9 +35,8 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.formats import context_length, fingerprint, load_tokenizer
 from minisft.model import CausalLM
 from minisft.surgery import num_parameters
-from minisft.training.identity import adapter_sha256, run_identity
+from minisft.training.identity import run_identity
 from minisft.training.lr_grid import Cell, Choice, Curve, check_search, choose, draw, no_validation
-from minisft.training.replay import steps_of_epochs
 from minisft.training.run_data import RunData, prepare_data
 from minisft.training.sft import SFTTrainer
 from minisft.training.stop_signal import StopSignal
@@ -146,8 +144,7 @@ class _Search:
         self.template, self.data = self._read(log, context)
         if not self.data.validation:
             raise no_validation("0 rows to validate on")
-        replayed = self.data.replay.share if self.data.replay else Fraction(0)
-        self.total_steps = run.steps or steps_of_epochs(run.epochs or 1.0, len(self.data.train), run.batch_size, replayed)
+        self.total_steps = self.data.total_steps(run)
         self.steps = math.ceil(share * self.total_steps)
         if self.steps < MIN_STEPS:
             raise UserError(
@@ -155,8 +152,7 @@ class _Search:
                 found=f"{self.steps} of {self.total_steps} steps", expected=f"at least {MIN_STEPS} steps",
                 fix="give a larger --share, or a longer run",
             )  # fmt: skip
-        init = adapter_sha256(Path(run.init_adapter)) if run.init_adapter else None
-        identity = run_identity(self.run, self.data.identity, fingerprint(run.model), device, init)
+        identity = run_identity(self.run, self.data.identity, fingerprint(run.model), device)
         self.identity = {name: value for name, value in identity.items() if name != "date"}  # the tokens hold what it changes
 
     def _read(self, log: Log, context: int | None) -> tuple[ChatTemplate, RunData[Encoded]]:

@@ -10,6 +10,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -33,7 +34,7 @@ from minisft.formats.adapter import TEMPLATE_FILE
 from minisft.quality.report import near_groups
 from minisft.training.identity import tokens_sha256
 from minisft.training.manifest import as_object
-from minisft.training.replay import Replay, read_replay, replay_words, validated_too
+from minisft.training.replay import Replay, read_replay, replay_words, steps_of_epochs, validated_too
 from minisft.training.row_cache import PreparedRows, open_cache
 
 RECORDED_PACKAGES = ("minisft", "torch", "numpy", "safetensors", "tokenizers", "triton", "jinja2", "gguf")
@@ -52,6 +53,15 @@ class RunData(Generic[Row]):
     facts: dict[str, JSON]
     replay: Replay | None = None
     shares: tuple[Share, ...] = ()
+
+    @property
+    def replay_share(self) -> Fraction:
+        """Of the rows of a step; 0 without ``--replay``."""
+        return self.replay.share if self.replay else Fraction(0)
+
+    def total_steps(self, run: RunConfig) -> int:
+        """Optimizer steps of a run on these rows: ``--steps``, or those of its epochs."""
+        return run.steps or steps_of_epochs(run.epochs or 1.0, len(self.train), run.batch_size, self.replay_share)
 
 
 def prepare_data(

@@ -15,7 +15,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Generic
 
@@ -34,9 +33,9 @@ from minisft.schedule import learning_rate
 from minisft.step import StepResult, check_gradients, optimizer_step, prepare_method
 from minisft.surgery import lora_plus_ratios, num_parameters
 from minisft.training.checkpoint import Checkpoint, load_step, save_checkpoint
-from minisft.training.identity import adapter_sha256, require_same_run, run_identity
+from minisft.training.identity import require_same_run, run_identity
 from minisft.training.lossplot import plot_loss
-from minisft.training.replay import num_replayed, steps_of_epochs
+from minisft.training.replay import num_replayed
 from minisft.training.run_data import Row, RunData
 from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_bytes
 from minisft.training.stop_signal import StopSignal
@@ -122,12 +121,11 @@ class Trainer(ABC, Generic[Row]):
             parameters, betas=(run.beta1, run.beta2), weight_decay=run.weight_decay,
             lr_ratios=lora_plus_ratios(model, run.lr_b_ratio),
         )  # fmt: skip
-        share = data.replay.share if data.replay else Fraction(0)
-        self.total_steps = run.steps or steps_of_epochs(run.epochs or 1.0, len(data.train), run.batch_size, share)
-        if data.replay and not num_replayed(self.total_steps, run.batch_size, share):
+        self.total_steps = data.total_steps(run)
+        if data.replay and not num_replayed(self.total_steps, run.batch_size, data.replay_share):
             raise UserError(
                 "config/no-replay", "the share is too small for a single row to be replayed", where="--replay-share",
-                found=f"{float(share):g} of {self.total_steps} steps of {run.batch_size} rows",
+                found=f"{float(data.replay_share):g} of {self.total_steps} steps of {run.batch_size} rows",
                 expected="one row of the run or more", fix="give a larger --replay-share, or leave --replay away",
             )  # fmt: skip
         self.warmup_steps = min(math.ceil(run.warmup * self.total_steps), self.total_steps - 1)
@@ -137,8 +135,7 @@ class Trainer(ABC, Generic[Row]):
         self.save_every = run.save_every or self.eval_every
         self.micro_batch_size = run.micro_batch_size or run.batch_size
         self.state = RunState(self.total_steps)
-        init_adapter = adapter_sha256(Path(run.init_adapter)) if run.init_adapter else None
-        self.identity = run_identity(run, data.identity, base_fingerprint(model), self.device, init_adapter)
+        self.identity = run_identity(run, data.identity, base_fingerprint(model), self.device)
 
     def prepare(self) -> None:
         """What has to be computed before the first step, by the model as it starts; the run's folder is locked by now."""
