@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +57,7 @@ def _rows(arguments: argparse.Namespace) -> int:
     form: dict[str, JSON] = {
         "form": f"{Path(arguments.data).stem}/chat",
         "data_sha256": dataset.sha256,
-        "template_sha256": hashlib.sha256(template.source.encode()).hexdigest(),
+        "template_sha256": template.sha256,
         "decoding": f"greedy, at most {arguments.max_new_tokens} tokens",
     }
     out = Path(arguments.out)

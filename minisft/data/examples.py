@@ -5,6 +5,7 @@ Whatever form a file has, the rest of minisft only sees these.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,6 +52,11 @@ class Example:
     row: int
     reference: dict[str, JSON] = field(default_factory=dict)
     where: str = field(default="", compare=False)
+
+    @property
+    def identity(self) -> tuple[tuple[Message, ...], str]:
+        """What exact copies of a row have in common."""
+        return self.messages, json.dumps(self.reference, sort_keys=True) if self.reference else ""
 
     @property
     def place(self) -> str:

@@ -7,7 +7,6 @@ and exact duplicates are dropped and counted; columns and keys of messages that 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ def read_dataset(
     columns = parse_mapping(mapping)
     form: Form | None = None
     examples: list[Example] = []
-    seen: set[tuple[tuple[Message, ...], str]] = set()
+    seen: set[object] = set()
     unread: dict[str, None] = {}  # keys of messages, in order
     counts = {"rows": 0, "kept": 0, "duplicates": 0, "empty": 0}
     for number, where, values in source.rows():
@@ -79,7 +78,7 @@ def read_dataset(
         form = form or detect(row)
         example = read_example(row, form, number)
         unread.update(dict.fromkeys(unread_keys(row, form)))
-        identity = (example.messages, json.dumps(example.reference, sort_keys=True) if example.reference else "")
+        identity = example.identity
         duplicate, empty = identity in seen, _has_empty_answer(example)
         seen.add(identity)
         counts["rows"] += 1

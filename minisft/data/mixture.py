@@ -9,7 +9,6 @@ file that has more rows gives others in the next epoch; one that has fewer is pa
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -52,7 +51,7 @@ def read_sources(sources: Sequence[Source], mapping: Sequence[str] = ()) -> tupl
     copies = base = 0
     for source, dataset in zip(sources, read, strict=True):
         for example in dataset.examples:
-            identity = (example.messages, json.dumps(example.reference, sort_keys=True))
+            identity = example.identity
             if source.weight is None and identity in seen:
                 copies += 1
                 continue

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import json
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -108,6 +109,11 @@ class ChatTemplate:
         except UserError:
             return ""
         return whole.removeprefix(without) if whole.startswith(without) else ""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the source, as it is kept with runs and results."""
+        return hashlib.sha256(self.source.encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def dates(self) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +87,7 @@ def scores_name(pool: Pool, model: ModelSettings, settings: Settings) -> dict[st
         "data_sha256": pool.dataset.sha256,
         "rows": len(pool.examples),
         "model": fingerprint(model.model),
-        "template": hashlib.sha256(template.source.encode()).hexdigest(),
+        "template": template.sha256,
         "max_length": model.max_length,
         "alone": settings.needs_alone,
         "states": settings.needs_states,

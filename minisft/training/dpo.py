@@ -25,8 +25,6 @@ METRICS = (
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
     "logps/chosen_change",
 )  # fmt: skip
-
-
 TIE = 1e-3  # nats: neighbours in a batch change sums of log-probabilities in fp32 by less
 
 
@@ -77,15 +75,7 @@ class PairStats:
 
     def metrics(self) -> dict[str, float]:
         """Everything but the loss, by the names that ``metrics.jsonl`` uses."""
-        names = (
-            "rewards/chosen",
-            "rewards/rejected",
-            "rewards/margins",
-            "rewards/accuracies",
-            "logps/chosen",
-            "logps/rejected",
-        )
-        return dict(zip((*names, "logps/chosen_change"), [getattr(self, f.name) for f in fields(self)[1:]], strict=True))
+        return dict(zip(METRICS, [getattr(self, f.name) for f in fields(self)[1:]], strict=True))
 
 
 def pair_batch(pair: EncodedPair, pad_id: int) -> Batch:

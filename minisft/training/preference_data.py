@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -99,8 +98,7 @@ def prepare_pairs(
 
 
 def _identity(hashes: dict[str, JSON], tokens: str, template: ChatTemplate, now: datetime.datetime) -> dict[str, JSON]:
-    source = hashlib.sha256(template.source.encode("utf-8", "surrogatepass")).hexdigest()
-    return {"data": hashes, "tokens": tokens, "template": source, "date": now.isoformat()}
+    return {"data": hashes, "tokens": tokens, "template": template.sha256, "date": now.isoformat()}
 
 
 def _split(

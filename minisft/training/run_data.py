@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import importlib.metadata
 import platform
 import sys
@@ -140,7 +139,7 @@ def _prepare(
     identity: dict[str, JSON] = {
         "data": {"train": dataset.sha256, "eval": held_out.sha256 if held_out else None},
         "tokens": tokens_sha256(encoded.rows, encoded_validation.rows),
-        "template": hashlib.sha256(template.source.encode("utf-8", "surrogatepass")).hexdigest(),
+        "template": template.sha256,
     }
     facts: dict[str, JSON] = {
         "train": _facts(dataset, encoded),
