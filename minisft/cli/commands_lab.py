@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from minisft.cli.libraries import load_libraries
-from minisft.common.errors import UserError, visible
-from minisft.config import RunConfig, config_of, read_toml
+from minisft.common.errors import visible
+from minisft.config import RunConfig, config_of, flag_name, read_toml, require
 from minisft.training.lr_grid import Cell, check_search, heading, line
 
 
@@ -54,11 +54,11 @@ def _run_of(arguments: argparse.Namespace) -> RunConfig:
 
 def diff_command(arguments: argparse.Namespace) -> int:
     """Compare two models of one shape, tensor by tensor."""
+    fix = "leave it away for the usual value"
     for name in ("energy", "threshold"):
-        if not 0 < getattr(arguments, name) <= 1:
-            raise _out_of_range(name, getattr(arguments, name), "a number in (0, 1]")
-    if arguments.top < 1:
-        raise _out_of_range("top", arguments.top, "at least 1")
+        value = getattr(arguments, name)
+        require(0 < value <= 1, flag_name(name), value, "a number in (0, 1]", fix)
+    require(arguments.top >= 1, "--top", arguments.top, "at least 1", fix)
     load_libraries()
     from minisft.evaluation.results import terminal_progress
     from minisft.merging.diff import diff_models, render, write_diff
@@ -77,11 +77,6 @@ def diff_command(arguments: argparse.Namespace) -> int:
         write_diff(diff, arguments.out)
         print(f"\n{visible(arguments.out)}")
     return 0
-
-
-def _out_of_range(name: str, value: object, expected: str) -> UserError:
-    what, fix = "a setting is out of range", "leave it away for the usual value"
-    return UserError("config/bad-value", what, where=f"--{name}", found=visible(value), expected=expected, fix=fix)
 
 
 def _log(text: str) -> None:

@@ -17,7 +17,7 @@ from minisft.cli.flags_data import quality_flags, select_flags
 from minisft.cli.flags_judging import eval_metric_flags, judging_flags
 from minisft.cli.flags_lab import NOT_SEARCHED, diff_flags, lr_find_flags
 from minisft.common.errors import UserError, nearest, visible
-from minisft.config import RunConfig, check_calibration, check_sampling, field_type, flag_name
+from minisft.config import RunConfig, check_calibration, check_sampling, field_type, flag_name, require
 from minisft.evaluation.metrics import Metric
 from minisft.training.preference_config import UNUSED_BY_DPO, UNUSED_BY_GRPO, DPOConfig, GRPOConfig
 
@@ -78,22 +78,16 @@ def _check_values(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
     for name in COUNTS:
         value = given.get(name)
-        if isinstance(value, int) and value < 1:
-            raise _out_of_range(flag_name(name), value, "at least 1", "give a larger number")
+        require(not isinstance(value, int) or value >= 1, flag_name(name), value, "at least 1", "give a larger number")
     device = given.get("device", "auto")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise _out_of_range("--device", device, "cpu, cuda or auto", "--device auto takes a GPU where there is one")
-    if not math.isfinite(given.get("scale", 1.0)):
-        raise _out_of_range("--scale", given["scale"], "a finite number", "1 merges the adapter as it was trained")
+    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is not None
+    require(known, "--device", device, "cpu, cuda or auto", "--device auto takes a GPU where there is one")
+    scale = given.get("scale", 1.0)
+    require(math.isfinite(scale), "--scale", scale, "a finite number", "1 merges the adapter as it was trained")
     if "top_p" in given:
         check_sampling(given["temperature"], given["top_p"], given["top_k"], "--")
     if "calibration" in given and (given["calibration"] is not None or given["command"] != "verify"):  # verify can do without
         check_calibration(given["onto"], given["calibration"])
-
-
-def _out_of_range(flag: str, value: object, expected: str, fix: str) -> UserError:
-    what = "a setting is out of range"
-    return UserError("config/bad-value", what, where=flag, found=visible(value), expected=expected, fix=fix)
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:

@@ -150,11 +150,10 @@ def _rates(cells: Sequence[Cell]) -> str:
     return " ".join(f"{cell.lr:g}" for cell in cells)
 
 
-def line(cell: Cell, best: float | None = None) -> str:
+def line(cell: Cell) -> str:
     """One row of the table."""
     shown = "diverged" if cell.loss is None else f"{cell.loss:.4f}"
-    mark = "  <- chosen" if cell.lr == best else ""
-    return f"{cell.lr:>10.3g}  {shown:>15}  {cell.steps:>6}{mark}"
+    return f"{cell.lr:>10.3g}  {shown:>15}  {cell.steps:>6}"
 
 
 def heading() -> str:
