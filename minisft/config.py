@@ -8,40 +8,29 @@ one and the same thing: the command line is generated from the fields, so they c
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import tomllib
-import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from minisft.common.errors import UserError, listing, nearest, visible
+from minisft.common.checks import require
+from minisft.common.errors import UserError
+from minisft.common.settings import (
+    AT_LEAST_1,
+    BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Allowed,
+    check_fields,
+    config_of,
+    flag,
+    flag_name,
+)
 from minisft.data.sources import parse_sources
 
 ALL_LINEAR = "all-linear"
 QUANT_LEVELS = ("nf4", "fp4", "int4")
 QUANT_BLOCK_SIZES = tuple(2**k for k in range(5, 13))  # 32 to 4096
-
-
-def require(ok: bool, name: str, found: object, expected: str, fix: str = "") -> None:
-    """Refuse a setting unless ``ok``.
-
-    Args:
-        ok: whether the setting is all right.
-        name: its flag or field.
-        found: its value.
-        expected: what would have been right.
-        fix: what to do.
-
-    Raises:
-        UserError: ``config/bad-value``.
-    """
-    if not ok:
-        raise UserError(
-            "config/bad-value", "a setting is out of range", where=name, found=visible(found), expected=expected, fix=fix
-        )
 
 
 @dataclass(frozen=True)
@@ -184,26 +173,11 @@ class QuantConfig:
         require(bool(self.targets), "targets", self.targets, "at least one module name")
 
 
-def flag(help_text: str, default: object = dataclasses.MISSING, metavar: str | None = None) -> typing.Any:
-    """A field of a run's settings that is a flag of its command too.
-
-    Args:
-        help_text: what ``--help`` prints.
-        default: its default; without one the flag must be given.
-        metavar: what stands for the value in ``--help``.
-
-    Returns:
-        A dataclass field.
-    """
-    return field(default=default, metadata={"help": help_text, "metavar": metavar})
-
-
 # What an adapter of ``init_adapter`` decides, and otherwise these defaults, in the order of ``RunConfig.lora``.
 _ADAPTER_DEFAULTS: dict[str, typing.Any] = {
     "rank": 16, "alpha": 32.0, "use_rslora": False, "use_dora": False, "targets": (ALL_LINEAR,),
 }  # fmt: skip
 _ADAPTER_ONLY = ("rank", "alpha", "dropout", "use_rslora", "use_dora", "init", "lr_b_ratio")  # no part of --method full
-_COUNTS = ("batch_size", "micro_batch_size", "steps", "eval_every", "save_every", "keep_last", "patience", "log_every")
 
 
 @dataclass(frozen=True)
@@ -218,20 +192,28 @@ class RunConfig:
     )
     out: str = flag("run folder: new, or with --resume the one to go on with", metavar="DIR")
     eval_data: str | None = flag("validation rows; without it a share of --data is held out", None, "F")
-    validation_share: float = flag("share of --data held out when there is no --eval-data", 0.05)
+    validation_share: float = flag("share of --data held out when there is no --eval-data", 0.05, allowed=BELOW_1)
     replay: str | None = flag(
         "rows that keep what the model knows, mixed into every step: any form of rows, or plain text in a column text",
         None,
         "F",
     )
-    replay_share: float | None = flag("share of each step's rows that come from --replay (default 0.1)", None)
+    replay_share: float | None = flag(
+        "share of each step's rows that come from --replay (default 0.1)",
+        None,
+        allowed=Allowed(lambda value: 0 < value < 1, "a share in (0, 1)"),
+        fix="0.05 to 0.2 is usual; leave --replay away for none",
+    )
     map: tuple[str, ...] = flag(
         "column of your file for a field of ours, e.g. prompt=question (repeatable)", (), "FIELD=COLUMN"
     )
     template: str | None = flag("chat template instead of the model's own: a .jinja file, chatml or plain", None, "T")
     turns: Literal["all", "last"] = flag("which assistant turns are trained", "all")
     max_length: int = flag(
-        "longest row in tokens; longer prompts are cut from the left, and rows whose answers do not fit are dropped", 1024, "N"
+        "longest row in tokens; longer prompts are cut from the left, and rows whose answers do not fit are dropped",
+        1024,
+        "N",
+        allowed=Allowed(lambda value: value >= 8, "at least 8 tokens"),
     )
     strict: bool = flag("stop at rows that are too long instead of counting and dropping them", False)
     allow_control_tokens: bool = flag("let control tokens that stand in the data act as such (default: they are text)", False)
@@ -258,35 +240,53 @@ class RunConfig:
     )
     quant: Literal["none", "nf4"] = flag("quantize the frozen base to 4 bits and train adapters on it (QLoRA)", "none")
     double_quant: bool = flag("with --quant: store the scales of the 4-bit blocks in 8 bits too", True)
-    steps: int | None = flag("optimizer steps (or give --epochs)", None, "N")
-    epochs: float | None = flag("passes over the data (default 1)", None, "N")
-    batch_size: int = flag("rows in an optimizer step", 8, "N")
-    micro_batch_size: int | None = flag("rows computed at once (default: the whole batch); never changes the result", None, "N")
-    lr: float | None = flag("peak learning rate (default 2e-4 for lora, 2e-5 for full)", None)
+    steps: int | None = flag("optimizer steps (or give --epochs)", None, "N", allowed=AT_LEAST_1)
+    epochs: float | None = flag("passes over the data (default 1)", None, "N", allowed=POSITIVE)
+    batch_size: int = flag("rows in an optimizer step", 8, "N", allowed=AT_LEAST_1)
+    micro_batch_size: int | None = flag(
+        "rows computed at once (default: the whole batch); never changes the result", None, "N", allowed=AT_LEAST_1
+    )
+    lr: float | None = flag("peak learning rate (default 2e-4 for lora, 2e-5 for full)", None, allowed=POSITIVE)
     lr_b_ratio: float = flag(
-        "LoRA+: learning rate of lora_B over that of lora_A, which is --lr; the paper suggests 16 with a smaller --lr", 1.0, "R"
+        "LoRA+: learning rate of lora_B over that of lora_A, which is --lr; the paper suggests 16 with a smaller --lr",
+        1.0,
+        "R",
+        allowed=POSITIVE,
+        fix="1 is LoRA, 16 is what LoRA+ suggests",
     )
     schedule: Literal["cosine", "linear", "constant", "wsd"] = flag(
         "learning rate after the warm-up; wsd stays at the peak and comes down at the end", "cosine"
     )
-    decay_share: float | None = flag("with --schedule wsd: share of the steps that come down (default 0.2)", None)
-    warmup: float = flag("share of the steps that warm up", 0.03)
-    weight_decay: float = flag("decoupled weight decay", 0.0)
-    neftune_alpha: float = flag("NEFTune: noise on the embeddings in training, +-alpha / sqrt(tokens * width); 0 for none", 0.0)
-    beta1: float = flag("AdamW beta1", 0.9)
-    beta2: float = flag("AdamW beta2", 0.999)
-    clip: float = flag("largest gradient norm; 0 switches clipping off", 1.0)
+    decay_share: float | None = flag(
+        "with --schedule wsd: share of the steps that come down (default 0.2)",
+        None,
+        allowed=Allowed(lambda value: 0 < value <= 1, "a share in (0, 1]"),
+        fix="0.1 to 0.2 is usual",
+    )
+    warmup: float = flag(
+        "share of the steps that warm up", 0.03, allowed=Allowed(BELOW_1.holds, "a share in [0, 1), less than all steps")
+    )
+    weight_decay: float = flag("decoupled weight decay", 0.0, allowed=NOT_NEGATIVE)
+    neftune_alpha: float = flag(
+        "NEFTune: noise on the embeddings in training, +-alpha / sqrt(tokens * width); 0 for none",
+        0.0,
+        allowed=NOT_NEGATIVE,
+        fix="5 to 15 is usual, 0 switches it off",
+    )
+    beta1: float = flag("AdamW beta1", 0.9, allowed=Allowed(BELOW_1.holds, "a number in [0, 1)"))
+    beta2: float = flag("AdamW beta2", 0.999, allowed=Allowed(BELOW_1.holds, "a number in [0, 1)"))
+    clip: float = flag("largest gradient norm; 0 switches clipping off", 1.0, allowed=NOT_NEGATIVE)
     dtype: Literal["auto", "bf16", "fp32"] = flag(
         "of the base model and activations; auto: bf16 where the processor has bf16 instructions, else fp32", "auto"
     )
     checkpointing: Literal["none", "selective", "full"] = flag("recompute activations in backward to save memory", "none")
     device: str = flag("cpu, cuda or auto", "auto")
     seed: int = flag("decides data order, initialisation, dropout and split", 0)
-    eval_every: int | None = flag("validate every N steps (default: ten times in the run)", None, "N")
-    save_every: int | None = flag("checkpoint every N steps (default: at each validation)", None, "N")
-    keep_last: int = flag("how many newest checkpoints stay (the best always stays)", 2, "N")
-    patience: int | None = flag("stop after N validations without improvement", None, "N")
-    log_every: int = flag("print a line every N steps when there is no terminal", 10, "N")
+    eval_every: int | None = flag("validate every N steps (default: ten times in the run)", None, "N", allowed=AT_LEAST_1)
+    save_every: int | None = flag("checkpoint every N steps (default: at each validation)", None, "N", allowed=AT_LEAST_1)
+    keep_last: int = flag("how many newest checkpoints stay (the best always stays)", 2, "N", allowed=AT_LEAST_1)
+    patience: int | None = flag("stop after N validations without improvement", None, "N", allowed=AT_LEAST_1)
+    log_every: int = flag("print a line every N steps when there is no terminal", 10, "N", allowed=AT_LEAST_1)
     cache: bool = flag("keep the encoded rows of large files in the user's cache folder, for the next run", True)
 
     def __post_init__(self) -> None:
@@ -294,18 +294,7 @@ class RunConfig:
             for name, value in _ADAPTER_DEFAULTS.items():
                 if getattr(self, name) is None and not (name == "targets" and self.method == "full"):
                     object.__setattr__(self, name, value)
-        for name, kind in _choices(type(self)).items():
-            require(getattr(self, name) in kind, f"--{name.replace('_', '-')}", getattr(self, name), " or ".join(kind))
-        for name in _COUNTS:
-            value = getattr(self, name)
-            require(value is None or value >= 1, flag_name(name), value, "at least 1")
-        require(self.max_length >= 8, "--max-length", self.max_length, "at least 8 tokens")
-        require(
-            self.epochs is None or (math.isfinite(self.epochs) and self.epochs > 0),
-            "--epochs",
-            self.epochs,
-            "a positive number",
-        )
+        check_fields(self)
         require(self.steps is None or self.epochs is None, "--steps and --epochs", "both", "one of them")
         require(
             self.micro_batch_size is None or self.batch_size % self.micro_batch_size == 0,
@@ -313,39 +302,14 @@ class RunConfig:
             self.micro_batch_size,
             f"a divisor of --batch-size {self.batch_size}",
         )
-        require(self.lr is None or (math.isfinite(self.lr) and self.lr > 0), "--lr", self.lr, "a positive number")
-        require(
-            math.isfinite(self.lr_b_ratio) and self.lr_b_ratio > 0, "--lr-b-ratio", self.lr_b_ratio, "a positive number",
-            "1 is LoRA, 16 is what LoRA+ suggests",
-        )  # fmt: skip
-        require(0.0 <= self.warmup < 1.0, "--warmup", self.warmup, "a share in [0, 1), less than all steps")
         require(
             self.decay_share is None or self.schedule == "wsd", "--decay-share", self.decay_share, "--schedule wsd",
             "leave --decay-share away: the other schedules have no part that it could be a share of",
         )  # fmt: skip
         require(
-            self.decay_share is None or 0.0 < self.decay_share <= 1.0, "--decay-share", self.decay_share,
-            "a share in (0, 1]", "0.1 to 0.2 is usual",
-        )  # fmt: skip
-        require(0.0 <= self.validation_share < 1.0, "--validation-share", self.validation_share, "a share in [0, 1)")
-        require(
-            math.isfinite(self.weight_decay) and self.weight_decay >= 0, "--weight-decay", self.weight_decay, "zero or more"
-        )
-        require(
-            math.isfinite(self.neftune_alpha) and self.neftune_alpha >= 0, "--neftune-alpha", self.neftune_alpha,
-            "zero or more", "5 to 15 is usual, 0 switches it off",
-        )  # fmt: skip
-        require(math.isfinite(self.clip) and self.clip >= 0, "--clip", self.clip, "zero or more")
-        require(
             self.replay_share is None or self.replay is not None, "--replay-share", self.replay_share, "--replay F with it",
             "name the file, or leave --replay-share away",
         )  # fmt: skip
-        require(
-            self.replay_share is None or 0.0 < self.replay_share < 1.0, "--replay-share", self.replay_share,
-            "a share in (0, 1)", "0.05 to 0.2 is usual; leave --replay away for none",
-        )  # fmt: skip
-        for name in ("beta1", "beta2"):
-            require(0.0 <= getattr(self, name) < 1.0, f"--{name}", getattr(self, name), "a number in [0, 1)")
         require(
             self.quant == "none" or self.method == "lora", "--quant with --method full", self.quant, "none",
             "a frozen 4-bit base has nothing to train in full; leave --method away and adapters are trained on it",
@@ -424,36 +388,6 @@ class RunConfig:
         return dataclasses.asdict(self)
 
 
-def flag_name(field_name: str) -> str:
-    """The command-line flag of a field: ``--micro-batch-size`` for ``micro_batch_size``."""
-    return "--" + field_name.replace("_", "-")
-
-
-@functools.cache
-def _hints(kind: typing.Any) -> dict[str, typing.Any]:
-    return typing.get_type_hints(kind)
-
-
-def _choices(kind: typing.Any) -> dict[str, tuple[str, ...]]:
-    return {name: typing.get_args(hint) for name, hint in _hints(kind).items() if typing.get_origin(hint) is Literal}
-
-
-def field_type(name: str, of: typing.Any = RunConfig) -> tuple[type, bool, tuple[str, ...]]:
-    """What a field of a run's settings holds: (element type, is it a tuple, its choices)."""
-    hint = _hints(of)[name]
-    if typing.get_origin(hint) is Literal:
-        return str, False, typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
-        parts = [part for part in typing.get_args(hint) if part is not types.NoneType]
-        hint = next((part for part in parts if typing.get_origin(part) is tuple), parts[0])  # one or several: several
-    if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], True, ()
-    return hint, False, ()
-
-
-Config = typing.TypeVar("Config", bound=RunConfig)
-
-
 def run_config(values: dict[str, object], where: str = "settings") -> RunConfig:
     """``config_of(RunConfig, values, where)``.
 
@@ -461,134 +395,3 @@ def run_config(values: dict[str, object], where: str = "settings") -> RunConfig:
         UserError: unknown key (names the nearest), missing key, wrong type or value.
     """
     return config_of(RunConfig, values, where)
-
-
-def config_of(kind: type[Config], values: dict[str, object], where: str = "settings") -> Config:
-    """Build a run's settings from loose values (TOML, JSON, flags), checking names and types.
-
-    Args:
-        kind: ``RunConfig``, or the settings of another kind of run.
-        values: field -> value; a field may be written with dashes.
-        where: where the values come from, for errors.
-
-    Returns:
-        The settings.
-
-    Raises:
-        UserError: unknown key (names the nearest), missing key, wrong type or value.
-    """
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    checked: dict[str, typing.Any] = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        if name not in known:
-            raise UserError(
-                "config/unknown-key",
-                "unknown setting",
-                where=f"{where}: {visible(key)}",
-                fix=nearest(name, known) or f"known: {listing(known, 60)}",
-            )
-        checked[name] = _typed(name, value, where, kind)
-    missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in checked]
-    if missing:
-        raise UserError(
-            "config/missing",
-            "a required setting is missing",
-            where=where,
-            expected=", ".join(map(flag_name, missing)),
-            fix="give it as a flag, or as a key of --config",
-        )
-    return kind(**checked)
-
-
-def _typed(name: str, value: object, where: str, of: typing.Any) -> object:
-    kind, is_tuple, _ = field_type(name, of)
-    if value is None and types.NoneType in typing.get_args(_hints(of)[name]):
-        return None
-    hint = _hints(of)[name]
-    if is_tuple and isinstance(hint, types.UnionType) and kind in typing.get_args(hint) and isinstance(value, kind):
-        return value  # one, where several may stand
-    if is_tuple and isinstance(value, (list, tuple)) and all(isinstance(v, kind) for v in value):
-        return tuple(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
-        return float(value)
-    if not is_tuple and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    expected = f"a list of {kind.__name__}" if is_tuple else kind.__name__
-    raise UserError(
-        "config/bad-type",
-        "a setting has the wrong type",
-        where=f"{where}: {name}",
-        found=visible(repr(value)),
-        expected=expected,
-        fix=f"minisft train --help explains {flag_name(name)}",
-    )
-
-
-def read_toml(path: Path) -> dict[str, object]:
-    """The flat ``key = value`` table of a ``--config`` file."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            "config/no-file",
-            "cannot read the settings",
-            where=visible(path),
-            found=error.strerror or str(error),
-            fix="name a TOML file that can be read",
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:  # the last: nested a thousand deep
-        raise UserError(
-            "config/bad-toml",
-            "the settings are not TOML",
-            where=visible(path),
-            found=visible(error),
-            fix="write one key = value a line",
-        ) from None
-
-
-# ---- checks that need no tensor, so that the command line can make them before PyTorch is loaded ------------------------
-
-
-def check_sampling(temperature: float, top_p: float, top_k: int, prefix: str = "") -> None:
-    """Refuse sampling settings that choose no token.
-
-    Args:
-        temperature: divides the logits; 0 for the likeliest token.
-        top_p: share of the probability that is sampled from.
-        top_k: how many tokens are sampled from; 0 for all.
-        prefix: how the caller's settings begin: ``--`` for flags.
-
-    Raises:
-        UserError: ``config/bad-value``.
-    """
-    finite = math.isfinite(temperature) and temperature >= 0
-    require(finite, f"{prefix}temperature", temperature, "zero or more", "0 takes the likeliest token, 1 samples as it is")
-    name = "top-p" if prefix else "top_p"
-    require(0 < top_p <= 1, prefix + name, top_p, "a share in (0, 1]", "1 keeps every token")
-    name = "top-k" if prefix else "top_k"
-    require(top_k >= 0, prefix + name, top_k, "zero (off) or more", "0 keeps every token")
-
-
-def check_calibration(onto: str, calibration: str | Path | None) -> None:
-    """Refuse ``compensated`` without text, and text that nothing would read.
-
-    Raises:
-        UserError: ``config/no-calibration``, ``config/unused-calibration``.
-    """
-    if onto == "compensated" and calibration is None:
-        raise UserError(
-            "config/no-calibration",
-            "codes are fitted to text, and none is given",
-            where="--onto compensated",
-            expected="--calibration F.jsonl",
-            fix="give rows like those that the model will be asked, for instance some of those it was trained on",
-        )
-    if onto != "compensated" and calibration is not None:
-        raise UserError(
-            "config/unused-calibration",
-            "only codes that are fitted need text",
-            where="--calibration",
-            found=f"--onto {onto}",
-            fix="give --onto compensated, or leave --calibration away",
-        )

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from minisft.common.checks import check_sampling
 from minisft.common.errors import UserError, visible
 from minisft.common.seeds import derive_seed
-from minisft.config import check_sampling
 from minisft.data.tokenizer import Tokenizer
 from minisft.model import CausalLM, KVCache
 from minisft.native.decoder import next_logits_of

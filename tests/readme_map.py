@@ -49,7 +49,7 @@ WHAT = {
     "api": "the Python calls: one for each command",
     "__main__": "`python -m minisft`",
     "cli": "the command line",
-    "common": "errors, strict JSON, seeds, durable files, the device",
+    "common": "errors, checks of settings, strict JSON, seeds, durable files, the device",
     "data": "rows to chats to token ids, each a target or context",
     "kernels": "the same 4-bit numbers fast: Triton for GPUs, C++ for CPUs",
     "native": "one token for each row in one native call",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import LLAMA
 
 from minisft.common.errors import UserError
+from minisft.common.settings import field_type, flag_name, read_toml
 from minisft.config import (
     ALL_LINEAR,
     QUANT_BLOCK_SIZES,
@@ -18,12 +19,10 @@ from minisft.config import (
     ModelConfig,
     QuantConfig,
     RunConfig,
-    field_type,
-    flag_name,
-    read_toml,
     run_config,
 )
 from minisft.nf4 import BLOCK_SIZES, codebook
+from minisft.training.preference_config import DPOConfig
 
 REQUIRED = {"model": "m", "data": "d.jsonl", "out": "o"}
 FIELDS = {f.name: f for f in dataclasses.fields(RunConfig)}
@@ -206,6 +205,16 @@ def test_what_describes_an_adapter_is_refused_where_there_is_none(name, value, e
     assert wanted in message(error, "config/bad-value")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [("lr", -1.0, "a positive number"), ("batch_size", 0, "at least 1"), ("max_length", 7, "at least 8")],
+)
+def test_a_setting_that_another_command_defines_again_keeps_its_limits(name, value, expected):
+    with pytest.raises(UserError) as error:
+        DPOConfig(**REQUIRED, **{name: value})
+    assert f"{flag_name(name)}; found {value}; expected {expected}" in message(error, "config/bad-value")
+
+
 def test_a_saved_run_in_full_can_be_read_again_and_changed():
     """Its settings name the defaults of an adapter; that is not asking for one."""
     run = run_config({**REQUIRED, "method": "full"})
@@ -341,15 +350,15 @@ def test_run_config_says_how_the_base_is_held(values, expected):
 
 
 def test_every_field_has_a_type_and_help():
-    assert field_type("rank") == (int, False, ())
-    assert field_type("lr") == (float, False, ())
-    assert field_type("steps") == (int, False, ())
-    assert field_type("targets") == (str, True, ())
-    assert field_type("packing") == (bool, False, ())
-    assert field_type("method") == (str, False, ("lora", "full"))
+    assert field_type("rank", RunConfig) == (int, False, ())
+    assert field_type("lr", RunConfig) == (float, False, ())
+    assert field_type("steps", RunConfig) == (int, False, ())
+    assert field_type("targets", RunConfig) == (str, True, ())
+    assert field_type("packing", RunConfig) == (bool, False, ())
+    assert field_type("method", RunConfig) == (str, False, ("lora", "full"))
     assert flag_name("micro_batch_size") == "--micro-batch-size"
     for name, field in FIELDS.items():
-        kind, is_tuple, _ = field_type(name)
+        kind, is_tuple, _ = field_type(name, RunConfig)
         assert kind in (str, int, float, bool)
         assert field.metadata["help"]
         if field.default not in (dataclasses.MISSING, None):

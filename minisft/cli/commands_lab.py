@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 from minisft.cli.libraries import load_libraries
+from minisft.common.checks import check_comparison
 from minisft.common.errors import visible
-from minisft.config import RunConfig, config_of, flag_name, read_toml, require
+from minisft.common.settings import config_of, read_toml
+from minisft.config import RunConfig
 from minisft.training.lr_grid import Cell, check_search, heading, line
 
 
@@ -54,11 +56,7 @@ def _run_of(arguments: argparse.Namespace) -> RunConfig:
 
 def diff_command(arguments: argparse.Namespace) -> int:
     """Compare two models of one shape, tensor by tensor."""
-    fix = "leave it away for the usual value"
-    for name in ("energy", "threshold"):
-        value = getattr(arguments, name)
-        require(0 < value <= 1, flag_name(name), value, "a number in (0, 1]", fix)
-    require(arguments.top >= 1, "--top", arguments.top, "at least 1", fix)
+    check_comparison(arguments.energy, arguments.threshold, arguments.top)
     load_libraries()
     from minisft.evaluation.results import terminal_progress
     from minisft.merging.diff import diff_models, render, write_diff

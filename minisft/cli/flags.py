@@ -16,8 +16,10 @@ from typing import NoReturn, get_args
 from minisft.cli.flags_data import quality_flags, select_flags
 from minisft.cli.flags_judging import eval_metric_flags, judging_flags
 from minisft.cli.flags_lab import NOT_SEARCHED, diff_flags, lr_find_flags
+from minisft.common.checks import check_calibration, check_sampling, require
 from minisft.common.errors import UserError, nearest, visible
-from minisft.config import RunConfig, check_calibration, check_sampling, field_type, flag_name, require
+from minisft.common.settings import field_type, flag_name
+from minisft.config import RunConfig
 from minisft.evaluation.metrics import Metric
 from minisft.training.preference_config import UNUSED_BY_DPO, UNUSED_BY_GRPO, DPOConfig, GRPOConfig
 

@@ -21,7 +21,8 @@ from minisft.cli import commands_answers, commands_data, commands_eval, commands
 from minisft.cli.flags import parse
 from minisft.cli.libraries import load_libraries
 from minisft.common.errors import UserError, visible
-from minisft.config import RunConfig, config_of, read_toml, run_config
+from minisft.common.settings import config_of, read_toml
+from minisft.config import RunConfig, run_config
 from minisft.training.preference_config import DPOConfig, GRPOConfig
 
 if TYPE_CHECKING:

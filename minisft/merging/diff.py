@@ -20,9 +20,9 @@ from torch import Tensor
 
 from minisft.adapter import Adapter
 from minisft.common.atomic_files import disk_errors, make_folder, write_durably
+from minisft.common.checks import check_comparison
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
-from minisft.config import require
 from minisft.formats.adapter_config import CONFIG_FILE
 from minisft.formats.lazy_weights import Pieces, read_rows
 from minisft.formats.loading import empty_model, expected_shapes
@@ -109,7 +109,7 @@ def diff_models(
 
     Cost: each weight is read once, one tensor at a time; see ``spectrum_of_rows``.
     """
-    check_settings(energy, threshold, top)
+    check_comparison(energy, threshold, top)
     is_adapter = (Path(b) / CONFIG_FILE).is_file()
     pairs = _adapter_pairs(str(a), Path(b)) if is_adapter else _model_pairs(a, b)
     layers = []
@@ -117,22 +117,6 @@ def diff_models(
         layers.append(_compare(name, *opened(), (energy, threshold, top)))
         callback(len(layers), len(pairs))
     return ModelDiff(str(a), str(b), energy, threshold, top, tuple(layers))
-
-
-def check_settings(energy: float, threshold: float, top: int) -> None:
-    """Refuse settings out of range.
-
-    Args:
-        energy: in (0, 1].
-        threshold: in (0, 1].
-        top: at least 1.
-
-    Raises:
-        UserError: ``config/bad-value``.
-    """
-    require(0 < energy <= 1, "--energy", energy, "a share in (0, 1]", "0.9 is usual")
-    require(0 < threshold <= 1, "--threshold", threshold, "a cosine in (0, 1]", "0.6 is usual")
-    require(top >= 1, "--top", top, "at least 1", "10 is usual")
 
 
 Other = Pieces | Adapter | None  # what W' is: stored, W with an adapter's update, W itself

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from minisft.adapter import Adapter
 from minisft.common.atomic_files import FileRecord, disk_errors, require_space, staged_folder
+from minisft.common.checks import check_calibration
 from minisft.common.errors import visible
-from minisft.config import check_calibration
 from minisft.effect import Effect, LayerReport, MergeReport, Target
 from minisft.formats import load_tokenizer
 from minisft.formats.adapter import TEMPLATE_FILE

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from minisft.adapter import Adapter
+from minisft.common.checks import check_calibration
 from minisft.common.errors import UserError, listing, visible
-from minisft.config import check_calibration
 from minisft.dora import DoRALinear
 from minisft.effect import SURVIVAL_FLOOR, Effect, LayerReport, Target
 from minisft.formats import load_model

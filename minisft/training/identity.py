@@ -17,7 +17,8 @@ import torch
 
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
-from minisft.config import RunConfig, flag_name
+from minisft.common.settings import flag_name
+from minisft.config import RunConfig
 from minisft.data.chat import Encoded
 from minisft.data.token_rows import TokenRows
 from minisft.formats.adapter import WEIGHTS_FILE

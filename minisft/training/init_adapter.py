@@ -10,7 +10,8 @@ from typing import TypeVar
 from torch import nn
 
 from minisft.common.errors import UserError, visible
-from minisft.config import LoRAConfig, RunConfig, flag_name
+from minisft.common.settings import flag_name
+from minisft.config import LoRAConfig, RunConfig
 from minisft.formats import load_adapter_
 from minisft.formats.adapter_config import read_adapter_config
 from minisft.surgery import lora_modules, match_targets

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
+from minisft.common.checks import require
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
-from minisft.config import RunConfig, require
+from minisft.config import RunConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from minisft.config import RunConfig, flag, flag_name, require
+from minisft.common.checks import require
+from minisft.common.settings import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Allowed, check_fields, flag, flag_name
+from minisft.config import RunConfig
 
 # What a run on pairs or on sampled answers has no use for.
 UNUSED_BY_DPO = ("turns", "packing", "micro_batch_size", "strict", "neftune_alpha", "replay", "replay_share", "cache")
@@ -40,25 +41,26 @@ class DPOConfig(RunConfig):
     dropout: float = flag("only 0: the reference is computed without dropout", 0.0, "P")
     batch_size: int = flag("pairs in an optimizer step", 8, "N")
     lr: float | None = flag("peak learning rate (default 2e-5 for lora, 1e-6 for full)", None)
-    beta: float = flag("how strongly a pair pulls away from the reference", 0.1)
+    beta: float = flag("how strongly a pair pulls away from the reference", 0.1, allowed=POSITIVE, fix="try 0.1")
     loss: Literal["sigmoid", "ipo", "hinge", "robust"] = flag("the loss of a pair", "sigmoid")
-    label_smoothing: float = flag("share of pairs believed to be labelled the wrong way round, in [0, 0.5)", 0.0)
-    rpo_alpha: float = flag("weight of a cross-entropy on the chosen answer, which keeps it likely", 0.0)
+    label_smoothing: float = flag(
+        "share of pairs believed to be labelled the wrong way round, in [0, 0.5)",
+        0.0,
+        allowed=Allowed(lambda value: 0 <= value < 0.5, "a share in [0, 0.5)"),
+        fix="give the share of wrong labels; at one half the labels carry nothing",
+    )
+    rpo_alpha: float = flag(
+        "weight of a cross-entropy on the chosen answer, which keeps it likely", 0.0, allowed=NOT_NEGATIVE, fix="try 1"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _refuse_unused(self, UNUSED_BY_DPO, "dpo")
         _refuse_dropout(self, "the reference is computed without dropout")
-        require(math.isfinite(self.beta) and self.beta > 0, "--beta", self.beta, "a positive number", "try 0.1")
-        require(
-            0 <= self.label_smoothing < 0.5, "--label-smoothing", self.label_smoothing, "a share in [0, 0.5)",
-            "give the share of wrong labels; at one half the labels carry nothing",
-        )  # fmt: skip
         require(
             not self.label_smoothing or self.loss in ("sigmoid", "robust"), "--label-smoothing", self.loss,
             "--loss sigmoid or robust", "leave it away, or choose one of these losses",
         )  # fmt: skip
-        require(math.isfinite(self.rpo_alpha) and self.rpo_alpha >= 0, "--rpo-alpha", self.rpo_alpha, "zero or more", "try 1")
 
     @property
     def peak_lr(self) -> float:
@@ -80,23 +82,35 @@ class GRPOConfig(RunConfig):
     reward: str = flag(
         "what pays an answer: exact_match, json, regex:PATTERN or FILE.py:function, called as f(answer, row)", "", "R"
     )
-    num_generations: int = flag("answers sampled to each prompt", 8, "G")
-    prompts_per_step: int = flag("prompts in an optimizer step", 8, "N")
-    max_new_tokens: int = flag("the most tokens of an answer", 64, "N")
-    temperature: float = flag("of sampling, and of the scored distribution alike", 1.0)
+    num_generations: int = flag(
+        "answers sampled to each prompt",
+        8,
+        "G",
+        allowed=Allowed(lambda value: value >= 2, "at least 2"),
+        fix="an answer is compared with the others of its group",
+    )
+    prompts_per_step: int = flag("prompts in an optimizer step", 8, "N", allowed=AT_LEAST_1, fix="give 1 or more")
+    max_new_tokens: int = flag("the most tokens of an answer", 64, "N", allowed=AT_LEAST_1, fix="give 1 or more")
+    temperature: float = flag("of sampling, and of the scored distribution alike", 1.0, allowed=POSITIVE, fix="try 1")
     loss: Literal["dapo", "dr_grpo", "grpo"] = flag(
         "what the tokens' losses are divided by: the step's tokens, answers times --max-new-tokens, or each answer's length",
         "dapo",
     )
     advantage: Literal["mean", "zscore"] = flag("reward minus the group's mean, or that over the group's spread", "mean")
-    beta: float = flag("weight of the KL term against the model as it was before step 1", 0.0)
-    epsilon: float = flag("clip range of the probability ratio", 0.2)
-    epsilon_high: float | None = flag("its upper side, where that differs", None)
+    beta: float = flag(
+        "weight of the KL term against the model as it was before step 1", 0.0, allowed=NOT_NEGATIVE, fix="try 0"
+    )
+    epsilon: float = flag(
+        "clip range of the probability ratio",
+        0.2,
+        allowed=Allowed(lambda value: 0 < value < 1, "a number in (0, 1)"),
+        fix="try 0.2",
+    )
+    epsilon_high: float | None = flag("its upper side, where that differs", None, allowed=POSITIVE, fix="try 0.28")
     mask_truncated: bool = flag("leave answers that did not stop out of the loss", False)
 
     def __post_init__(self) -> None:
-        for name in ("prompts_per_step", "max_new_tokens"):
-            require(getattr(self, name) >= 1, flag_name(name), getattr(self, name), "at least 1", "give 1 or more")
+        check_fields(self)  # before one of them becomes another
         object.__setattr__(self, "batch_size", self.prompts_per_step)
         super().__post_init__()
         _refuse_unused(self, tuple(name for name in UNUSED_BY_GRPO if name != "batch_size"), "grpo")
@@ -105,22 +119,8 @@ class GRPOConfig(RunConfig):
             bool(self.reward), "--reward", "nothing", "a reward", "give exact_match, json, regex:PATTERN or FILE.py:function"
         )
         require(
-            self.num_generations >= 2, "--num-generations", self.num_generations, "at least 2",
-            "an answer is compared with the others of its group",
-        )  # fmt: skip
-        require(
-            math.isfinite(self.temperature) and self.temperature > 0, "--temperature", self.temperature, "a positive number",
-            "try 1",
-        )  # fmt: skip
-        require(math.isfinite(self.beta) and self.beta >= 0, "--beta", self.beta, "zero or more", "try 0")
-        require(
             self.max_new_tokens < self.max_length, "--max-new-tokens", self.max_new_tokens,
             f"less than --max-length {self.max_length}", "lower it, or raise --max-length; the prompt needs tokens too",
-        )  # fmt: skip
-        require(0 < self.epsilon < 1, "--epsilon", self.epsilon, "a number in (0, 1)", "try 0.2")
-        require(
-            self.epsilon_high is None or (math.isfinite(self.epsilon_high) and self.epsilon_high > 0), "--epsilon-high",
-            self.epsilon_high, "a positive number", "try 0.28",
         )  # fmt: skip
 
     @property

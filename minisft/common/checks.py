@@ -1,0 +1,87 @@
+"""Checks of settings that need no tensor: the command line makes them before PyTorch is loaded, the library makes the same."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from minisft.common.errors import UserError, visible
+
+
+def require(ok: bool, name: str, found: object, expected: str, fix: str = "") -> None:
+    """Refuse a setting unless ``ok``.
+
+    Args:
+        ok: whether the setting is all right.
+        name: its flag or field.
+        found: its value.
+        expected: what would have been right.
+        fix: what to do.
+
+    Raises:
+        UserError: ``config/bad-value``.
+    """
+    if not ok:
+        raise UserError(
+            "config/bad-value", "a setting is out of range", where=name, found=visible(found), expected=expected, fix=fix
+        )
+
+
+def check_sampling(temperature: float, top_p: float, top_k: int, prefix: str = "") -> None:
+    """Refuse sampling settings that choose no token.
+
+    Args:
+        temperature: divides the logits; 0 for the likeliest token.
+        top_p: share of the probability that is sampled from.
+        top_k: how many tokens are sampled from; 0 for all.
+        prefix: how the caller's settings begin: ``--`` for flags.
+
+    Raises:
+        UserError: ``config/bad-value``.
+    """
+    finite = math.isfinite(temperature) and temperature >= 0
+    require(finite, f"{prefix}temperature", temperature, "zero or more", "0 takes the likeliest token, 1 samples as it is")
+    name = "top-p" if prefix else "top_p"
+    require(0 < top_p <= 1, prefix + name, top_p, "a share in (0, 1]", "1 keeps every token")
+    name = "top-k" if prefix else "top_k"
+    require(top_k >= 0, prefix + name, top_k, "zero (off) or more", "0 keeps every token")
+
+
+def check_calibration(onto: str, calibration: str | Path | None) -> None:
+    """Refuse ``compensated`` without text, and text that nothing would read.
+
+    Raises:
+        UserError: ``config/no-calibration``, ``config/unused-calibration``.
+    """
+    if onto == "compensated" and calibration is None:
+        raise UserError(
+            "config/no-calibration",
+            "codes are fitted to text, and none is given",
+            where="--onto compensated",
+            expected="--calibration F.jsonl",
+            fix="give rows like those that the model will be asked, for instance some of those it was trained on",
+        )
+    if onto != "compensated" and calibration is not None:
+        raise UserError(
+            "config/unused-calibration",
+            "only codes that are fitted need text",
+            where="--calibration",
+            found=f"--onto {onto}",
+            fix="give --onto compensated, or leave --calibration away",
+        )
+
+
+def check_comparison(energy: float, threshold: float, top: int) -> None:
+    """Refuse settings out of range for the comparison of two models, see ``merging.diff.diff_models``.
+
+    Args:
+        energy: in (0, 1].
+        threshold: in (0, 1].
+        top: at least 1.
+
+    Raises:
+        UserError: ``config/bad-value``.
+    """
+    require(0 < energy <= 1, "--energy", energy, "a share in (0, 1]", "0.9 is usual")
+    require(0 < threshold <= 1, "--threshold", threshold, "a cosine in (0, 1]", "0.6 is usual")
+    require(top >= 1, "--top", top, "at least 1", "10 is usual")
