@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from arena_server import HOSTILE, PROMPTS, answer_a, answer_b, write_prompts
+from arena_server import PROMPTS, answer_a, answer_b, write_prompts
 
 from minisft.common.errors import UserError
 from minisft.data.messages import Message
@@ -265,8 +265,7 @@ class Server:
         command = [sys.executable, str(TESTS / "arena_server.py"), str(folder), str(self.port), *more]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
-        self.address = self.process.stdout.readline().strip()
-        time.sleep(0.3)
+        self.address = self.process.stdout.readline().strip()  # said once the server listens
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -294,11 +293,7 @@ import json, sys, urllib.request
 def post(path, values):
     address, kind = sys.argv[1].rstrip("/") + path, {"content-type": "application/json"}
     request = urllib.request.Request(address, json.dumps(values).encode(), kind)
-    for attempt in range(50):
-        try:
-            return json.loads(urllib.request.urlopen(request, timeout=20).read())
-        except OSError:
-            __import__("time").sleep(0.2)
+    return json.loads(urllib.request.urlopen(request, timeout=20).read())
 for _ in range(3):
     shown = post("/api/next", {"rater": "carla"})
     assert post("/api/vote", {"ticket": shown["ticket"], "choice": "left"}) == {"saved": True}
@@ -343,7 +338,7 @@ def person(browser, address, problems, width=1280, dark=False):
     page.on("pageerror", lambda e: problems.append(str(e)))
     page.on("request", lambda r: problems.append(r.url) if not r.url.startswith((address, "data:")) else None)
     page.goto(address)
-    until(page, "!document.querySelector('#choices button').disabled")
+    until(page, "ready")  # both answers are there whole; the buttons are enabled before the first prompt is, too
     return page
 
 
@@ -366,7 +361,7 @@ def test_two_people_vote_at_once_and_markup_stays_text(server, browser):
     keys = {0: ["1", "2", "3", "4", "ArrowLeft", "ArrowRight", "1"], 1: ["4"] * 7}
     for turn in range(7):
         for i, page in enumerate(pages):
-            until(page, "!document.querySelector('#choices button').disabled")
+            until(page, "ready")
             if "attack" in shown_prompt(page):
                 shown = page.locator(".answer").all_inner_texts()
                 assert any("<img src=x onerror=" in text for text in shown)
@@ -397,15 +392,14 @@ def test_a_person_leaves_a_thumb_an_edit_and_a_comment_then_chats(server, browse
     left.get_by_label("Better answer").fill("a better answer")
     page.locator("#comment").fill("because 1 2 3 4")  # digits in a text field are no votes
     page.locator('[data-side="1"]').get_by_label("thumb down").click()
-    until(page, "current !== null")
     ticket = page.evaluate("current.ticket")
     page.get_by_role("button", name="Left is better").click()
-    until(page, f"current !== null && current.ticket !== {json.dumps(ticket)}")
+    until(page, f"current !== null && current.ticket !== {json.dumps(ticket)} && ready")
     page.get_by_role("button", name="Chat with both").click()
     page.locator("#text").fill("good morning")
     page.get_by_role("button", name="Send").click()
     said = "[...document.querySelectorAll('.answer')].map(a => a.innerText.trim()).sort().join()"
-    until(page, f"{said} === 'GOOD MORNING,morning good' && !document.querySelector('#choices button').disabled")
+    until(page, f"{said} === 'GOOD MORNING,morning good' && ready")
     page.get_by_role("button", name="Both bad").click()
     until(page, "document.querySelector('#progress').textContent.startsWith('Saved')")
     assert problems == []
@@ -424,8 +418,8 @@ def test_live_answers_arrive_as_they_are_written(tmp_path, browser):
     server, problems = Server(tmp_path / "arena", "live"), []
     try:
         page = person(browser, server.address, problems)
-        assert PROMPTS[[p.upper() for p in PROMPTS].index(shown_prompt(page).upper())]
-        assert any(text.strip() for text in page.locator(".answer").all_inner_texts())
+        assert shown_prompt(page) in PROMPTS
+        assert all(text.strip() for text in page.locator(".answer").all_inner_texts())
         page.keyboard.press("2")
         until(page, "document.querySelector('#progress').textContent.startsWith('1 of')")
         assert problems == []
@@ -443,7 +437,6 @@ def test_threads_share_the_store(store):
     for thread in threads:
         thread.join()
     assert len(store.judgements()) == 4 * (len(PROMPTS) + 1)
-    assert len(HOSTILE) > 1_000_000
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from rows_files import write_jsonl
@@ -68,8 +67,7 @@ class serving:  # noqa: N801  # a context manager reads as one word
     def __enter__(self) -> str:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if "http://" in line:
-                time.sleep(0.3)
+            if "http://" in line:  # said once the page can be opened
                 return "http://" + line.split("http://")[1].split()[0]
         raise AssertionError("the arena said no address")
 
@@ -83,7 +81,7 @@ def vote_for_all(browser, address: str) -> None:
     problems: list[str] = []
     page = person(browser, address, problems)
     for _ in range(NUM_PROMPTS):
-        until(page, "current !== null && !document.querySelector('#choices button').disabled")
+        until(page, "ready")
         lengths = [len(text) for text in page.locator(".answer").all_inner_texts()]
         ticket = page.evaluate("current.ticket")
         page.keyboard.press("1" if lengths[0] >= lengths[1] else "4")

@@ -114,7 +114,6 @@ def arena_command(arguments: argparse.Namespace) -> int:
         serve_arena,
         split_name,
         summary,
-        write_result,
     )
     from minisft.judging.arena_app import Answer
     from minisft.judging.arena_models import answerer
@@ -136,9 +135,8 @@ def arena_command(arguments: argparse.Namespace) -> int:
             prepare(store, answers, progress)
     arena = make_arena(store, answers, live=arguments.live, host=arguments.host, port=port, token=arguments.token)
     try:
-        serve_arena(arena, arguments.host, port, out, lambda text: print(text, flush=True))
+        result = serve_arena(arena, arguments.host, port, out, lambda text: print(text, flush=True))
     finally:
-        result = write_result(store, out)
         store.close()
     print(summary(result, names))
     print(visible(out / VOTES))

@@ -12,6 +12,7 @@ import secrets
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from minisft.common.atomic_files import make_folder, write_durably
 from minisft.common.errors import UserError, visible
@@ -154,22 +155,32 @@ def check_access(host: str, token: str | None) -> None:
         raise UserError("config/short-token", "the token is too short", found=f"{len(token)} characters", fix=fix)
 
 
-def serve_arena(arena: Arena, host: str, port: int, out: Path, log: Callable[[str], None]) -> None:
+def serve_arena(arena: Arena, host: str, port: int, out: Path, log: Callable[[str], None]) -> dict[str, JSON] | None:
     """Serve the page until it is interrupted, then write the result.
 
     Args:
         arena: what to serve.
         host, port: where.
         out: folder for ``arena.json``.
-        log: called with the address.
+        log: called with the address, once the page can be opened.
+
+    Returns:
+        what ``write_result`` wrote.
 
     Raises:
         UserError: the port is taken.
     """
     import uvicorn
 
+    shown = f"[{host}]" if ":" in host else host
+
     class Server(uvicorn.Server):
-        """Ends after the requests in progress, on either signal; the result is then written, not lost with the process."""
+        """Names its address once it listens; on either signal it ends after the requests in progress, and returns."""
+
+        async def startup(self, sockets: list[Any] | None = None) -> None:
+            """Listen, then log the address."""
+            await super().startup(sockets)
+            log(f"http://{shown}:{port}/" + (f"#token={arena.token}" if arena.token else ""))
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -182,8 +193,6 @@ def serve_arena(arena: Arena, host: str, port: int, out: Path, log: Callable[[st
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
-    shown = f"[{host}]" if ":" in host else host
-    log(f"http://{shown}:{port}/" + (f"#token={arena.token}" if arena.token else ""))
     config = uvicorn.Config(make_app(arena), host=host, port=port, log_level="error", access_log=False)
     server = Server(config)
     try:
@@ -192,7 +201,8 @@ def serve_arena(arena: Arena, host: str, port: int, out: Path, log: Callable[[st
         fix = "give another --port"
         raise UserError("config/port", "the page cannot be served", found=f"{visible(host)}:{port}", fix=fix) from None
     finally:
-        write_result(arena.store, out)
+        result = write_result(arena.store, out)
+    return result
 
 
 def write_result(store: ArenaStore, out: Path) -> dict[str, JSON] | None:

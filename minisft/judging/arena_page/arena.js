@@ -51,7 +51,8 @@ function show(showing) {
   at("#pair").hidden = at("#choices").hidden = at("#comment-label").hidden = false;
   at("#comment").value = "";
   lock(true);
-  Promise.all([0, 1].map(fill)).then(() => { ready = true; lock(false); }, fail);
+  const shown = current;  // whoever switches to the chat meanwhile must not be let vote there by the answers of before
+  Promise.all([0, 1].map(fill)).then(() => { if (current === shown) { ready = true; lock(false); } }, fail);
 }
 
 function column(side) {
