@@ -172,9 +172,6 @@ def test_designs_that_are_refused(desk):
     desk.refused(3, "data/no-column", "latency", argv=desk.analyze(HEAD, *ARMS, more=(*rail, "latency<=1")))
     desk.refused(2, "config/bad-guardrail", argv=desk.analyze(HEAD, *ARMS, more=(*rail, "latency<1")))
     desk.refused(2, "config/no-column", "value", argv=desk.analyze(HEAD, *ARMS, more=(*rail, "value<=1")))
-    plan = desk.folder / "plan.json"
-    plan.write_text('{"baseline": 1}')
-    desk.refused(3, "data/bad-plan", argv=desk.analyze(HEAD, *ARMS, more=("--plan", plan)))
 
 
 @pytest.mark.parametrize(
@@ -191,6 +188,31 @@ def test_designs_that_are_refused(desk):
 )
 def test_plans_that_cannot_be(desk, more):
     desk.refused(2, "config/bad-value", argv=["ab", "plan", *more, "--out", desk.out])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"baseline": "0.1"},
+        {"alpha": 0},
+        {"alpha": 7},
+        {"alpha": True},
+        {"tau": 0},
+        {"units_per_arm": 0},
+        {"design": "peeking"},
+        {"design": ["fixed"]},
+        {"analyses": {}},
+        {"analyses": [1]},
+        {"surplus": 1},
+    ],
+)
+def test_a_plan_that_was_changed_by_hand(desk, change):
+    plan = desk.folder / "plan.json"
+    assert main(["ab", "plan", "--baseline", "0.1", "--effect", "0.4", "--out", str(plan)]) == 0
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), **change}))
+    desk.refused(3, "data/bad-plan", argv=desk.analyze(HEAD, *ARMS, more=("--plan", plan)))
+    plan.write_text('{"baseline": 1}')
+    desk.refused(3, "data/bad-plan", argv=desk.analyze(HEAD, *ARMS, more=("--plan", plan)))
 
 
 # --- feedback and arena

@@ -108,15 +108,21 @@ def read_plan(path: str | Path) -> Plan:
         values = safe_json.loads(Path(path).read_bytes())
         if not isinstance(values, dict):
             raise TypeError("no object")
-        plan = Plan(**values)  # type: ignore[arg-type]  # checked below
-        numbers = (plan.baseline, plan.effect, plan.alpha, plan.power, plan.tau, plan.units_per_arm)
-        sound = all(isinstance(n, (int, float)) for n in numbers) and plan.design in ("fixed", "sequential")
-        if not sound or not isinstance(plan.analyses, list) or plan.tau <= 0 or plan.units_per_arm < 1:
-            raise TypeError("a value is out of range")
+        plan = Plan(**values)  # type: ignore[arg-type]  # _require_sound looks at every value that is read
+        _require_sound(plan)
     except (OSError, ValueError, TypeError) as error:
         fix, what = "give the file that minisft ab plan --out wrote", "the plan cannot be read"
         raise UserError("data/bad-plan", what, where=visible(path), found=visible(error, 80), fix=fix) from None
     return plan
+
+
+def _require_sound(plan: Plan) -> None:
+    numbers = (plan.baseline, plan.effect, plan.alpha, plan.power, plan.tau, plan.units_per_arm)
+    typed = all(type(n) in (int, float) for n in numbers) and plan.design in ("fixed", "sequential")
+    if not typed or not 0 < plan.alpha < 1 or plan.tau <= 0 or plan.units_per_arm < 1:
+        raise TypeError("a value is out of range")
+    if not isinstance(plan.analyses, list) or not all(isinstance(entry, dict) for entry in plan.analyses):
+        raise TypeError("the analyses are no list of objects")
 
 
 # --- what an analysis may do
