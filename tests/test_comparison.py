@@ -45,8 +45,9 @@ def test_exchanging_the_files_mirrors_the_gain_and_row_order_is_irrelevant(pairs
     assert one == again
 
 
-def test_less_is_better_for_a_loss():
-    before, after = as_file([2.0] * 30, "bits_per_byte"), as_file([1.5] * 30, "bits_per_byte")
+@pytest.mark.parametrize("metric", ["loss", "bits_per_byte", "kl"])
+def test_less_is_better_for_a_loss(metric):
+    before, after = as_file([2.0] * 30, metric), as_file([1.5] * 30, metric)
     measured = measure("general", before, after)
     assert measured.result.difference.estimate == pytest.approx(0.5)
     assert measured.to_json()["base"] == 2.0

@@ -20,7 +20,7 @@ from minisft.data.json_rows import MAX_ROW_BYTES, RowFile, json_type
 from minisft.data.messages import Example, read_dataset
 
 SUFFIX = ".rows.jsonl"
-LOWER_IS_BETTER = ("loss", "bits_per_byte")
+LOWER_IS_BETTER = ("loss", "bits_per_byte", "kl")
 # What must be equal in two heads, and why the scores would not be comparable otherwise.
 SAME = ("metric", "form", "template_sha256", "decoding", "normalize", "end_of_turn", "data_sha256")
 RowId = int | str
