@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from minisft.cli.main import main
+from minisft.common import safe_json
 from minisft.common.errors import UserError
 from minisft.evaluation.statistics import holm, newcombe_interval
 from minisft.judging.ab_file import read_trial
@@ -143,6 +144,25 @@ def test_the_sequential_test_is_the_one_of_the_statistics(units):
     assert effect["p_value"] <= at_once.p_value
     assert effect["looks"] == 100
     assert 0 < effect["shown_after_units"] <= 800
+
+
+def test_where_nobody_has_converted_the_file_is_still_json(tmp_path):
+    data = write_units(tmp_path / "none.csv", 0.0, 0.0, n=50)
+    words = [
+        "ab",
+        "analyze",
+        "--data",
+        str(data),
+        "--design",
+        "sequential",
+        "--tau",
+        "0.05",
+        "--out",
+        str(tmp_path / "ab.json"),
+    ]
+    assert main(words) == 0
+    headline = safe_json.loads((tmp_path / "ab.json").read_bytes())["headline"]  # refuses Infinity
+    assert (headline["estimate"], headline["low"], headline["high"]) == (0.0, -1.0, 1.0)
 
 
 def test_a_fixed_horizon_has_one_look(units, tmp_path):

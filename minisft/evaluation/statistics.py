@@ -37,6 +37,10 @@ class Interval:
     def __neg__(self) -> Interval:
         return Interval(-self.estimate, -self.high, -self.low)
 
+    def clipped(self, low: float, high: float) -> Interval:
+        """The same with its bounds in [low, high], for what cannot lie elsewhere."""
+        return Interval(self.estimate, max(low, self.low), min(high, self.high))
+
     def to_json(self) -> dict[str, float]:
         """The three numbers by name."""
         return {"estimate": self.estimate, "low": self.low, "high": self.high}

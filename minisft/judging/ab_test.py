@@ -214,9 +214,10 @@ def _when(entry: tuple[str, int, int]) -> tuple[int, float, str]:
 
 def _sequential_json(looks: Sequence[Look], tau: float, alpha: float) -> dict[str, JSON]:
     last = looks[-1]
+    difference = last.interval.clipped(-1.0, 1.0)  # of two rates; where nobody has converted yet the bounds are infinite
     first = next((look for look in looks if look.p_value <= alpha), None)
     return {
-        "difference": dict(last.interval.to_json()), "p_value": last.p_value, "test": f"always valid, tau {tau:g}",
+        "difference": dict(difference.to_json()), "p_value": last.p_value, "test": f"always valid, tau {tau:g}",
         "looks": len(looks), "shown_after_units": None if first is None else first.n_a + first.n_b,
     }  # fmt: skip
 

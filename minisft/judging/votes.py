@@ -108,18 +108,14 @@ def win_rate(judgements: Sequence[Judgement]) -> WinRate:
         n,
         decided,
         wins,
-        _clipped(wilson_interval(rate * size, size), rate),
+        wilson_interval(rate * size, size),
         # A vote lies in [0, 1], so its variance is at most 1/4 whatever the true rate is: the interval needs no estimate of it.
-        _clipped(always_valid_interval(rate, 0.25 / n, VOTE_TAU), rate),
+        always_valid_interval(rate, 0.25 / n, VOTE_TAU).clipped(0.0, 1.0),
         bootstrap_mean(scores, [vote.prompt for vote in resolved]),
         min(1.0, 2 * fair_coin_cdf(min(wins, decided - wins), decided)) if decided >= MIN_TEST_ROWS else None,
         flipped / both if both else None,
         both,
     )
-
-
-def _clipped(interval: Interval, estimate: float) -> Interval:
-    return Interval(estimate, max(0.0, interval.low), min(1.0, interval.high))
 
 
 def headline(rate: WinRate, name_a: str, name_b: str) -> dict[str, JSON]:
