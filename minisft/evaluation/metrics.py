@@ -92,12 +92,20 @@ def _words(text: str) -> list[str]:
     return [word for word in bare.split() if word not in ("a", "an", "the")]
 
 
-def wilson(score: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share ``score`` of ``n``: never leaves [0, 1], and is honest near 0 and 1.
+def wilson(score: float, n: int, z: float = Z_95) -> tuple[float, float]:
+    """Interval of a share: never leaves [0, 1], and is honest near 0 and 1.
+
+    Args:
+        score: the share.
+        n: of how many, at least 1.
+        z: of confidence, as the normal distribution's point; 95 % by default.
+
+    Returns:
+        both bounds.
 
     Ref: Wilson 1927, J. Am. Stat. Assoc. 22(158), eq. 5.
     """
-    spread = Z_95**2 / n
+    spread = z * z / n
     centre = (score + spread / 2) / (1 + spread)
-    half = Z_95 * math.sqrt(score * (1 - score) / n + spread / (4 * n)) / (1 + spread)
+    half = z * math.sqrt(score * (1 - score) / n + spread / (4 * n)) / (1 + spread)
     return max(0.0, centre - half), min(1.0, centre + half)

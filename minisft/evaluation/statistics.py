@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisft.evaluation.distributions import normal_quantile
+from minisft.evaluation.metrics import wilson
 
 Floats = npt.NDArray[np.float64]
 DRAWS = 10_000
@@ -59,11 +60,9 @@ def wilson_interval(successes: float, n: int, level: float = 0.95) -> Interval:
 
     Ref: Wilson 1927, J. Am. Stat. Assoc. 22(158).
     """
-    z, share = normal_quantile((1 + level) / 2), float(successes) / n
-    spread = z * z / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return Interval(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
+    share = float(successes) / n
+    low, high = wilson(share, n, normal_quantile((1 + level) / 2))
+    return Interval(share, min(share, low), max(share, high))
 
 
 def newcombe_interval(k_a: float, n_a: int, k_b: float, n_b: int, level: float = 0.95) -> Interval:
