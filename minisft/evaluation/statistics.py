@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from minisft.common.safe_json import JSON
 from minisft.evaluation.distributions import normal_quantile
 from minisft.evaluation.metrics import wilson
 
@@ -45,6 +46,15 @@ class Interval:
     def to_json(self) -> dict[str, float]:
         """The three numbers by name."""
         return {"estimate": self.estimate, "low": self.low, "high": self.high}
+
+    @staticmethod
+    def from_json(value: JSON) -> Interval:
+        """What ``to_json`` wrote; other keys do not matter."""
+        numbers = value if isinstance(value, dict) else {}
+        return Interval(*(float(str(numbers[name])) for name in ("estimate", "low", "high")))
+
+    def __str__(self) -> str:
+        return f"{self.estimate:+.4f} ({self.low:+.4f} to {self.high:+.4f})"
 
 
 def wilson_interval(successes: float, n: int, level: float = 0.95) -> Interval:

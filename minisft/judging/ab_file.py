@@ -193,15 +193,15 @@ def require_ordered(trial: Trial) -> None:
             raise UserError(
                 "data/no-time", "a sequential analysis needs times", where=f"unit {visible(unit.unit, 60)}", fix=fix
             )
-        if _sortable(unit.time) < _sortable(last):
+        if time_key(unit.time) < time_key(last):
             where, found = f"unit {visible(unit.unit, 60)}", f"{visible(unit.time, 40)} after {visible(last, 40)}"
             fix = "sort the file by time"
             raise UserError("data/out-of-order", "the times are out of order", where=where, found=found, fix=fix)
         last = unit.time
 
 
-def _sortable(time: str) -> tuple[int, float, str]:
-    """Numbers as numbers, anything else as text."""
+def time_key(time: str) -> tuple[int, float, str]:
+    """What times sort by: numbers as numbers, anything else as text, no time before all."""
     try:
         return (0, float(time), "") if time else (-1, 0.0, "")
     except ValueError:

@@ -17,7 +17,7 @@ import numpy as np
 from minisft.common.errors import UserError, listing, nearest, visible
 from minisft.common.safe_json import JSON
 from minisft.evaluation.statistics import Floats, Interval, holm, newcombe_interval
-from minisft.judging.ab_file import Trial, Unit, read_trial
+from minisft.judging.ab_file import Trial, Unit, read_trial, time_key
 from minisft.judging.ab_plan import Chosen, Design, choose_design, note_look, read_plan
 from minisft.judging.ab_statistics import (
     SPLIT_ALPHA,
@@ -197,19 +197,13 @@ def _value(a: list[Unit], b: list[Unit], covariate: str | None, seed: int, level
 def _looks(a: list[Unit], b: list[Unit], values_a: Floats, values_b: Floats, tau: float, level: float) -> list[Look]:
     """The sequential test after each of at most 100 equal shares of the units, in the order in which they came."""
     merged = sorted(
-        [(unit.time, 0, i) for i, unit in enumerate(a)] + [(unit.time, 1, i) for i, unit in enumerate(b)], key=_when
+        [(unit.time, 0, i) for i, unit in enumerate(a)] + [(unit.time, 1, i) for i, unit in enumerate(b)],
+        key=lambda entry: time_key(entry[0]),
     )
     arms = np.array([arm for _, arm, _ in merged])
     values = np.concatenate([values_a, values_b])[[i + arm * len(a) for _, arm, i in merged]]
     parts = np.array_split(np.arange(len(merged)), min(MAX_LOOKS, len(merged) // 4 or 1))
     return sequential([values[p][arms[p] == 0] for p in parts], [values[p][arms[p] == 1] for p in parts], tau, level)
-
-
-def _when(entry: tuple[str, int, int]) -> tuple[int, float, str]:
-    try:
-        return (0, float(entry[0]), "")
-    except ValueError:
-        return (1, 0.0, entry[0])
 
 
 def _sequential_json(looks: Sequence[Look], tau: float, alpha: float) -> dict[str, JSON]:
@@ -300,6 +294,4 @@ def _effect_lines(name: str, control: str, effect: dict[str, JSON]) -> list[str]
 
 
 def _shown(value: JSON) -> str:
-    numbers = value if isinstance(value, dict) else {}
-    i = Interval(*(float(str(numbers[key])) for key in ("estimate", "low", "high")))
-    return f"{i.estimate:+.4f} ({i.low:+.4f} to {i.high:+.4f})"
+    return str(Interval.from_json(value))

@@ -100,7 +100,7 @@ def _measured(m: Measured, gates: Sequence[GateResult]) -> str:
         f'<p class="soft">{escaped(m.metric, 60)}{form}, {r.n} rows; a true difference of '
         f"{r.detectable:.4f} would be found with 80 %</p>"
         f'<p class="big">{m.sign * r.mean_a:.4f} → {m.sign * r.mean_b:.4f}</p>'
-        f"<p>gain {_words(r.difference)}, {p}</p>{interval_svg(r.difference, limit)}{table}"
+        f"<p>gain {r.difference}, {p}</p>{interval_svg(r.difference, limit)}{table}"
         f'<p class="soft">nothing lost within {margin.margin:g}: {"shown" if margin.shown else "not shown"}</p>'
     )
 
@@ -110,15 +110,11 @@ def _business(comparison: Comparison) -> str:
         return '<p class="soft">no data: give --business FILE, from minisft ab analyze, arena or feedback</p>'
     headline = comparison.business["headline"]
     assert isinstance(headline, dict)
-    interval = Interval(*(float(str(headline[key])) for key in ("estimate", "low", "high")))
+    interval = Interval.from_json(headline)
     limit = next((g.gate.limit for g in comparison.gates if g.measured == "business"), None)
     return f'<p class="soft">{escaped(headline.get("name", ""), 200)}</p><p class="big">{interval.estimate:+.4f}</p>' + (
-        f"<p>{_words(interval)}</p>{interval_svg(interval, limit)}"
+        f"<p>{interval}</p>{interval_svg(interval, limit)}"
     )
-
-
-def _words(interval: Interval) -> str:
-    return f"{interval.estimate:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
 
 
 def interval_svg(interval: Interval, limit: float | None = None) -> str:
@@ -132,7 +128,7 @@ def interval_svg(interval: Interval, limit: float | None = None) -> str:
         f'<line x1="{x(limit)}" x2="{x(limit)}" y1="8" y2="36" stroke="var(--bad)" stroke-dasharray="3 3"/>'
         f'<text x="{x(limit)}" y="54" font-size="11" text-anchor="middle" fill="var(--bad)">gate</text>'
     )  # fmt: skip
-    label = f"gain {_words(interval)}"
+    label = f"gain {interval}"
     return (
         f'<svg viewBox="0 0 300 60" role="img" aria-label="{label}">'
         f'<line x1="150" x2="150" y1="8" y2="36" stroke="var(--soft)"/>'
@@ -212,7 +208,7 @@ def _slices(comparison: Comparison) -> str:
     if not comparison.slices:
         return ""
     rows = [
-        (s.name, s.n, f"{s.mean_a:.3f}", f"{s.mean_b:.3f}", _words(s.difference), "" if s.p_holm is None else f"{s.p_holm:.3g}")
+        (s.name, s.n, f"{s.mean_a:.3f}", f"{s.mean_b:.3f}", s.difference, "" if s.p_holm is None else f"{s.p_holm:.3g}")
         for s in comparison.slices[:MAX_SLICES]
     ]
     note = '<p class="soft">exploratory: many slices, so a low p here is a hypothesis for new rows; p is adjusted by Holm</p>'

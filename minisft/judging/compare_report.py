@@ -52,18 +52,17 @@ def summary(comparison: Comparison) -> str:
 
 
 def _measured_lines(m: Measured) -> list[str]:
-    r, d, t, kept = m.result, m.result.difference, m.result.table, m.result.non_inferiority
+    r, t, kept = m.result, m.result.table, m.result.non_inferiority
     p = "too few rows for a test" if r.p_value is None else f"p {r.p_value:.4g}"
     if r.mcnemar is not None:
         p += f" (McNemar exact {r.mcnemar.exact:.4g}; mid-p {r.mcnemar.mid_p:.4g})"
-    gain = f"gain {d.estimate:+.4f} ({d.low:+.4f} to {d.high:+.4f})"
     counts = ""
     if t is not None:
         counts = f"  fixed {t['only_b']}, broken {t['only_a']}, both right {t['both']}, both wrong {t['neither']}"
     shown = "shown" if kept.shown else "not shown"
     return [
         f"{m.name}: {r.n} rows; a true difference of {r.detectable:.4f} would be found with 80 %",
-        f"  base {m.sign * r.mean_a:.4f}, tuned {m.sign * r.mean_b:.4f}; {gain}, {p}",
+        f"  base {m.sign * r.mean_a:.4f}, tuned {m.sign * r.mean_b:.4f}; gain {r.difference}, {p}",
         *filter(None, [counts]),
         f"  nothing lost within {kept.margin:g}: {shown} (lower bound {kept.lower_bound:+.4f})",
     ]

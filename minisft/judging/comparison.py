@@ -153,7 +153,7 @@ def measure(
     scores = [[file.sign * file.rows[number].score for number in numbers] for file in (a, b)]
     grouped = None if clusters is None else [clusters[number] for number in numbers]
     result = compare_paired(scores[0], scores[1], clusters=grouped, margin=margin, draws=draws, seed=seed)
-    if b.sign < 0 or not {*scores[0], *scores[1]} <= {0.0, 1.0}:
+    if b.sign < 0:  # a loss of 0 or 1 is neither right nor wrong
         result = _without_table(result)
     return Measured(dimension, a.metric, str(a.head.get("form", "")), b.sign, result)
 
@@ -247,8 +247,7 @@ def _intervals(measured: Sequence[Measured], business: dict[str, JSON] | None) -
     if business is not None:
         headline = business["headline"]
         assert isinstance(headline, dict)
-        interval = Interval(*(float(str(headline[key])) for key in ("estimate", "low", "high")))
-        found["business"] = (interval, bool(headline.get("enough", True)))
+        found["business"] = (Interval.from_json(headline), bool(headline.get("enough", True)))
     return found
 
 

@@ -39,8 +39,7 @@ class GateResult:
     status: Status
 
     def __str__(self) -> str:
-        i = self.interval
-        return f"{self.measured} {i.estimate:+.4f} ({i.low:+.4f} to {i.high:+.4f}), limit {self.gate.limit:+g}: {self.status}"
+        return f"{self.measured} {self.interval}, limit {self.gate.limit:+g}: {self.status}"
 
 
 def parse_gate(text: str) -> Gate:

@@ -55,11 +55,6 @@ class RowsFile:
         """1, or -1 for a metric of which less is better."""
         return -1 if self.metric in LOWER_IS_BETTER else 1
 
-    @property
-    def is_graded(self) -> bool:
-        """Whether some score is neither 0 nor 1."""
-        return any(row.score not in (0, 1) for row in self.rows.values())
-
 
 def read_rows(path: str | Path) -> RowsFile:
     """Read a rows file and the head beside it.
