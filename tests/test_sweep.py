@@ -15,7 +15,7 @@ from minisft.cli.main import main
 from minisft.common.errors import UserError
 from minisft.config import LoRAConfig
 from minisft.evaluation.evaluate import EvalResult
-from minisft.evaluation.sweep import PLOT, REPORT, Point, draw, interval, line, scaled, sweep
+from minisft.evaluation.sweep import PLOT, REPORT, Point, draw, line, scaled, sweep
 from minisft.formats import load_model, save_adapter
 from minisft.model import CausalLM
 from minisft.surgery import apply_lora_, lora_modules
@@ -186,4 +186,4 @@ def test_the_drawing_has_every_scale_once_and_repeats() -> None:
     assert {"task, choice", "general, choice", "scale of the update"} <= set(texts)
     assert draw(points) == svg
     assert draw([*points, Point(2.0, error="error")]) == svg
-    assert interval(result(0.3, "loss")) is None
+    assert result(0.3, "loss").interval is None

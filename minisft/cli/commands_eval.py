@@ -15,7 +15,6 @@ from minisft.common.errors import UserError, nearest, visible
 if TYPE_CHECKING:
     from minisft.common.safe_json import JSON
     from minisft.data.examples import Example
-    from minisft.evaluation.results import EvalResult
 
 
 def eval_command(arguments: argparse.Namespace) -> int:
@@ -67,16 +66,11 @@ def _rows(arguments: argparse.Namespace) -> int:
             print(f"{longer} rows are longer than the model's context: {dropped} of them dropped, the others' prompts cut")
         path = out if len(results) == 1 else out.with_name(f"{out.stem}.{name}.json")
         rows = write(replace(result, extra={**result.extra, **form}), path)
-        print(f"{name} {result.score:.4f}{_interval(result)} over {result.n} rows; {visible(path)}, rows in {visible(rows)}")
+        print(f"{name} {result}; {visible(path)}, rows in {visible(rows)}")
         for key in ("signature", "warnings"):
             if key in result.extra:
                 print(f"  {key}: {visible(json.dumps(result.extra[key]), 300)}")
     return 0
-
-
-def _interval(result: EvalResult) -> str:
-    bounds = result.extra.get("interval_95")
-    return f" ({bounds[0]:.4f} to {bounds[1]:.4f})" if isinstance(bounds, list) else ""
 
 
 def _clusters(examples: tuple[Example, ...], column: str, path: str) -> list[str]:
@@ -111,7 +105,7 @@ def _suite(arguments: argparse.Namespace) -> int:
     out, heads = Path(arguments.out), dict[str, "JSON"]()
     for name, result in results.items():
         rows = write(result, out.with_name(f"{out.stem}.{name}.json"))
-        heads[name] = {"score": result.score, "n": result.n, "metric": result.metric, **result.extra, "rows": rows.name}
+        heads[name] = {**result.head, "rows": rows.name}
     write_durably(out, (json.dumps({"suite": arguments.suite, **heads}, indent=2, ensure_ascii=False) + "\n").encode())
     print(visible(out))
     return 0

@@ -4,7 +4,7 @@ Five metrics. ``exact_match``, ``json`` and ``f1`` let the model answer greedily
 probabilities of fixed options, so there is nothing to parse; ``loss`` is the training loss on unseen rows. Prompts are
 rendered and tokenized by the same ``encode_chat`` that training uses, and the reference is what template and tokenizer make of
 the last turn, so that the answer that was trained is the answer that counts. A thinking block is taken off both sides.
-BLEU, ROUGE and benchmark suites are left to sacrebleu, rouge-score and lm-eval.
+Other metrics of the same answers are ``rescore``'s, and several at once ``several``'s.
 
 The idea to take home: a score is an estimate. It comes with n, a 95 % interval and every single row, so that two models
 can be compared row by row.
@@ -33,7 +33,7 @@ from minisft.evaluation.references import decode_answer, rendered_reference
 from minisft.evaluation.results import EvalResult as EvalResult
 from minisft.evaluation.results import Progress as Progress
 from minisft.evaluation.results import RowResult as RowResult
-from minisft.evaluation.results import prompt_sha256 as prompt_sha256
+from minisft.evaluation.results import prompt_sha256
 from minisft.evaluation.results import terminal_progress as terminal_progress
 from minisft.evaluation.results import write as write
 from minisft.generation import generate, no_dropout

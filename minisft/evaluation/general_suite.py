@@ -280,9 +280,7 @@ def run_suite(
 
     def keep(name: str, result: EvalResult) -> None:
         found[name] = result
-        interval = result.extra.get("interval_95")
-        shown = f" ({interval[0]:.4f} to {interval[1]:.4f})" if isinstance(interval, list) else ""
-        log(f"{name} {result.score:.4f}{shown} over {result.n} rows: {result.extra['form']}")
+        log(f"{name} {result}: {result.extra['form']}")
 
     if data.questions is not None:
         keep("mmlu_cloze", cloze(model, tokenizer, data.questions, data.questions_name))

@@ -129,11 +129,8 @@ def _corpus(result: EvalResult, metric: str, clusters: Sequence[Hashable] | None
     extra |= {"corpus_score": i.estimate, "row_scores": "of each row by itself: their mean is not the corpus score"}
     if score.warnings:
         extra["warnings"] = list(score.warnings)
-    return replace(_result(metric, rows, dict(result.extra)), score=i.estimate / 100, extra={**_kept(result), **extra})
-
-
-def _kept(result: EvalResult) -> dict[str, JSON]:
-    return {name: value for name, value in result.extra.items() if name not in ("interval_95", "unparsable")}
+    made = _result(metric, rows, result.extra)
+    return replace(made, score=i.estimate / 100, extra={**made.extra, **extra})
 
 
 def _rouge(result: EvalResult, clusters: Sequence[Hashable] | None) -> EvalResult:

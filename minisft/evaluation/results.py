@@ -37,6 +37,21 @@ class EvalResult:
     extra: dict[str, JSON]
     rows: list[RowResult]
 
+    @property
+    def head(self) -> dict[str, JSON]:
+        """Everything but the rows."""
+        return {"score": self.score, "n": self.n, "metric": self.metric, **self.extra}
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval, where the metric has one."""
+        bounds = self.extra.get("interval_95")
+        return (float(str(bounds[0])), float(str(bounds[1]))) if isinstance(bounds, list) else None
+
+    def __str__(self) -> str:
+        shown = "" if self.interval is None else f" ({self.interval[0]:.4f} to {self.interval[1]:.4f})"
+        return f"{self.score:.4f}{shown} over {self.n} rows"
+
 
 @contextlib.contextmanager
 def terminal_progress(title: str) -> Iterator[Progress | None]:
@@ -71,8 +86,7 @@ def write(result: EvalResult, out_path: str | Path) -> Path:
     """
     out_path = Path(out_path)
     rows_path = out_path.with_name(out_path.stem + ".rows.jsonl")
-    head: dict[str, JSON] = {"score": result.score, "n": result.n, "metric": result.metric}
-    head |= {**result.extra, "rows": rows_path.name}
+    head: dict[str, JSON] = {**result.head, "rows": rows_path.name}
     make_folder(out_path.absolute().parent)
     write_durably(rows_path, "".join(_row_line(row) for row in result.rows).encode())
     write_durably(out_path, (json.dumps(head, indent=2, ensure_ascii=False) + "\n").encode())

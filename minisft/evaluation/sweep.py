@@ -52,11 +52,7 @@ class Point:
         """Scores without their rows."""
         if self.task is None or self.general is None:
             return {"scale": self.scale, "error": self.error}
-        return {"scale": self.scale, "task": _head(self.task), "general": _head(self.general)}
-
-
-def _head(result: EvalResult) -> dict[str, JSON]:
-    return {"score": result.score, "n": result.n, "metric": result.metric, **result.extra}
+        return {"scale": self.scale, "task": self.task.head, "general": self.general.head}
 
 
 @contextlib.contextmanager
@@ -147,7 +143,7 @@ def draw(points: Sequence[Point]) -> bytes:
 def _draw_scores(axes: Axes, scales: Sequence[float], results: Sequence[EvalResult], color: str, label: str) -> None:
     scores = [result.score for result in results]
     axes.plot(scales, scores, "o-", color=color, linewidth=1.2, markersize=5)
-    bounds = [interval(result) for result in results]
+    bounds = [result.interval for result in results]
     if all(bounds):
         lows, highs = zip(*[pair for pair in bounds if pair], strict=True)
         axes.fill_between(scales, lows, highs, color=color, alpha=0.15, linewidth=0)
@@ -176,12 +172,6 @@ def _labels(scales: Sequence[float], x: Sequence[float], y: Sequence[float]) -> 
 # ---- on the terminal ---------------------------------------------------------------------------------------------------
 
 
-def interval(result: EvalResult) -> tuple[float, float] | None:
-    """The 95 % interval of a share; a loss has none."""
-    bounds = result.extra.get("interval_95")
-    return (float(str(bounds[0])), float(str(bounds[1]))) if isinstance(bounds, list) else None
-
-
 def line(point: Point) -> str:
     """One row of the table."""
     if point.task is None or point.general is None:
@@ -190,7 +180,7 @@ def line(point: Point) -> str:
 
 
 def _cell(result: EvalResult) -> str:
-    bounds = interval(result)
+    bounds = result.interval
     if bounds is None:
         return f"{result.score:.4f}"
     return f"{result.score:.1%} ({bounds[0]:.1%} to {bounds[1]:.1%})"
