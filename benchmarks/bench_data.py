@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder of the results file")
     parser.add_argument("--only", choices=("commands", "near", "tokens"), default=None)
     given = parser.parse_args()
-    result = provenance(sys.argv) | {"rows": given.rows}
+    result = provenance() | {"rows": given.rows}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pool, test = folder / "pool.jsonl", folder / "test.jsonl"

@@ -191,7 +191,7 @@ def main() -> None:
         (folder / "prompts.json").write_text(json.dumps(prompts))
         found = cells(folder, arguments.weights.split(","), rounds, new_tokens)
     result = {
-        **provenance(["python", "benchmarks/bench_generate.py", *sys.argv[1:]]),
+        **provenance(),
         "threads": torch.get_num_threads(),
         "prompt_tokens": [len(p) for p in prompts],
         "new_tokens": new_tokens,

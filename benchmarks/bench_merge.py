@@ -294,7 +294,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure the cells that were asked for, save, plot and print."""
     sizes = merge_cases.QUICK if arguments.quick else Sizes()
     names = chosen_cells(arguments.cells, sizes)
-    began, facts = time.perf_counter(), provenance(["python", "benchmarks/bench_merge.py", *sys.argv[1:]])
+    began, facts = time.perf_counter(), provenance()
     rows = latencies(arguments.model, names, sizes, arguments.device, arguments.rounds)
     merges = merging(arguments.model, names, sizes.main_rank, arguments.merging_rounds)
     verdicts = targets(rows, merges, sizes.main_rank)

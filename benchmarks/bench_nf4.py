@@ -149,7 +149,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     arguments = parser.parse_args()
-    facts = provenance(["python", "benchmarks/bench_nf4.py", *sys.argv[1:]])
+    facts = provenance()
     if arguments.device == "cpu":
         result = on_cpu(arguments.quick, arguments.mallocs, arguments.rounds)
     else:

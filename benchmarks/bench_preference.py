@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 
 import torch
-from exp_preference import _one_field_changed
-from harness import Worker, out_folder, peak_rss_bytes, provenance, save, serve, spread
+from exp_preference import one_field_changed
+from harness import Worker, out_folder, peak_rss_bytes, provenance, save, serve, spread, write_rows
 
 from minisft.common.safe_json import JSON
 
@@ -66,12 +66,12 @@ def make_rows(folder: Path, num_rows: int) -> None:
     ours, theirs = [], []
     for i, row in enumerate(parcel_rows("train", num_rows)):
         *prompt, answer = row["messages"]
-        rejected = _one_field_changed(answer["content"], random.Random(i))
+        rejected = one_field_changed(answer["content"], random.Random(i))
         text = template.render([Message(**m) for m in prompt], add_generation_prompt=True).text
         ours.append({"prompt": prompt, "chosen": answer["content"], "rejected": rejected})
         theirs.append({"prompt": text, "chosen": answer["content"], "rejected": rejected})
-    for name, rows in (("ours", ours), ("theirs", theirs)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "ours.jsonl", ours)
+    write_rows(folder / "theirs.jsonl", theirs)
 
 
 # ---- contestants ----
@@ -299,7 +299,7 @@ def main() -> None:
             make_rows(Path(name), (rounds + 3) * batch)
             cells.append(compare(kind, Path(name), batch, rounds))
     result = {
-        **provenance(["python", "benchmarks/bench_preference.py", *sys.argv[1:]]),
+        **provenance(),
         "trl": importlib.metadata.version("trl"),
         "threads": int(_threads()),
         "cells": cells,

@@ -267,7 +267,7 @@ def run(arguments: argparse.Namespace) -> None:
         ]
     lengths = [len(r["input_ids"]) for r in rows]
     result = {
-        **provenance(["python", "benchmarks/bench_train.py", *sys.argv[1:]]),
+        **provenance(),
         "threads": torch.get_num_threads(),
         "rows_per_step": count,
         "rows": "Banking77 as chat" if arguments.data else "generated parcel messages",

@@ -101,7 +101,7 @@ def main() -> None:
         rows_path = make_rows(arguments.data, (rounds + 1) * count, ["fp32"], Path(name))
         cells = measure(Path(name), rows_path, rounds, count, arguments.busy)
     result = {
-        **provenance(["python", "benchmarks/bench_wait_policy.py", *sys.argv[1:]]),
+        **provenance(),
         "threads": torch.get_num_threads(),
         "rows_per_step": count,
         "rows": "Banking77 as chat" if arguments.data else "generated parcel messages",

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from harness import out_folder, provenance, save
+from harness import out_folder, provenance, save, save_svg
 from torch import Tensor
 
 from minisft.config import QuantConfig, RunConfig
@@ -215,25 +214,23 @@ def measure(bench: Bench, model: CausalLM, answers: bool) -> dict:
 
 
 def draw(rows: dict[str, dict], path: Path) -> None:
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.hashsalt": "minisft", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(10, 7), layout="constrained")
-        bars, lines = figure.subplots(2, 1)
-        draw_divergence(bars, {name: row for name, row in rows.items() if name != "unmerged"})
-        feedback = rows["feedback"]
-        lines.plot(feedback["plain_output_errors"], ".-", color="#666666", linewidth=0.7, markersize=3, label="plain")
-        for name, color in (("descent", "#E69F00"), ("feedback", "#0072B2"), ("both", "#009E73")):
-            if name in rows:
-                lines.plot(rows[name]["output_errors"], ".-", color=color, linewidth=0.7, markersize=3, label=name)
-        lines.set_ylim(bottom=0)
-        lines.set_ylabel("|X (W' - W - D)| / |X D|")
-        lines.set_xlabel("adapted layer, in the model's order")
-        lines.legend(frameon=False, ncols=4)
-        for axes in (bars, lines):
-            axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    bars, lines = figure.subplots(2, 1)
+    draw_divergence(bars, {name: row for name, row in rows.items() if name != "unmerged"})
+    feedback = rows["feedback"]
+    lines.plot(feedback["plain_output_errors"], ".-", color="#666666", linewidth=0.7, markersize=3, label="plain")
+    for name, color in (("descent", "#E69F00"), ("feedback", "#0072B2"), ("both", "#009E73")):
+        if name in rows:
+            lines.plot(rows[name]["output_errors"], ".-", color=color, linewidth=0.7, markersize=3, label=name)
+    lines.set_ylim(bottom=0)
+    lines.set_ylabel("|X (W' - W - D)| / |X D|")
+    lines.set_xlabel("adapted layer, in the model's order")
+    lines.legend(frameon=False, ncols=4)
+    for axes in (bars, lines):
+        axes.spines[["top", "right"]].set_visible(False)
+    save_svg(figure, path)
 
 
 def draw_divergence(axes, rows: dict[str, dict]) -> None:
@@ -258,7 +255,7 @@ def main() -> None:
 
 def run(bench: Bench, only: list[str] | None) -> None:
     """Every way in turn; what is known is written after each."""
-    head = provenance(["python", "benchmarks/exp_compensate.py", *sys.argv[1:]])
+    head = provenance()
     head["calibration_tokens"] = sum(map(len, bench.calibration))
     rows = {"unmerged": measure(bench, bench.model, True)}
     with adapters_off(bench.model):

@@ -32,7 +32,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import RESULTS, provenance
+from harness import RESULTS, add_cell, bootstrap, note, provenance, read_cells, save_svg
+from harness import write_rows as write_lines
 
 from minisft.config import RunConfig
 from minisft.data.chat import encode_chat, resolve_template
@@ -200,12 +201,11 @@ def selected(cell: Cell, banking: Banking, scratch: Path) -> list[Row]:
         rows = banking.draw(77, POOL)
         write_rows(pool, dirty(rows, random.Random(7), banking) if kind == "dirty" else rows)
     cleaned = {"drop_defects": True, "dedup": "near"} if "cleaned" in how else {}
-    score = "length" if how == "longest" else "pmi" if how == "pmi" else "ifd" if "ifd" in how else "random"
-    spread = {"diverse": "greedy", "keep_rate": 0.7} if "diverse" in how else {}
-    settings = Settings(score=score, rows=PICK, seed=cell.seed, **cleaned, **spread)
+    score = "length" if how == "longest" else "ifd" if "ifd" in how else "random"
+    settings = Settings(score=score, rows=PICK, seed=cell.seed, **cleaned)
     needs_model = settings.needs_model
     out = folder / f"{how.replace(' ', '-')}-{cell.seed}.jsonl"
-    kept = folder / f"{score}-{settings.needs_states}.scores.jsonl"  # of all rows, if the uncleaned arm came first
+    kept = folder / f"{score}.scores.jsonl"  # of all rows, if the uncleaned arm came first
     if not out.exists():
         reuse = kept if kept.exists() else None
         select_rows(pool, out, settings, ModelSettings(MODEL) if needs_model else None, reuse=reuse, log=note)
@@ -224,21 +224,16 @@ def contaminated(cell: Cell, banking: Banking, _: Path) -> list[Row]:
     return banking.draw(cell.seed, STEPS["E5"] * BATCH - len(copies)) + copies
 
 
-def note(text: str) -> None:
-    print(f"  {text}", file=sys.stderr, flush=True)
-
-
 # ---- one cell ----
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> Path:
     said = [(("system", SYSTEM), ("user", row["text"]), ("assistant", row["label"])) for row in rows]
     lines = [{"messages": [{"role": role, "content": content} for role, content in row]} for row in said]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return write_lines(path, lines)
 
 
-def tests_of(cell: Cell, banking: Banking, rows: Sequence[Row]) -> dict[str, list[Row]]:
+def tests_of(cell: Cell, banking: Banking) -> dict[str, list[Row]]:
     """The rows that score a cell: those of all cells, and the experiment's own."""
     tests = {"test": banking.test}
     if cell.experiment == "E3":
@@ -274,7 +269,7 @@ def run(cell: Cell, banking: Banking, scratch: Path, tiny: bool) -> dict:
     """Train one cell and score it."""
     began, limit = time.time(), 8 if tiny else None
     rows = rows_of(cell, banking, scratch)
-    tests = tests_of(cell, banking, rows)
+    tests = tests_of(cell, banking)
     curve = cell.experiment == "E2"
     stops = [size // BATCH for size in PASS_SIZES] if curve else [STEPS[cell.experiment]]
     stops = [1, 2][: len(stops)] if tiny else stops
@@ -317,15 +312,8 @@ def run(cell: Cell, banking: Banking, scratch: Path, tiny: bool) -> dict:
 
 
 def done_cells(path: Path) -> list[dict]:
-    """Finished cells; a broken last line is a killed run's."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [cell for cell in found if "arm" in cell]
+    """Finished cells; the file's first line is its provenance."""
+    return [cell for cell in read_cells(path) if "arm" in cell]
 
 
 # ---- figures ----
@@ -350,9 +338,7 @@ def fitted(sizes: Sequence[int], losses: Sequence[float]) -> tuple[float, float,
     return best[1:]
 
 
-def interval(
-    cells_a: Sequence[dict], cells_b: Sequence[dict], key: str = "test", draws: int = 2000
-) -> tuple[float, float, float]:
+def interval(cells_a: Sequence[dict], cells_b: Sequence[dict], key: str) -> tuple[float, float, float]:
     """Mean difference a - b and its 95 % interval: paired bootstrap over test rows and seeds."""
     pairs = {cell["seed"]: cell for cell in cells_b}
     gaps = np.array(
@@ -360,12 +346,7 @@ def interval(
     )
     if not gaps.size:
         return math.nan, math.nan, math.nan
-    rng = np.random.default_rng(0)
-    means = [
-        gaps[rng.integers(len(gaps), size=len(gaps))][:, rng.integers(gaps.shape[1], size=gaps.shape[1])].mean()
-        for _ in range(draws)
-    ]
-    return float(gaps.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))
+    return bootstrap(gaps, lambda table: float(table.mean()))
 
 
 def figures(results: Sequence[dict], folder: Path) -> None:
@@ -387,7 +368,7 @@ def figures(results: Sequence[dict], folder: Path) -> None:
         axes.set_xlabel("loss per supervised token on test rows; one point a seed")
         if len(keys) > 1:
             axes.legend(frameon=False)
-        figure.savefig(folder / f"exp_data_{experiment.lower()}.svg", metadata={"Date": None})
+        save_svg(figure, folder / f"exp_data_{experiment.lower()}.svg")
     quantity_figure(results, folder)
     table(results)
     (folder / "exp_data_claims.json").write_text(json.dumps(verdicts(results), indent=1) + "\n")
@@ -412,7 +393,7 @@ def quantity_figure(results: Sequence[dict], folder: Path) -> None:
         print(f"E2: {n} rows predicted {a + b * n**-c:.3f}, measured {mean:.3f} (fit {a:.3f} + {b:.2f} n^-{c:.2f})")
     axes.set(xscale="log", xlabel="training rows, each seen once", ylabel="loss per supervised token on test rows")
     axes.legend(frameon=False)
-    figure.savefig(folder / "exp_data_e2.svg", metadata={"Date": None})
+    save_svg(figure, folder / "exp_data_e2.svg")
 
 
 @dataclass(frozen=True)
@@ -510,9 +491,7 @@ def main() -> None:
     scratch = given.out / "exp_data.scratch"  # pools and scores of E4; may be removed when all is done
     scratch.mkdir(exist_ok=True)
     if not path.exists():
-        path.write_text(
-            json.dumps(provenance(sys.argv) | {"model": MODEL, "steps": STEPS, "batch": BATCH, "lr": LR, "rank": RANK}) + "\n"
-        )
+        add_cell(path, provenance() | {"model": MODEL, "steps": STEPS, "batch": BATCH, "lr": LR, "rank": RANK})
     seen: set[str] = set()
     for cell in cells(given.seeds):
         wanted = given.cells is None or cell.experiment in given.cells
@@ -520,8 +499,7 @@ def main() -> None:
             continue
         seen.add(cell.experiment)
         result = run(cell, banking, scratch, given.tiny)
-        with path.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        add_cell(path, result)
         note(f"{cell.experiment} {cell.arm} seed {cell.seed}: {result['losses']['test']['loss']:.4f} in {result['seconds']} s")
 
 

@@ -17,21 +17,22 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import io
-import json
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from harness import out_folder, provenance, save
+from harness import add_cell, out_folder, provenance, read_cells, save, save_svg
 
 from minisft.data.examples import Example, Message
 from minisft.evaluation.results import EvalResult, RowResult
 from minisft.judging.ab_statistics import rates_p, sequential
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LOOKS, UNITS, RATE, EFFECT, ALPHA = 20, 2_000, 0.10, 0.13, 0.05
 TAUS = (0.01, 0.02, 0.03, 0.05)
@@ -64,9 +65,7 @@ class Parts:
 
     def __init__(self, path: Path) -> None:
         self.path, self.known = path, dict[str, EvalResult]()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            part = json.loads(line)
+        for part in read_cells(path):
             rows = [RowResult(**row) for row in part["rows"]]
             self.known[part["key"]] = EvalResult(part["score"], len(rows), part["metric"], part["extra"], rows)
 
@@ -77,9 +76,7 @@ class Parts:
             result = make()
             self.known[key] = result
             part = {"key": key, "score": result.score, "metric": result.metric, "extra": result.extra}
-            line = json.dumps({**part, "rows": [vars(row) for row in result.rows]}, ensure_ascii=False)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            add_cell(self.path, part | {"rows": [vars(row) for row in result.rows]})
             print(f"{key}: {result.score:.4f} over {result.n} rows, {time.monotonic() - started:.0f} s", flush=True)
         return self.known[key]
 
@@ -166,29 +163,25 @@ def cell_a(arguments: argparse.Namespace) -> dict[str, object]:
     return {"adapter": str(arguments.adapter), "scales": list(scales), "cells": cells}
 
 
-def draw_a(result: dict[str, object]) -> bytes:
+def draw_a(result: dict[str, object]) -> Figure:
     """Gain against scale, in units of what each detector could have found: beyond -1 it sees a loss."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     colors = ("#D55E00", "#0072B2", "#56B4E9", "#666666")
     cells: list[dict] = result["cells"]  # type: ignore[assignment]  # JSON that this script wrote
     names = list(dict.fromkeys(cell["detector"] for cell in cells))
-    with matplotlib.rc_context({"svg.hashsalt": "minisft", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-        axes = figure.subplots()
-        for name, color in zip(names, colors, strict=True):
-            mine = [cell for cell in cells if cell["detector"] == name]
-            gains = [c["gain"]["estimate"] / (c["detectable"] or 1) for c in mine]
-            axes.plot([c["scale"] for c in mine], gains, "o-", color=color, label=name, linewidth=1.4, markersize=4)
-        axes.axhline(-1, color="#666666", linestyle=":", linewidth=1)
-        axes.set(xlabel="scale of the adapter", ylabel="gain / smallest difference found with 80 %")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#666666", alpha=0.15, linewidth=0.6)
-        axes.legend(frameon=False, fontsize=9)
-        svg = io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    return svg.getvalue()
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, color in zip(names, colors, strict=True):
+        mine = [cell for cell in cells if cell["detector"] == name]
+        gains = [c["gain"]["estimate"] / (c["detectable"] or 1) for c in mine]
+        axes.plot([c["scale"] for c in mine], gains, "o-", color=color, label=name, linewidth=1.4, markersize=4)
+    axes.axhline(-1, color="#666666", linestyle=":", linewidth=1)
+    axes.set(xlabel="scale of the adapter", ylabel="gain / smallest difference found with 80 %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#666666", alpha=0.15, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
 
 
 # --- b: a report for each run on Banking77
@@ -212,13 +205,14 @@ def cell_b(arguments: argparse.Namespace) -> dict[str, object]:
     reports: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for tuned in (None, *arguments.tuned):
-            name, subject = "base" if tuned is None else tuned.parent.name, LazySubject(arguments, tuned)
+            name = "base" if tuned is None else tuned.parent.name
+            subject = functools.cache(functools.partial(Subject, arguments, tuned))  # a finished part needs no model
             for kind, ask in (
                 ("task", lambda s: evaluate(s.model, s.tokenizer, s.template, chosen, "choice")),
                 ("web", lambda s: web_text(s.model, s.tokenizer, s.texts[:150], "c4")),
             ):
                 key = f"{identity(tuned)} {arguments.model}, {kind}, {limit} rows, {arguments.texts} texts"
-                write(parts.get(key, functools.partial(lambda f, s: f(s.get()), ask, subject)), f"{scratch}/{name}.{kind}.json")
+                write(parts.get(key, functools.partial(lambda f, s: f(s()), ask, subject)), f"{scratch}/{name}.{kind}.json")
             if tuned is not None:
                 files = [[f"{scratch}/{which}.{kind}.rows.jsonl" for which in ("base", name)] for kind in ("task", "web")]
                 found = dataclasses.replace(
@@ -231,20 +225,6 @@ def cell_b(arguments: argparse.Namespace) -> dict[str, object]:
     return {"reports": reports}
 
 
-class LazySubject:
-    """A subject that is loaded when it is first asked: a finished part needs no model."""
-
-    def __init__(self, arguments: argparse.Namespace, tuned: Path | None) -> None:
-        self._made: Subject | None = None
-        self._arguments = arguments, tuned
-
-    def get(self) -> Subject:
-        """The subject."""
-        if self._made is None:
-            self._made = Subject(*self._arguments)
-        return self._made
-
-
 # --- c: peeking
 
 
@@ -255,31 +235,27 @@ def cell_c(arguments: argparse.Namespace) -> dict[str, object]:
     return result | {"no_effect": simulate(RATE, runs, 0), "effect": simulate(EFFECT, runs, 1)}
 
 
-def draw_c(result: dict[str, dict[str, list[float]]]) -> bytes:
+def draw_c(result: dict[str, dict[str, list[float]]]) -> Figure:
     """False alarms and findings over the looks."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.hashsalt": "minisft", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
-        titles = {"no_effect": "no effect: false alarms", "effect": "10 % to 13 %: findings"}
-        for axes, (key, title) in zip(figure.subplots(1, 2, sharex=True), titles.items(), strict=True):
-            for (name, shares), color in zip(
-                ((n, s) for n, s in result[key].items() if n != "fixed, one look"),
-                ("#D55E00", "#56B4E9", "#0072B2", "#009E73", "#666666"),
-                strict=True,
-            ):
-                axes.plot(range(1, LOOKS + 1), shares, color=color, label=name, linewidth=1.6)
-            axes.plot(LOOKS, result[key]["fixed, one look"][-1], "kD", markersize=6, label="fixed, one look at the end")
-            axes.set(title=title, xlabel="look", ylim=(0, None), xticks=range(0, LOOKS + 1, 5))
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(color="#666666", alpha=0.15, linewidth=0.6)
-        figure.axes[0].axhline(ALPHA, color="#666666", linestyle=":", linewidth=1)
-        figure.axes[0].set_ylabel("share of simulated tests")
-        figure.axes[0].legend(frameon=False, fontsize=9, loc="center right", bbox_to_anchor=(1, 0.42))
-        svg = io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    return svg.getvalue()
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    titles = {"no_effect": "no effect: false alarms", "effect": "10 % to 13 %: findings"}
+    for axes, (key, title) in zip(figure.subplots(1, 2, sharex=True), titles.items(), strict=True):
+        for (name, shares), color in zip(
+            ((n, s) for n, s in result[key].items() if n != "fixed, one look"),
+            ("#D55E00", "#56B4E9", "#0072B2", "#009E73", "#666666"),
+            strict=True,
+        ):
+            axes.plot(range(1, LOOKS + 1), shares, color=color, label=name, linewidth=1.6)
+        axes.plot(LOOKS, result[key]["fixed, one look"][-1], "kD", markersize=6, label="fixed, one look at the end")
+        axes.set(title=title, xlabel="look", ylim=(0, None), xticks=range(0, LOOKS + 1, 5))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#666666", alpha=0.15, linewidth=0.6)
+    figure.axes[0].axhline(ALPHA, color="#666666", linestyle=":", linewidth=1)
+    figure.axes[0].set_ylabel("share of simulated tests")
+    figure.axes[0].legend(frameon=False, fontsize=9, loc="center right", bbox_to_anchor=(1, 0.42))
+    return figure
 
 
 def table_c(result: dict[str, dict[str, list[float]]]) -> str:
@@ -313,9 +289,9 @@ def main() -> None:
     result = {"a": cell_a, "b": cell_b, "c": cell_c}[arguments.cell](arguments)
     folder = out_folder(arguments.out, arguments.quick)
     name = f"judging_{arguments.cell}"
-    save(name, {**provenance(["python", "benchmarks/exp_judging.py", *sys.argv[1:]]), **result}, folder)
+    save(name, {**provenance(), **result}, folder)
     if arguments.cell != "b":
-        (folder / f"{name}.svg").write_bytes({"a": draw_a, "c": draw_c}[arguments.cell](result))
+        save_svg({"a": draw_a, "c": draw_c}[arguments.cell](result), folder / f"{name}.svg")
     if arguments.cell == "c":
         print(table_c(result))
 

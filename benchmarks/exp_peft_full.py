@@ -17,7 +17,6 @@ One JSON line a cell in benchmarks/results/peft_full.jsonl, keyed by the hash of
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -28,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from harness import RESULTS, provenance
+from harness import RESULTS, add_cell, note, provenance, read_cells, settings_hash, write_rows
 from peft_full_data import (
     BITS_A_FACT,
     TINY,
@@ -39,7 +38,6 @@ from peft_full_data import (
     learn,
     make_own_model,
     recalled_bits,
-    write_rows,
 )
 from peft_full_theory import closed_forms
 
@@ -132,7 +130,6 @@ class Lab:
         self.source = Source(data, self.sizes, tiny)
         self.steps = (20, 40) if tiny else (1500, 500)  # of the own model, and on facts
         self.base_points: dict[str, dict[str, object]] = {}
-        out.mkdir(parents=True, exist_ok=True)
 
     @property
     def model(self) -> str:
@@ -153,18 +150,11 @@ class Lab:
         }  # fmt: skip
 
     def key(self, cell: Cell) -> str:
-        return hashlib.sha256(json.dumps(self.settings(cell), sort_keys=True).encode()).hexdigest()[:12]
+        return settings_hash(self.settings(cell))
 
     def done(self) -> dict[str, dict]:
-        """Finished cells by key; a broken last line is a killed run's."""
-        found = {}
-        for line in self.file.read_text().splitlines() if self.file.exists() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            found[row["key"]] = row
-        return found
+        """Finished cells by key."""
+        return {row["key"]: row for row in read_cells(self.file)}
 
     def result(self, cell: Cell) -> dict:
         """A cell's line; computed first, if it is not there."""
@@ -175,14 +165,10 @@ class Lab:
         found = {"theory": theory, "facts": recall, "tune": tune, "run": run, "forgetting": forgetting, "spectrum": spectrum}[
             cell.kind
         ](self, cell)
-        if "skipped" in found:
-            print(f"{cell.name}: skipped, {found['skipped']}", file=sys.stderr, flush=True)
-            return found
         model = {"P0": "none", "P1": "own, 0.2 M"}.get(cell.experiment, "own, tiny" if self.tiny else SMOLLM2)
         row = {"key": key, "cell": cell.name, **asdict(cell), "model": model, **found}
         row |= {"seconds": round(time.monotonic() - began, 1), "threads": torch.get_num_threads()}
-        with self.file.open("a") as file:
-            file.write(json.dumps(row | {"provenance": provenance(sys.argv)}) + "\n")
+        add_cell(self.file, row | {"provenance": provenance()})
         print(f"{cell.name}: {row['seconds']} s", file=sys.stderr, flush=True)
         return row
 
@@ -208,7 +194,7 @@ class Lab:
             replay = self.root / "replay.jsonl"
             write_rows(replay, self.source.rows("web", "train", 77))
             values |= {"replay": str(replay), "replay_share": 0.25 if self.tiny else 0.1}
-        return RunConfig(**values)  # type: ignore[arg-type]
+        return RunConfig(**values)
 
     def run_folder(self, experiment: str, arm: str, seed: int) -> Path:
         key = self.key(Cell(experiment, "run", arm, seed))
@@ -239,10 +225,6 @@ class Lab:
         return tuned / 3 if change == "lower rate" else tuned
 
 
-def note(text: str) -> None:
-    print(f"  {text}", file=sys.stderr, flush=True)
-
-
 # ---- the cells -------------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +244,7 @@ def recall(lab: Lab, cell: Cell) -> dict[str, object]:
         rows = encode_facts(tokenizer, known)
         before = recalled_bits(model, rows, tokenizer.pad_id)
         if settings is not None:
-            apply_lora_(model, LoRAConfig(alpha=32.0, **settings), cell.seed)  # type: ignore[arg-type]
+            apply_lora_(model, LoRAConfig(alpha=32.0, **settings), cell.seed)
         trained = num_parameters(model, trainable=True)
         learn(model, rows, lab.steps[1], 64, lr, cell.seed, tokenizer.pad_id)
         found.append({"lr": lr, "bits": recalled_bits(model, rows, tokenizer.pad_id)})
@@ -313,8 +295,6 @@ def half_decade(rate: float, by: int) -> float:
 
 def run(lab: Lab, cell: Cell) -> dict[str, object]:
     """One run at its rate, judged on test rows; beside it the base on the same rows."""
-    if "replay" in cell.arm and "replay" not in RunConfig.__dataclass_fields__:
-        return {"skipped": "this minisft has no --replay"}
     weights = lab.weights(cell.experiment, cell.arm, cell.seed)
     model, tokenizer = load_tuned(lab, weights)
     path = Path(lab.run_config(cell.experiment, cell.arm, cell.seed).data).with_name("test-0.jsonl")
@@ -344,8 +324,6 @@ def test_loss(model: CausalLM, tokenizer: Tokenizer, path: Path) -> dict[str, ob
 
 def forgetting(lab: Lab, cell: Cell) -> dict[str, object]:
     """P5: learning and forgetting at several scales of one run's update."""
-    if "replay" in cell.arm and "replay" not in RunConfig.__dataclass_fields__:
-        return {"skipped": "this minisft has no --replay"}
     weights = lab.weights(cell.of, cell.arm, cell.seed)
     path = Path(lab.run_config(cell.of, cell.arm, cell.seed).data).with_name("test-0.jsonl")
     base, tokenizer = load_model(lab.model)

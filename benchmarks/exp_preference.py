@@ -19,7 +19,6 @@ import hashlib
 import json
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from harness import RESULTS, provenance
+from harness import RESULTS, add_cell, provenance, read_cells, save_svg, settings_hash, write_rows
 
 from minisft.config import RunConfig
 from minisft.data.answer_text import stop_ids
@@ -84,11 +83,6 @@ DPO = {"batch_size": 4, "lr": 5e-4}
 GRPO = {"prompts_per_step": 4, "num_generations": 8, "max_new_tokens": 40, "lr": 2e-4}
 
 
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 # ---- what all cells of a seed share ----------------------------------------------------------------------------------
 
 
@@ -97,7 +91,7 @@ class Lab:
 
     def __init__(self, root: Path, seed: int, sizes: Sizes) -> None:
         self.sizes, self.seed = sizes, seed
-        self.folder = root / f"{settings_hash(asdict(sizes), SFT, DPO, GRPO)}-seed-{seed}"
+        self.folder = root / f"{settings_hash((asdict(sizes), SFT, DPO, GRPO))}-seed-{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def settings(self, out: Path) -> dict[str, object]:
@@ -160,10 +154,10 @@ class Lab:
 
 def _pair(row: dict, wrong: str | None, draw: random.Random) -> dict[str, object]:
     right = row["messages"][-1]["content"]
-    return {"prompt": row["messages"][:-1], "chosen": right, "rejected": wrong or _one_field_changed(right, draw)}
+    return {"prompt": row["messages"][:-1], "chosen": right, "rejected": wrong or one_field_changed(right, draw)}
 
 
-def _one_field_changed(right: str, draw: random.Random) -> str:
+def one_field_changed(right: str, draw: random.Random) -> str:
     answer = json.loads(right)
     field = draw.choice(sorted(answer))
     changes = {
@@ -256,18 +250,12 @@ def _grpo(cell: str, lab: Lab, out: Path) -> dict[str, object]:
 # ---- the results file ------------------------------------------------------------------------------------------------
 
 
-def settings_hash(*settings: object) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def key_of(cell: str, seed: int, sizes: Sizes) -> str:
-    return settings_hash(cell, seed, asdict(sizes), SFT, DPO, GRPO, DPO_ARMS.get(cell) or GRPO_ARMS.get(cell))
+    return settings_hash((cell, seed, asdict(sizes), SFT, DPO, GRPO, DPO_ARMS.get(cell) or GRPO_ARMS.get(cell)))
 
 
 def done(path: Path) -> dict[str, dict]:
-    if not path.exists():
-        return {}
-    return {row["key"]: row for row in map(json.loads, path.read_text().splitlines())}
+    return {row["key"]: row for row in read_cells(path)}
 
 
 def in_order(names: list[str], seeds: list[int]) -> Iterator[tuple[str, int]]:
@@ -278,14 +266,12 @@ def in_order(names: list[str], seeds: list[int]) -> Iterator[tuple[str, int]]:
 
 def figures(path: Path) -> None:
     """Task score by arm with intervals; pairs right and chosen change beside it."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in done(path).values() if "skipped" not in row]
+    rows = list(done(path).values())
     names = [cell for cell in CELLS if any(r["cell"] == cell and "task" in r for r in rows)]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for y, name in enumerate(names):
         for k, row in enumerate(r for r in rows if r["cell"] == name):
             low, high = row["task_interval"]
@@ -305,7 +291,7 @@ def figures(path: Path) -> None:
         )
     right.margins(x=0.15)
     right.set(xlabel="change of the chosen answer, nats a token", ylabel="held-out pairs ranked rightly", ylim=(0, 1.05))
-    figure.savefig(path.with_suffix(".svg"))
+    save_svg(figure, path.with_suffix(".svg"))
 
 
 def main() -> None:
@@ -329,9 +315,11 @@ def main() -> None:
             continue
         print(f"---- {cell}, seed {seed}, {time.strftime('%H:%M:%S')}", flush=True)
         found = run_cell(cell, Lab(arguments.root, seed, sizes))
+        if "skipped" in found:  # not kept: another machine may have what it needs
+            print(f"skipped: {found['skipped']}", flush=True)
+            continue
         row = {"key": key, "cell": cell, "seed": seed, **found, "threads": torch.get_num_threads()}
-        with path.open("a") as file:
-            file.write(json.dumps(row | {"provenance": provenance(sys.argv)}) + "\n")
+        add_cell(path, row | {"provenance": provenance()})
         print(json.dumps(row), flush=True)
     figures(path)
 

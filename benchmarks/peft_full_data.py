@@ -114,12 +114,6 @@ def cipher(text: str, seed: int = 16) -> str:
     return "".join(small.get(c) or (small[c.lower()].upper() if c.lower() in small else c) for c in text)
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 # ---- random facts and a model of our own -------------------------------------------------------------------------------
 
 DIGITS = 5

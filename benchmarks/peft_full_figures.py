@@ -6,18 +6,17 @@ seeds were run, or where nothing of this size could show it. Intervals: 95 %, bo
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import bootstrap, read_cells, save_svg
 
-MIN_SEEDS, DRAWS = 3, 4000
+MIN_SEEDS = 3
 COLORS = {
     "r1": "#56B4E9", "r16": "#0072B2", "r64": "#004C78", "attention r16": "#009E73",
     "full-linears": "#E69F00", "full": "#D55E00",
@@ -30,12 +29,7 @@ class Results:
     """The lines of a results file."""
 
     def __init__(self, path: Path) -> None:
-        found: dict[str, Result] = {}
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError):  # the last line of a killed run
-                row = json.loads(line)
-                found[row["key"]] = row
-        self.rows = list(found.values())
+        self.rows: list[Result] = list({row["key"]: row for row in read_cells(path)}.values())
 
     def of(self, experiment: str, kind: str, arm: str | None = None, of: str = "") -> list[Result]:
         """Cells, by seed."""
@@ -53,15 +47,6 @@ class Results:
         """The base's loss of each test row."""
         runs = self.of(experiment, "run")
         return np.array(runs[0]["base"]["rows"]) if runs else None
-
-
-def bootstrap(table: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tuple[float, float, float]:
-    """A statistic of a (seeds, rows, ...) table and its 95 % interval: seeds and rows are drawn anew."""
-    draw = np.random.default_rng(0)
-    seeds, rows = table.shape[:2]
-    drawn = [statistic(table[draw.integers(seeds, size=seeds)][:, draw.integers(rows, size=rows)]) for _ in range(DRAWS)]
-    low, high = np.nanquantile(drawn, (0.025, 0.975))
-    return statistic(table), float(low), float(high)
 
 
 def paired(first: dict[int, np.ndarray], second: dict[int, np.ndarray]) -> np.ndarray:
@@ -261,7 +246,7 @@ def report(path: Path, folder: Path) -> None:
     for name, draw in (("p0", _p0), ("p1", _p1), ("rates", _rate_curves), ("losses", _losses), ("p5", _p5), ("p6", _p6)):
         figure = draw(results)
         if figure is not None:
-            figure.savefig(folder / f"peft_full_{name}.svg", metadata={"Date": None})
+            save_svg(figure, folder / f"peft_full_{name}.svg")
     lines = ["| claim | here | figures |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in claims(results))]
     lines += ["", "| experiment | arm | rate | seeds | test loss | base |", "|---|---|---|---|---|---|"]
     for experiment in ("P2", "P3", "P4"):

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import exp_preference
+from harness import add_cell, read_cells
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -20,6 +24,27 @@ def run(script: str, *arguments: str) -> str:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def test_a_cell_after_a_half_written_line_is_kept_and_all_others_too(tmp_path: Path) -> None:
+    """What a killed run leaves is no cell, and must not swallow the next one; U+2028 is a line break to ``splitlines``."""
+    path, cells = tmp_path / "new" / "cells.jsonl", [{"key": "a"}, {"key": "b", "text": "\u2028\n\ud800"}, {"key": "c"}]
+    assert read_cells(path) == []
+    for cell in cells[:2]:
+        add_cell(path, cell)
+    with path.open("a") as file:
+        file.write('{"key": "killed", "lo')
+    assert read_cells(path) == cells[:2]
+    add_cell(path, cells[2])
+    assert read_cells(path) == cells
+
+
+def test_the_preference_results_belong_to_the_settings_of_today() -> None:
+    """Each published line is found again by its key, or the experiment would run again and mix two settings in one file."""
+    lines = (BENCHMARKS / "results" / "preference.jsonl").read_text().splitlines()
+    keys = {row["key"]: (row["cell"], row["seed"]) for row in map(json.loads, lines)}
+    assert len(keys) == len(lines) >= 9
+    assert keys == {exp_preference.key_of(*cell, exp_preference.Sizes()): cell for cell in keys.values()}
 
 
 @pytest.mark.slow
