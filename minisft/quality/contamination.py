@@ -22,7 +22,19 @@ from numpy.typing import NDArray
 
 from minisft.common.errors import UserError, visible
 from minisft.quality.pool import Pool
-from minisft.quality.text import Hashes, Integers, Runs, distinct, is_plain, mask_numbers, ngram_starts, ngrams
+from minisft.quality.text import (
+    Hashes,
+    Integers,
+    Runs,
+    common_values,
+    distinct,
+    even_sample,
+    is_plain,
+    mask_numbers,
+    ngram_starts,
+    ngrams,
+    without,
+)
 
 NGRAM = 13
 MIN_CONTAINMENT = 0.8
@@ -32,7 +44,6 @@ MIN_MASKED_SHARE = 0.5  # of the test row in the span, once numbers are masked: 
 MIN_PARTIAL_SHINGLES = 10
 MIN_PLAIN_WORDS = 8  # words beside numbers and signs
 COMMON_SHARE = 0.05
-MIN_COMMON_ROWS = 20
 SHINGLE = 3  # words
 PHRASE = 5  # words, of instructions and templates
 MIN_SHINGLES = 3
@@ -64,6 +75,11 @@ class Leak:
     share: float
     start: int
     length: int
+
+    @property
+    def label(self) -> str:
+        """The kind in words."""
+        return f"{self.kind}{', numbers changed' if self.masked else ''}"
 
 
 def find_leaks(pool: Pool, test: Pool) -> list[Leak]:
@@ -147,10 +163,6 @@ def _shared_ngrams(rows: Runs, tests: Runs, masked: bool) -> list[Leak]:
     return leaks
 
 
-def _sample(size: int) -> Integers:
-    return np.unique(np.linspace(0, size - 1, min(size, _SAMPLE_ROWS)).astype(np.int64)) if size else np.empty(0, np.int64)
-
-
 def _with_enough_words(sample: Runs, tests: Runs, values: Hashes, first: Integers) -> tuple[Hashes, Integers]:
     """The n-grams with enough plain words that do not belong to what many rows share."""
     counted = is_plain(tests.values) & ~_shared_words(sample, tests)
@@ -171,12 +183,12 @@ def _shared_words(sample: Runs, tests: Runs) -> NDArray[np.bool_]:
 
 
 def _common_to(sample: Runs, tests: Runs, n: int) -> Hashes:
-    return np.union1d(_common(ngrams(tests, n)), _common(ngrams(sample, n)))
+    return np.union1d(*(common_values(distinct(ngrams(rows, n)), COMMON_SHARE) for rows in (tests, sample)))
 
 
 def _sampled(rows: Runs, masked: bool) -> Runs:
     """An even sample of the pool."""
-    sample = rows.select(_sample(len(rows)))
+    sample = rows.select(even_sample(len(rows), _SAMPLE_ROWS))
     return sample.masked() if masked else sample
 
 
@@ -185,13 +197,6 @@ def _parts(rows: Runs, masked: bool) -> Iterator[tuple[int, Runs]]:
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows_between(rows, start, min(start + _ROWS_AT_ONCE, len(rows)))
         yield start, part.masked() if masked else part
-
-
-def _common(grams: Runs) -> Hashes:
-    """Values that more than ``COMMON_SHARE`` of the rows have, and at least ``MIN_COMMON_ROWS`` of them."""
-    once = distinct(grams)
-    values, counts = np.unique(once.values, return_counts=True)
-    return values[counts > max(MIN_COMMON_ROWS, COMMON_SHARE * len(grams))]
 
 
 def _first_hits(rows: Runs, values: Hashes, masked: bool) -> list[tuple[int, int, int]]:
@@ -265,7 +270,7 @@ def _contained(test: Pool, rows: Runs, tests: Runs, masked: bool) -> list[Leak]:
     """
     prompts = Runs.of([tests[i][: int(n)] for i, n in enumerate(_question_lengths(test))])
     sample = _sampled(rows, masked)
-    sets = _without(distinct(ngrams(prompts, SHINGLE)), _common_to(sample, tests, SHINGLE))
+    sets = without(distinct(ngrams(prompts, SHINGLE)), _common_to(sample, tests, SHINGLE))
     counted = _counted(sets, prompts, masked)
     index, owners = _rarest(sets, counted, sample)
     leaks: dict[int, Leak] = {}
@@ -296,11 +301,6 @@ def _least_share(num_shingles: int) -> float:
 def _question_lengths(test: Pool) -> list[int]:
     """The words of the prompt, or all of them where there is no prompt."""
     return [int(n) or int(whole) for n, whole in zip(test.prompt_lengths, test.words.lengths, strict=True)]
-
-
-def _without(sets: Runs, common: Hashes) -> Runs:
-    keep = ~np.isin(sets.values, common)
-    return Runs(sets.values[keep], np.concatenate(([0], np.cumsum(keep)))[sets.offsets])
 
 
 def _counted(sets: Runs, prompts: Runs, masked: bool) -> list[int]:

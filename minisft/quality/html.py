@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minisft.common.errors import visible
+from minisft.quality.text import even_sample
 
 Cell = str | int | float
 # Blue and orange of Okabe and Ito: told apart by every reader, on white and on black.
@@ -190,7 +191,7 @@ def scatter(title: str, x: NDArray[np.float64], y: NDArray[np.float64], kept: ND
     body = []
     for keep, color in ((False, "var(--orange)"), (True, "var(--blue)")):
         rows = np.flatnonzero(kept == keep)
-        rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int))] if len(rows) else rows
+        rows = rows[even_sample(len(rows), most)]
         path = "".join(f"M{_x((x[i] - x0) / (x1 - x0)):.1f} {_y((y[i] - y0) / (y1 - y0)):.1f}h0" for i in rows)
         body.append(f'<path d="{path}" stroke="{color}" stroke-width="3" stroke-linecap="round" opacity=".5" fill="none"/>')
     return _figure(title, body, [(_x(s), x0 + s * (x1 - x0)) for s in (0, 0.5, 1)], [(0.0, y0), (1.0, y1)])

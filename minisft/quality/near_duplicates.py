@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from minisft.quality.text import Hashes, Integers, Runs, distinct, mix, ngrams, sorted_distinct
+from minisft.quality.text import Hashes, Integers, Runs, common_values, distinct, even_sample, mix, ngrams, sorted_distinct
 
 Make = Callable[[Integers], Runs]  # the distinct shingles of some rows, by position
 NUM_HASHES = 96
@@ -71,30 +71,17 @@ def shingle_sets(words: Runs, characters: Runs | None = None) -> Runs:
     return distinct(ngrams(characters, CHARACTERS) if characters is not None else ngrams(words, BIGRAM), MAX_SHINGLES)
 
 
-def common_values(make: Make, num_rows: int, share: float = COMMON_SHARE) -> Hashes:
-    """The shingles that more than a share of the rows have, judged on an even sample of them: instructions, boilerplate.
+def common_shingles(make: Make, num_rows: int) -> Hashes:
+    """The shingles that more than ``COMMON_SHARE`` of the rows have, judged on a sample of them: instructions, boilerplate.
 
     Args:
         make: the sets of some rows.
         num_rows: of the pool.
-        share: of the rows.
 
     Returns:
         sorted shingles; none for a small pool.
     """
-    if not num_rows:
-        return np.empty(0, np.uint64)
-    sample = make(np.unique(np.linspace(0, num_rows - 1, min(num_rows, _SAMPLE_ROWS)).astype(np.int64)))
-    values, counts = np.unique(sample.values, return_counts=True)
-    return values[counts > max(share * len(sample), 20)]
-
-
-def without(sets: Runs, values: Hashes) -> Runs:
-    """The sets without some values."""
-    if not len(values):
-        return sets
-    keep = ~np.isin(sets.values, values)
-    return Runs(sets.values[keep], np.concatenate(([0], np.cumsum(keep)))[sets.offsets])
+    return common_values(make(even_sample(num_rows, _SAMPLE_ROWS)), COMMON_SHARE)
 
 
 # ---- candidates ----

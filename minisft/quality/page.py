@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 from minisft.common.errors import visible
-from minisft.quality.contamination import Leak
+from minisft.quality.contamination import KINDS, Leak
 from minisft.quality.html import Cell, Markup, bars, charts, document, escape, heading, histogram, marked, table
 from minisft.quality.pool import Pool, answer_text, prompt_text
 from minisft.quality.report import QualityReport, counts, excerpt, lengths, quantiles
@@ -49,11 +49,9 @@ def _contamination(report: QualityReport) -> list[str]:
             "and the words they share, strictest kind first."
         )
         parts.append(heading(f"Contamination by {path}", note))
-        for (kind, masked), group in itertools.groupby(
-            sorted(leaks, key=_strictness), key=lambda leak: (leak.kind, leak.masked)
-        ):
+        for label, group in itertools.groupby(sorted(leaks, key=_strictness), key=lambda leak: leak.label):
             members = list(group)
-            parts.append(f"<h3>{escape(kind)}{', numbers changed' if masked else ''}: {len(members):,} rows</h3>")
+            parts.append(f"<h3>{escape(label)}: {len(members):,} rows</h3>")
             rows = [_leak_row(report.pool, test, leak) for leak in members[:NUM_SHOWN]]
             parts.append(table(("row", "training row", "test row", "its text", "share"), rows, excerpts=True))
             parts.append(_more(len(members)))
@@ -61,8 +59,7 @@ def _contamination(report: QualityReport) -> list[str]:
 
 
 def _strictness(leak: Leak) -> tuple[bool, int, int]:
-    order = ("exact prompt", "exact answer", "13-gram", "containment")
-    return leak.masked, order.index(leak.kind), leak.row
+    return leak.masked, KINDS.index(leak.kind), leak.row
 
 
 def _leak_row(pool: Pool, test: Pool, leak: Leak) -> tuple[Cell, ...]:
@@ -165,8 +162,7 @@ def _leak_lines(report: QualityReport, path: str, leaks: list[Leak]) -> list[str
     hit = len({leak.test_row for leak in leaks})
     lines = [f"{visible(path)}: {len(leaks):,} rows give away {hit:,} of {len(test.examples):,} test rows"]
     for leak in sorted(leaks, key=_strictness)[:5]:
-        kind = f"{leak.kind}{', numbers changed' if leak.masked else ''}"
-        lines.append(f"  row {report.pool.row(leak.row)} and test row {test.row(leak.test_row)} ({kind})")
+        lines.append(f"  row {report.pool.row(leak.row)} and test row {test.row(leak.test_row)} ({leak.label})")
         lines.append(f"    {excerpt(prompt_text(report.pool.examples[leak.row]), 110)}")
         lines.append(f"    {excerpt(prompt_text(test.examples[leak.test_row]), 110)}")
     return lines

@@ -21,16 +21,15 @@ from minisft.quality.near_duplicates import (
     MIN_WORDS,
     Cluster,
     Pairs,
-    common_values,
+    common_shingles,
     find_pairs,
     join,
     merged,
     shingle_sets,
     verify,
-    without,
 )
 from minisft.quality.pool import Pool, answer_text, make_pool, prompt_text
-from minisft.quality.text import Hashes, Integers, Runs, character_codes, words
+from minisft.quality.text import Hashes, Integers, Runs, character_codes, without, words
 
 MAX_EXCERPT = 240
 MAX_LABELS_SHARE = 0.1  # of the rows: with fewer distinct answers than that, answers are labels
@@ -194,7 +193,7 @@ class _Family:
     def __init__(self, rows: Integers, shingles: Callable[[Integers], Runs]) -> None:
         self.rows = rows
         self._shingles = shingles
-        self._common = common_values(lambda at: shingles(rows[at]), len(rows))
+        self._common = common_shingles(lambda at: shingles(rows[at]), len(rows))
 
     def sets(self, at: Integers) -> Runs:
         """The sets of the rows at some positions."""

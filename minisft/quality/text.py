@@ -27,6 +27,7 @@ _DIGIT = re.compile(r"\d")
 # Hashes of words are remembered up to this many; a hash is a function of its word, so forgetting them costs time only.
 _MAX_MEMORY = 1_000_000
 _ROWS_AT_ONCE = 4_096
+MIN_COMMON_ROWS = 20  # what fewer rows share is evidence, whatever their share of the pool
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 # The two lowest bits of a hash: the word has a digit; it is a sign.
 _HAS_DIGIT, _IS_SIGN = 1, 2
@@ -197,6 +198,25 @@ def ngram_starts(runs: Runs, n: int) -> Integers:
 def distinct(runs: Runs, cap: int | None = None) -> Runs:
     """Each row's values sorted and without repeats; of more than ``cap`` the smallest ones, a fair sample of a hashed set."""
     return Runs.of([sorted_distinct(runs[i])[:cap] for i in range(len(runs))])
+
+
+def common_values(sets: Runs, share: float) -> Hashes:
+    """The values that more than a share of the sets have, and more than ``MIN_COMMON_ROWS`` of them, in ascending order."""
+    values, counts = np.unique(sets.values, return_counts=True)
+    return values[counts > max(MIN_COMMON_ROWS, share * len(sets))]
+
+
+def without(sets: Runs, values: Hashes) -> Runs:
+    """The sets without some values."""
+    if not len(values):
+        return sets
+    keep = ~np.isin(sets.values, values)
+    return Runs(sets.values[keep], np.concatenate(([0], np.cumsum(keep)))[sets.offsets])
+
+
+def even_sample(size: int, most: int) -> Integers:
+    """At most ``most`` of ``size`` positions, evenly spread from the first to the last, in order."""
+    return np.unique(np.linspace(0, size - 1, min(size, most)).astype(np.int64))
 
 
 def sorted_distinct(values: NDArray[Number]) -> NDArray[Number]:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minisft.common.errors import UserError
-from minisft.quality.text import Integers
+from minisft.quality.text import Integers, even_sample
 
 Vectors = NDArray[np.float32]
 NUM_DIRECTIONS = 2
@@ -198,8 +198,7 @@ def vendi_score(vectors: NDArray[np.floating]) -> float:
 
     Of more than 2,000 rows an even sample is taken.
     """
-    rows = np.unique(np.linspace(0, len(vectors) - 1, min(len(vectors), MAX_VENDI_ROWS)).astype(int))
-    sample = np.asarray(vectors, np.float64)[rows]
+    sample = np.asarray(vectors, np.float64)[even_sample(len(vectors), MAX_VENDI_ROWS)]
     values = np.linalg.svd(sample, compute_uv=False) ** 2 / len(sample)
     values = values[values > 1e-12]
     return float(np.exp(-(values * np.log(values)).sum()))

@@ -12,7 +12,7 @@ from minisft.common.safe_json import JSON
 from minisft.quality.html import Cell, bars, charts, document, escape, heading, histogram, scatter, table
 from minisft.quality.pool import answer_text, prompt_text
 from minisft.quality.report import excerpt
-from minisft.quality.text import Integers, distinct_share
+from minisft.quality.text import Integers, distinct_share, even_sample
 from minisft.selection.diversity import mean_nearest_cosine, principal_plane, vendi_score
 from minisft.selection.ranking import MAX_CORRELATION, best_first, random_values
 from minisft.selection.scores import RowScore
@@ -85,7 +85,7 @@ def _filled(chosen: Selection, order: Integers, budget: int) -> Integers:
 
 def _described(chosen: Selection, name: str, positions: Integers) -> dict[str, JSON]:
     rows = chosen.scored[positions]
-    sample = positions[np.unique(np.linspace(0, len(positions) - 1, min(len(positions), MAX_COMPARED)).astype(int))]
+    sample = positions[even_sample(len(positions), MAX_COMPARED)]
     row: dict[str, JSON] = {
         "set": name,
         "rows": len(rows),
@@ -113,7 +113,7 @@ def cosine_quantiles(chosen: Selection) -> dict[str, float]:
     """Of the cosines between pairs of an even sample of the scored rows: what a threshold has to be read against."""
     if chosen.vectors is None:
         return {}
-    sample = chosen.vectors[np.unique(np.linspace(0, len(chosen.vectors) - 1, min(len(chosen.vectors), 1000)).astype(int))]
+    sample = chosen.vectors[even_sample(len(chosen.vectors), 1000)]
     cosine = (sample @ sample.T)[np.triu_indices(len(sample), 1)]
     return {f"{share:g}": round(float(np.quantile(cosine, share)), 4) for share in _QUANTILES}
 
@@ -142,7 +142,7 @@ def selection_page(chosen: Selection, scores: Mapping[int, RowScore]) -> str:
         scatter(f"score (up) against length in {chosen.sizes.unit} (log)", np.log10(lengths + 1), chosen.values, kept)
     )
     if chosen.vectors is not None:
-        shown = np.unique(np.linspace(0, len(kept) - 1, min(len(kept), MAX_MAPPED)).astype(int))
+        shown = even_sample(len(kept), MAX_MAPPED)
         plane = principal_plane(chosen.vectors[shown])
         figures.append(scatter("map: the two main directions; blue is picked", plane[:, 0], plane[:, 1], kept[shown]))
     parts = [

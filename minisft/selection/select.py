@@ -156,14 +156,7 @@ def _leaked(pool: Pool, test: Pool) -> list[Drop]:
     if len(leaks) == len(pool.examples):
         what, fix = "every row is in the test file", "check --against: is it the pool in another form?"
         raise UserError("data/all-contaminated", what, where=visible(test.path), found=f"all {len(leaks)} rows", fix=fix)
-    return [
-        Drop(
-            leak.row,
-            f"test row: {leak.kind}{', numbers changed' if leak.masked else ''}",
-            f"{test.path}:{test.row(leak.test_row)}",
-        )
-        for leak in leaks
-    ]
+    return [Drop(leak.row, f"test row: {leak.label}", f"{test.path}:{test.row(leak.test_row)}") for leak in leaks]
 
 
 def pick(chosen: Selection, scores: dict[int, RowScore], log: Log) -> Selection:
