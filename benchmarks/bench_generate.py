@@ -6,8 +6,9 @@
 Prompts of different lengths, 64 new tokens each, no end token, so that all do the same work. In fp32 the tokens must be equal
 before anything is timed. "readable" is minisft without its native decoding (and with its native products); Python's share of
 a native step is what does not pass inside the C++. A step is (time of 64 tokens - time of 1) / 63, so reading the prompt is
-left out of it; the first row, eight prompts in fp32 from start to end, includes it. NF4 has no contestant in transformers on a
-CPU that multiplies without decoding the weight first. Results go to benchmarks/results/generate.json.
+left out of it; the first row, eight prompts in fp32 from start to end, includes it. CPU time is that of all threads: on a
+machine with other work, read that and set OMP_NUM_THREADS=1. NF4 has no contestant in transformers on a CPU that multiplies
+without decoding the weight first. Results go to benchmarks/results/generate.json.
 """
 
 from __future__ import annotations
@@ -96,6 +97,13 @@ def theirs(folder: str, weights: str) -> Answer:
     return answer
 
 
+def measured(answer: Answer, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], float, float]:
+    """The tokens, seconds, and CPU seconds of all threads: those, other work on the machine cannot stretch by much."""
+    began, cpu = time.perf_counter(), time.process_time()
+    tokens = answer(prompts, new_tokens)
+    return tokens, time.perf_counter() - began, time.process_time() - cpu
+
+
 def worker(contestant: str, weights: str, folder: str, prompts_path: str) -> None:
     prompts = json.loads(Path(prompts_path).read_text())
     if contestant == "transformers":
@@ -106,16 +114,14 @@ def worker(contestant: str, weights: str, folder: str, prompts_path: str) -> Non
     def work(command: dict) -> dict:
         """The time of one token and of all of them, on as many streams as were asked for."""
         chosen, num_tokens = prompts[-command["streams"] :], command["new_tokens"]
-        began = time.perf_counter()
-        answer(chosen, 1)
-        first = time.perf_counter() - began
+        _, first, first_cpu = measured(answer, chosen, 1)
         taken()
-        began = time.perf_counter()
-        tokens = answer(chosen, num_tokens)
-        seconds = time.perf_counter() - began
-        step_s = (seconds - first) / (num_tokens - 1)
-        native_s = taken() / (num_tokens - 1)
-        return {"seconds": seconds, "step_s": step_s, "native_s": native_s, "tokens": tokens, "peak_bytes": peak_rss_bytes()}
+        tokens, seconds, cpu = measured(answer, chosen, num_tokens)
+        steps = num_tokens - 1
+        return {
+            "seconds": seconds, "step_s": (seconds - first) / steps, "cpu_step_s": (cpu - first_cpu) / steps,
+            "native_s": taken() / steps, "tokens": tokens, "peak_bytes": peak_rss_bytes(),
+        }  # fmt: skip
 
     serve({"ready": True}, work)
 
@@ -141,6 +147,7 @@ def compete(weights: str, streams: int, workers: dict[str, Worker], rounds: int,
             for name, seconds in steps.items()
             if name != "minisft"
         },
+        "cpu_ms_a_step": {name: spread([1e3 * answer["cpu_step_s"] for answer in each]) for name, each in found.items()},
         "python_ms_a_step": spread([1e3 * (a["step_s"] - a["native_s"]) for a in found["minisft"]]),
         "seconds": {name: [answer["seconds"] for answer in answers] for name, answers in found.items()},
         "peak_bytes": {name: answers[-1]["peak_bytes"] for name, answers in found.items()},
@@ -165,8 +172,10 @@ def describe(cell: dict) -> str:
         f"{found['median']:.2f} ({found['q1']:.2f} to {found['q3']:.2f}) times {name}"
         for name, found in cell["step_ratio"].items()
     )
+    cpu = ", ".join(f"{name} {found['median']:.1f}" for name, found in cell["cpu_ms_a_step"].items())
     python = cell["python_ms_a_step"]["median"]
-    return f"{cell['weights']}, {cell['streams']} streams, tokens/s: {speeds}; {ratios}; Python {python:.2f} ms a step"
+    head = f"{cell['weights']}, {cell['streams']} streams, tokens/s: {speeds}; {ratios}"
+    return f"{head}; CPU ms a step: {cpu}; Python {python:.2f} ms a step"
 
 
 def main() -> None:

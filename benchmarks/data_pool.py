@@ -1,4 +1,4 @@
-"""A pool of chat rows of about 1 KB each, the same bytes for the same arguments: what ``bench_data.py`` measures on.
+"""A pool of chat rows of about 1.25 KB each, the same bytes for the same arguments: what ``bench_data.py`` measures on.
 
 Words follow Zipf's law over 40 000 made-up words; one row in four has a system message. Of a hundred rows two are exact copies,
 three near copies (a word in twenty-five replaced), one is cut, one loops, and one holds 20 words of a test row.
