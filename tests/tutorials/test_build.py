@@ -285,7 +285,7 @@ def test_outputs_that_a_page_must_not_show(tmp_path: Path, output: NotebookNode,
 
 def test_what_only_looks_like_a_path_may_be_shown(tmp_path: Path) -> None:
     source = builder.read_source(code_page(tmp_path, "1"))
-    shown = {"text/html": '<img src="data:image/png;base64,ab/tmp/x+/usr/y==">', "text/plain": "tutorials/figures, 3/work/day"}
+    shown = {"text/html": '<img src="data:image/png;base64,ab/tmp/x+/usr/y==">', "text/plain": "tutorials/figures, 3/home/day"}
     source.cells[1].outputs = [new_output("display_data", shown)]
     builder._refuse_unfit_outputs(source, 2, source.cells[1])
 
