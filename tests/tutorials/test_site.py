@@ -13,7 +13,6 @@ import http.server
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -35,16 +34,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SITE = ROOT / "tutorials/site"
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("[0-9][0-9]_*.ipynb"))
 WIDTHS = (375, 1280)
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 LIBRARY_LINE = re.compile(r"^\.\. library:: (\S+)$", re.MULTILINE)
 FETCHING = {"src", "srcset", "poster", "data", "action", "background"}  # attributes whose address a browser loads by itself
 
@@ -267,21 +256,6 @@ def address(site: Path) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    needs("playwright")
-    candidates = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
-    chromium = next((found for name in candidates if name and (found := shutil.which(name))), None)
-    if chromium is None:
-        pytest.skip("needs Chromium: install it (apt-get install chromium) or name it in the variable CHROMIUM")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
