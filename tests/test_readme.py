@@ -1,4 +1,4 @@
-"""README.md and CONTRIBUTING.md say what is there: map, line counts, results, links, commands and examples."""
+"""README.md, CONTRIBUTING.md and docs/ say what is there: map, line counts, results, links, commands and examples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tiny_folder import write_model, write_rows
 from minisft.cli.flags import parse
 
 MAX_LINES = 160
-DOCUMENTS = (README, CONTRIBUTING, ROOT / "tests" / "README.md", ROOT / "benchmarks" / "README.md")
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = (README, CONTRIBUTING, ROOT / "tests" / "README.md", ROOT / "benchmarks" / "README.md", *GUIDES)
 
 
 def blocks(language: str) -> list[str]:
@@ -65,9 +66,13 @@ def test_every_link_leads_somewhere(document: Path) -> None:
         assert target.startswith("https://") or (document.parent / target).exists(), target
 
 
-def test_every_command_in_readme_parses() -> None:
-    lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("minisft ")]
-    assert len(lines) >= 4
+@pytest.mark.parametrize(
+    ("document", "least"), [(README, 4), *((path, 2) for path in GUIDES)], ids=lambda v: getattr(v, "name", "")
+)
+def test_every_command_parses(document: Path, least: int) -> None:
+    """Whole lines of code, fenced or indented by four spaces, that begin with ``minisft``."""
+    lines = re.findall(r"^(?: {4})?(minisft .*)$", document.read_text(encoding="utf-8"), re.M)
+    assert len(lines) >= least
     for line in lines:
         parse(shlex.split(line, comments=True)[1:])
 
