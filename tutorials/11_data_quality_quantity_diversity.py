@@ -43,11 +43,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import shared
-from minisft import CausalLM, ModelConfig
 from minisft.loss import token_log_probs
 from minisft.quality.near_duplicates import join, near_pairs
 from minisft.quality.text import Runs
@@ -73,20 +71,6 @@ WORDS = ["<start>", "<end>", "user", "assistant", "\n", ":", ".", *FILLERS, *map
 WORD_ID = {word: i for i, word in enumerate(WORDS)}
 END = WORD_ID["<end>"]
 TASKS = [(first, last) for first in range(1, TOP + 1) for last in range(first, TOP + 1)]  # 45
-SIZES = ModelConfig(
-    model_type="llama",
-    vocab_size=len(WORDS),
-    hidden_size=48,
-    intermediate_size=96,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=12,
-    rms_norm_eps=1e-5,
-    rope_theta=10_000.0,
-    max_position_embeddings=96,
-    tie_word_embeddings=False,
-)
 Row = namedtuple("Row", "text answer kind")  # the message, the ids of the answer with its end, "clean" or what is wrong
 
 
@@ -122,37 +106,19 @@ def clean_row(wording, task):
     return Row(wording.format(*task), [*ids_of(counted(*task)), END], "clean")
 
 
-def newborn():
-    tiny = CausalLM(SIZES)
-    for parameter in tiny.parameters():
-        if parameter.dim() > 1:  # the matrices; the norms start at 1
-            torch.nn.init.normal_(parameter, std=0.08)
-    return tiny
-
-
-def step_(tiny, optimizer, ids, targets):
-    loss = F.cross_entropy(tiny(ids[:, :-1]).flatten(0, 1), targets[:, 1:].flatten())
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
 def padded(rows):
     """Ids, and targets that are -100 outside the answers: [B, T] each."""
-    pairs = [(prompt_of(row.text), row.answer) for row in rows]
-    ids = pad_sequence([torch.tensor(p + a) for p, a in pairs], batch_first=True)
-    targets = [torch.tensor([-100] * len(p) + a) for p, a in pairs]
-    return ids, pad_sequence(targets, batch_first=True, padding_value=-100)
+    return shared.padded((prompt_of(row.text), row.answer) for row in rows)
 
 
 wordings = [new_wording(random.Random(f"wording {i}")) for i in range(40)]
 TRAIN, TEST = wordings[:24], wordings[24:]
 torch.set_num_threads(1)  # for matrices as small as these, a second thread only costs time
-base, draw = newborn(), random.Random(0)
+base, draw = shared.newborn(len(WORDS)), random.Random(0)
 optimizer = torch.optim.AdamW(base.parameters(), lr=5e-3, fused=True)
 for _ in range(110):
     text = torch.tensor([document(draw) for _ in range(48)])  # [48, 40]
-    step_(base, optimizer, text, text)
+    shared.step_(base, optimizer, text, text)
 
 # %% [markdown]
 # Training and testing, the same for all arms of this page: 40 steps of 16 rows, whatever the rows are. So every arm costs the same,
@@ -173,7 +139,7 @@ def tuned(model, rows, seed):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / STEPS)  # down to zero, so that the end is calm
         while len(queue) < BATCH:  # the next pass over the rows
             queue += draw.sample(range(len(rows)), len(rows))
-        step_(model, optimizer, ids[queue[:BATCH]], targets[queue[:BATCH]])
+        shared.step_(model, optimizer, ids[queue[:BATCH]], targets[queue[:BATCH]])
         del queue[:BATCH]
     return model
 
@@ -859,8 +825,13 @@ shared.say(
 # **2. "LIMA: 1,000 rows are enough."** Enough for a 65B model that knew the answers already, and judged on style. A few rows bring out
 # what a model has learned before; they do not put it in. Take the clean rows and a model that has *not* read the books:
 
+
 # %%
-unread = {n: np.mean([right(tuned(newborn(), drawn(seed, n, TRAIN), seed)) for seed in SEEDS]) for n in CLEAN[1:]}
+def from_scratch(seed, n):
+    return right(tuned(shared.newborn(len(WORDS)), drawn(seed, n, TRAIN), seed))
+
+
+unread = {n: np.mean([from_scratch(seed, n) for seed in SEEDS]) for n in CLEAN[1:]}
 shared.say(
     "Right answers after the books, and without them, on the same rows and steps: "
     + "; ".join(f"{n} rows {np.mean(quantity[n]):.0%} and {unread[n]:.0%}" for n in unread)

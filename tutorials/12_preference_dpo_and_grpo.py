@@ -43,7 +43,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 import minisft.preference as library
 import shared
-from minisft import CausalLM, ModelConfig
 from minisft.config import LoRAConfig
 from minisft.data.chat import Encoded
 from minisft.evaluation.metrics import wilson
@@ -63,20 +62,6 @@ WORDS = ["<start>", "<end>", "user", "assistant", "\n", "count", "to", ":", ".",
 WORD_ID = {word: i for i, word in enumerate(WORDS)}
 END = WORD_ID["<end>"]
 RANGES = [(first, last) for first in range(1, 13) for last in range(first, 13)]  # 78 tasks
-SIZES = ModelConfig(
-    model_type="llama",
-    vocab_size=len(WORDS),
-    hidden_size=48,
-    intermediate_size=96,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=12,
-    rms_norm_eps=1e-5,
-    rope_theta=10_000.0,
-    max_position_embeddings=96,
-    tie_word_embeddings=False,
-)
 
 
 def ids_of(text):
@@ -99,22 +84,11 @@ def chat(first, last):
     return prompt, [*ids_of(counted(first, last)), END]
 
 
-def newborn():
-    tiny = CausalLM(SIZES)
-    for parameter in tiny.parameters():
-        if parameter.dim() > 1:  # the matrices; the norms start at 1
-            torch.nn.init.normal_(parameter, std=0.08)
-    return tiny
-
-
 def train_(tiny, batches, lr):
     """Next-token training; a target of -100 does not count."""
     optimizer = torch.optim.AdamW(tiny.parameters(), lr=lr)
-    for input_ids, targets in batches:
-        loss = F.cross_entropy(tiny(input_ids).flatten(0, 1), targets.flatten())  # [B * T, V], [B * T] -> a number
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    for ids, targets in batches:
+        shared.step_(tiny, optimizer, ids, targets)
 
 
 # %%
@@ -131,17 +105,14 @@ def split(seed):
 def after_sft(base, practice):
     """40 steps of SFT on the practice tasks, loss on the answers only."""
     tuned = copy.deepcopy(base)
-    ids = pad_sequence([torch.tensor(prompt + answer) for prompt, answer in practice], batch_first=True)  # [26, T]
-    targets = [torch.tensor([-100] * len(prompt) + answer) for prompt, answer in practice]
-    targets = pad_sequence(targets, batch_first=True, padding_value=-100)  # [26, T]
-    train_(tuned, [(ids[:, :-1], targets[:, 1:])] * 40, lr=1e-3)
+    train_(tuned, [shared.padded(practice)] * 40, lr=1e-3)  # ids and targets, [26, T] each
     return tuned
 
 
 torch.set_num_threads(1)  # for matrices as small as these, a second thread only costs time
-base = newborn()
+base = shared.newborn(len(WORDS))
 documents = (torch.tensor([document() for _ in range(48)]) for _ in range(150))  # [48, 32] each
-train_(base, ((text[:, :-1], text[:, 1:]) for text in documents), lr=5e-3)
+train_(base, ((text, text) for text in documents), lr=5e-3)
 data = {seed: split(seed) for seed in SPLITS}
 instruct = {seed: after_sft(base, practice) for seed, (practice, _) in data.items()}
 

@@ -37,11 +37,9 @@ import random
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import shared
-from minisft import CausalLM, ModelConfig
 from minisft.generation import generate
 
 shared.start("13", seed=0)
@@ -57,20 +55,6 @@ WORDS = ["<start>", "<end>", "user", "assistant", "\n", "up", "down", "to", ":",
 WORD_ID = {word: i for i, word in enumerate(WORDS)}
 END = WORD_ID["<end>"]
 RANGES = [(first, last) for first in range(1, TOP + 1) for last in range(first, TOP + 1)]  # 136 of them
-SIZES = ModelConfig(
-    model_type="llama",
-    vocab_size=len(WORDS),
-    hidden_size=48,
-    intermediate_size=96,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=12,
-    rms_norm_eps=1e-5,
-    rope_theta=10_000.0,
-    max_position_embeddings=96,
-    tie_word_embeddings=False,
-)
 
 
 def ids_of(text):
@@ -90,41 +74,23 @@ def chat(way, first, last):
     return prompt, [*ids_of(" ".join(map(str, range(first, last + step, step)))), END]
 
 
-def newborn():
-    tiny = CausalLM(SIZES)
-    for parameter in tiny.parameters():
-        if parameter.dim() > 1:  # the matrices; the norms start at 1
-            torch.nn.init.normal_(parameter, std=0.08)
-    return tiny
-
-
-def step_(tiny, optimizer, input_ids, targets):
-    loss = F.cross_entropy(tiny(input_ids[:, :-1]).flatten(0, 1), targets[:, 1:].flatten())
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
 def tuned_on(model, rows, steps, lr):
     """A copy of the model after SFT on the rows, loss on the answers only."""
     tuned, draw = copy.deepcopy(model), random.Random(0)
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=lr)
     for _ in range(steps):
-        chosen = draw.sample(rows, min(48, len(rows)))
-        ids = pad_sequence([torch.tensor(p + a) for p, a in chosen], batch_first=True)
-        masked = [torch.tensor([-100] * len(p) + a) for p, a in chosen]
-        step_(tuned, optimizer, ids, pad_sequence(masked, batch_first=True, padding_value=-100))
+        shared.step_(tuned, optimizer, *shared.padded(draw.sample(rows, min(48, len(rows)))))
     return tuned
 
 
 # %%
 torch.set_num_threads(1)  # for matrices as small as these, a second thread only costs time
 draw = random.Random(0)
-base = newborn()
+base = shared.newborn(len(WORDS))
 optimizer = torch.optim.AdamW(base.parameters(), lr=5e-3)
 for _ in range(110):
     text = torch.tensor([book(draw) for _ in range(48)])  # [48, 32]
-    step_(base, optimizer, text, text)
+    shared.step_(base, optimizer, text, text)
 
 ups = [chat("up", first, last) for first, last in RANGES]  # the old skill: all 136 tasks
 downs = [chat("down", last, first) for first, last in draw.sample(RANGES, len(RANGES))]

@@ -1,4 +1,5 @@
-"""What every tutorial page shares: a reproducible start, one look for all pictures, sentences with numbers in them, exercises.
+"""What every tutorial page shares: a reproducible start, one look for all pictures, sentences with numbers in them, exercises,
+the toy model of pages 11 to 13.
 
 A page runs as a notebook and as a plain script. ``say`` and ``show`` hide the difference: a notebook renders Markdown and
 pictures, a script prints the sentence and saves the picture under ``tutorials/figures``.
@@ -15,14 +16,19 @@ import random
 import re
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
+from torch.nn.utils.rnn import pad_sequence
+
+if TYPE_CHECKING:
+    from minisft import CausalLM
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -217,6 +223,48 @@ def smollm2() -> Path:
         return resolve(SMOLLM2).path
     except UserError as error:
         raise SystemExit(str(error)) from None
+
+
+def newborn(num_words: int) -> CausalLM:
+    """The toy of pages 11 to 13 before any training: a Llama of two layers for a vocabulary of ``num_words``."""
+    from minisft import CausalLM, ModelConfig
+
+    sizes = ModelConfig(
+        model_type="llama",
+        vocab_size=num_words,
+        hidden_size=48,
+        intermediate_size=96,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=12,
+        rms_norm_eps=1e-5,
+        rope_theta=10_000.0,
+        max_position_embeddings=96,
+        tie_word_embeddings=False,
+    )
+    tiny = CausalLM(sizes)
+    for parameter in tiny.parameters():
+        if parameter.dim() > 1:  # the matrices; the norms start at 1
+            torch.nn.init.normal_(parameter, std=0.08)
+    return tiny
+
+
+def padded(rows: Iterable[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts and answers as ids, and as targets that are -100 outside the answers: [B, T] each, int64, not yet shifted."""
+    rows = list(rows)
+    ids = [torch.tensor(prompt + answer) for prompt, answer in rows]
+    targets = [torch.tensor([-100] * len(prompt) + answer) for prompt, answer in rows]
+    return pad_sequence(ids, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-100)
+
+
+def step_(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, targets: torch.Tensor) -> None:
+    """One step of next-token training on ids and targets [B, T]; a target of -100 does not count."""
+    logits = model(ids[:, :-1])  # [B, T - 1] -> [B, T - 1, V]
+    loss = F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())  # the mean over what counts
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def _in_notebook() -> bool:

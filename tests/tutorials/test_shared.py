@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pages import process_kept
 
 import shared
@@ -142,3 +143,44 @@ def test_a_missing_model_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.smollm2
 def test_the_model_is_found(smollm2_path: Path) -> None:
     assert shared.smollm2() == smollm2_path
+
+
+# ---- the toy model ---------------------------------------------------------------------------------------------------
+
+
+def test_a_newborn_model_is_the_same_for_the_same_seed() -> None:
+    models = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        models.append(shared.newborn(num_words=7).state_dict())
+    first, again, other = models
+    assert first["model.embed_tokens.weight"].shape == (7, 48)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    for name, weight in first.items():
+        if weight.dim() == 1:
+            assert torch.equal(weight, torch.ones_like(weight)), f"{name}: a norm starts at 1"
+        else:
+            assert not torch.equal(weight, other[name])
+            assert 0.06 < weight.std() < 0.10, name
+
+
+def test_rows_are_padded_on_the_right_and_count_in_their_answers_only() -> None:
+    ids, targets = shared.padded(row for row in [([5, 6], [7, 8, 1]), ([5], [9])])
+    assert ids.tolist() == [[5, 6, 7, 8, 1], [5, 9, 0, 0, 0]]
+    assert targets.tolist() == [[-100, -100, 7, 8, 1], [-100, 9, -100, -100, -100]]
+
+
+def test_a_step_goes_down_the_gradient_of_the_mean_over_the_answers() -> None:
+    """SGD with rate 1: the change is minus the gradient; expected by a softmax in fp64, target by target."""
+    torch.manual_seed(0)
+    model = shared.newborn(num_words=10).double()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    ids, targets = shared.padded([([5, 6], [7, 8, 1]), ([5], [9])])
+    log_probs = [
+        F.log_softmax(model(ids[row : row + 1])[0, place - 1], dim=0)[word]
+        for row, place, word in [(0, 2, 7), (0, 3, 8), (0, 4, 1), (1, 1, 9)]
+    ]
+    expected = torch.autograd.grad(-sum(log_probs) / 4, list(model.parameters()))
+    shared.step_(model, torch.optim.SGD(model.parameters(), lr=1.0), ids, targets)
+    for (name, weight), gradient in zip(model.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(weight, before[name] - gradient, rtol=0, atol=1e-12, msg=name)
