@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for child processes too: two workers with two threads each fight for two cores
 
 import pytest
 import torch
