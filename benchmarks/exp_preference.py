@@ -52,9 +52,15 @@ DPO_ARMS: dict[str, dict[str, object]] = {
     "dpo beta 0.01": {"beta": 0.01},
     "dpo beta 0.5": {"beta": 0.5},
 }
-GRPO_ARMS: dict[str, dict[str, object]] = {"grpo": {}, "grpo random reward": {}, "grpo dr_grpo": {"loss": "dr_grpo"}}
-FIRST = ("sft", "dpo", "dpo+nll", "grpo", "grpo random reward")  # what the claims rest on
-CELLS = (*FIRST, "dpo beta 0.01", "dpo beta 0.5", "grpo dr_grpo", "general pairs")
+TUNED = {"prompts_per_step": 8, "lr": 1e-4}
+GRPO_ARMS: dict[str, dict[str, object]] = {
+    "grpo": {},
+    "grpo 8 prompts": TUNED,
+    "grpo random reward": {},
+    "grpo dr_grpo": {"loss": "dr_grpo"},
+}
+FIRST = ("sft", "dpo", "dpo+nll", "grpo 8 prompts", "grpo random reward")  # what the claims rest on
+CELLS = (*FIRST, "grpo", "dpo beta 0.01", "dpo beta 0.5", "grpo dr_grpo", "general pairs")
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Sizes:
     dpo_steps: int = 40  # of 4 pairs
     prompts: int = 200
     held_out_prompts: int = 8
-    grpo_steps: int = 30  # of 4 prompts with 8 answers each
+    grpo_steps: int = 30  # of 4 or 8 prompts with 8 answers each
     control_steps: int = 10
     general_pairs: int = 60
     general_held_out: int = 60
@@ -233,7 +239,7 @@ def _grpo(cell: str, lab: Lab, out: Path) -> dict[str, object]:
     run = GRPOConfig(
         data=str(prompts), eval_data=str(held_out), init_adapter=str(lab.adapter), eval_every=10, save_every=5,
         steps=lab.sizes.control_steps if is_control else lab.sizes.grpo_steps, reward="hash" if is_control else "json",
-        **GRPO, **lab.settings(out), **GRPO_ARMS[cell],
+        **(GRPO | GRPO_ARMS[cell]), **lab.settings(out),
     )  # fmt: skip
     result = grpo(run, reward=_by_hash if is_control else None, resume=out.exists())
     log = read_metrics(out / "metrics.jsonl")
