@@ -113,7 +113,7 @@ def documents(site: Path) -> dict[Path, Document]:
     return {path: Document(path) for path in sorted(site.rglob("*.html"))}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_link_resolves(site: Path, documents: dict[Path, Document]) -> None:
     broken = []
     for path, document in documents.items():
@@ -129,7 +129,7 @@ def test_every_link_resolves(site: Path, documents: dict[Path, Document]) -> Non
     assert not broken, "\n".join(broken)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_nothing_comes_from_another_host(site: Path, documents: dict[Path, Document]) -> None:
     fetched = {str(path.relative_to(site)): document.fetched for path, document in documents.items()}
     fetched |= {str(path.relative_to(site)): addresses_in_css(path.read_text("utf-8")) for path in site.rglob("*.css")}
@@ -188,7 +188,7 @@ def test_every_module_has_its_line_on_the_page_of_its_folder() -> None:
     assert len(listed) == len(set(listed)), "a module is listed twice"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_public_name_has_its_place(site: Path, documents: dict[Path, Document]) -> None:
     shown = [name for path, document in documents.items() if path.parent == site / "api" for name in document.ids]
     front_door = [getattr(minisft, name) for name in minisft.__all__]
@@ -200,7 +200,7 @@ def test_every_public_name_has_its_place(site: Path, documents: dict[Path, Docum
     assert not twice, f"on two pages: {sorted(twice)}"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_library_lists_what_the_package_offers(site: Path) -> None:
     text = (site / "api/index.html").read_text("utf-8")
     assert [name for name in minisft.__all__ if f'.{name}"' not in text] == []
@@ -218,7 +218,7 @@ def walk(documents: dict[Path, Document], start: Path, direction: str) -> list[P
     return seen
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_next_and_previous_go_through_all_pages_in_order(site: Path, documents: dict[Path, Document]) -> None:
     forward = walk(documents, site / "index.html", "next-page")
     assert walk(documents, forward[-1], "prev-page") == forward[::-1]
@@ -228,7 +228,7 @@ def test_next_and_previous_go_through_all_pages_in_order(site: Path, documents: 
     assert set((site / "api").glob("*.html")) <= set(forward)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_landing_page_shows_the_whole_path(site: Path) -> None:
     """Thirteen pages in four lanes: those that exist are links with their times, the others say that they are to come."""
     text = (site / "index.html").read_text("utf-8")
@@ -307,7 +307,7 @@ def at_each_width(page: Page) -> Iterator[int]:
         yield width
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_page_is_shown_whole(watched: Page, address: str, site: Path, documents: dict[Path, Document]) -> None:
     pages = [*walk(documents, site / "index.html", "next-page"), site / "search.html", site / "_modules/minisft/lora.html"]
     problems = []
@@ -319,7 +319,7 @@ def test_every_page_is_shown_whole(watched: Page, address: str, site: Path, docu
     assert not problems, "\n".join(problems)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_folded_solutions_open(watched: Page, address: str) -> None:
     for notebook in NOTEBOOKS:
         watched.goto(f"{address}tutorials/{notebook.stem}.html", wait_until="load")
@@ -333,7 +333,7 @@ def test_folded_solutions_open(watched: Page, address: str) -> None:
                 assert code.is_visible() == opens, f"{notebook.stem} at {width} px: a solution does not open or close"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_next_and_previous_can_be_clicked(watched: Page, address: str) -> None:
     watched.goto(address + "index.html")
     for _ in at_each_width(watched):
@@ -343,7 +343,7 @@ def test_next_and_previous_can_be_clicked(watched: Page, address: str) -> None:
         watched.wait_for_url("**/index.html")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_dark_and_light(watched: Page, address: str) -> None:
     watched.goto(address + "index.html")
     shades = []
@@ -356,7 +356,7 @@ def test_dark_and_light(watched: Page, address: str) -> None:
     assert dark_ink > dark_page + 300
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_search_finds_a_function(watched: Page, address: str) -> None:
     watched.goto(address + "search.html?q=apply_lora_")
     watched.locator("#search-results li a").first.wait_for(timeout=10_000)
