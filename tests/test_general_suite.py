@@ -81,6 +81,33 @@ def test_continuations_are_scored_token_by_token(loaded):
         assert log_probs(model, parts, tokenizer.pad_id, batch_size) == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_options_of_one_question_read_its_context_once(loaded, monkeypatch, batch_size):
+    model, _, _ = loaded
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(n):
+        return torch.randint(3, 90, (n,), generator=draw).tolist()
+
+    contexts = [ids(n) for n in (9, 12, 1, 30, 10)]
+    parts = [Continuation(contexts[k], ids(n)) for n in (1, 3, 5, 2) for k in range(5)]  # families apart from each other
+    tokens = 0
+    hidden = model.hidden
+
+    def counting(input_ids, **more):
+        nonlocal tokens
+        tokens += int((more["segment_ids"] > 0).sum())
+        return hidden(input_ids, **more)
+
+    monkeypatch.setattr(model, "hidden", counting)
+    found = log_probs(model, parts, 0, batch_size)
+    monkeypatch.undo()
+    wanted = [naive(model, [*part.context, *part.target], len(part.context)) for part in parts]
+    assert found == pytest.approx(wanted, rel=1e-5)
+    apart = sum(len(part.context) + len(part.target) for part in parts)
+    assert tokens == apart if batch_size == 1 else tokens < 0.8 * apart
+
+
 def test_trailing_spaces_of_a_context_belong_to_the_continuation(loaded):
     tokenizer = loaded[1]
     assert split_continuation(tokenizer, "a  ", "b") == split_continuation(tokenizer, "a", "  b")

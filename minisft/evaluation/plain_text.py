@@ -17,14 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisft.batching import collate
+from minisft.batching import collate, collate_families, shared_prefix
 from minisft.data.chat import Encoded
 from minisft.data.tokenizer import Tokenizer
 from minisft.evaluation.results import Progress
-from minisft.loss import IGNORE_INDEX, head_loss_sum
+from minisft.loss import IGNORE_INDEX, token_log_probs
 from minisft.model import CausalLM
 
 WINDOW = 1_024
+MOST_PADDING = 1.15  # families join a batch if that costs at most so much more than apart
 
 
 @dataclass(frozen=True)
@@ -81,22 +82,66 @@ def log_probs(
 
     Returns:
         natural logarithms, in the order of the parts.
+
+    Cost: of parts with one long context, as the options of a question, the context is computed once.
     """
     found: dict[int, float] = {}
-    order = sorted(range(len(parts)), key=lambda i: -len(parts[i].context) - len(parts[i].target))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        hidden_BTD, target_ids = _hidden(model, [parts[i] for i in chosen], pad_id)
-        losses = [float(head_loss_sum(h, model.lm_head, ids)) for h, ids in zip(hidden_BTD, target_ids, strict=True)]
-        found.update(zip(chosen, [-loss for loss in losses], strict=True))
+    families = _families(parts, batch_size)
+    while families:
+        chosen = [families.pop()]
+        batch = [[_encoded(parts[i]) for i in chosen[0]]]
+        while families and sum(map(len, chosen)) + len(families[-1]) <= batch_size:
+            following = [_encoded(parts[i]) for i in families[-1]]
+            if _cost([*batch, following]) > MOST_PADDING * (_cost(batch) + _cost([following])):
+                break
+            batch.append(following)
+            chosen.append(families.pop())
+        found |= dict(zip([i for family in chosen for i in family], _sums(model, batch, pad_id), strict=True))
         if progress is not None:
-            progress(len(found), len(order))
+            progress(len(found), len(parts))
     return [found[i] for i in range(len(found))]
 
 
-def _hidden(model: CausalLM, parts: Sequence[Continuation], pad_id: int) -> tuple[Tensor, Tensor]:
-    rows = [_encoded(part) for part in parts]
-    batch = collate(rows, pad_id).to(model.model.norm.weight.device)
+def _families(parts: Sequence[Continuation], most: int) -> list[list[int]]:
+    """Parts that are computed together, the longest last: those of one context, where it is most of each part."""
+    families: list[list[int]] = []
+    latest: dict[tuple[int, ...], list[int]] = {}
+    for i, part in enumerate(parts):
+        family = latest.get(tuple(part.context))
+        if len(part.context) <= len(part.target):
+            families.append([i])
+        elif family is None or len(family) >= most:
+            families.append([i])
+            latest[tuple(part.context)] = families[-1]
+        else:
+            family.append(i)
+    return sorted(families, key=lambda family: len(parts[family[0]].context) + sum(len(parts[i].target) for i in family))
+
+
+def _prefix(families: Sequence[Sequence[Encoded]]) -> int:
+    return min(map(shared_prefix, families)) if max(map(len, families)) > 1 else 0
+
+
+def _cost(families: Sequence[Sequence[Encoded]]) -> int:
+    """Tokens that a batch computes, its padding too."""
+    P = _prefix(families)
+    return len(families) * max(P + sum(len(row.input_ids) - P for row in family) for family in families)
+
+
+def _sums(model: CausalLM, families: Sequence[Sequence[Encoded]], pad_id: int) -> list[float]:
+    """The sums of a batch, family after family."""
+    P = _prefix(families)
+    batch = collate_families(families, pad_id, P).to(model.model.norm.weight.device)
+    hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=P)
+    values = token_log_probs(hidden, model.lm_head, batch.target_ids)
+    sizes = torch.tensor([len(family) for family in families], device=values.device)
+    before = (sizes.cumsum(0) - sizes)[:, None] - (2 if P else 1)  # segments count from 1, the prefix first
+    owner = (batch.segment_ids + before)[batch.target_ids != IGNORE_INDEX]
+    return torch.zeros(int(sizes.sum()), dtype=values.dtype, device=values.device).index_add(0, owner, values).tolist()
+
+
+def _hidden(model: CausalLM, part: Continuation, pad_id: int) -> tuple[Tensor, Tensor]:
+    batch = collate([_encoded(part)], pad_id).to(model.model.norm.weight.device)
     return model.hidden(batch.input_ids, segment_ids=batch.segment_ids), batch.target_ids
 
 
@@ -209,5 +254,5 @@ def kl_per_token(base: CausalLM, tuned: CausalLM, tokenizer: Tokenizer, texts: S
 
 def _window_log_probs(model: CausalLM, part: Continuation, pad_id: int) -> Tensor:
     """(N, V) log-probabilities in fp64 at the positions that predict."""
-    hidden_BTD, target_ids = _hidden(model, [part], pad_id)
+    hidden_BTD, target_ids = _hidden(model, part, pad_id)
     return model.head(hidden_BTD[0][target_ids[0] != IGNORE_INDEX]).double().log_softmax(-1)
