@@ -299,10 +299,9 @@ def run(lab: Lab, cell: Cell) -> dict[str, object]:
     model, tokenizer = load_tuned(lab, weights)
     path = Path(lab.run_config(cell.experiment, cell.arm, cell.seed).data).with_name("test-0.jsonl")
     metrics = [json.loads(line) for line in (weights.parent / "metrics.jsonl").read_text().splitlines()]
-    base, _ = load_model(lab.model)
+    base = lab.base_point(f"{cell.experiment} run", lambda: test_loss(load_model(lab.model)[0], tokenizer, path))
     return {
-        "lr": lab.rate(cell.experiment, cell.arm),
-        "test": test_loss(model, tokenizer, path), "base": test_loss(base, tokenizer, path),
+        "lr": lab.rate(cell.experiment, cell.arm), "test": test_loss(model, tokenizer, path), "base": base,
         "train": [round(row["loss"], 4) for row in metrics], "tokens": sum(row["tokens"] for row in metrics),
     }  # fmt: skip
 
