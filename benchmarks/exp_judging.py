@@ -57,7 +57,7 @@ def simulate(rate_b: float, runs: int, seed: int) -> dict[str, list[float]]:
 # --- a: which detector sees forgetting first
 
 
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+SCALES = (0.0, 0.25, 0.5, 1.0, 2.0)
 
 
 class Parts:
@@ -143,7 +143,7 @@ def cell_a(arguments: argparse.Namespace) -> dict[str, object]:
 
     subject, name_of = Subject(arguments, arguments.adapter), identity(arguments.adapter)
     parts = Parts(out_folder(arguments.out, arguments.quick) / "judging_a.parts.jsonl")
-    scales = SCALES[::3] if arguments.quick else SCALES
+    scales = SCALES[::2] if arguments.quick else SCALES
     cells: list[dict[str, object]] = []
     base: dict[str, EvalResult] = {}
     for scale in scales:
