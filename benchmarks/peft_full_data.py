@@ -170,7 +170,7 @@ def encode_facts(tokenizer: Tokenizer, known: Sequence[tuple[str, str]]) -> list
 
 
 def start_small_(model: CausalLM, seed: int) -> None:
-    """Normal weights of deviation 0.02 and norms of 1, as models are started."""
+    """Normal weights of deviation 0.05 and norms of 1: a model this narrow learns sooner than from the usual 0.02."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

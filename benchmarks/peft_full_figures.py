@@ -247,6 +247,13 @@ def report(path: Path, folder: Path) -> None:
         figure = draw(results)
         if figure is not None:
             save_svg(figure, folder / f"peft_full_{name}.svg")
+    text = tables(results)
+    (folder / "peft_full.md").write_text(text)
+    print(text)
+
+
+def tables(results: Results) -> str:
+    """Claims, runs and models, in Markdown."""
     lines = ["| claim | here | figures |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in claims(results))]
     lines += ["", "| experiment | arm | rate | seeds | test loss | base |", "|---|---|---|---|---|---|"]
     for experiment in ("P2", "P3", "P4"):
@@ -259,9 +266,7 @@ def report(path: Path, folder: Path) -> None:
                 f"| {experiment} | {arm} | {rows[0]['lr']:g} | {len(rows)} | {shown} | {rows[0]['base']['loss']:.4f} |"
             )
     models = sorted({row["model"] for row in results.rows if row["model"] != "none"})
-    text = "\n".join(lines) + f"\n\nModels: {', '.join(models)}. Nothing here says anything about larger ones.\n"
-    (folder / "peft_full.md").write_text(text)
-    print(text)
+    return "\n".join(lines) + f"\n\nModels: {', '.join(models)}. Nothing here says anything about larger ones.\n"
 
 
 def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:

@@ -32,7 +32,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TUTORIALS = ROOT / "tutorials"
-NUMBERS = ("01", "02", "03", "05", "06", "07", "08", "09", "10", "11", "12", "13")
+NUMBERS = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12", "13")
 
 sys.path.insert(0, str(TUTORIALS))  # where the pages find `shared`
 

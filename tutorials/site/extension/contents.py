@@ -17,9 +17,6 @@ LANES = {
     "Judgement": ("12", "13"),
 }
 DOORS = {"01": "start here: how a model answers", "03": "start here: adapters", "05": "start here: 4-bit numbers"}
-TO_COME = {  # pages whose notebooks do not exist yet keep their numbers
-    "04": "Choosing rank, alpha, targets and learning rate",
-}
 
 
 def pages(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -31,19 +28,17 @@ def pages(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def page_map(folder: Path) -> str:
-    """The path as four lanes of cards: those that exist are links, the others say that they are to come."""
+    """The path as four lanes of cards, each a link to its page."""
     known = pages(folder)
     lanes = []
     for lane, numbers in LANES.items():
-        cards = "".join(_card(number, *known.get(number, ("", {}))) for number in numbers)
+        cards = "".join(_card(number, *known[number]) for number in numbers)
         lanes.append(f'<div class="lane"><div class="lane-name">{lane}</div>{cards}</div>')
     return f'<div class="page-map">{"".join(lanes)}</div>'
 
 
 def _card(number: str, stem: str, page: dict[str, Any]) -> str:
-    title = html.escape(page.get("title", TO_COME.get(number, "")))
-    if not page:
-        return f'<div class="card to-come"><b>{number}</b> {title}<small>to come</small></div>'
+    title = html.escape(page["title"])
     times = f"run {page['minutes']} min, read {page.get('read_minutes', '?')} min"
     door = f"<em>{DOORS[number]}</em>" if number in DOORS else ""
     kind = "card door" if number in DOORS else "card"
