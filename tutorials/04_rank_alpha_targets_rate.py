@@ -548,7 +548,8 @@ assert keeps["full"] > keeps["r 16"] + 16, "on this toy, at equal learning, LoRA
 shared.say(
     f"Among the runs that recall four fifths of the new facts, the best of each method still answers, of {len(OLD)} old ones: "
     f"{words}. So here *LoRA forgets less* is false at equal learning: an adapter reaches the same facts by moving further in fewer "
-    "directions, and full fine-tuning can take a small rate. Biderman et al. (2024) found that LoRA forgets less on large models and "
+    "directions, and full fine-tuning can take a small rate. Full trains the embedding and the head as well, which LoRA leaves alone, "
+    "so the methods differ in more than rank. Biderman et al. (2024) found that LoRA forgets less on large models and "
     "text, and learned less too. Neither is a law; draw this picture for your own model (`minisft sweep` gives the curve, and "
     "`--replay` is the cheap cure)."
 )
