@@ -64,6 +64,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
         "Qwen2Config",
         {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
     ),
+    "qwen2-mixed-windows": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
     "qwen3-tied-bias": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
 }

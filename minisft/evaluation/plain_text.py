@@ -133,7 +133,7 @@ def _sums(model: CausalLM, families: Sequence[Sequence[Encoded]], pad_id: int) -
     P = _prefix(families)
     batch = collate_families(families, pad_id, P).to(model.model.norm.weight.device)
     hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=P)
-    values = token_log_probs(hidden, model.lm_head, batch.target_ids)
+    values = token_log_probs(hidden, model.loss_head, batch.target_ids)
     sizes = torch.tensor([len(family) for family in families], device=values.device)
     before = (sizes.cumsum(0) - sizes)[:, None] - (2 if P else 1)  # segments count from 1, the prefix first
     owner = (batch.segment_ids + before)[batch.target_ids != IGNORE_INDEX]

@@ -177,7 +177,7 @@ def _losses(judge: Judge, rows: Sequence[Encoded], with_states: bool) -> tuple[l
     finally:
         if hook is not None:
             hook.remove()
-    sums = [float(head_loss_sum(h, model.lm_head, ids)) for h, ids in zip(hidden_BTD, batch.target_ids, strict=True)]
+    sums = [float(head_loss_sum(h, model.loss_head, ids)) for h, ids in zip(hidden_BTD, batch.target_ids, strict=True)]
     means = [round(total / row.num_targets, DIGITS) for total, row in zip(sums, rows, strict=True)]
     for row, mean in zip(rows, means, strict=True):
         if not math.isfinite(mean):

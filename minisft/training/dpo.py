@@ -130,7 +130,7 @@ def answer_log_probs(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
         (2 P,) sums over each answer's tokens, in fp32 at least, and (2 P,) how many tokens each has.
     """
     hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=batch.prefix_length)
-    log_probs = token_log_probs(hidden, model.lm_head, batch.target_ids)
+    log_probs = token_log_probs(hidden, model.loss_head, batch.target_ids)
     first = 2 if batch.prefix_length else 1
     num_pairs = batch.segment_ids.shape[0]
     pair = torch.arange(num_pairs, device=log_probs.device)[:, None]

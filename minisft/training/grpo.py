@@ -134,7 +134,7 @@ def group_log_probs(model: CausalLM, batch: Batch, temperature: float) -> Tensor
         (N,) in fp32 at least, answer after answer.
     """
     hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=batch.prefix_length)
-    return token_log_probs(hidden, model.lm_head, batch.target_ids, temperature)
+    return token_log_probs(hidden, model.loss_head, batch.target_ids, temperature)
 
 
 def group_gradients(model: CausalLM, groups: Sequence[Group], settings: GRPOSettings) -> GRPOStats:

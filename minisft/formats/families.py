@@ -1,0 +1,134 @@
+"""What each ``model_type`` of Hugging Face means: its defaults, and how its switches are read and written.
+
+The decoder knows switches, not families (``config.ModelConfig``); this table is where the one becomes the other. Every reader
+has its writer beside it, and ``hf_config.write_config`` reads back what it wrote, so a switch that a family has no word for
+cannot be lost. A value that would change the arithmetic in a way the decoder does not know is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minisft.common.safe_json import JSON
+from minisft.config import ModelConfig
+from minisft.formats.fields import Fields
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+Switches = dict[str, Any]  # fields of ModelConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one ``model_type`` differs where the file is silent, and its switches.
+
+    Args:
+        architecture: the class name that transformers writes and loads.
+        read: the switches that a ``config.json`` sets.
+        write: the keys of ``config.json`` that set them again.
+        num_kv_heads, head_dim: the defaults of transformers; None follows from the other sizes.
+        tied, eps, context, theta: its defaults for ``tie_word_embeddings``, ``rms_norm_eps``, ``max_position_embeddings``
+            and RoPE's base.
+        activation: the key that names the activation, and the names that mean the family's own.
+        local_theta: RoPE's base in the layers with a window, if they have one of their own.
+    """
+
+    architecture: str
+    read: Callable[[Fields], Switches]
+    write: Callable[[ModelConfig], dict[str, JSON]]
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    tied: bool = False
+    eps: float = 1e-6
+    context: int = 2048
+    theta: float = 10000.0
+    activation: tuple[str, tuple[str, ...]] = ("hidden_act", ("silu", "swish"))
+    local_theta: float | None = None
+
+
+# ---- windows ---------------------------------------------------------------------------------------------------------
+
+
+def _windows(fields: Fields, window: int | None, default: Sequence[str]) -> Switches:
+    """The window of the layers that ``layer_types``, or else ``default``, calls sliding."""
+    kinds = fields.values.get("layer_types") or list(default)
+    if not isinstance(kinds, list) or len(kinds) != len(default) or any(kind not in (FULL, SLIDING) for kind in kinds):
+        raise fields.error("layer_types", f"{len(default)} times {FULL} or {SLIDING}", "unsupported")
+    if window is None or SLIDING not in kinds:
+        return {"sliding_window": None}
+    return {"sliding_window": window, "global_layers": tuple(i for i, kind in enumerate(kinds) if kind == FULL)}
+
+
+def _layer_types(config: ModelConfig) -> list[JSON]:
+    return [FULL if config.window(layer) is None else SLIDING for layer in range(config.num_layers)]
+
+
+def _window(fields: Fields, absent: int) -> int | None:
+    """``sliding_window``: null says there is none; where it is missing transformers takes ``absent``."""
+    if "sliding_window" in fields.values and fields.values["sliding_window"] is None:
+        return None
+    return fields.integer("sliding_window", absent)
+
+
+def _read_qwen_windows(fields: Fields) -> Switches:
+    num_layers = fields.integer("num_hidden_layers")
+    first = min(max(fields.integer("max_window_layers", 28), 0), num_layers)
+    window = _window(fields, 4096) if fields.flag("use_sliding_window") else None
+    if window is None:  # then nothing else matters
+        return {"sliding_window": None}
+    return _windows(fields, window, [FULL] * first + [SLIDING] * (num_layers - first))
+
+
+def _write_qwen_windows(config: ModelConfig) -> dict[str, JSON]:
+    uses = config.sliding_window is not None
+    return {
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": uses,
+        "max_window_layers": 0 if uses else config.num_layers,
+        "layer_types": _layer_types(config),
+    }
+
+
+# ---- one reader and one writer for each family -----------------------------------------------------------------------
+
+
+def _biases(fields: Fields) -> Switches:
+    bias = fields.flag("attention_bias")
+    return {"qkv_bias": bias, "o_bias": bias}
+
+
+def _write_biases(config: ModelConfig) -> dict[str, JSON]:
+    return {"attention_bias": config.o_bias, "mlp_bias": config.mlp_bias}
+
+
+def _llama(fields: Fields) -> Switches:
+    return {**_biases(fields), "mlp_bias": fields.flag("mlp_bias")}
+
+
+def _mistral(fields: Fields) -> Switches:
+    return {"sliding_window": _window(fields, 4096)}
+
+
+def _write_mistral(config: ModelConfig) -> dict[str, JSON]:
+    return {**_write_biases(config), "sliding_window": config.sliding_window}
+
+
+def _qwen2(fields: Fields) -> Switches:
+    return {"qkv_bias": True, **_read_qwen_windows(fields)}  # always, whatever attention_bias says, and never on o
+
+
+def _qwen3(fields: Fields) -> Switches:
+    return {**_biases(fields), "qk_norm": True, **_read_qwen_windows(fields)}
+
+
+def _write_qwen(config: ModelConfig) -> dict[str, JSON]:
+    return {**_write_biases(config), **_write_qwen_windows(config)}
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", _llama, _write_biases),
+    "mistral": Family("MistralForCausalLM", _mistral, _write_mistral, num_kv_heads=8),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2, _write_qwen, num_kv_heads=32),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3, _write_qwen, num_kv_heads=32, head_dim=128),
+}
