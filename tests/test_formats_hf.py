@@ -48,6 +48,7 @@ SIZES = {
     "vocab_size": 64,
     "max_position_embeddings": 64,
 }
+NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # their defaults lie beyond 64
 # name -> (transformers' config class, what differs from SIZES)
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("LlamaConfig", {}),
@@ -66,6 +67,11 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "qwen2-mixed-windows": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2, **NO_TOKENS}),
+    "smollm3-untied-windows": (
+        "SmolLM3Config",
+        {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 3, "tie_word_embeddings": False, **NO_TOKENS},
+    ),
     "qwen3-tied-bias": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
 }
 
@@ -97,7 +103,11 @@ def dialect_4(folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
+    local = rope.pop("sliding_attention", None)  # RoPE of its own in the layers with a window
+    rope = rope.pop("full_attention", rope)
     config["rope_theta"] = rope.pop("rope_theta")
+    if local is not None:
+        config["rope_local_base_freq"] = local["rope_theta"]
     config["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
     config["torch_dtype"] = config.pop("dtype", "float32")
     path.write_text(json.dumps(config))
@@ -319,7 +329,7 @@ def edit(folder: Path, file: str = "config.json", **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "code", "said"),
     [
-        ({"model_type": "gpt2"}, "unsupported", "llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "unsupported", "llama, mistral, qwen2, qwen3, smollm3"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "unsupported", "LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "unsupported", "gelu"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "unsupported", "yarn"),

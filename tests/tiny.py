@@ -50,6 +50,10 @@ FAMILIES = {
     "qwen3": QWEN3,
 }
 
+# Families with switches that the six above leave alone: the tests of ``test_model_families`` ask for all of them at once.
+SMOLLM3 = replace(LLAMA, model_type="smollm3", num_layers=3, nope_layers=(1,))
+SWITCHED_FAMILIES = {"smollm3": SMOLLM3}
+
 
 def randomize_(module: nn.Module, seed: int = 0) -> None:
     """Every parameter random: norms around 1, the rest large enough that attention is far from uniform."""

@@ -126,9 +126,32 @@ def _write_qwen(config: ModelConfig) -> dict[str, JSON]:
     return {**_write_biases(config), **_write_qwen_windows(config)}
 
 
+def _smollm3(fields: Fields) -> Switches:
+    num_layers = fields.integer("num_hidden_layers")
+    interval = fields.integer("no_rope_layer_interval", 4)
+    uses_rope = fields.values.get("no_rope_layers") or [int((i + 1) % max(interval, 1) != 0) for i in range(num_layers)]
+    if not isinstance(uses_rope, list) or len(uses_rope) < num_layers or any(flag not in (0, 1) for flag in uses_rope):
+        raise fields.error("no_rope_layers", f"{num_layers} times 1 (RoPE) or 0 (none)")
+    window = _window(fields, 0) or None if fields.flag("use_sliding_window") else None
+    default = [FULL if flag or window is None else SLIDING for flag in uses_rope[:num_layers]]
+    nope = tuple(i for i, flag in enumerate(uses_rope[:num_layers]) if not flag)
+    return {**_llama(fields), "nope_layers": nope, **_windows(fields, window, default)}
+
+
+def _write_smollm3(config: ModelConfig) -> dict[str, JSON]:
+    return {
+        **_write_biases(config),
+        "no_rope_layers": [int(layer not in config.nope_layers) for layer in range(config.num_layers)],
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
+        "layer_types": _layer_types(config),
+    }
+
+
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _llama, _write_biases),
     "mistral": Family("MistralForCausalLM", _mistral, _write_mistral, num_kv_heads=8),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, _write_qwen, num_kv_heads=32),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, _write_qwen, num_kv_heads=32, head_dim=128),
+    "smollm3": Family("SmolLM3ForCausalLM", _smollm3, _write_smollm3, num_kv_heads=4, tied=True, context=32768, theta=2e6),
 }
