@@ -72,6 +72,11 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
         "SmolLM3Config",
         {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 3, "tie_word_embeddings": False, **NO_TOKENS},
     ),
+    "granite": (
+        "GraniteConfig",
+        {"embedding_multiplier": 12.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22, "logits_scaling": 8.0},
+    ),
+    "granite-no-multipliers": ("GraniteConfig", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "qwen3-tied-bias": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
 }
 
@@ -329,7 +334,11 @@ def edit(folder: Path, file: str = "config.json", **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "code", "said"),
     [
-        ({"model_type": "gpt2"}, "unsupported", "llama, mistral, qwen2, qwen3, smollm3"),
+        ({"model_type": "gpt2"}, "unsupported", "llama, mistral, qwen2, qwen3, smollm3, granite"),
+        ({"model_type": "granite", "architectures": None, "logits_scaling": 0.0}, "bad-config", "logits_divisor is absurd"),
+        ({"model_type": "granite", "architectures": None, "residual_multiplier": "1"}, "bad-config", "residual_multiplier"),
+        ({"model_type": "smollm3", "architectures": None, "no_rope_layers": [1]}, "bad-config", "no_rope_layers"),
+        ({"model_type": "smollm3", "architectures": None, "layer_types": ["chunked"]}, "unsupported", "layer_types"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "unsupported", "LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "unsupported", "gelu"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "unsupported", "yarn"),

@@ -24,6 +24,7 @@ from minisft.model import CausalLM, KVCache
 from minisft.native.decoder import next_logits_of
 from minisft.surgery import adapters_off, apply_lora_, nf4_modules, quantize_
 
+ONE = {"embedding_multiplier": 1.0, "attention_multiplier": None, "residual_multiplier": 1.0, "logits_divisor": 1.0}
 families = pytest.mark.parametrize("config", SWITCHED_FAMILIES.values(), ids=list(SWITCHED_FAMILIES))
 
 
@@ -142,3 +143,18 @@ def test_layers_that_are_global_ignore_the_window() -> None:
     config = replace(tiny.LLAMA, num_layers=2, sliding_window=3)
     assert reach(build(config)) == 5  # two windows of 3 share a token
     assert reach(build(replace(config, global_layers=(1,)))) == 12
+
+
+def test_multipliers_are_weights_times_a_number() -> None:
+    """A model with multipliers is a plain one whose embedding, queries, outputs and head are multiplied."""
+    plain, switched = build(replace(tiny.GRANITE, **ONE, tie_word_embeddings=False)), tiny.GRANITE
+    model = build(replace(switched, tie_word_embeddings=False))
+    with torch.no_grad():
+        plain.model.embed_tokens.weight *= switched.embedding_multiplier
+        plain.lm_head.weight /= switched.logits_divisor
+        for layer in plain.model.layers:
+            layer.self_attn.q_proj.weight *= switched.attention_multiplier * switched.head_dim**0.5
+            layer.self_attn.o_proj.weight *= switched.residual_multiplier
+            layer.mlp.down_proj.weight *= switched.residual_multiplier
+    ids = ids_of(2, 9)
+    assert_close(model(ids), plain(ids))

@@ -52,7 +52,10 @@ FAMILIES = {
 
 # Families with switches that the six above leave alone: the tests of ``test_model_families`` ask for all of them at once.
 SMOLLM3 = replace(LLAMA, model_type="smollm3", num_layers=3, nope_layers=(1,))
-SWITCHED_FAMILIES = {"smollm3": SMOLLM3}
+GRANITE = replace(
+    LLAMA, model_type="granite", embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.4, logits_divisor=1.7
+)
+SWITCHED_FAMILIES = {"smollm3": SMOLLM3, "granite": GRANITE}
 
 
 def randomize_(module: nn.Module, seed: int = 0) -> None:

@@ -148,10 +148,27 @@ def _write_smollm3(config: ModelConfig) -> dict[str, JSON]:
     }
 
 
+_GRANITE = {
+    "embedding_multiplier": "embedding_multiplier",
+    "attention_multiplier": "attention_multiplier",
+    "residual_multiplier": "residual_multiplier",
+    "logits_divisor": "logits_scaling",
+}  # ours: theirs, each 1 where it is missing
+
+
+def _granite(fields: Fields) -> Switches:
+    return {**_llama(fields), **{ours: fields.number(theirs, 1.0) for ours, theirs in _GRANITE.items()}}
+
+
+def _write_granite(config: ModelConfig) -> dict[str, JSON]:
+    return {**_write_biases(config), **{theirs: getattr(config, ours) for ours, theirs in _GRANITE.items()}}
+
+
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _llama, _write_biases),
     "mistral": Family("MistralForCausalLM", _mistral, _write_mistral, num_kv_heads=8),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, _write_qwen, num_kv_heads=32),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, _write_qwen, num_kv_heads=32, head_dim=128),
     "smollm3": Family("SmolLM3ForCausalLM", _smollm3, _write_smollm3, num_kv_heads=4, tied=True, context=32768, theta=2e6),
+    "granite": Family("GraniteForCausalLM", _granite, _write_granite),
 }
