@@ -77,6 +77,8 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
         {"embedding_multiplier": 12.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22, "logits_scaling": 8.0},
     ),
     "granite-no-multipliers": ("GraniteConfig", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2Config", NO_TOKENS),
+    "olmo2-tied-bias": ("Olmo2Config", {"tie_word_embeddings": True, "attention_bias": True, **NO_TOKENS}),
     "qwen3-tied-bias": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
 }
 
@@ -334,7 +336,7 @@ def edit(folder: Path, file: str = "config.json", **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "code", "said"),
     [
-        ({"model_type": "gpt2"}, "unsupported", "llama, mistral, qwen2, qwen3, smollm3, granite"),
+        ({"model_type": "gpt2"}, "unsupported", "llama, mistral, qwen2, qwen3, smollm3, granite, olmo2"),
         ({"model_type": "granite", "architectures": None, "logits_scaling": 0.0}, "bad-config", "logits_divisor is absurd"),
         ({"model_type": "granite", "architectures": None, "residual_multiplier": "1"}, "bad-config", "residual_multiplier"),
         ({"model_type": "smollm3", "architectures": None, "no_rope_layers": [1]}, "bad-config", "no_rope_layers"),

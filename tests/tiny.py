@@ -55,7 +55,8 @@ SMOLLM3 = replace(LLAMA, model_type="smollm3", num_layers=3, nope_layers=(1,))
 GRANITE = replace(
     LLAMA, model_type="granite", embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.4, logits_divisor=1.7
 )
-SWITCHED_FAMILIES = {"smollm3": SMOLLM3, "granite": GRANITE}
+OLMO2 = replace(LLAMA, model_type="olmo2", qk_norm=True, qk_norm_flat=True, norms="after")
+SWITCHED_FAMILIES = {"smollm3": SMOLLM3, "granite": GRANITE, "olmo2": OLMO2}
 
 
 def randomize_(module: nn.Module, seed: int = 0) -> None:

@@ -164,6 +164,10 @@ def _write_granite(config: ModelConfig) -> dict[str, JSON]:
     return {**_write_biases(config), **{theirs: getattr(config, ours) for ours, theirs in _GRANITE.items()}}
 
 
+def _olmo2(fields: Fields) -> Switches:
+    return {**_biases(fields), "qk_norm": True, "qk_norm_flat": True, "norms": "after"}
+
+
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _llama, _write_biases),
     "mistral": Family("MistralForCausalLM", _mistral, _write_mistral, num_kv_heads=8),
@@ -171,4 +175,5 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, _write_qwen, num_kv_heads=32, head_dim=128),
     "smollm3": Family("SmolLM3ForCausalLM", _smollm3, _write_smollm3, num_kv_heads=4, tied=True, context=32768, theta=2e6),
     "granite": Family("GraniteForCausalLM", _granite, _write_granite),
+    "olmo2": Family("Olmo2ForCausalLM", _olmo2, _write_biases, eps=1e-5),
 }
