@@ -79,6 +79,24 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "granite-no-multipliers": ("GraniteConfig", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "olmo2": ("Olmo2Config", NO_TOKENS),
     "olmo2-tied-bias": ("Olmo2Config", {"tie_word_embeddings": True, "attention_bias": True, **NO_TOKENS}),
+    "gemma3": ("Gemma3TextConfig", {"num_hidden_layers": 3, "head_dim": 10, "sliding_window": 3, "sliding_window_pattern": 2}),
+    "gemma3-capped-untied": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 12,
+            "final_logit_softcapping": 2.5,
+            "tie_word_embeddings": False,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 4,
+            "attention_bias": True,
+            "rope_parameters": {
+                "full_attention": {**LLAMA3, "rope_theta": 900.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+            },
+        },
+    ),
+    "gemma3-no-windows": ("Gemma3TextConfig", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window_pattern": 1}),
     "qwen3-tied-bias": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
 }
 
@@ -333,14 +351,22 @@ def edit(folder: Path, file: str = "config.json", **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+GEMMA3 = {"model_type": "gemma3_text", "architectures": None, "rope_parameters": None}
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "said"),
     [
-        ({"model_type": "gpt2"}, "unsupported", "llama, mistral, qwen2, qwen3, smollm3, granite, olmo2"),
+        ({"model_type": "gpt2"}, "unsupported", "llama, mistral, qwen2, qwen3, smollm3, granite, olmo2, gemma3_text"),
         ({"model_type": "granite", "architectures": None, "logits_scaling": 0.0}, "bad-config", "logits_divisor is absurd"),
         ({"model_type": "granite", "architectures": None, "residual_multiplier": "1"}, "bad-config", "residual_multiplier"),
         ({"model_type": "smollm3", "architectures": None, "no_rope_layers": [1]}, "bad-config", "no_rope_layers"),
         ({"model_type": "smollm3", "architectures": None, "layer_types": ["chunked"]}, "unsupported", "layer_types"),
+        ({**GEMMA3, "attn_logit_softcapping": 50.0}, "unsupported", "attn_logit_softcapping"),
+        ({**GEMMA3, "use_bidirectional_attention": True}, "unsupported", "use_bidirectional_attention"),
+        ({**GEMMA3, "hidden_activation": "gelu"}, "unsupported", "gelu_pytorch_tanh"),
+        ({**GEMMA3, "query_pre_attn_scalar": 0}, "bad-config", "query_pre_attn_scalar"),
+        ({**GEMMA3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "unsupported", "linear"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "unsupported", "LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "unsupported", "gelu"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "unsupported", "yarn"),

@@ -7,6 +7,7 @@ cannot be lost. A value that would change the arithmetic in a way the decoder do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,6 +169,40 @@ def _olmo2(fields: Fields) -> Switches:
     return {**_biases(fields), "qk_norm": True, "qk_norm_flat": True, "norms": "after"}
 
 
+def _gemma3(fields: Fields) -> Switches:
+    for name in ("attn_logit_softcapping", "use_bidirectional_attention"):
+        if fields.values.get(name) not in (None, False):
+            raise fields.error(name, "null or false", "unsupported")
+    num_layers, scalar = fields.integer("num_hidden_layers"), fields.integer("query_pre_attn_scalar", 256)
+    if scalar < 1:
+        raise fields.error("query_pre_attn_scalar", "a positive integer")
+    pattern = max(fields.integer("sliding_window_pattern", 6), 1)
+    default = [SLIDING if (i + 1) % pattern else FULL for i in range(num_layers)]
+    cap = None if fields.values.get("final_logit_softcapping") is None else fields.number("final_logit_softcapping")
+    return {
+        **_biases(fields),
+        **_windows(fields, _window(fields, 4096), default),
+        "qk_norm": True,
+        "norms": "both",
+        "norm_plus_one": True,
+        "activation": "gelu",
+        "embedding_multiplier": math.sqrt(fields.integer("hidden_size")),
+        "attention_multiplier": None if scalar == fields.integer("head_dim", 256) else scalar**-0.5,
+        "logits_softcap": cap,
+    }
+
+
+def _write_gemma3(config: ModelConfig) -> dict[str, JSON]:
+    multiplier = config.attention_multiplier
+    return {
+        "attention_bias": config.o_bias,
+        "query_pre_attn_scalar": config.head_dim if multiplier is None else round(multiplier**-2),
+        "sliding_window": config.sliding_window or 4096,  # transformers wants a number though no layer uses it
+        "layer_types": _layer_types(config),
+        "final_logit_softcapping": config.logits_softcap,
+    }
+
+
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _llama, _write_biases),
     "mistral": Family("MistralForCausalLM", _mistral, _write_mistral, num_kv_heads=8),
@@ -176,4 +211,16 @@ FAMILIES = {
     "smollm3": Family("SmolLM3ForCausalLM", _smollm3, _write_smollm3, num_kv_heads=4, tied=True, context=32768, theta=2e6),
     "granite": Family("GraniteForCausalLM", _granite, _write_granite),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2, _write_biases, eps=1e-5),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        _gemma3,
+        _write_gemma3,
+        num_kv_heads=4,
+        head_dim=256,
+        tied=True,
+        context=131072,
+        theta=1e6,
+        activation=("hidden_activation", ("gelu_pytorch_tanh",)),
+        local_theta=1e4,
+    ),
 }

@@ -223,6 +223,10 @@ def write_config(
         "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids) or None,
         "pad_token_id": pad_id,
     }
+    if config.local_rope_theta is not None:
+        local: dict[str, JSON] = {"rope_type": "default", "rope_theta": config.local_rope_theta}
+        written["rope_parameters"] = {FULL: written["rope_parameters"], SLIDING: local}
+        written["rope_local_base_freq"] = config.local_rope_theta
     written.update(family.write(config))
     written = {**(kept or {}), **written}
     if _shape(Fields(written, "config.json"), config.model_type) != config:
