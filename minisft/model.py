@@ -27,7 +27,8 @@ class Wrap(Protocol):
     def __call__(self, block: nn.Module, *args: object) -> Tensor: ...
 
 
-def _direct(block: nn.Module, *args: object) -> Tensor:
+def direct(block: nn.Module, *args: object) -> Tensor:
+    """A block called as it is."""
     return block(*args)
 
 
@@ -237,8 +238,8 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.wrap_layer: Wrap = _direct
-        self.wrap_mlp: Wrap = _direct
+        self.wrap_layer: Wrap = direct
+        self.wrap_mlp: Wrap = direct
         if config.tie_word_embeddings:
             self.tie()
 
@@ -250,6 +251,20 @@ class CausalLM(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the activations, which is the norms' dtype (linears may be quantized)."""
         return self.model.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the activations are."""
+        return self.model.norm.weight.device
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The input embedding."""
+        return self.model.embed_tokens
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for so many rows of so many tokens."""
+        return KVCache(self.config, batch_size, max_length, self.dtype, self.device)
 
     def forward(self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits of the next token at every position.

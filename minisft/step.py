@@ -166,7 +166,7 @@ def validation_loss(model: CausalLM, batches: Sequence[Batch]) -> float:
     was_training = model.training
     model.eval()
     try:
-        total = sum(float(batch_loss_sum(model, batch.to(model.model.norm.weight.device))) for batch in batches)
+        total = sum(float(batch_loss_sum(model, batch.to(model.device))) for batch in batches)
     finally:
         model.train(was_training)
     return total / sum(batch.num_targets for batch in batches)

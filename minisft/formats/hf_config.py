@@ -22,6 +22,10 @@ from minisft.formats.families import FAMILIES, FULL, SLIDING, Family
 from minisft.formats.fields import Fields, read_json_object
 from minisft.formats.source import regular_file
 
+WITH_TRANSFORMERS = (
+    "pip install 'minisft[any]': then transformers computes it where a model is trained, asked or evaluated; its adapters are "
+    "merged with PEFT"
+)
 # torch's word for a dtype -> the word in a safetensors header
 STORED_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
@@ -41,7 +45,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, str | None]:
     fields = Fields(read_json_object(path, "model/bad-config"), visible(path))
     model_type = fields.values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise fields.error("model_type", listing(FAMILIES), "unsupported")
+        raise fields.error("model_type", listing(FAMILIES), "unsupported", WITH_TRANSFORMERS)
     _refuse_unknown_arithmetic(fields, model_type)
     return _shape(fields, model_type), _stored_dtype(fields)
 

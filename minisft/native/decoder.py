@@ -111,9 +111,10 @@ class _Model:
     """
 
     def __init__(self, model: CausalLM) -> None:
+        require(type(model) is CausalLM, "transformers computes the model")
         require(not torch.is_autocast_enabled("cpu"), "autocast is on")
         require(not torch.compiler.is_compiling(), "the model is being compiled")
-        require(model.model.norm.weight.is_cpu, f"the model is on {model.model.norm.weight.device.type}")
+        require(model.device.type == "cpu", f"the model is on {model.device.type}")
         require(model.dtype in KINDS, f"the model computes in {str(model.dtype).removeprefix('torch.')}")
         require(not model.training, "the model is in training mode")
         for name in _NOT_HERE:

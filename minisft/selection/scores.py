@@ -169,7 +169,7 @@ def _score(judge: Judge, pairs: Sequence[tuple[Encoded, Encoded]]) -> list[RowSc
 def _losses(judge: Judge, rows: Sequence[Encoded], with_states: bool) -> tuple[list[float], list[NDArray[np.float16] | None]]:
     """The mean loss of each row's supervised tokens, and the mean of its tokens' states."""
     model = judge.model
-    batch = collate(rows, judge.tokenizer.pad_id).to(model.model.norm.weight.device)
+    batch = collate(rows, judge.tokenizer.pad_id).to(model.device)
     seen: list[Tensor] = []
     hook = _middle_layer(model).register_forward_hook(lambda _, __, output: seen.append(output)) if with_states else None
     try:

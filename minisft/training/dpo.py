@@ -144,7 +144,7 @@ def reference_log_probs(model: CausalLM, batches: Iterable[Batch]) -> dict[int, 
     with torch.no_grad(), no_dropout(model):
         found: dict[int, tuple[float, float]] = {}
         for batch in batches:
-            sums = answer_log_probs(model, batch.to(model.model.norm.weight.device))[0].tolist()
+            sums = answer_log_probs(model, batch.to(model.device))[0].tolist()
             found |= dict(zip(batch.rows, zip(sums[::2], sums[1::2], strict=True), strict=True))
     return found
 
