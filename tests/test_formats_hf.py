@@ -357,7 +357,7 @@ GEMMA3 = {"model_type": "gemma3_text", "architectures": None, "rope_parameters":
 @pytest.mark.parametrize(
     ("changes", "code", "said"),
     [
-        ({"model_type": "gpt2"}, "unsupported", "llama, mistral, qwen2, qwen3, smollm3, granite, olmo2, gemma3_text"),
+        ({"model_type": "mammoth"}, "unsupported", "llama, mistral, qwen2, qwen3, smollm3, granite, olmo2, gemma3_text"),
         ({"model_type": "granite", "architectures": None, "logits_scaling": 0.0}, "bad-config", "logits_divisor is absurd"),
         ({"model_type": "granite", "architectures": None, "residual_multiplier": "1"}, "bad-config", "residual_multiplier"),
         ({"model_type": "smollm3", "architectures": None, "no_rope_layers": [1]}, "bad-config", "no_rope_layers"),

@@ -56,7 +56,7 @@ def foreign_type(folder: Path) -> str | None:
 
 
 class TokenCache(KVCache):
-    """What has been read of each row, as ids: the rows are computed from their beginning each time, which any model can."""
+    """What has been read of each row, as ids: each step computes whole rows again, which any model can."""
 
     def __init__(self, batch_size: int, max_length: int, device: torch.device) -> None:
         self.ids = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)
@@ -140,7 +140,14 @@ class ForeignLM(CausalLM):
         prefix_length: int = 0,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm; arguments and result as in ``CausalLM.hidden``."""
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids, segment_ids, cache, prefix_length, noise: as in ``CausalLM.hidden``; a cache is a ``TokenCache``.
+
+        Returns:
+            (B, T, D) in the model's dtype.
+        """
         if cache is not None:
             assert isinstance(cache, TokenCache)
             return self._continued(input_ids, segment_ids, cache)
@@ -275,7 +282,7 @@ def _read(folder: Path, kind: str, dtype: torch.dtype) -> Any:
             raise ValueError("the weights are quantized; only dense ones are read")
         dropouts = {name: p for name in _DROPOUTS if isinstance(p := getattr(config, name, None), float)}
         config.update(dict.fromkeys(dropouts, 0.0))
-        with _no_progress_bar(transformers.utils.logging):
+        with _quiet(transformers.utils.logging):
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 str(folder), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **here
             )
@@ -295,12 +302,15 @@ def _read(folder: Path, kind: str, dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def _no_progress_bar(logging: Any) -> Iterator[None]:
-    was_enabled = logging.is_progress_bar_enabled()
+def _quiet(logging: Any) -> Iterator[None]:
+    """No bars and no tables of missing weights: those are an error of ours, in one line."""
+    was_enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if was_enabled:
             logging.enable_progress_bar()
 
@@ -317,7 +327,7 @@ def write_foreign(model: ForeignLM, folder: Path, dtype: torch.dtype, max_shard_
     import transformers
 
     weights = {name: tensor.to(dtype) for name, tensor in model.theirs.state_dict().items()}
-    with _no_progress_bar(transformers.utils.logging):
+    with _quiet(transformers.utils.logging):
         model.theirs.save_pretrained(str(folder), state_dict=weights, max_shard_size=max_shard_bytes)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)
