@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from minisft.common.checks import require
-from minisft.common.errors import UserError
+from minisft.common.model_checks import check_model
 from minisft.common.settings import (
     AT_LEAST_1,
     BELOW_1,
@@ -45,10 +45,16 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama-family decoder.
+    """The shape of a decoder; ``model_type`` is Hugging Face's word, and what it means for the arithmetic stands in the rest.
 
-    ``model_type`` is Hugging Face's word (llama, mistral, qwen2, qwen3); what it means for the arithmetic is spelled out
-    in the flags: ``qkv_bias``, ``o_bias``, ``mlp_bias`` and ``qk_norm``.
+    Args:
+        nope_layers, global_layers: which layers (0 is the first) have no RoPE, and which ignore ``sliding_window``.
+        local_rope_theta: RoPE's base, never scaled, in the layers with a window; None for ``rope_theta`` everywhere.
+        qk_norm, qk_norm_flat: a norm on q and k, over each head or over all heads together.
+        norms: where a layer's norms stand, before attention and MLP, after them, or both; they multiply by weight + 1 with
+            ``norm_plus_one``.
+        attention_multiplier: of q k^T; None for 1 / sqrt(head_dim).
+        logits_divisor, logits_softcap: logits = cap * tanh(head(hidden) / divisor / cap).
     """
 
     model_type: str
@@ -69,38 +75,25 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+    nope_layers: tuple[int, ...] = ()
+    global_layers: tuple[int, ...] = ()
+    local_rope_theta: float | None = None
+    qk_norm_flat: bool = False
+    norms: Literal["before", "after", "both"] = "before"
+    norm_plus_one: bool = False
+    activation: Literal["silu", "gelu"] = "silu"
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    logits_softcap: float | None = None
 
     def __post_init__(self) -> None:
-        limits = {
-            "vocab_size": 2**24,
-            "hidden_size": 2**17,
-            "intermediate_size": 2**19,
-            "num_layers": 1024,
-            "num_heads": 4096,
-            "num_kv_heads": 4096,
-            "head_dim": 4096,
-            "max_position_embeddings": 2**31,
-        }
-        for name, limit in limits.items():
-            value = getattr(self, name)
-            if not 1 <= value <= limit:
-                raise _model_error(f"{name} is absurd", str(value), f"1 to {limit}")
-        if self.num_heads % self.num_kv_heads:
-            raise _model_error(
-                "the heads do not divide", f"{self.num_heads} heads over {self.num_kv_heads} kv heads", "a multiple"
-            )
-        if self.head_dim % 2:
-            raise _model_error("head_dim is odd", str(self.head_dim), "an even number (RoPE turns pairs)")
-        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
-            raise _model_error("rms_norm_eps is absurd", str(self.rms_norm_eps), "a small positive number")
-        if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
-            raise _model_error("rope_theta is absurd", str(self.rope_theta), "a positive number")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise _model_error("sliding_window is absurd", str(self.sliding_window), "a positive number or null")
+        check_model(self)
 
-
-def _model_error(what: str, found: str, expected: str) -> UserError:
-    return UserError("model/bad-config", what, where="config.json", found=found, expected=expected)
+    def window(self, layer: int) -> int | None:
+        """How many keys a query of this layer may see, itself included; None for all."""
+        return None if layer in self.global_layers else self.sliding_window
 
 
 @dataclass(frozen=True)

@@ -127,3 +127,28 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Ref: Shazeer 2020, arXiv:2002.05202, eq. 6.
     """
     return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _gated(gate, up)
+
+
+class _GeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _gelu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh"), _gelu(gate).mul_(grad)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, elementwise, with gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+
+    Ref: Shazeer 2020, arXiv:2002.05202, eq. 6; the tanh form: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
+    """
+    return _GeGLU.apply(gate, up) if torch.is_grad_enabled() else _gelu(gate).mul_(up)

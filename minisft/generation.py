@@ -309,14 +309,14 @@ def read_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], num_new: int
     Returns:
         a KV cache with space for ``num_new`` more tokens a row, and the hidden state (B, D) at each prompt's last token.
     """
-    device = model.model.norm.weight.device
+    device = model.device
     different = list(dict.fromkeys(map(tuple, prompts)))
     if len(different) < len(prompts):
         cache, hidden_BD = read_prompts(model, different, num_new)
         rows = torch.tensor([different.index(tuple(prompt)) for prompt in prompts], device=device)
         return cache.select(rows), hidden_BD[rows]
     longest, P = max(map(len, prompts)), _shared_prefix(prompts)
-    cache = KVCache(model.config, 1 if P else len(prompts), longest + num_new, model.dtype, device)
+    cache = model.new_cache(1 if P else len(prompts), longest + num_new)
     if P:
         model.hidden(torch.tensor([prompts[0][:P]], device=device), cache=cache)
         cache = cache.select(torch.zeros(len(prompts), dtype=torch.int64, device=device))

@@ -6,6 +6,8 @@ whole step. Logits of positions without a target are never computed; those of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -73,7 +75,7 @@ class _HeadLoss(torch.autograd.Function):
         )
 
 
-def head_loss_sum(hidden: Tensor, head: nn.Module, target_ids: Tensor) -> Tensor:
+def head_loss_sum(hidden: Tensor, head: Callable[[Tensor], Tensor], target_ids: Tensor) -> Tensor:
     """``cross_entropy_sum(head(hidden), target_ids)`` without the logits of ignored positions.
 
     Args:
@@ -152,7 +154,7 @@ def _chunk_log_probs(h: Tensor, targets: Tensor, weight: Tensor, temperature: fl
     return (logits.gather(1, targets[:, None]) - logsum).squeeze(1), logits, logsum
 
 
-def token_log_probs(hidden: Tensor, head: nn.Module, target_ids: Tensor, temperature: float = 1.0) -> Tensor:
+def token_log_probs(hidden: Tensor, head: Callable[[Tensor], Tensor], target_ids: Tensor, temperature: float = 1.0) -> Tensor:
     """log p(target_n | what precedes it) of each supervised position, without all logits ever existing at once.
 
     l_n = log softmax(head(h_n) / T)[target_n]. SFT's loss is minus their sum; DPO and GRPO are built on them.

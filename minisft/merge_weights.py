@@ -25,6 +25,7 @@ from minisft.adapter import Adapter
 from minisft.common.errors import UserError, listing, visible
 from minisft.config import ModelConfig
 from minisft.effect import Effect, LayerReport, MergeReport, Onto
+from minisft.formats.foreign import ForeignLM
 from minisft.formats.loading import EMBEDDING, HEAD, empty_model, fill_
 from minisft.kernels import cpu_nf4
 from minisft.lora import LoRAEmbedding, LoRALinear
@@ -168,6 +169,11 @@ def merge(
     """
     if (onto == "original") != (original is not None):
         raise ValueError('onto="original" and the original weights come together')
+    if isinstance(model, ForeignLM):
+        raise UserError(
+            "model/foreign", "a model that transformers computes is not built anew", expected="a model of our own decoder",
+            fix="merge it in place with merge_weights.merge_(model)",
+        )  # fmt: skip
     adapters, dtype = _adapters_to_merge(model), dtype or model.dtype
     merged: dict[str, Tensor | QuantizedWeight] = {}
     reports = []
@@ -178,7 +184,7 @@ def merge(
     tied = model.config.tie_word_embeddings and not splits_tie(adapters)
     dense = empty_model(dataclasses.replace(model.config, tie_word_embeddings=tied))
     weights = _weights(model, merged, onto, dtype, original)
-    fill_(dense, ((n, w) for n, w in weights if not (tied and n == HEAD)), dtype, model.model.norm.weight.device)
+    fill_(dense, ((n, w) for n, w in weights if not (tied and n == HEAD)), dtype, model.device)
     return dense.requires_grad_(False).eval(), MergeReport(onto, tuple(reports))
 
 

@@ -1,15 +1,15 @@
-"""The decoder: one Llama-family transformer with Hugging Face's module names.
+"""The decoder: one transformer with Hugging Face's module names.
 
-Llama, SmolLM2, Mistral, Qwen2 and Qwen3 differ in a few switches (biases, a norm on q and k, tied head), all of them in
-``ModelConfig``; there are no subclasses. The model knows nothing of adapters, quantization or training: those replace or
-wrap its linears from outside. The idea to take home: hidden states stay flat (tokens, D) all the way, and only attention
-needs to know which tokens belong together.
+Llama, SmolLM2 and 3, Mistral, Qwen2 and 3, Granite, OLMo 2 and Gemma 3 differ in switches (biases, where norms stand, which
+layers have a window or no RoPE, factors), all of them in ``ModelConfig``; there are no subclasses. The model knows nothing of
+adapters, quantization or training: those replace or wrap its linears from outside. The idea to take home: hidden states stay
+flat (tokens, D) all the way, and only attention needs to know which tokens belong together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minisft.attention import Segments, attend, attend_cached, cache_attn_mask
 from minisft.config import ModelConfig
-from minisft.elementwise import rms_norm, rotate, swiglu
+from minisft.elementwise import geglu, rms_norm, rotate, swiglu
 from minisft.matmul import Linear
 
 
@@ -27,7 +27,8 @@ class Wrap(Protocol):
     def __call__(self, block: nn.Module, *args: object) -> Tensor: ...
 
 
-def _direct(block: nn.Module, *args: object) -> Tensor:
+def direct(block: nn.Module, *args: object) -> Tensor:
+    """A block called as it is."""
     return block(*args)
 
 
@@ -90,32 +91,34 @@ class KVCache:
 
 
 class _Context:
-    """What every layer of one forward pass needs: angles, and where tokens attend."""
+    """What the layers of one forward pass need: angles (False: RoPE's own, True: local), masks by window, where tokens lie."""
 
     def __init__(
         self,
-        cos: Tensor,
-        sin: Tensor,
+        angles: Mapping[bool, tuple[Tensor, Tensor]],
         segments: Segments | None,
         cache: KVCache | None,
         positions: Tensor,
         end: int,
-        attn_mask: Tensor | None,
+        attn_masks: Mapping[int | None, Tensor],
     ) -> None:
-        self.cos, self.sin = cos, sin
-        self.segments, self.cache, self.positions, self.end, self.attn_mask = segments, cache, positions, end, attn_mask
+        self.angles, self.attn_masks = angles, attn_masks
+        self.segments, self.cache, self.positions, self.end = segments, cache, positions, end
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm with a learned factor a column, see ``elementwise.rms_norm``."""
+    """Root mean square norm with a learned factor a column, weight or weight + 1, see ``elementwise.rms_norm``."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, config: ModelConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((size,), 0.0 if config.norm_plus_one else 1.0))
+        self.eps, self.plus_one = config.rms_norm_eps, config.norm_plus_one
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        if not self.plus_one:
+            return rms_norm(x, self.weight, self.eps)
+        weight = self.weight.to(torch.promote_types(x.dtype, torch.float32)) + 1  # in bf16 the sum would lose the weight
+        return rms_norm(x, weight, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -124,37 +127,49 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         D, E = config.hidden_size, config.head_dim
-        self.layer, self.head_dim, self.window = layer, E, config.sliding_window
+        self.layer, self.head_dim, self.window = layer, E, config.window(layer)
+        self.has_rope = layer not in config.nope_layers
+        self.local_rope = config.local_rope_theta is not None and self.window is not None
         self.q_proj = Linear(D, config.num_heads * E, bias=config.qkv_bias)
         self.k_proj = Linear(D, config.num_kv_heads * E, bias=config.qkv_bias)
         self.v_proj = Linear(D, config.num_kv_heads * E, bias=config.qkv_bias)
         self.o_proj = Linear(config.num_heads * E, D, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(E, config.rms_norm_eps)
-            self.k_norm = RMSNorm(E, config.rms_norm_eps)
+            self.q_norm = RMSNorm(E * config.num_heads if config.qk_norm_flat else E, config)
+            self.k_norm = RMSNorm(E * config.num_kv_heads if config.qk_norm_flat else E, config)
         self.qk_norm = config.qk_norm
+        # attention.attend multiplies by 1 / sqrt(E); what else is wanted multiplies q
+        self.q_scale = 1.0 if config.attention_multiplier is None else config.attention_multiplier * math.sqrt(E)
 
     def forward(self, x_ND: Tensor, context: _Context) -> Tensor:
         q, k, v = (proj(x_ND).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)  # (N, heads, E)
+            q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
+        if self.has_rope:
+            cos, sin = context.angles[self.local_rope]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (N, heads, E)
+        if self.q_scale != 1.0:
+            q = q * self.q_scale
         if context.cache is None:
             assert context.segments is not None
             out = attend(q, k, v, context.segments, self.window)
         else:
-            assert context.attn_mask is not None
             B, T = context.positions.shape
             keys, values = context.cache.append(
                 self.layer, k.view(B, T, -1, self.head_dim), v.view(B, T, -1, self.head_dim), context.positions
             )
             seen = slice(None), slice(None), slice(context.end)
-            out = attend_cached(q.view(B, T, -1, self.head_dim), keys[seen], values[seen], context.attn_mask)
+            out = attend_cached(q.view(B, T, -1, self.head_dim), keys[seen], values[seen], context.attn_masks[self.window])
         return self.o_proj(out.reshape(x_ND.shape[0], -1))
 
 
+def _normed(x: Tensor, norm: RMSNorm) -> Tensor:
+    """Norm of (N, heads, E) over each head, or over all of them together if the norm has that size."""
+    return norm(x.reshape(len(x), -1, len(norm.weight))).view_as(x)
+
+
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), see ``elementwise.swiglu``."""
+    """down(act(gate(x)) * up(x)), see ``elementwise.swiglu`` and ``geglu``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -162,24 +177,39 @@ class MLP(nn.Module):
         self.gate_proj = Linear(D, I, bias=config.mlp_bias)
         self.up_proj = Linear(D, I, bias=config.mlp_bias)
         self.down_proj = Linear(I, D, bias=config.mlp_bias)
+        self.gated = geglu if config.activation == "gelu" else swiglu
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x_ND), self.up_proj(x_ND)))
+        return self.down_proj(self.gated(self.gate_proj(x_ND), self.up_proj(x_ND)))
+
+
+# Hugging Face's names of a layer's norms: before attention, after it, before the MLP, after it.
+_NORMS: dict[str, tuple[str | None, ...]] = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
+    """x + m * norm(attention(norm(x))), then x + m * norm(MLP(norm(x))); most families have m = 1 and norms before only."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_names, self.multiplier = _NORMS[config.norms], config.residual_multiplier
+        for name in filter(None, self.norm_names):
+            self.add_module(name, RMSNorm(config.hidden_size, config))
 
     def forward(self, x_ND: Tensor, context: _Context, wrap_mlp: Wrap) -> Tensor:
-        x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), context)
-        return x_ND + wrap_mlp(self.mlp, self.post_attention_layernorm(x_ND))
+        before, after, before_mlp, after_mlp = (getattr(self, name) if name else _unchanged for name in self.norm_names)
+        x_ND = x_ND.add(after(self.self_attn(before(x_ND), context)), alpha=self.multiplier)
+        return x_ND.add(after_mlp(wrap_mlp(self.mlp, before_mlp(x_ND))), alpha=self.multiplier)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 class Transformer(nn.Module):
@@ -192,7 +222,7 @@ class Transformer(nn.Module):
             nn.init.normal_(weight)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
 
 
 class CausalLM(nn.Module):
@@ -208,8 +238,8 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.wrap_layer: Wrap = _direct
-        self.wrap_mlp: Wrap = _direct
+        self.wrap_layer: Wrap = direct
+        self.wrap_mlp: Wrap = direct
         if config.tie_word_embeddings:
             self.tie()
 
@@ -221,6 +251,20 @@ class CausalLM(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the activations, which is the norms' dtype (linears may be quantized)."""
         return self.model.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the activations are."""
+        return self.model.norm.weight.device
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The input embedding."""
+        return self.model.embed_tokens
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for so many rows of so many tokens."""
+        return KVCache(self.config, batch_size, max_length, self.dtype, self.device)
 
     def forward(self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits of the next token at every position.
@@ -236,8 +280,16 @@ class CausalLM(nn.Module):
         return self.head(self.hidden(input_ids, segment_ids=segment_ids, cache=cache))
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
-        return self.lm_head(hidden)
+        """Logits, cap * tanh(W hidden / divisor / cap): (..., D) -> (..., V)."""
+        logits = self.lm_head(hidden)
+        if (divisor := self.config.logits_divisor) != 1.0:
+            logits = logits / divisor
+        return logits if (cap := self.config.logits_softcap) is None else torch.tanh(logits / cap) * cap
+
+    @property
+    def loss_head(self) -> Callable[[Tensor], Tensor]:
+        """``head``, as the bare linear where it is no more than that: the loss has a fused path for it."""
+        return self.lm_head if self.config.logits_divisor == 1.0 and self.config.logits_softcap is None else self.head
 
     def hidden(
         self,
@@ -261,6 +313,8 @@ class CausalLM(nn.Module):
         B, T = input_ids.shape
         context = self._context(input_ids, segment_ids, cache, prefix_length)
         x_ND = self.model.embed_tokens(input_ids.reshape(-1))
+        if (multiplier := self.config.embedding_multiplier) != 1.0:
+            x_ND = x_ND * torch.tensor(multiplier, dtype=x_ND.dtype)  # rounded as the weights are: Gemma was trained so
         if noise is not None:
             x_ND = x_ND + noise.view(-1, noise.shape[-1]).to(x_ND.dtype)
         for layer in self.model.layers:
@@ -281,25 +335,29 @@ class CausalLM(nn.Module):
                 raise ValueError(f"the KV cache holds {cache.max_length} tokens; {end} are needed")
             assert bool((real[:, 1:] <= real[:, :-1]).all()), "padding must stand to the right of the new tokens"
             cache.lengths = cache.lengths + real.sum(1)
-        cos, sin = rope_angles(self.config, positions.reshape(-1), self.dtype)
-        attn_mask = None if cache is None else cache_attn_mask(positions, end, self.config.sliding_window)
-        return _Context(cos, sin, segments, cache, positions, end, attn_mask)
+        kinds = (False,) if self.config.local_rope_theta is None else (False, True)
+        angles = {local: rope_angles(self.config, positions.reshape(-1), self.dtype, local) for local in kinds}
+        windows = {self.config.window(layer) for layer in range(self.config.num_layers) if cache is not None}
+        attn_masks = {window: cache_attn_mask(positions, end, window) for window in windows}
+        return _Context(angles, segments, cache, positions, end, attn_masks)
 
 
-def rope_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype, local: bool = False) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2i/E), stretched as Llama 3 does when the config says so.
 
     Args:
         config: the model's theta, head dimension and stretching.
         positions: (N,) int64.
         dtype: of the result.
+        local: for the layers with a window, where they have a base of their own, which is not stretched.
 
     Returns:
         (N, 1, E/2) each; angles in fp32, rounded to ``dtype`` once.
     """
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
-    frequency = 1.0 / config.rope_theta ** (half / config.head_dim)
-    if (scaling := config.rope_scaling) is not None:
+    theta = config.local_rope_theta if local and config.local_rope_theta is not None else config.rope_theta
+    frequency = 1.0 / theta ** (half / config.head_dim)
+    if not local and (scaling := config.rope_scaling) is not None:
         wavelength = 2 * math.pi / frequency
         longest = scaling.original_max_position_embeddings / scaling.low_freq_factor
         shortest = scaling.original_max_position_embeddings / scaling.high_freq_factor

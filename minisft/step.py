@@ -38,7 +38,7 @@ class StepResult:
 def batch_loss_sum(model: CausalLM, batch: Batch) -> Tensor:
     """Summed cross-entropy over the batch's supervised tokens."""
     hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=batch.prefix_length, noise=batch.noise)
-    return head_loss_sum(hidden, model.lm_head, batch.target_ids)
+    return head_loss_sum(hidden, model.loss_head, batch.target_ids)
 
 
 def accumulate_gradients(model: CausalLM, batches: Sequence[Batch], dropout_seed: Callable[[int], int] | None = None) -> float:
@@ -166,7 +166,7 @@ def validation_loss(model: CausalLM, batches: Sequence[Batch]) -> float:
     was_training = model.training
     model.eval()
     try:
-        total = sum(float(batch_loss_sum(model, batch.to(model.model.norm.weight.device))) for batch in batches)
+        total = sum(float(batch_loss_sum(model, batch.to(model.device))) for batch in batches)
     finally:
         model.train(was_training)
     return total / sum(batch.num_targets for batch in batches)

@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # What happens in each flat file and in each folder, in a few words.
 WHAT = {
     "config": "settings: typed, frozen, checked when they are made",
-    "model": "the decoder: Llama, SmolLM2, Mistral, Qwen2, Qwen3",
+    "model": "the decoder: Llama, Mistral, Qwen, SmolLM, Granite, OLMo 2, Gemma 3",
     "attention": "attention, packed rows, the KV cache's side of it",
     "elementwise": "norms and rotations",
     "matmul": "matrix products; which code computes them",

@@ -279,8 +279,8 @@ def test_28_pickle_only(shop: Shop) -> None:
 
 
 def test_29_unsupported_architecture(shop: Shop) -> None:
-    breaks_config(architectures=["MambaForCausalLM"], model_type="mamba")(shop)
-    shop.refused(4, "model/unsupported", "mamba", "llama", argv=shop.generate())
+    breaks_config(architectures=["MammothForCausalLM"], model_type="mammoth")(shop)
+    shop.refused(4, "model/unsupported", "mammoth", "llama", argv=shop.generate())
 
 
 def sharded(shop: Shop, **weight_map: str) -> None:

@@ -55,6 +55,10 @@ SIZES += ["max_position_embeddings"]
         ({"rope_theta": 0.0}, "rope_theta is absurd: config.json; found 0.0; expected a positive number"),
         ({"rope_theta": INF}, "rope_theta is absurd: config.json; found inf"),
         ({"sliding_window": 0}, "sliding_window is absurd: config.json; found 0; expected a positive number or null"),
+        ({"logits_softcap": -30.0}, "logits_softcap is absurd: config.json; found -30.0; expected a positive number or null"),
+        ({"residual_multiplier": NAN}, "residual_multiplier is absurd: config.json; found nan; expected a positive number"),
+        ({"nope_layers": (0, 2)}, "nope_layers names a layer that is not there: config.json; found [2]; expected 0 to 1"),
+        ({"global_layers": (-1,)}, "global_layers names a layer that is not there: config.json; found [-1]"),
     ],
 )
 def test_model_config_refuses(change, expected):

@@ -11,7 +11,7 @@ from tiny import assert_close, randn
 from torch import Tensor
 
 from minisft import matmul
-from minisft.elementwise import rms_norm, rotate, swiglu
+from minisft.elementwise import geglu, rms_norm, rotate, swiglu
 
 shapes = st.lists(st.integers(0, 4), min_size=0, max_size=2).map(tuple)
 seeds = st.integers(0, 2**31)
@@ -30,6 +30,12 @@ def naive_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def naive_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate / (1 + torch.exp(-gate)) * up
+
+
+def naive_geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return (
+        gate / (1 + torch.exp(-2 * (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
+    )  # 1 + tanh(z) = 2 / (1 + e^-2z)
 
 
 def compare(ours: Callable[..., Tensor], naive: Callable[..., Tensor], inputs: list[Tensor], tolerance: float = 1e-12) -> None:
@@ -93,6 +99,11 @@ def test_scores_depend_on_distance_alone(first, second, shift, seed):
 @given(shapes, st.integers(1, 6), seeds)
 def test_swiglu(batch, size, seed):
     compare(swiglu, naive_swiglu, [randn(*batch, size, seed=seed) * 4, randn(*batch, size, seed=seed + 1)])
+
+
+@given(shapes, st.integers(1, 6), seeds)
+def test_geglu(batch, size, seed):
+    compare(geglu, naive_geglu, [randn(*batch, size, seed=seed) * 4, randn(*batch, size, seed=seed + 1)])
 
 
 @pytest.mark.parametrize(

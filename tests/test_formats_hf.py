@@ -48,6 +48,7 @@ SIZES = {
     "vocab_size": 64,
     "max_position_embeddings": 64,
 }
+NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # their defaults lie beyond 64
 # name -> (transformers' config class, what differs from SIZES)
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("LlamaConfig", {}),
@@ -64,7 +65,38 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
         "Qwen2Config",
         {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
     ),
+    "qwen2-mixed-windows": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2, **NO_TOKENS}),
+    "smollm3-untied-windows": (
+        "SmolLM3Config",
+        {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 3, "tie_word_embeddings": False, **NO_TOKENS},
+    ),
+    "granite": (
+        "GraniteConfig",
+        {"embedding_multiplier": 12.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22, "logits_scaling": 8.0},
+    ),
+    "granite-no-multipliers": ("GraniteConfig", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2Config", NO_TOKENS),
+    "olmo2-tied-bias": ("Olmo2Config", {"tie_word_embeddings": True, "attention_bias": True, **NO_TOKENS}),
+    "gemma3": ("Gemma3TextConfig", {"num_hidden_layers": 3, "head_dim": 10, "sliding_window": 3, "sliding_window_pattern": 2}),
+    "gemma3-capped-untied": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 12,
+            "final_logit_softcapping": 2.5,
+            "tie_word_embeddings": False,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 4,
+            "attention_bias": True,
+            "rope_parameters": {
+                "full_attention": {**LLAMA3, "rope_theta": 900.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+            },
+        },
+    ),
+    "gemma3-no-windows": ("Gemma3TextConfig", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window_pattern": 1}),
     "qwen3-tied-bias": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
 }
 
@@ -96,7 +128,11 @@ def dialect_4(folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
+    local = rope.pop("sliding_attention", None)  # RoPE of its own in the layers with a window
+    rope = rope.pop("full_attention", rope)
     config["rope_theta"] = rope.pop("rope_theta")
+    if local is not None:
+        config["rope_local_base_freq"] = local["rope_theta"]
     config["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
     config["torch_dtype"] = config.pop("dtype", "float32")
     path.write_text(json.dumps(config))
@@ -315,10 +351,22 @@ def edit(folder: Path, file: str = "config.json", **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+GEMMA3 = {"model_type": "gemma3_text", "architectures": None, "rope_parameters": None}
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "said"),
     [
-        ({"model_type": "gpt2"}, "unsupported", "llama, mistral, qwen2, qwen3"),
+        ({"model_type": "mammoth"}, "unsupported", "llama, mistral, qwen2, qwen3, smollm3, granite, olmo2, gemma3_text"),
+        ({"model_type": "granite", "architectures": None, "logits_scaling": 0.0}, "bad-config", "logits_divisor is absurd"),
+        ({"model_type": "granite", "architectures": None, "residual_multiplier": "1"}, "bad-config", "residual_multiplier"),
+        ({"model_type": "smollm3", "architectures": None, "no_rope_layers": [1]}, "bad-config", "no_rope_layers"),
+        ({"model_type": "smollm3", "architectures": None, "layer_types": ["chunked"]}, "unsupported", "layer_types"),
+        ({**GEMMA3, "attn_logit_softcapping": 50.0}, "unsupported", "attn_logit_softcapping"),
+        ({**GEMMA3, "use_bidirectional_attention": True}, "unsupported", "use_bidirectional_attention"),
+        ({**GEMMA3, "hidden_activation": "gelu"}, "unsupported", "gelu_pytorch_tanh"),
+        ({**GEMMA3, "query_pre_attn_scalar": 0}, "bad-config", "query_pre_attn_scalar"),
+        ({**GEMMA3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "unsupported", "linear"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "unsupported", "LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "unsupported", "gelu"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "unsupported", "yarn"),

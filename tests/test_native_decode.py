@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -326,6 +327,22 @@ def test_what_is_left_to_the_readable_model(reason: str) -> None:
     with torch.inference_mode():
         cache = KVCache(model.config, 1, 3, model.dtype)
         assert next_logits_of(model.eval(), cache)(torch.tensor([1]), cache).shape == (1, tiny.VOCAB)
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"nope_layers": (1,)}, {"sliding_window": 4, "global_layers": (1,)}, {"local_rope_theta": 1e3}, {"norms": "both"},
+        {"norm_plus_one": True}, {"activation": "gelu"}, {"embedding_multiplier": 2.0}, {"attention_multiplier": 0.5},
+        {"residual_multiplier": 0.5}, {"logits_divisor": 2.0}, {"logits_softcap": 5.0}, {"qk_norm": True, "qk_norm_flat": True},
+    ],
+    ids=lambda switch: list(switch)[-1],
+)  # fmt: skip
+def test_switches_without_native_code_are_named(switch: dict[str, Any]) -> None:
+    """Computing such a model without its switch would give fluent text of another model."""
+    config = replace(FAMILIES["llama"], **switch)
+    name = list(switch)[-1]
+    assert decode_path(tiny.build(config, torch.float32).eval()) == f"PyTorch (the model's {name} is {switch[name]})"
 
 
 def test_widths_and_rows_that_are_not_served() -> None:

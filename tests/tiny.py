@@ -50,6 +50,19 @@ FAMILIES = {
     "qwen3": QWEN3,
 }
 
+# Families with switches that the six above leave alone: the tests of ``test_model_families`` ask for all of them at once.
+SMOLLM3 = replace(LLAMA, model_type="smollm3", num_layers=3, nope_layers=(1,))
+GRANITE = replace(
+    LLAMA, model_type="granite", embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.4, logits_divisor=1.7
+)
+OLMO2 = replace(LLAMA, model_type="olmo2", qk_norm=True, qk_norm_flat=True, norms="after")
+GEMMA3 = replace(
+    LLAMA, model_type="gemma3_text", num_layers=3, sliding_window=3, global_layers=(1,), local_rope_theta=10.0, qk_norm=True,
+    norms="both", norm_plus_one=True, activation="gelu", embedding_multiplier=12**0.5, attention_multiplier=0.3,
+    logits_softcap=2.0,
+)  # fmt: skip
+SWITCHED_FAMILIES = {"smollm3": SMOLLM3, "granite": GRANITE, "olmo2": OLMO2, "gemma3": GEMMA3}
+
 
 def randomize_(module: nn.Module, seed: int = 0) -> None:
     """Every parameter random: norms around 1, the rest large enough that attention is far from uniform."""

@@ -348,9 +348,9 @@ def _fitted(scorer: Scorer, examples: Sequence[Example]) -> tuple[list[Encoded],
 
 def _row_losses(model: CausalLM, rows: Sequence[Encoded], pad_id: int) -> list[float]:
     """The loss of each row, summed over its supervised tokens."""
-    batch = collate(rows, pad_id).to(model.model.norm.weight.device)
+    batch = collate(rows, pad_id).to(model.device)
     hidden_BTD = model.hidden(batch.input_ids, segment_ids=batch.segment_ids)
-    return [float(head_loss_sum(h, model.lm_head, ids)) for h, ids in zip(hidden_BTD, batch.target_ids, strict=True)]
+    return [float(head_loss_sum(h, model.loss_head, ids)) for h, ids in zip(hidden_BTD, batch.target_ids, strict=True)]
 
 
 def _loss_result(examples: Sequence[Example], sums: list[float], num_targets: list[int]) -> EvalResult:

@@ -183,7 +183,7 @@ class HarnessModel:
 
     def _hidden(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         """Hidden states (B, T, D) of rows that are padded on the right."""
-        longest, pad, device = max(map(len, rows)), self.text_tokenizer.pad_id, self.model.model.norm.weight.device
+        longest, pad, device = max(map(len, rows)), self.text_tokenizer.pad_id, self.model.device
         input_ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         return self.model.hidden(input_ids, segment_ids=(torch.arange(longest, device=device) < lengths[:, None]).long())

@@ -131,9 +131,9 @@ def _cost(families: Sequence[Sequence[Encoded]]) -> int:
 def _sums(model: CausalLM, families: Sequence[Sequence[Encoded]], pad_id: int) -> list[float]:
     """The sums of a batch, family after family."""
     P = _prefix(families)
-    batch = collate_families(families, pad_id, P).to(model.model.norm.weight.device)
+    batch = collate_families(families, pad_id, P).to(model.device)
     hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=P)
-    values = token_log_probs(hidden, model.lm_head, batch.target_ids)
+    values = token_log_probs(hidden, model.loss_head, batch.target_ids)
     sizes = torch.tensor([len(family) for family in families], device=values.device)
     before = (sizes.cumsum(0) - sizes)[:, None] - (2 if P else 1)  # segments count from 1, the prefix first
     owner = (batch.segment_ids + before)[batch.target_ids != IGNORE_INDEX]
@@ -141,7 +141,7 @@ def _sums(model: CausalLM, families: Sequence[Sequence[Encoded]], pad_id: int) -
 
 
 def _hidden(model: CausalLM, part: Continuation, pad_id: int) -> tuple[Tensor, Tensor]:
-    batch = collate([_encoded(part)], pad_id).to(model.model.norm.weight.device)
+    batch = collate([_encoded(part)], pad_id).to(model.device)
     return model.hidden(batch.input_ids, segment_ids=batch.segment_ids), batch.target_ids
 
 

@@ -16,6 +16,7 @@ from minisft.common.errors import listing
 from minisft.config import QuantConfig
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats.adapter import load_adapter_, save_adapter, write_adapter
+from minisft.formats.foreign import foreign_context, foreign_type, load_foreign
 from minisft.formats.gguf_file import file_dtype, gguf_config, load_gguf
 from minisft.formats.gguf_header import read_gguf
 from minisft.formats.hf import load_folder
@@ -66,7 +67,8 @@ def load_model(
         model, stored = load_gguf(gguf, dtype, place, quant), file_dtype(gguf)
         tokenizer = Tokenizer.from_gguf(gguf.metadata)
     else:
-        model, stored = load_folder(source.path, dtype, place, quant)
+        load = load_folder if foreign_type(source.path) is None else load_foreign
+        model, stored = load(source.path, dtype, place, quant)
         tokenizer = Tokenizer.from_folder(source.path)
     tokenizer.check_embedding(model.config.vocab_size)
     set_origin_(model, Origin(source.name, str(source.path), source.kind, stored))
@@ -78,6 +80,8 @@ def context_length(path: str | Path) -> int | None:
     source = resolve(path)
     if source.kind == "gguf":
         return gguf_config(read_gguf(source.path)).max_position_embeddings
+    if foreign_type(source.path) is not None:
+        return foreign_context(source.path)
     return read_config(source.path)[0].max_position_embeddings if (source.path / "config.json").exists() else None
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,32 +18,14 @@ import torch
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.config import ModelConfig, RopeScaling
+from minisft.formats.families import FAMILIES, FULL, SLIDING, Family
 from minisft.formats.fields import Fields, read_json_object
 from minisft.formats.source import regular_file
 
-
-@dataclass(frozen=True)
-class Family:
-    """How one ``model_type`` differs where the file is silent.
-
-    Args:
-        architecture: the class name that transformers writes and loads.
-        num_kv_heads, head_dim: the defaults of transformers; None follows from the other sizes.
-        has_window: whether ``sliding_window`` means anything.
-    """
-
-    architecture: str
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    has_window: bool = False
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM", num_kv_heads=8, has_window=True),
-    "qwen2": Family("Qwen2ForCausalLM", num_kv_heads=32, has_window=True),
-    "qwen3": Family("Qwen3ForCausalLM", num_kv_heads=32, head_dim=128, has_window=True),
-}
+WITH_TRANSFORMERS = (
+    "pip install 'minisft[any]': then transformers computes it where a model is trained, asked or evaluated; its adapters are "
+    "merged with PEFT"
+)
 # torch's word for a dtype -> the word in a safetensors header
 STORED_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
@@ -64,7 +45,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, str | None]:
     fields = Fields(read_json_object(path, "model/bad-config"), visible(path))
     model_type = fields.values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise fields.error("model_type", listing(FAMILIES), "unsupported")
+        raise fields.error("model_type", listing(FAMILIES), "unsupported", WITH_TRANSFORMERS)
     _refuse_unknown_arithmetic(fields, model_type)
     return _shape(fields, model_type), _stored_dtype(fields)
 
@@ -92,9 +73,9 @@ def _refuse_unknown_arithmetic(fields: Fields, model_type: str) -> None:
     architectures = fields.values.get("architectures")
     if architectures not in (None, [], [FAMILIES[model_type].architecture]):
         raise fields.error("architectures", f"[{FAMILIES[model_type].architecture}]", "unsupported")
-    activation = fields.values.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise fields.error("hidden_act", "silu", "unsupported")
+    key, known = FAMILIES[model_type].activation
+    if fields.values.get(key, known[0]) not in known:
+        raise fields.error(key, known[0], "unsupported")
     if fields.values.get("quantization_config") is not None:
         _refuse_unknown_quantization(fields.inner("quantization_config"))
     if fields.values.get("auto_map") is not None:
@@ -113,8 +94,7 @@ def _refuse_unknown_quantization(quantization: Fields) -> None:
 def _shape(fields: Fields, model_type: str) -> ModelConfig:
     family = FAMILIES[model_type]
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    bias = fields.flag("attention_bias")
-    theta, scaling = _rope(fields)
+    theta, scaling = _rope(_rope_values(fields, FULL), fields, family.theta, family.context)
     return ModelConfig(
         model_type=model_type,
         vocab_size=fields.integer("vocab_size"),
@@ -124,40 +104,52 @@ def _shape(fields: Fields, model_type: str) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=fields.integer("num_key_value_heads", family.num_kv_heads or heads),
         head_dim=fields.integer("head_dim", family.head_dim or hidden // max(heads, 1)),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=fields.number("rms_norm_eps", family.eps),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_position_embeddings=fields.integer("max_position_embeddings", 2048),
-        tie_word_embeddings=fields.flag("tie_word_embeddings"),
-        # Of the four only llama and qwen3 read attention_bias; qwen2 always has it on q, k and v and never on o.
-        qkv_bias=model_type == "qwen2" or (bias and model_type != "mistral"),
-        o_bias=bias and model_type in ("llama", "qwen3"),
-        mlp_bias=fields.flag("mlp_bias") and model_type == "llama",
-        qk_norm=model_type == "qwen3",
-        sliding_window=_window(fields, model_type) if family.has_window else None,
+        max_position_embeddings=fields.integer("max_position_embeddings", family.context),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", family.tied),
+        local_rope_theta=_local_theta(fields, family),
+        **family.read(fields),
     )
 
 
-def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from ``rope_parameters`` (dialect 5), else ``rope_theta`` and ``rope_scaling`` (dialect 4)."""
+def _rope_values(fields: Fields, kind: str) -> Fields:
+    """``rope_parameters`` (dialect 5), those of one kind of layer if they differ, else ``rope_scaling`` (dialect 4)."""
     name = "rope_parameters" if fields.values.get("rope_parameters") else "rope_scaling"
-    value = fields.values.get(name) or {}
-    if not isinstance(value, dict):
-        raise fields.error(name, "an object or null")
-    rope = Fields(value, f"{fields.where}: {name}")
+    rope = fields.inner(name)
+    has_local = FAMILIES[str(fields.values["model_type"])].local_theta is not None
+    if has_local and name == "rope_parameters" and set(rope.values) <= {FULL, SLIDING}:
+        return rope.inner(kind)
+    if nested := [key for key, inner in rope.values.items() if isinstance(inner, dict)]:
+        raise rope.error(nested[0], "one RoPE for all layers", "unsupported")
+    return rope if kind == FULL else Fields({}, rope.where)
+
+
+def _local_theta(fields: Fields, family: Family) -> float | None:
+    """RoPE's base in the layers with a window, for a family where they have their own."""
+    if family.local_theta is None:
+        return None
+    values = _rope_values(fields, SLIDING)
+    theta, scaling = _rope(values, Fields({}, fields.where), fields.number("rope_local_base_freq", family.local_theta), 0)
+    if scaling is not None:
+        raise values.error("rope_type", "default in the layers with a window", "unsupported")
+    return theta
+
+
+def _rope(rope: Fields, fields: Fields, default: float, longest: int) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) from RoPE's own object, or from the keys of dialect 4 around it."""
     for owner in (fields, rope):
         if owner.values.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise owner.error("partial_rotary_factor", "1", "unsupported")
-    word = "type" if "rope_type" not in value and "type" in value else "rope_type"
-    kind = value.get(word, "default")
-    theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
-    if nested := [key for key, inner in value.items() if isinstance(inner, dict)]:
-        raise rope.error(nested[0], "one RoPE for all layers", "unsupported")
+    word = "type" if "rope_type" not in rope.values and "type" in rope.values else "rope_type"
+    kind = rope.values.get(word, "default")
+    theta = rope.number("rope_theta", fields.number("rope_theta", default))
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise rope.error(word, "default or llama3", "unsupported")
-    return theta, _llama3(rope, fields.integer("max_position_embeddings", 2048))
+    return theta, _llama3(rope, fields.integer("max_position_embeddings", longest))
 
 
 def _llama3(rope: Fields, longest: int) -> RopeScaling:
@@ -174,21 +166,6 @@ def _llama3(rope: Fields, longest: int) -> RopeScaling:
     ):
         raise rope.error("factor", "llama3 scaling with a factor of at least 1 and 0 < low_freq_factor < high_freq_factor")
     return scaling
-
-
-def _window(fields: Fields, model_type: str) -> int | None:
-    """The one window of all layers, or None; layers that differ from each other are refused."""
-    num_layers, is_mistral = fields.integer("num_hidden_layers"), model_type == "mistral"
-    absent = "sliding_window" not in fields.values  # transformers then takes 4096; null says there is none
-    window = fields.integer("sliding_window", 4096) if absent or fields.values["sliding_window"] is not None else None
-    if is_mistral or window is None or not fields.flag("use_sliding_window"):
-        return window if is_mistral else None
-    first = min(max(fields.integer("max_window_layers", 28), 0), num_layers)
-    full, sliding = ["full_attention"] * num_layers, ["sliding_attention"] * num_layers
-    kinds = fields.values.get("layer_types") or full[:first] + sliding[first:]
-    if kinds not in (full, sliding):
-        raise fields.error("layer_types", "the same attention in every layer", "unsupported")
-    return window if kinds == sliding else None
 
 
 def _stored_dtype(fields: Fields) -> str | None:
@@ -223,12 +200,12 @@ def write_config(
     Raises:
         UserError: switches that transformers does not combine in this family, so that the file could not hold them.
     """
-    name = str(dtype).removeprefix("torch.")
+    name, family = str(dtype).removeprefix("torch."), FAMILIES[config.model_type]
     scaling: dict[str, JSON] = (
         {} if config.rope_scaling is None else {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
     )
     written: dict[str, JSON] = {
-        "architectures": [FAMILIES[config.model_type].architecture],
+        "architectures": [family.architecture],
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -237,12 +214,10 @@ def write_config(
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        family.activation[0]: family.activation[1][0],
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": config.o_bias,
-        "mlp_bias": config.mlp_bias,
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling or None,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta, **scaling},
@@ -252,7 +227,11 @@ def write_config(
         "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids) or None,
         "pad_token_id": pad_id,
     }
-    written.update(_written_window(config))
+    if config.local_rope_theta is not None:
+        local: dict[str, JSON] = {"rope_type": "default", "rope_theta": config.local_rope_theta}
+        written["rope_parameters"] = {FULL: written["rope_parameters"], SLIDING: local}
+        written["rope_local_base_freq"] = config.local_rope_theta
+    written.update(family.write(config))
     written = {**(kept or {}), **written}
     if _shape(Fields(written, "config.json"), config.model_type) != config:
         raise UserError(
@@ -262,16 +241,3 @@ def write_config(
             expected=f"the switches of {config.model_type}",
         )
     return written
-
-
-def _written_window(config: ModelConfig) -> dict[str, JSON]:
-    if config.model_type == "llama":
-        return {}
-    if config.model_type == "mistral":
-        return {"sliding_window": config.sliding_window}
-    uses = config.sliding_window is not None
-    return {
-        "sliding_window": config.sliding_window,
-        "use_sliding_window": uses,
-        "max_window_layers": 0 if uses else config.num_layers,
-    }

@@ -23,7 +23,8 @@ from minisft.common.safe_json import JSON
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats.base_settings import folder_of, keep_settings, kept_config, not_kept
 from minisft.formats.bnb import QUANTIZED_FROM, quantization_config, stored_tensors
-from minisft.formats.fields import write_json
+from minisft.formats.fields import read_json_object, write_json
+from minisft.formats.foreign import ForeignLM, write_foreign
 from minisft.formats.hf_config import write_config
 from minisft.formats.loading import empty_model, expected_shapes
 from minisft.formats.shard_writer import MAX_SHARD_BYTES, TensorSpec, write_shards
@@ -93,10 +94,24 @@ def save_model(
     _require_whole(model)
     dtype = model.dtype if dtype is None else dtype
     base = _settings_of(model, settings)
-    config = _config(model, tokenizer, dtype, base)
-    lost = _write_folder(Path(folder), tokenizer, config, _dense_weights(model, dtype), {}, max_shard_bytes, base)
+    if isinstance(model, ForeignLM):
+        lost = _write_foreign_folder(model, Path(folder), tokenizer, dtype, max_shard_bytes, base)
+    else:
+        config = _config(model, tokenizer, dtype, base)
+        lost = _write_folder(Path(folder), tokenizer, config, _dense_weights(model, dtype), {}, max_shard_bytes, base)
     if lost:
         warnings.warn(f"{visible(folder)}{not_kept(lost)}", stacklevel=2)
+
+
+def _write_foreign_folder(
+    model: ForeignLM, folder: Path, tokenizer: Tokenizer, dtype: torch.dtype, max_shard_bytes: int, base: Path | None
+) -> tuple[str, ...]:
+    total_bytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    with disk_errors(folder, total_bytes), staged_folder(folder) as staging:
+        require_space(staging, total_bytes)
+        write_foreign(model, staging, dtype, max_shard_bytes)
+        config = read_json_object(staging / "config.json", "model/bad-config")
+        return write_settings(staging, tokenizer, config, base)
 
 
 def _settings_of(model: CausalLM, settings: str | Path | None) -> Path | None:
@@ -135,6 +150,8 @@ def save_quantized(
         UserError: adapters, no layer in 4 bits, levels or a dtype that the format has no word for, a target that is in
             use, a disk that is full.
     """
+    if isinstance(model, ForeignLM):
+        raise UserError("model/foreign", "a model that transformers computes is not written in 4 bits", fix="use save_model")
     layers = nf4_modules(model)
     if not layers:
         raise UserError("model/not-quantized", "no layer of the model is in 4 bits", fix="quantize it, or use save_model")
@@ -163,6 +180,8 @@ def _require_whole(model: CausalLM) -> None:
             found=listing(adapters, 3),
             fix="merge them first, or save them alone with save_adapter",
         )
+    if isinstance(model, ForeignLM):
+        return  # what it promises is transformers' business
     found = expected_shapes(model)
     found |= {f"{path}.weight": tuple(layer.quantized.shape) for path, layer in nf4_modules(model).items()}
     if found != expected_shapes(empty_model(model.config)):

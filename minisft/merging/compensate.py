@@ -198,7 +198,7 @@ def requantize_compensated(
         raise UserError("data/no-calibration", "there is no text to calibrate on", fix="give rows with at least one token")
     merged, _ = merge(model, "requantized")
     reading, adapters = _Reading(merged, method, seed, original), lora_modules(model)
-    device = model.model.norm.weight.device
+    device = model.device
     ids = torch.tensor([token for row in rows for token in row], device=device)
     segments = torch.repeat_interleave(torch.arange(1, len(rows) + 1), torch.tensor([len(row) for row in rows])).to(device)
     hooks = [adapter.register_forward_hook(reading.hook(path)) for path, adapter in adapters.items()]

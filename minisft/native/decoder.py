@@ -5,10 +5,11 @@ A step of the readable model makes some twenty calls of PyTorch a layer, which a
 cache, attention, output, norm, MLP, head. Everything is multiplied and summed in fp32 whatever the weights' dtype (fp32, bf16
 or 4 bits), and what enters the cache is rounded to its dtype.
 
-The readable model stays the reference, and it does the step where ``decode_path`` says so: on a GPU, in fp64 or
-fp16, while a module has hooks, under autocast, for DoRA and for adapters of the embedding, for more than 16 rows, and without
-a C++ compiler. Weights are never copied. Pointers are taken when a decoder is made, which is once for each batch of prompts,
-so whatever was trained, merged, replaced or turned off before is seen.
+The readable model stays the reference, and it does the step where ``decode_path`` says so: for a model with one of the
+switches ``_NOT_HERE`` (SmolLM3, Granite, OLMo 2, Gemma 3 and what transformers computes), on a GPU, in fp64 or fp16, while a
+module has hooks, under autocast, for DoRA and for adapters of the embedding, for more than 16 rows, and without a C++
+compiler. Weights are never copied. Pointers are taken when a decoder is made, which is once for each batch of prompts, so
+whatever was trained, merged, replaced or turned off before is seen.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from minisft.config import ModelConfig
 from minisft.kernels import cpu_build, cpu_nf4
 from minisft.kernels.cpu_decode import KINDS, MAX_ROWS, LayerFields, LinearFields, Pointers, StepFields, Unsupported, require
 from minisft.lora import LoRALinear
@@ -30,6 +32,11 @@ from minisft.nf4_linear import NF4Linear
 
 _MODULES: tuple[type[nn.Module], ...] = (CausalLM, Transformer, nn.ModuleList, Layer, Attention, MLP, RMSNorm, nn.Embedding)
 _MODULES += (Linear, nn.Linear, NF4Linear, LoRALinear, nn.Dropout)
+# Switches of ``ModelConfig`` that the native step has no code for, unless they are at their defaults.
+_NOT_HERE = (
+    "nope_layers", "global_layers", "local_rope_theta", "qk_norm_flat", "norms", "norm_plus_one", "activation",
+    "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_divisor", "logits_softcap",
+)  # fmt: skip
 
 
 def decode_path(model: CausalLM, num_rows: int = 1) -> str:
@@ -104,11 +111,15 @@ class _Model:
     """
 
     def __init__(self, model: CausalLM) -> None:
+        require(type(model) is CausalLM, "transformers computes the model")
         require(not torch.is_autocast_enabled("cpu"), "autocast is on")
         require(not torch.compiler.is_compiling(), "the model is being compiled")
-        require(model.model.norm.weight.is_cpu, f"the model is on {model.model.norm.weight.device.type}")
+        require(model.device.type == "cpu", f"the model is on {model.device.type}")
         require(model.dtype in KINDS, f"the model computes in {str(model.dtype).removeprefix('torch.')}")
         require(not model.training, "the model is in training mode")
+        for name in _NOT_HERE:
+            value = getattr(model.config, name)
+            require(value == getattr(ModelConfig, name), f"the model's {name} is {value}")
         _require_plain(model)
         if cpu_nf4.library() is None:
             raise Unsupported(_no_library())
@@ -139,7 +150,8 @@ class _Model:
         }  # fmt: skip
         fields = [self._linear(linear, shape, "a linear") for linear, shape in linears.items()]
         qk_norms = (self._norm(attention.q_norm, E), self._norm(attention.k_norm, E)) if attention.qk_norm else (None, None)
-        norms = (self._norm(layer.input_layernorm, D), *qk_norms, self._norm(layer.post_attention_layernorm, D))
+        before, before_mlp = (self._norm(layer.get_submodule(f"{name}_layernorm"), D) for name in ("input", "post_attention"))
+        norms = (before, *qk_norms, before_mlp)
         return LayerFields(*fields, *norms)
 
     def _linear(self, layer: nn.Module, shape: tuple[int, int], what: str) -> LinearFields:

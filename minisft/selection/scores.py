@@ -169,7 +169,7 @@ def _score(judge: Judge, pairs: Sequence[tuple[Encoded, Encoded]]) -> list[RowSc
 def _losses(judge: Judge, rows: Sequence[Encoded], with_states: bool) -> tuple[list[float], list[NDArray[np.float16] | None]]:
     """The mean loss of each row's supervised tokens, and the mean of its tokens' states."""
     model = judge.model
-    batch = collate(rows, judge.tokenizer.pad_id).to(model.model.norm.weight.device)
+    batch = collate(rows, judge.tokenizer.pad_id).to(model.device)
     seen: list[Tensor] = []
     hook = _middle_layer(model).register_forward_hook(lambda _, __, output: seen.append(output)) if with_states else None
     try:
@@ -177,7 +177,7 @@ def _losses(judge: Judge, rows: Sequence[Encoded], with_states: bool) -> tuple[l
     finally:
         if hook is not None:
             hook.remove()
-    sums = [float(head_loss_sum(h, model.lm_head, ids)) for h, ids in zip(hidden_BTD, batch.target_ids, strict=True)]
+    sums = [float(head_loss_sum(h, model.loss_head, ids)) for h, ids in zip(hidden_BTD, batch.target_ids, strict=True)]
     means = [round(total / row.num_targets, DIGITS) for total, row in zip(sums, rows, strict=True)]
     for row, mean in zip(rows, means, strict=True):
         if not math.isfinite(mean):

@@ -130,7 +130,7 @@ def answer_log_probs(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
         (2 P,) sums over each answer's tokens, in fp32 at least, and (2 P,) how many tokens each has.
     """
     hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=batch.prefix_length)
-    log_probs = token_log_probs(hidden, model.lm_head, batch.target_ids)
+    log_probs = token_log_probs(hidden, model.loss_head, batch.target_ids)
     first = 2 if batch.prefix_length else 1
     num_pairs = batch.segment_ids.shape[0]
     pair = torch.arange(num_pairs, device=log_probs.device)[:, None]
@@ -144,7 +144,7 @@ def reference_log_probs(model: CausalLM, batches: Iterable[Batch]) -> dict[int, 
     with torch.no_grad(), no_dropout(model):
         found: dict[int, tuple[float, float]] = {}
         for batch in batches:
-            sums = answer_log_probs(model, batch.to(model.model.norm.weight.device))[0].tolist()
+            sums = answer_log_probs(model, batch.to(model.device))[0].tolist()
             found |= dict(zip(batch.rows, zip(sums[::2], sums[1::2], strict=True), strict=True))
     return found
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from minisft.common.errors import UserError, visible
 from minisft.config import RunConfig
+from minisft.formats.foreign import foreign_type
+from minisft.formats.source import resolve
 from minisft.surgery import num_parameters
 from minisft.training.plan import plan, render
 from minisft.training.run_data import Row
@@ -25,6 +27,10 @@ def require_new_run(resume: bool) -> None:
 
 def log_plan(run: RunConfig, log: Log) -> None:
     """The memory bill of the run, before its model is loaded."""
+    source = resolve(run.model)
+    if source.kind == "folder" and (kind := foreign_type(source.path)) is not None:
+        log(f"the memory of a model that transformers computes is not known before it runs ({visible(kind)})")
+        return
     log(render(plan(run)))
 
 

@@ -134,7 +134,7 @@ def group_log_probs(model: CausalLM, batch: Batch, temperature: float) -> Tensor
         (N,) in fp32 at least, answer after answer.
     """
     hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=batch.prefix_length)
-    return token_log_probs(hidden, model.lm_head, batch.target_ids, temperature)
+    return token_log_probs(hidden, model.loss_head, batch.target_ids, temperature)
 
 
 def group_gradients(model: CausalLM, groups: Sequence[Group], settings: GRPOSettings) -> GRPOStats:
@@ -174,7 +174,7 @@ def _one_group(
     model: CausalLM, group: Group, A: Tensor, weights: Tensor, settings: GRPOSettings
 ) -> tuple[Tensor, Tensor, float]:
     """A group's part of the step's loss; (its value, clipped tokens, summed KL); largest |log pi - log pi_old|."""
-    device = model.model.norm.weight.device
+    device = model.device
     log_probs = group_log_probs(model, group.batch.to(device), settings.temperature)
     old = group.old_log_probs.to(log_probs)
     answer_weight = torch.zeros_like(A).masked_scatter(group.counted, weights)
@@ -224,4 +224,4 @@ def reference_of_group(model: CausalLM, group: Group, start: Mapping[str, Tensor
         Log-probabilities on the CPU, without gradient.
     """
     with parameters_as(model, start), torch.no_grad(), no_dropout(model):
-        return group_log_probs(model, group.batch.to(model.model.norm.weight.device), temperature).cpu()
+        return group_log_probs(model, group.batch.to(model.device), temperature).cpu()

@@ -115,7 +115,7 @@ class Trainer(ABC, Generic[Row]):
     ) -> None:
         self.run, self.model, self.tokenizer, self.template, self.data, self.log = run, model, tokenizer, template, data, log
         self.out = Path(run.out)
-        self.device = model.model.norm.weight.device
+        self.device = model.device
         parameters = prepare_method(model, run)
         self.optimizer = MasterAdamW(
             parameters, betas=(run.beta1, run.beta2), weight_decay=run.weight_decay,

@@ -35,7 +35,7 @@ def untrained_tokens(model: CausalLM, tokenizer: Tokenizer, *sets: Iterable[Enco
     Returns:
         One note, or nothing if all is well.
     """
-    embedding, head = _frozen_rows(model.model.embed_tokens), _frozen_rows(model.lm_head)
+    embedding, head = _frozen_rows(model.embedding), _frozen_rows(model.lm_head)
     return _note(tokenizer, sets, embedding, head)
 
 
