@@ -56,7 +56,8 @@ def ask(model: Path, requests: Sequence[dict[str, JSON]], context: int, adapter:
     except subprocess.TimeoutExpired:
         raise UserError("model/llama-cpp", f"llama.cpp took longer than {TIMEOUT_S} s", where=visible(model)) from None
     if done.returncode != 0:
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"status {done.returncode}")
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
+        last = next((line for line in lines if " E " in line), lines[-1])  # its own error lines carry an E
         raise UserError("model/llama-cpp", "llama.cpp does not take the file", where=visible(model), found=visible(last, 300))
     answers: list[dict[str, JSON]] = json.loads(done.stdout)
     return answers

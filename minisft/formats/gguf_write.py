@@ -92,7 +92,7 @@ def _value(value: Scalar | list[Scalar]) -> bytes:
     if not isinstance(value, list):
         kind, raw = _scalar(value)
         return struct.pack("<I", kind) + raw
-    if value and all(isinstance(item, str) for item in value):
+    if all(isinstance(item, str) for item in value):  # an empty list, too: of merges, which are strings
         return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(_text(str(item)) for item in value)
     numbers = [item for item in value if isinstance(item, int) and not isinstance(item, bool)]
     if len(numbers) < len(value):
