@@ -36,13 +36,16 @@ from minisft.merging.modelfile import modelfile
 from minisft.merging.streaming import merge_folder
 from minisft.surgery import apply_lora_, lora_modules
 
+# llama.cpp's qwen2 divides the hidden size by the heads.
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 ROPE = RopeScaling(8.0, 1.0, 4.0, 8192)  # as Llama 3.1 has it: the reader knows no other
 SIZES = {"vocab_size": 258, "max_position_embeddings": 512, "hidden_size": 32, "intermediate_size": 48}
 MODELS: dict[str, ModelConfig] = {
     name: replace(config, **SIZES) for name, config in tiny.FAMILIES.items() if name not in ("mistral", "llama3-rope")
 } | {
     "llama3-rope": replace(tiny.LLAMA3_ROPE, **SIZES, rope_theta=500000.0, rope_scaling=ROPE),
-    "qwen2-untied": replace(tiny.QWEN2, **SIZES, tie_word_embeddings=False),
+    "qwen2": replace(tiny.QWEN2, **SIZES, **HEADS),
+    "qwen2-untied": replace(tiny.QWEN2, **SIZES, **HEADS, tie_word_embeddings=False),
 }
 
 
@@ -352,12 +355,13 @@ def test_the_command_writes_three_files(folders: dict[str, Path], tmp_path: Path
     )
     assert (status, err) == (0, "")
     assert "26 tensors" in out
-    assert "4 matrices as f16" in out  # down_proj and o_proj of both layers
+    assert "2 matrices as f16" in out  # down_proj of both layers
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["m.Modelfile", "m.gguf", "m.golden.json"]
 
 
 REFUSED = {
     "a window": (("--model", "windowed"), 4, "model/no-gguf", "sliding_window to null"),
+    "a head length": (("--model", "heads"), 4, "model/no-gguf", "hidden size, 32"),
     "dora": (("--adapter", "dora", "--adapter-only"), 4, "adapter/no-gguf", "leave --adapter-only away"),
     "a tied head": (("--adapter", "head", "--adapter-only"), 4, "adapter/no-gguf", "leave --adapter-only away"),
     "new tokens": (("--adapter", "tokens"), 4, "adapter/unsupported", "merge it with PEFT"),
@@ -377,6 +381,7 @@ def bad(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     root = tmp_path_factory.mktemp("bad")
     window = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}
     edited(folders["qwen2"], root / "windowed", "config.json", **window)
+    tiny_folder.write_model(root / "heads", root / "scratch", replace(tiny.QWEN2, **SIZES))
     trained_adapter(folders["qwen2"], root / "dora", LoRAConfig(rank=2, alpha=3.0, use_dora=True))
     trained_adapter(folders["llama"], root / "head", LoRAConfig(rank=2, alpha=3.0, targets=("lm_head",)))
     edited(root / "dora", root / "tokens", "adapter_config.json", trainable_token_indices=[3, 4])
