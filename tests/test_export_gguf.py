@@ -459,7 +459,7 @@ def test_misuse(words: tuple[str, ...], code: str, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.smollm2
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_export_needs_its_largest_tensor_and_64_mib(smollm2_path: Path, tmp_path: Path) -> None:
     program = f"""
 import resource

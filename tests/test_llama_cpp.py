@@ -199,6 +199,7 @@ SENTENCES = (
 
 
 @pytest.mark.smollm2
+@pytest.mark.exhaustive
 def test_smollm2_over_the_whole_vocabulary(smollm2_path: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model(smollm2_path)
     export_gguf(tmp_path / "m.gguf", str(smollm2_path), outtype="f32", compare=False)
