@@ -15,7 +15,8 @@ The commands, and the calls that do the same:
 - ``quantize``: ``quantize_folder``; step by step ``load_model(..., quant=QuantConfig())`` and ``save_quantized``
 - ``plan``: ``plan(RunConfig(...))`` and ``capacity(RunConfig(...))``
 - ``merge``: ``merge_and_certify``; without a certificate ``merge_folder``, in memory ``merge``, ``merge_`` and ``unmerge_``
-- ``verify``: ``verify_merge``; the tensors alone ``verify``
+- ``verify``: ``verify_merge``; the tensors alone ``verify``; ``verify_gguf`` for ``--gguf``
+- ``export``: ``export_gguf``, and ``export_peft`` for ``--format peft``
 - ``combine``: ``combine_folders``
 - ``sweep``: ``sweep``, with ``interpolated`` for ``--tuned``
 - ``lr-find``: ``lr_find(RunConfig(...), lrs)``
@@ -62,8 +63,11 @@ from minisft.merge_weights import merge, merge_, unmerge_
 from minisft.merging.certified import merge_and_certify, quantize_folder, verify_merge
 from minisft.merging.combine import combine_folders
 from minisft.merging.diff import diff_models
+from minisft.merging.export_gguf import export_gguf
+from minisft.merging.export_peft import export_peft
 from minisft.merging.streaming import merge_folder
 from minisft.merging.verify import verify
+from minisft.merging.verify_gguf import verify_gguf
 from minisft.model import CausalLM
 from minisft.nf4_linear import NF4Linear
 from minisft.preference import dpo_loss, grpo_loss
@@ -98,6 +102,8 @@ __all__ = [
     "dpo",
     "dpo_loss",
     "evaluate",
+    "export_gguf",
+    "export_peft",
     "generate",
     "grpo",
     "grpo_loss",
@@ -133,6 +139,7 @@ __all__ = [
     "train",
     "unmerge_",
     "verify",
+    "verify_gguf",
     "verify_merge",
     "write_comparison",
     "write_feedback",

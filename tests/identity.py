@@ -32,6 +32,7 @@ COMMANDS = [
     "merge",
     "combine",
     "sweep",
+    "export",
     "verify",
     "quickstart",
 ]

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minisft.cli.commands_export import verify_gguf_command
 from minisft.cli.libraries import load_libraries
 from minisft.common.atomic_files import require_new_folder
 from minisft.common.errors import UserError, visible
@@ -98,7 +99,15 @@ def _loss_words(combined: Combined) -> str:
 
 
 def verify_command(arguments: argparse.Namespace) -> int:
-    """Check that a folder is the merge that it is said to be."""
+    """Check that a folder is the merge that it is said to be, or ask llama.cpp about an exported file."""
+    if arguments.gguf is not None:
+        return verify_gguf_command(arguments)
+    if arguments.base is not None:
+        fix = "give --gguf F.gguf, or the base of a merge with --model"
+        raise UserError("config/usage", "--base goes with --gguf", where="minisft verify", found="--base", fix=fix)
+    if missing := [flag for flag in ("merged", "adapter") if getattr(arguments, flag) is None]:
+        fix = "give --merged DIR and --adapter DIR, or --gguf F.gguf"
+        raise UserError("config/usage", "nothing to check", where="minisft verify", expected=f"--{missing[0]}", fix=fix)
     load_libraries()
     from minisft.merging.certified import verify_merge
 

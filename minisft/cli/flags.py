@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn, get_args
 
 from minisft.cli.flags_data import quality_flags, select_flags
+from minisft.cli.flags_export import export_flags, verify_gguf_flags
 from minisft.cli.flags_judging import eval_metric_flags, judging_flags
 from minisft.cli.flags_lab import NOT_SEARCHED, diff_flags, lr_find_flags
 from minisft.common.checks import check_calibration, check_sampling, require
@@ -111,11 +112,15 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("quantize", "write a model in 4 bits, as transformers and bitsandbytes load it"),
             ("plan", "print the memory a training run needs, and the bits it can hold, before anything is loaded"),
             ("merge", "fold an adapter into its base and certify the result"),
+            ("export", "write a model or an adapter for other programs: GGUF for llama.cpp and Ollama, plain PEFT for vLLM"),
             ("combine", "add several adapters of one base up to one adapter"),
             ("sweep", "score a model at several scales of its update: what the task gains, what general knowledge loses"),
             ("lr-find", "try learning rates on a share of a run and choose by validation loss"),
             ("diff", "what separates two models of one shape: size, rank and new directions of the update, layer by layer"),
-            ("verify", "check that a folder is a base with an adapter merged in, whoever wrote it"),
+            (
+                "verify",
+                "check that a folder is a base with an adapter merged in, or ask llama.cpp about an exported file",
+            ),
             ("compare", "judge two models by the rows that eval wrote: gates, bad cases, a report"),
             ("ab", "plan an A/B test, or judge one from a file"),
             ("arena", "let people compare two models blind, on a page on this machine"),
@@ -144,6 +149,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     _merge_flags(made["merge"])
     _combine_flags(made["combine"])
     _verify_flags(made["verify"])
+    export_flags(made["export"])
     _plan_flags(made["plan"])
     judging_flags(made)
     lr_find_flags(made["lr-find"])
@@ -299,13 +305,14 @@ def _combine_flags(parser: Parser) -> None:
 
 
 def _verify_flags(parser: Parser) -> None:
-    parser.add_argument("--merged", required=True, metavar="DIR", help="the folder to check")
-    _merge_source_flags(parser)
+    parser.add_argument("--merged", default=None, metavar="DIR", help="the folder to check")
+    verify_gguf_flags(parser)
+    _merge_source_flags(parser, needs_adapter=False)
     parser.add_argument("--data", default=None, metavar="F", help="rows to compare the models on, too")
 
 
-def _merge_source_flags(parser: Parser) -> None:
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="adapter folder (PEFT layout)")
+def _merge_source_flags(parser: Parser, needs_adapter: bool = True) -> None:
+    parser.add_argument("--adapter", required=needs_adapter, default=None, metavar="DIR", help="adapter folder (PEFT layout)")
     parser.add_argument("--model", default=None, metavar="M", help="the base; by default the one that the adapter names")
     parser.add_argument(
         "--onto",

@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from minisft import __version__
-from minisft.cli import commands_answers, commands_data, commands_eval, commands_judging, commands_lab, commands_weights
+from minisft.cli import (
+    commands_answers,
+    commands_data,
+    commands_eval,
+    commands_export,
+    commands_judging,
+    commands_lab,
+    commands_weights,
+)
 from minisft.cli.flags import parse
 from minisft.cli.libraries import load_libraries
 from minisft.common.errors import UserError, visible
@@ -254,6 +262,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "quantize": commands_weights.quantize_command,
     "plan": _plan,
     "merge": commands_weights.merge_command,
+    "export": commands_export.export_command,
     "combine": commands_weights.combine_command,
     "sweep": commands_answers.sweep_command,
     "lr-find": commands_lab.lr_find_command,

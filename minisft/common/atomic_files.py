@@ -18,7 +18,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,6 +114,47 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def staged_files(targets: Sequence[Path]) -> Iterator[Path]:
+    """Write files that belong together: in a hidden folder first, under their names when all are complete, the last one last.
+
+    On an exception, an interrupt included, nothing stays. A file of the list that the body does not write is left out.
+
+    Args:
+        targets: in one folder; missing parents are made.
+
+    Yields:
+        the hidden folder.
+
+    Raises:
+        UserError: a target exists.
+        OSError: from the disk.
+    """
+    targets = [Path(os.path.abspath(target)) for target in targets]
+    require_no_files(targets)
+    make_folder(targets[-1].parent)
+    staging = _hidden_name(targets[-1], "tmp")
+    os.mkdir(staging)
+    try:
+        yield staging
+        sync_tree(staging)
+        require_no_files(targets)
+        for target in targets:
+            if (staging / target.name).exists():
+                os.rename(staging / target.name, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    sync_folder(targets[-1].parent)
+
+
+def require_no_files(targets: Sequence[Path]) -> None:
+    """Refuse to write over anything: ``UserError``."""
+    for target in targets:
+        if os.path.lexists(target):
+            what, fix = "the output exists already", "name another file, or move this one away"
+            raise UserError("config/out-exists", what, where="output", found=visible(target), fix=fix)
 
 
 def remove_folder(folder: Path) -> None:

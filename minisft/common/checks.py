@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from minisft.common.atomic_files import require_no_files
 from minisft.common.errors import UserError, visible
 
 
@@ -85,3 +86,31 @@ def check_comparison(energy: float, threshold: float, top: int) -> None:
     require(0 < energy <= 1, "--energy", energy, "a share in (0, 1]", "0.9 is usual")
     require(0 < threshold <= 1, "--threshold", threshold, "a cosine in (0, 1]", "0.6 is usual")
     require(top >= 1, "--top", top, "at least 1", "10 is usual")
+
+
+def check_export(
+    out: str | Path, model: str | None, adapter: str | Path | None, adapter_only: bool, outtype: str
+) -> tuple[Path, Path, Path]:
+    """Refuse an export that cannot be meant, before anything is read.
+
+    Args:
+        out: the GGUF file.
+        model, adapter, adapter_only, outtype: as for ``export_gguf``.
+
+    Returns:
+        the files to write: golden answers, Modelfile, and the GGUF file last.
+
+    Raises:
+        UserError: ``config/...``.
+    """
+    path = Path(out)
+    require(path.suffix == ".gguf", "--out", out, "a file F.gguf", "for instance --out model.gguf")
+    if model is None and adapter is None:
+        raise UserError("config/missing", "nothing to export", expected="--model or --adapter", fix="give one of them")
+    if adapter_only:
+        require(adapter is not None, "--adapter-only", "no adapter", "--adapter DIR", "give --adapter DIR")
+        fix = "--outtype f16; in other types llama.cpp cannot merge it"
+        require(outtype in ("f32", "f16"), "--outtype", outtype, "f32 or f16 for an adapter alone", fix)
+    names = path.with_suffix(".golden.json"), path.with_suffix(".Modelfile"), path
+    require_no_files(names)
+    return names

@@ -14,18 +14,23 @@ from minisft.data.tokenizer import Tokenizer
 
 def stop_ids(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]:
     """Ids that end an answer: every eos of the tokenizer and the special tokens that this template writes behind an answer."""
+    return tuple(dict.fromkeys([*tokenizer.eos_ids, *closing_ids(tokenizer, template)]))
+
+
+def closing_ids(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]:
+    """The special tokens that this template writes behind an answer; empty where it does not take a question and an answer."""
     answer = "Hello!"
     try:
         text = template.render((Message("user", "Hello?"), Message("assistant", answer))).text
-    except TokenizerError:  # it does not take this chat; then only the eos tokens are known
-        return tokenizer.eos_ids
+    except TokenizerError:  # then only the eos tokens are known
+        return ()
     special = SpecialTokenText.of(tuple(tokenizer.special_tokens))
     closing: list[int] = []
     at = text.rfind(answer) + len(answer)
     while answer in text and (match := special.pattern.match(text, at)):
         closing.append(tokenizer.special_tokens[match[0]])
         at = match.end()
-    return tuple(dict.fromkeys([*tokenizer.eos_ids, *closing]))
+    return tuple(closing)
 
 
 def answer_text(tokenizer: Tokenizer, template: ChatTemplate, example: Example) -> str:

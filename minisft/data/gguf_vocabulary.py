@@ -18,11 +18,11 @@ from minisft.common.errors import UserError, visible
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS_AND_SPACES = r"[^\r\n\p{L}\p{N}]?\p{L}+|NUMBER| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Values of tokenizer.ggml.token_type (llama.cpp's llama_token_type).
-CONTROL, USER_DEFINED = 3, 4
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
 @dataclass(frozen=True)
-class _Rule:
+class Rule:
     """How text is cut before BPE: single numerals first, GPT-2's own expression, or a longer one."""
 
     single_digits: bool = False
@@ -31,14 +31,14 @@ class _Rule:
     nfc: bool = False
 
 
-_GPT2 = _Rule()
+_GPT2 = Rule()
 RULES = {
     "gpt-2": _GPT2,
     # What converters wrote before there was a key; the file leaves no better guess than GPT-2's rule (``splitting_notes``).
     "default": _GPT2,
-    "smollm": _Rule(single_digits=True),
-    "llama-bpe": _Rule(pattern=f"{_CONTRACTIONS}|{_WORDS_AND_SPACES}".replace("NUMBER", r"\p{N}{1,3}"), ignore_merges=True),
-    "qwen2": _Rule(pattern=f"{_CONTRACTIONS}|{_WORDS_AND_SPACES}".replace("NUMBER", r"\p{N}"), nfc=True),
+    "smollm": Rule(single_digits=True),
+    "llama-bpe": Rule(pattern=f"{_CONTRACTIONS}|{_WORDS_AND_SPACES}".replace("NUMBER", r"\p{N}{1,3}"), ignore_merges=True),
+    "qwen2": Rule(pattern=f"{_CONTRACTIONS}|{_WORDS_AND_SPACES}".replace("NUMBER", r"\p{N}"), nfc=True),
 }
 
 
@@ -97,7 +97,7 @@ def special_ids(metadata: Mapping[str, object], vocab_size: int) -> dict[str, in
     return found
 
 
-def _splitters(rule: _Rule) -> list[pre_tokenizers.PreTokenizer]:
+def _splitters(rule: Rule) -> list[pre_tokenizers.PreTokenizer]:
     if rule.pattern is not None:
         split = pre_tokenizers.Split(Regex(rule.pattern), behavior="isolated")
         return [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]

@@ -128,6 +128,11 @@ class Tokenizer:
         facts = json.dumps([self.special_names, self.eos_ids, self.adds_bos, self.notes])
         return hashlib.sha256(self._with_control.to_str().encode() + facts.encode()).hexdigest()
 
+    @property
+    def definition(self) -> str:
+        """The vocabulary and its rules, as ``tokenizer.json`` has them; without a post-processor."""
+        return str(self._with_control.to_str())
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of ``ids``, without control tokens unless asked."""
         text: str = self._with_control.decode(list(ids), skip_special_tokens=skip_special)

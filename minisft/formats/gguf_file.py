@@ -38,8 +38,8 @@ from minisft.model import CausalLM, rope_angles
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 CHUNK_ITEMS = 2**17  # dequantized at once by one thread: 512 KiB in fp32, so the temporaries stay in the cache
 
-_OUTER = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
-_INNER = {
+OUTER = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
+INNER = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -101,12 +101,12 @@ def file_dtype(gguf: GGUF) -> str:
 
 def hugging_face_name(name: str) -> str:
     """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; a name we do not know stays as it is."""
-    if name in _OUTER:
-        return _OUTER[name]
+    if name in OUTER:
+        return OUTER[name]
     parts = name.split(".")
-    if len(parts) != 4 or parts[0] != "blk" or parts[2] not in _INNER:
+    if len(parts) != 4 or parts[0] != "blk" or parts[2] not in INNER:
         return name
-    return f"model.layers.{parts[1]}.{_INNER[parts[2]]}.{parts[3]}"
+    return f"model.layers.{parts[1]}.{INNER[parts[2]]}.{parts[3]}"
 
 
 def _weights(gguf: GGUF, names: dict[str, str], config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
@@ -239,7 +239,7 @@ def _llama3_scaling(gguf: GGUF, config: ModelConfig) -> RopeScaling:
     with gguf.path.open("rb") as file, ThreadPoolExecutor(1) as pool:
         stretch = torch.from_numpy(read_tensor(file, gguf.tensors[ROPE_FREQS], ROPE_FREQS, pool)).double()
     guess = RopeScaling(float(stretch.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-    expected = _frequencies(config) / _frequencies(dataclasses.replace(config, rope_scaling=guess))
+    expected = frequencies(config) / frequencies(dataclasses.replace(config, rope_scaling=guess))
     if stretch.shape != expected.shape or not torch.allclose(stretch, expected, rtol=1e-4):
         raise UserError(
             "model/unsupported",
@@ -250,7 +250,7 @@ def _llama3_scaling(gguf: GGUF, config: ModelConfig) -> RopeScaling:
     return guess
 
 
-def _frequencies(config: ModelConfig) -> torch.Tensor:
+def frequencies(config: ModelConfig) -> torch.Tensor:
     """RoPE's frequencies, (E/2,) fp64: the angles at position 1."""
     cos, sin = rope_angles(config, torch.ones(1, dtype=torch.int64), torch.float64)
     return torch.atan2(sin, cos).flatten()
