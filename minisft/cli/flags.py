@@ -16,6 +16,7 @@ from typing import NoReturn, get_args
 from minisft.cli.flags_data import quality_flags, select_flags
 from minisft.cli.flags_judging import eval_metric_flags, judging_flags
 from minisft.cli.flags_lab import NOT_SEARCHED, diff_flags, lr_find_flags
+from minisft.cli.flags_serve import serve_flags
 from minisft.common.checks import check_calibration, check_sampling, require
 from minisft.common.errors import UserError, nearest, visible
 from minisft.common.settings import field_type, flag_name
@@ -119,6 +120,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("compare", "judge two models by the rows that eval wrote: gates, bad cases, a report"),
             ("ab", "plan an A/B test, or judge one from a file"),
             ("arena", "let people compare two models blind, on a page on this machine"),
+            ("serve", "answer other programs over HTTP as OpenAI's API does, with adapters by name"),
             ("feedback", "turn votes and thumbs into rates, preference pairs and bad cases"),
             ("quickstart", "generate a task, fine-tune a small model on it, show what it learned and kept"),
         )
@@ -146,6 +148,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     _verify_flags(made["verify"])
     _plan_flags(made["plan"])
     judging_flags(made)
+    serve_flags(made["serve"])
     lr_find_flags(made["lr-find"])
     _run_flags(made["lr-find"], [f.name for f in dataclasses.fields(RunConfig) if f.name not in NOT_SEARCHED])
     diff_flags(made["diff"])

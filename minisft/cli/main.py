@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from minisft import __version__
-from minisft.cli import commands_answers, commands_data, commands_eval, commands_judging, commands_lab, commands_weights
+from minisft.cli import (
+    commands_answers,
+    commands_data,
+    commands_eval,
+    commands_judging,
+    commands_lab,
+    commands_serve,
+    commands_weights,
+)
 from minisft.cli.flags import parse
 from minisft.cli.libraries import load_libraries
 from minisft.common.errors import UserError, visible
@@ -262,6 +270,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "compare": commands_judging.compare_command,
     "ab": commands_judging.ab_command,
     "arena": commands_judging.arena_command,
+    "serve": commands_serve.serve_command,
     "feedback": commands_judging.feedback_command,
     "quickstart": _quickstart,
 }
