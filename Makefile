@@ -28,7 +28,7 @@ help:
 
 .venv/dev: .venv/core
 	@echo "installing test and lint tools into .venv (once)"
-	@$(PIP) -e ".[test,oracles,metrics,arena,eval-harness,llamacpp,lint,tutorials,site]"
+	@$(PIP) -e ".[test,oracles,metrics,arena,serve,eval-harness,llamacpp,lint,tutorials,site]"
 	@touch $@
 
 .venv/tutorials: .venv/core

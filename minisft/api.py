@@ -24,6 +24,7 @@ The commands, and the calls that do the same:
 - ``compare``: ``compare_files`` and ``write_comparison``
 - ``ab``: ``plan_ab`` and ``analyze_ab``
 - ``arena``: ``open_arena`` and ``serve_arena``
+- ``serve``: ``serve``
 - ``feedback``: ``read_feedback``, ``make_feedback_rows`` and ``write_feedback``
 - ``quickstart``: ``run_quickstart``
 """
@@ -75,6 +76,7 @@ from minisft.quality.pool import read_pool
 from minisft.quality.report import inspect_quality
 from minisft.quickstart.run import run_quickstart
 from minisft.selection.run import select_rows
+from minisft.serving.server import serve
 from minisft.surgery import adapters_off, apply_lora_, lora_modules, quantize_, scale_adapters_
 from minisft.training.capacity import capacity
 from minisft.training.lr_find import lr_find
@@ -133,6 +135,7 @@ __all__ = [
     "save_quantized",
     "scale_adapters_",
     "select_rows",
+    "serve",
     "serve_arena",
     "sweep",
     "token_log_probs",

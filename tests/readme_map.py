@@ -60,6 +60,7 @@ WHAT = {
     "evaluation": "scores with intervals, paired tests, multiple choice, general ability, scale sweeps",
     "judging": "two models compared by rows, by people's votes, by A/B tests; feedback to rows",
     "merging": "merges from files to files, their certificate, combining, checking",
+    "serving": "a model and its adapters behind OpenAI's HTTP interface",
     "quickstart": "the quickstart and its generated task",
 }
 MORE = {

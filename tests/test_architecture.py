@@ -55,7 +55,7 @@ LEVELS = (
     "generation native step surgery",
     "formats",
     "evaluation merge_weights selection",
-    "judging merging training",
+    "judging merging serving training",
     "quickstart",
     "api",
     "__init__",

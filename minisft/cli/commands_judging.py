@@ -103,11 +103,11 @@ def _ab_analyze(arguments: argparse.Namespace) -> int:
 def arena_command(arguments: argparse.Namespace) -> int:
     """Let people compare two models on a page on this machine."""
     from minisft.common.extras import require_extra
+    from minisft.common.local_server import check_port
     from minisft.evaluation.evaluate import terminal_progress
     from minisft.judging.arena import (
         VOTES,
-        check_access,
-        check_port,
+        check_arena_access,
         make_arena,
         open_arena,
         prepare,
@@ -121,7 +121,7 @@ def arena_command(arguments: argparse.Namespace) -> int:
 
     require_extra("arena", "starlette", "uvicorn")
     out, port, names = Path(arguments.out), check_port(arguments.port), (arguments.a, arguments.b)
-    check_access(arguments.host, arguments.token)
+    check_arena_access(arguments.host, arguments.token)
     for name in names:
         split_name(name)
     store = open_arena(out, names, arguments.prompts, arguments.system)

@@ -17,6 +17,7 @@ from minisft.cli.flags_data import quality_flags, select_flags
 from minisft.cli.flags_export import export_flags, verify_gguf_flags
 from minisft.cli.flags_judging import eval_metric_flags, judging_flags
 from minisft.cli.flags_lab import NOT_SEARCHED, diff_flags, lr_find_flags
+from minisft.cli.flags_serve import serve_flags
 from minisft.common.checks import check_calibration, check_sampling, require
 from minisft.common.errors import UserError, nearest, visible
 from minisft.common.settings import field_type, flag_name
@@ -124,6 +125,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("compare", "judge two models by the rows that eval wrote: gates, bad cases, a report"),
             ("ab", "plan an A/B test, or judge one from a file"),
             ("arena", "let people compare two models blind, on a page on this machine"),
+            ("serve", "answer other programs over HTTP as OpenAI's API does, with adapters by name"),
             ("feedback", "turn votes and thumbs into rates, preference pairs and bad cases"),
             ("quickstart", "generate a task, fine-tune a small model on it, show what it learned and kept"),
         )
@@ -152,6 +154,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     export_flags(made["export"])
     _plan_flags(made["plan"])
     judging_flags(made)
+    serve_flags(made["serve"])
     lr_find_flags(made["lr-find"])
     _run_flags(made["lr-find"], [f.name for f in dataclasses.fields(RunConfig) if f.name not in NOT_SEARCHED])
     diff_flags(made["diff"])

@@ -24,6 +24,7 @@ from minisft.cli import (
     commands_export,
     commands_judging,
     commands_lab,
+    commands_serve,
     commands_weights,
 )
 from minisft.cli.flags import parse
@@ -271,6 +272,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "compare": commands_judging.compare_command,
     "ab": commands_judging.ab_command,
     "arena": commands_judging.arena_command,
+    "serve": commands_serve.serve_command,
     "feedback": commands_judging.feedback_command,
     "quickstart": _quickstart,
 }

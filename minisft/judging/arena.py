@@ -5,17 +5,14 @@ Both models stay in memory while the page is served, so that people can also cha
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import secrets
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from minisft.common.atomic_files import make_folder, write_durably
 from minisft.common.errors import UserError, visible
+from minisft.common.local_server import address_of, check_access, own_hosts, run_server
 from minisft.common.safe_json import JSON
 from minisft.data.messages import Message, read_dataset
 from minisft.judging.arena_app import Answer, Arena, make_app
@@ -23,7 +20,6 @@ from minisft.judging.arena_store import ArenaStore, Side
 from minisft.judging.votes import headline, win_rate
 
 VOTES, RESULT = "votes.sqlite", "arena.json"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def split_name(name: str) -> tuple[str, str | None]:
@@ -133,26 +129,17 @@ def make_arena(
     Raises:
         UserError: another host without a token, or a token too short to be one.
     """
-    check_access(host, token)
-    names = {*LOOPBACK, host} if host in LOOPBACK else {host}
-    hosts = {f"[{name}]:{port}" if ":" in name else f"{name}:{port}" for name in names}
-    return Arena(store, answers, live, frozenset(hosts), token)
+    check_arena_access(host, token)
+    return Arena(store, answers, live, own_hosts(host, port), token)
 
 
-def check_access(host: str, token: str | None) -> None:
+def check_arena_access(host: str, token: str | None) -> None:
     """Refuse to open the page to the network without a token.
 
     Raises:
         UserError: another host without a token, or a token too short to be one.
     """
-    if host not in LOOPBACK and token is None:
-        fix = "give --token with at least 16 characters; people open the page with #token=..."
-        raise UserError(
-            "config/no-token", "the page would be open to the network", where="--host", found=visible(host), fix=fix
-        )
-    if token is not None and len(token) < 16:
-        fix = f"for instance --token {secrets.token_urlsafe(16)}"
-        raise UserError("config/short-token", "the token is too short", found=f"{len(token)} characters", fix=fix)
+    check_access(host, token, "the page", "give --token with at least 16 characters; people open the page with #token=...")
 
 
 def serve_arena(arena: Arena, host: str, port: int, out: Path, log: Callable[[str], None]) -> dict[str, JSON] | None:
@@ -170,36 +157,9 @@ def serve_arena(arena: Arena, host: str, port: int, out: Path, log: Callable[[st
     Raises:
         UserError: the port is taken.
     """
-    import uvicorn
-
-    shown = f"[{host}]" if ":" in host else host
-
-    class Server(uvicorn.Server):
-        """Names its address once it listens; on either signal it ends after the requests in progress, and returns."""
-
-        async def startup(self, sockets: list[Any] | None = None) -> None:
-            """Listen, then log the address."""
-            await super().startup(sockets)
-            log(f"http://{shown}:{port}/" + (f"#token={arena.token}" if arena.token else ""))
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            """Handle both signals while serving, and give them back afterwards."""
-            signals = (signal.SIGINT, signal.SIGTERM)
-            before = {number: signal.signal(number, self.handle_exit) for number in signals}
-            try:
-                yield
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
-    config = uvicorn.Config(make_app(arena), host=host, port=port, log_level="error", access_log=False)
-    server = Server(config)
+    address = f"{address_of(host, port)}/" + (f"#token={arena.token}" if arena.token else "")
     try:
-        server.run()
-    except SystemExit:
-        fix = "give another --port"
-        raise UserError("config/port", "the page cannot be served", found=f"{visible(host)}:{port}", fix=fix) from None
+        run_server(make_app(arena), host, port, lambda: log(address))
     finally:
         result = write_result(arena.store, out)
     return result
@@ -215,18 +175,6 @@ def write_result(store: ArenaStore, out: Path) -> dict[str, JSON] | None:
     result["headline"] = headline(rate, names.get("a", "a"), names.get("b", "b"))
     write_durably(out / RESULT, (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
     return result
-
-
-def check_port(port: int) -> int:
-    """A port number.
-
-    Raises:
-        UserError: outside 1 to 65 535.
-    """
-    if not 1 <= port <= 65_535:
-        fix = "give a port between 1024 and 65535"
-        raise UserError("config/bad-value", "no such port", where="--port", found=str(port), fix=fix)
-    return port
 
 
 def summary(result: dict[str, JSON] | None, names: Sequence[str]) -> str:

@@ -1,0 +1,220 @@
+"""The rows of one model that are being written: they join and leave between two steps, and each step reads the weights once.
+
+As in ``minisft.generation``, nothing a row gets depends on its neighbours (but for rounding), and the random number of a draw
+is a function of (seed, choice, step) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minisft.generation import Sampling, TextStream, read_prompts
+from minisft.model import CausalLM, KVCache
+from minisft.native.decoder import next_logits_of
+from minisft.serving.lanes import Lane
+from minisft.serving.stops import TextUntilStop
+
+ROOM = 128  # tokens by which a KV cache grows: a request may ask for far more than it will use
+MAX_PREFILL = 4096  # tokens of prompts, padding included, that are read at once
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token as it was chosen: id and log p under the model's own distribution, before temperature and cuts.
+
+    Attributes:
+        token: id.
+        log_prob: its log-probability.
+        top: (id, log-probability) of the likeliest, in falling order.
+    """
+
+    token: int
+    log_prob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One more token of one choice.
+
+    Attributes:
+        choice: which one, from 0.
+        text: what has become certain; often one word, sometimes empty.
+        score: of the token, if scores were asked for and it is no end token.
+        finish: None while the answer goes on; ``stop`` or ``length``.
+    """
+
+    choice: int
+    text: str
+    score: TokenScore | None
+    finish: str | None
+
+
+@dataclass(eq=False)
+class Job:
+    """A request as it is computed.
+
+    Attributes:
+        lane: the model.
+        prompt: token ids.
+        num_choices: answers.
+        max_tokens: the most of each.
+        sampling: see ``Sampling``.
+        stops: stop strings.
+        top_logprobs: None without scores.
+        emit: called in the computing thread with each ``Piece``, or once with None when the request failed.
+        cancelled: nobody waits for it any more.
+    """
+
+    lane: Lane
+    prompt: Sequence[int]
+    num_choices: int
+    max_tokens: int
+    sampling: Sampling
+    stops: tuple[str, ...]
+    top_logprobs: int | None
+    emit: Callable[[Piece | None], None]
+    cancelled: bool = field(default=False)
+
+
+class Row:
+    """One choice of a job on its way."""
+
+    def __init__(self, job: Job, choice: int) -> None:
+        self.job, self.choice, self.count = job, choice, 0
+        self._stream, self._text = TextStream(job.lane.tokenizer), TextUntilStop(job.stops)
+        context = job.lane.model.config.max_position_embeddings
+        self._limit = min(job.max_tokens, context - len(job.prompt))
+
+    def push(self, token: int, score: TokenScore | None) -> bool:
+        """Take the next token; returns whether the row goes on."""
+        self.count += 1
+        ends = token in self.job.lane.eos_ids
+        text = "" if ends else self._text.push(self._stream.push(token))
+        finish = "stop" if ends or self._text.stopped else "length" if self.count >= self._limit else None
+        if finish is not None:
+            text += self._text.push(self._stream.finish()) + self._text.finish()
+            finish = "stop" if self._text.stopped else finish
+        self.job.emit(Piece(self.choice, text, None if ends else score, finish))
+        return finish is None
+
+
+class Batch:
+    """Rows of one model. Not safe for threads: one thread owns it.
+
+    Args:
+        model: the decoder, in ``eval`` mode.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        self._model = model
+        self.rows: list[Row] = []
+        self._cache: KVCache | None = None
+        self._logits_BV = torch.empty(0)
+
+    @torch.inference_mode()
+    def admit(self, jobs: Sequence[Job]) -> None:
+        """Read the prompts of ``jobs`` and let their rows join."""
+        for group in _groups([Row(job, choice) for job in jobs for choice in range(job.num_choices)]):
+            cache, hidden_BD = read_prompts(self._model, [row.job.prompt for row in group], ROOM)
+            logits_BV = self._model.head(hidden_BD)
+            if self._cache is not None:
+                cache, logits_BV = joined(self._model, (self._cache, cache)), torch.cat((self._logits_BV, logits_BV))
+            self.rows += group
+            self._use(cache, logits_BV)
+
+    def _use(self, cache: KVCache, logits_BV: Tensor) -> None:
+        self._cache, self._logits_BV = cache, logits_BV
+        self._next_logits = next_logits_of(self._model, cache)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One more token for every row; rows that are done, or that nobody waits for, leave."""
+        self._keep([r for r, row in enumerate(self.rows) if not row.job.cancelled])
+        if not self.rows:
+            return
+        chosen = self._choose()
+        scores = [self._score(r, token) for r, token in enumerate(chosen)]
+        active = [r for r, row in enumerate(self.rows) if row.push(chosen[r], scores[r])]
+        self._keep(active)
+        if self._cache is None:
+            return
+        if int(self._cache.lengths.max()) >= self._cache.max_length:
+            self._use(joined(self._model, (self._cache,)), self._logits_BV)
+        tokens = torch.tensor([chosen[r] for r in active], device=self._logits_BV.device)
+        self._logits_BV = self._next_logits(tokens, self._cache)
+
+    def _choose(self) -> list[int]:
+        """The likeliest tokens all at once, the drawn ones row by row: each has a seed and a step of its own."""
+        chosen: list[int] = self._logits_BV.argmax(-1).tolist()
+        for r, row in enumerate(self.rows):
+            if row.job.sampling.temperature > 0:
+                chosen[r] = int(row.job.sampling.choose(self._logits_BV[r : r + 1], [row.choice], row.count))
+        return chosen
+
+    def _score(self, r: int, token: int) -> TokenScore | None:
+        num_top = self.rows[r].job.top_logprobs
+        if num_top is None:
+            return None
+        log_probs_V = self._logits_BV[r].float().log_softmax(-1)
+        top = log_probs_V.topk(min(num_top, len(log_probs_V)))
+        pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        return TokenScore(token, float(log_probs_V[token]), pairs)
+
+    def _keep(self, active: list[int]) -> None:
+        """Only these rows stay, in this order."""
+        if len(active) == len(self.rows):
+            return
+        self.rows = [self.rows[r] for r in active]
+        if not active:
+            self._cache = None
+            return
+        assert self._cache is not None
+        self._cache.keep_(active)  # row numbers rise, so no row goes where another one has yet to leave
+        self._logits_BV = self._logits_BV[torch.tensor(active, device=self._logits_BV.device)]
+
+    def clear(self) -> list[Job]:
+        """Give up all rows; returns their jobs."""
+        jobs = list({id(row.job): row.job for row in self.rows}.values())
+        self.rows, self._cache = [], None
+        return jobs
+
+
+def _groups(rows: Collection[Row]) -> list[list[Row]]:
+    """Rows whose prompts are read together: those of one length beside each other, and not too many tokens at once."""
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: -len(row.job.prompt)):
+        if groups and (len(groups[-1]) + 1) * len(groups[-1][0].job.prompt) <= MAX_PREFILL:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def joined(model: CausalLM, caches: Sequence[KVCache]) -> KVCache:
+    """The rows of several caches in one, with space for ``ROOM`` more tokens of the longest.
+
+    Args:
+        model: theirs.
+        caches: of any lengths.
+
+    Returns:
+        a new cache.
+
+    Cost: copies what is filled.
+    """
+    lengths = torch.cat([cache.lengths for cache in caches])
+    first = caches[0].keys
+    made = KVCache(model.config, len(lengths), int(lengths.max()) + ROOM, first.dtype, first.device)
+    start = 0
+    for cache in caches:
+        rows, end = slice(start, start + len(cache.lengths)), int(cache.lengths.max())
+        made.keys[:, rows, :, :end] = cache.keys[:, :, :, :end]
+        made.values[:, rows, :, :end] = cache.values[:, :, :, :end]
+        start = rows.stop
+    made.lengths = lengths
+    return made

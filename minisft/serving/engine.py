@@ -1,0 +1,151 @@
+"""One thread that computes, one bounded queue before it.
+
+Requests wait in the order in which they came. Between two steps the first of them join the rows of their model, as long as
+there are free rows; models with rows take turns, a step each. Who finds the queue full is refused at once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from minisft.common.errors import visible
+from minisft.serving.batch import Batch, Job
+from minisft.serving.lanes import Lane
+
+IDLE_S = 0.2  # how often an idle thread looks whether the server is stopping
+
+
+class QueueFullError(Exception):
+    """As many requests wait as may."""
+
+
+class StoppingError(Exception):
+    """The server is stopping and takes no more requests."""
+
+
+class Engine:
+    """Owns the models while the server runs.
+
+    Args:
+        lanes: the models by name.
+        max_rows: answers that are written at once, all models together.
+        max_waiting: requests that may wait.
+        log: called with one line when a request fails.
+    """
+
+    def __init__(self, lanes: Mapping[str, Lane], max_rows: int, max_waiting: int, log: Callable[[str], None]) -> None:
+        self.lanes, self.max_rows, self.max_waiting = lanes, max_rows, max_waiting
+        self._log = log
+        self._batches = {name: Batch(lane.model) for name, lane in lanes.items()}
+        self._waiting: deque[Job] = deque()
+        self._joining = 0  # answers of jobs that wait no more and whose prompts are being read
+        self._changed = threading.Condition()
+        self._ended = False
+        self.stopping = False  # set by a signal handler, which may take no lock
+        self._thread = threading.Thread(target=self._run, name="minisft-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to compute."""
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job.
+
+        Raises:
+            QueueFullError: too many wait.
+            StoppingError: the server is stopping.
+        """
+        with self._changed:
+            if self.stopping:
+                raise StoppingError
+            if len(self._waiting) >= self.max_waiting + self._free_rows():  # those with free rows wait for the thread only
+                raise QueueFullError
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for ``job`` any more: its place is free at once, its rows after the step in progress."""
+        job.cancelled = True
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+
+    def counts(self) -> tuple[int, int]:
+        """(answers being written, requests waiting)."""
+        return sum(len(batch.rows) for batch in self._batches.values()), len(self._waiting)
+
+    def _free_rows(self) -> int:
+        return self.max_rows - self.counts()[0] - self._joining
+
+    def end(self) -> None:
+        """Stop after the step in progress; what was not answered fails."""
+        self.stopping = self._ended = True
+        with self._changed:
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended:
+            try:
+                self._turn()
+            except Exception as error:  # whatever one request causes, the others' server lives
+                self._log(f"requests failed: {type(error).__name__}: {visible(error)}")
+                self._fail_running()
+                self._joining = 0
+                time.sleep(IDLE_S)  # what fails at once would fail a thousand times a second
+        self._fail_running()
+        self._fail_waiting()
+
+    def _turn(self) -> None:
+        """Let requests join, then one step for every model that has rows."""
+        if self.stopping:
+            self._fail_waiting()
+        jobs = self._next_jobs()
+        by_lane: dict[str, list[Job]] = {}
+        for job in jobs:
+            by_lane.setdefault(job.lane.name, []).append(job)
+        for name, batch in self._batches.items():
+            if name in by_lane:
+                self._admit(batch, by_lane[name])
+        self._joining = 0
+        for batch in self._batches.values():
+            if batch.rows:
+                batch.step()
+
+    def _admit(self, batch: Batch, jobs: list[Job]) -> None:
+        try:
+            batch.admit(jobs)
+        except Exception:
+            for job in jobs:  # some of them are no rows yet
+                job.emit(None)
+                job.cancelled = True
+            raise
+
+    def _next_jobs(self) -> list[Job]:
+        """The first that wait, as many as fit; waits a moment when there is nothing at all to do."""
+        with self._changed:
+            free = self._free_rows()
+            if free == self.max_rows and not self._waiting and not self._ended:
+                self._changed.wait(IDLE_S)
+            jobs: list[Job] = []
+            while self._waiting and self._waiting[0].num_choices <= free:
+                jobs.append(self._waiting.popleft())
+                free -= jobs[-1].num_choices
+            self._joining = sum(job.num_choices for job in jobs)
+            return jobs
+
+    def _fail_running(self) -> None:
+        for batch in self._batches.values():
+            for job in batch.clear():
+                if not job.cancelled:
+                    job.emit(None)
+
+    def _fail_waiting(self) -> None:
+        with self._changed:
+            jobs = list(self._waiting)
+            self._waiting.clear()
+        for job in jobs:
+            job.emit(None)
