@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from minisft.common.checks import require
-from minisft.common.errors import UserError
+from minisft.common.errors import UserError, nearest
 from minisft.common.settings import (
     AT_LEAST_1,
     BELOW_1,
@@ -29,6 +29,8 @@ from minisft.common.settings import (
 from minisft.data.sources import parse_sources
 
 ALL_LINEAR = "all-linear"
+# How an answer is judged: by ``minisft eval``, and by a run that validates with ``eval_metric``.
+EVAL_METRICS = ("exact_match", "json", "f1", "label", "bleu", "chrf", "rouge", "choice", "loss", "bits_per_byte")
 QUANT_LEVELS = ("nf4", "fp4", "int4")
 QUANT_BLOCK_SIZES = tuple(2**k for k in range(5, 13))  # 32 to 4096
 
@@ -286,6 +288,14 @@ class RunConfig:
     save_every: int | None = flag("checkpoint every N steps (default: at each validation)", None, "N", allowed=AT_LEAST_1)
     keep_last: int = flag("how many newest checkpoints stay (the best always stays)", 2, "N", allowed=AT_LEAST_1)
     patience: int | None = flag("stop after N validations without improvement", None, "N", allowed=AT_LEAST_1)
+    eval_metric: str | None = flag(
+        f"validate by a metric of minisft eval too, on answers that the model writes: {', '.join(EVAL_METRICS)}", None, "M"
+    )
+    eval_rows: int | None = flag("with --eval-metric: the first N rows held out (default 100)", None, "N", allowed=AT_LEAST_1)
+    eval_new_tokens: int | None = flag(
+        "with --eval-metric: longest answer in tokens (default 256, as for eval)", None, "N", allowed=AT_LEAST_1
+    )
+    best_by: Literal["loss", "metric"] = flag("what decides which checkpoint is the result, and --patience", "loss")
     log_every: int = flag("print a line every N steps when there is no terminal", 10, "N", allowed=AT_LEAST_1)
     cache: bool = flag("keep the encoded rows of large files in the user's cache folder, for the next run", True)
 
@@ -320,6 +330,7 @@ class RunConfig:
         )  # fmt: skip
         if self.method == "full":
             self._refuse_adapter_settings()
+        self._check_eval_metric()
         if self.init == "pissa":
             require(
                 self.quant == "none", "--quant with --init pissa", self.quant, "none",
@@ -333,6 +344,18 @@ class RunConfig:
         if isinstance(self.data, tuple) and len(self.data) == 1:
             object.__setattr__(self, "data", self.data[0])
         parse_sources(self.data)
+
+    def _check_eval_metric(self) -> None:
+        metric = self.eval_metric
+        if metric is not None:
+            require(metric in EVAL_METRICS, "--eval-metric", metric, " or ".join(EVAL_METRICS), nearest(metric, EVAL_METRICS))
+            return
+        for name, is_given in {
+            "--eval-rows": self.eval_rows is not None,
+            "--eval-new-tokens": self.eval_new_tokens is not None,
+            "--best-by metric": self.best_by == "metric",
+        }.items():
+            require(not is_given, name, "no metric", "--eval-metric M with it", f"name the metric, or leave {name} away")
 
     def _refuse_adapter_settings(self) -> None:
         """Training in full has no adapter: what describes one must be as it is by default, not ignored."""

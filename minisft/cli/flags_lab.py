@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-NOT_SEARCHED = ("lr", "out", "patience", "save_every", "keep_last", "log_every")  # of a run, nothing that lr-find would use
+# Of a run, nothing that lr-find would use.
+NOT_SEARCHED = (
+    "lr", "out", "patience", "save_every", "keep_last", "log_every", "eval_metric", "eval_rows", "eval_new_tokens", "best_by",
+)  # fmt: skip
 
 
 def lr_find_flags(parser: argparse.ArgumentParser) -> None:

@@ -53,6 +53,7 @@ class RunState:
     step: int = 0
     best_step: int | None = None
     best_loss: float | None = None
+    best_score: float | None = None  # with --eval-metric, at best_step
     evals_since_best: int = 0
     bad_steps: int = 0  # non-finite steps in a row
     failed_saves: int = 0
@@ -70,10 +71,11 @@ class TrainResult:
         weights: the folder of the result (``adapter`` or ``model``); None when a signal stopped the run, and of a dry run.
         steps, total_steps: optimizer steps done, and those of the whole run.
         eval_loss, best_step: the best validation loss (nats a supervised token; DPO: of a pair; GRPO: minus the mean
-            reward) and its step; None without validation.
+            reward) and its step; None without validation. With ``best_by = "metric"`` the step of the best score, and its loss.
         trainable, parameters: how many numbers are trained, and how many the model has.
         seconds: wall time of the loop.
         signal: the signal that stopped the run early, if any.
+        score: of ``eval_metric`` at ``best_step``; None without it.
     """
 
     out: Path
@@ -86,6 +88,7 @@ class TrainResult:
     parameters: int
     seconds: float
     signal: int | None = None
+    score: float | None = None
 
 
 class Trainer(ABC, Generic[Row]):
@@ -286,14 +289,23 @@ class Trainer(ABC, Generic[Row]):
     # ---- validation, checkpoints, the result -------------------------------------------------------------------------
 
     def _validate(self, log: Log) -> dict[str, JSON]:
-        """The validation loss, noted as the best if it is."""
+        """The validation loss and what comes with it, noted as the best if it is."""
         (loss, more), state = self.evaluate(), self.state
-        if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
+        if math.isfinite(loss) and self.is_best(loss, more):
             state.best_step, state.best_loss, state.evals_since_best = state.step, loss, 0
+            state.best_score = self.score(more)
         else:
             state.evals_since_best += 1
         log(f"step {state.step}: {self.validation_words(loss, more)}")
         return {"eval_loss": loss, **more}
+
+    def is_best(self, loss: float, more: dict[str, JSON]) -> bool:
+        """Whether a validation is better than all before it."""
+        return self.state.best_loss is None or loss < self.state.best_loss
+
+    def score(self, more: dict[str, JSON]) -> float | None:
+        """The score of a validation by ``eval_metric``; None where there is none."""
+        return None
 
     def validation_words(self, loss: float, more: dict[str, JSON]) -> str:
         """A validation in a few words."""
@@ -394,6 +406,7 @@ class Trainer(ABC, Generic[Row]):
             parameters=num_parameters(self.model),
             seconds=time.monotonic() - began,
             signal=stopped_by,
+            score=state.best_score,
         )
         if result.weights is not None:
             self.log(self._summary(result))
