@@ -31,6 +31,7 @@ from minisft.data.sources import parse_sources
 ALL_LINEAR = "all-linear"
 # How an answer is judged: by ``minisft eval``, and by a run that validates with ``eval_metric``.
 EVAL_METRICS = ("exact_match", "json", "f1", "label", "bleu", "chrf", "rouge", "choice", "loss", "bits_per_byte")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 QUANT_LEVELS = ("nf4", "fp4", "int4")
 QUANT_BLOCK_SIZES = tuple(2**k for k in range(5, 13))  # 32 to 4096
 
@@ -297,6 +298,7 @@ class RunConfig:
     )
     best_by: Literal["loss", "metric"] = flag("what decides which checkpoint is the result, and --patience", "loss")
     log_every: int = flag("print a line every N steps when there is no terminal", 10, "N", allowed=AT_LEAST_1)
+    report: tuple[str, ...] = flag(f"show the run in trackers too: {', '.join(TRACKERS)}", (), "TRACKER")
     cache: bool = flag("keep the encoded rows of large files in the user's cache folder, for the next run", True)
 
     def __post_init__(self) -> None:
@@ -331,6 +333,8 @@ class RunConfig:
         if self.method == "full":
             self._refuse_adapter_settings()
         self._check_eval_metric()
+        for name in self.report:
+            require(name in TRACKERS, "--report", name, " or ".join(TRACKERS), nearest(name, TRACKERS))
         if self.init == "pissa":
             require(
                 self.quant == "none", "--quant with --init pissa", self.quant, "none",

@@ -65,7 +65,7 @@ LEVELS = (
 LEVEL_OF = {place: level for level, places in enumerate(LEVELS) for place in places.split()}
 
 CORE = {"torch", "numpy", "safetensors", "tokenizers", "jinja2"}
-EXTRAS = {"sacrebleu", "rouge_score", "starlette", "uvicorn", "lm_eval"}
+EXTRAS = {"sacrebleu", "rouge_score", "starlette", "uvicorn", "lm_eval", "wandb", "mlflow", "trackio"}
 LATE = {"triton", "gguf", "matplotlib", "tqdm", "huggingface_hub", "pyarrow"} | EXTRAS  # only where they are needed
 UNSAFE = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
 NETWORK = {"socket", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "xmlrpc"}

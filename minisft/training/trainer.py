@@ -9,6 +9,7 @@ saved with a checkpoint is small: the trained numbers, the optimizer's moments a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -36,8 +37,9 @@ from minisft.training.checkpoint import Checkpoint, load_step, save_checkpoint
 from minisft.training.identity import require_same_run, run_identity
 from minisft.training.lossplot import plot_loss
 from minisft.training.replay import num_replayed
+from minisft.training.reporters import mirrors
 from minisft.training.run_data import Row, RunData
-from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_bytes
+from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_bytes, read_metrics
 from minisft.training.stop_signal import StopSignal
 
 DECAY_SHARE = 0.2  # of the steps, with --schedule wsd: as in most runs of arXiv:2405.18392
@@ -160,8 +162,11 @@ class Trainer(ABC, Generic[Row]):
         state, stop, began = self.state, StopSignal(), time.monotonic()
         metrics = MetricsLog(self.out / "metrics.jsonl")
         progress = Progress(self.total_steps, start=state.step, log_every=self.run.log_every)
-        with metrics, progress, stop.listening():
+        with contextlib.ExitStack() as opened:
+            for each in (metrics, progress, stop.listening()):
+                opened.enter_context(each)
             metrics.truncate_after(state.step)
+            report = opened.enter_context(mirrors(self.run, lambda: read_metrics(metrics.path), progress.log))
             while not self.is_done and stop.received is None:
                 started, step = time.monotonic(), state.step + 1
                 batches, lr = self.batches(step), self.learning_rate(step)
@@ -174,7 +179,7 @@ class Trainer(ABC, Generic[Row]):
                     )
                 if self.is_validation_step:
                     row |= self._validate(progress.log)
-                metrics.append(row)
+                report(metrics.append(row))
                 progress.update(step, result.loss, lr, tokens_per_s)
                 if self.is_save_step:
                     self.save(metrics, progress.log)
