@@ -82,6 +82,7 @@ if TYPE_CHECKING:
         unmerge_,
         verify,
         verify_merge,
+        write_card,
         write_comparison,
         write_feedback,
     )
@@ -158,6 +159,7 @@ __all__ = [
     "unmerge_",
     "verify",
     "verify_merge",
+    "write_card",
     "write_comparison",
     "write_feedback",
 ]

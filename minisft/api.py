@@ -20,6 +20,7 @@ The commands, and the calls that do the same:
 - ``sweep``: ``sweep``, with ``interpolated`` for ``--tuned``
 - ``lr-find``: ``lr_find(RunConfig(...), lrs)``
 - ``diff``: ``diff_models``
+- ``card``: ``write_card``
 - ``compare``: ``compare_files`` and ``write_comparison``
 - ``ab``: ``plan_ab`` and ``analyze_ab``
 - ``arena``: ``open_arena`` and ``serve_arena``
@@ -73,6 +74,7 @@ from minisft.quickstart.run import run_quickstart
 from minisft.selection.run import select_rows
 from minisft.surgery import adapters_off, apply_lora_, lora_modules, quantize_, scale_adapters_
 from minisft.training.capacity import capacity
+from minisft.training.card import write_card
 from minisft.training.lr_find import lr_find
 from minisft.training.plan import plan
 from minisft.training.preference import dpo, grpo
@@ -134,6 +136,7 @@ __all__ = [
     "unmerge_",
     "verify",
     "verify_merge",
+    "write_card",
     "write_comparison",
     "write_feedback",
 ]

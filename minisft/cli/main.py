@@ -258,6 +258,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "sweep": commands_answers.sweep_command,
     "lr-find": commands_lab.lr_find_command,
     "diff": commands_lab.diff_command,
+    "card": commands_lab.card_command,
     "verify": commands_weights.verify_command,
     "compare": commands_judging.compare_command,
     "ab": commands_judging.ab_command,
