@@ -276,6 +276,9 @@ class RunConfig:
         allowed=NOT_NEGATIVE,
         fix="5 to 15 is usual, 0 switches it off",
     )
+    optim: Literal["adamw", "adamw8bit"] = flag(
+        "AdamW, its moments in fp32 or in 8 bits (2 bytes a trained number instead of 8; embeddings keep fp32)", "adamw"
+    )
     beta1: float = flag("AdamW beta1", 0.9, allowed=Allowed(BELOW_1.holds, "a number in [0, 1)"))
     beta2: float = flag("AdamW beta2", 0.999, allowed=Allowed(BELOW_1.holds, "a number in [0, 1)"))
     clip: float = flag("largest gradient norm; 0 switches clipping off", 1.0, allowed=NOT_NEGATIVE)

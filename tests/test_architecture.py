@@ -37,6 +37,7 @@ FLAT = [
     "loss",
     "preference",
     "optim",
+    "adam_8bit",
     "schedule",
     "step",
     "merge_weights",
@@ -46,7 +47,7 @@ FLAT = [
 FRONT = ["__init__", "api", "__main__"]
 # A folder is one place, and so is a flat file.
 LEVELS = (
-    "common optim preference schedule",
+    "adam_8bit common optim preference schedule",
     "config data elementwise nf4",
     "kernels quality",
     "effect matmul",

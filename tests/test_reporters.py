@@ -7,6 +7,7 @@ import importlib.util
 import math
 import sys
 import threading
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -172,8 +173,10 @@ def test_a_tracker_that_hangs_is_waited_for_only_so_long(monkeypatch: pytest.Mon
     monkeypatch.setitem(TRACKERS, "wandb", Hangs)
     monkeypatch.setattr(reporters, "MAX_WAITING", 3)
     mirror = Mirror("wandb", RunConfig("m", "d", "o"), said.append)
+    began = time.monotonic()
     for step in range(9):  # more than may wait: handing over never blocks
         mirror.append({"step": step, "loss": 1.0})
+    assert time.monotonic() - began < 5
     (line,) = said
     assert "it is 3 rows behind" in line
     mirror.close(0.05)

@@ -28,11 +28,10 @@ from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats import base_fingerprint, save_adapter, save_model, write_adapter
 from minisft.model import CausalLM
-from minisft.optim import MasterAdamW
 from minisft.pissa import pissa_starts
 from minisft.schedule import learning_rate
-from minisft.step import StepResult, check_gradients, optimizer_step, prepare_method
-from minisft.surgery import lora_plus_ratios, num_parameters
+from minisft.step import StepResult, check_gradients, optimizer_of, optimizer_step, prepare_method
+from minisft.surgery import num_parameters
 from minisft.training.checkpoint import Checkpoint, load_step, save_checkpoint
 from minisft.training.identity import require_same_run, run_identity
 from minisft.training.lossplot import plot_loss
@@ -122,10 +121,7 @@ class Trainer(ABC, Generic[Row]):
         self.out = Path(run.out)
         self.device = model.model.norm.weight.device
         parameters = prepare_method(model, run)
-        self.optimizer = MasterAdamW(
-            parameters, betas=(run.beta1, run.beta2), weight_decay=run.weight_decay,
-            lr_ratios=lora_plus_ratios(model, run.lr_b_ratio),
-        )  # fmt: skip
+        self.optimizer = optimizer_of(model, parameters, run)
         self.total_steps = data.total_steps(run)
         if data.replay and not num_replayed(self.total_steps, run.batch_size, data.replay_share):
             raise UserError(
