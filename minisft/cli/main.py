@@ -194,7 +194,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from minisft.formats import context_length, load_tokenizer
     from minisft.training.untrained_tokens import untrained_tokens_of
 
-    dataset = read_dataset(arguments.data, tuple(arguments.map))
+    dataset = read_dataset(arguments.data, tuple(arguments.map), allow_tokens=True)
     tokenizer = load_tokenizer(arguments.model)
     template = resolve_template(tokenizer, arguments.template)
     context = context_length(arguments.model)
