@@ -86,6 +86,7 @@ if TYPE_CHECKING:
         verify,
         verify_gguf,
         verify_merge,
+        write_card,
         write_comparison,
         write_feedback,
     )
@@ -166,6 +167,7 @@ __all__ = [
     "verify",
     "verify_gguf",
     "verify_merge",
+    "write_card",
     "write_comparison",
     "write_feedback",
 ]

@@ -21,6 +21,7 @@ The commands, and the calls that do the same:
 - ``sweep``: ``sweep``, with ``interpolated`` for ``--tuned``
 - ``lr-find``: ``lr_find(RunConfig(...), lrs)``
 - ``diff``: ``diff_models``
+- ``card``: ``write_card``
 - ``compare``: ``compare_files`` and ``write_comparison``
 - ``ab``: ``plan_ab`` and ``analyze_ab``
 - ``arena``: ``open_arena`` and ``serve_arena``
@@ -79,6 +80,7 @@ from minisft.selection.run import select_rows
 from minisft.serving.server import serve
 from minisft.surgery import adapters_off, apply_lora_, lora_modules, quantize_, scale_adapters_
 from minisft.training.capacity import capacity
+from minisft.training.card import write_card
 from minisft.training.lr_find import lr_find
 from minisft.training.plan import plan
 from minisft.training.preference import dpo, grpo
@@ -144,6 +146,7 @@ __all__ = [
     "verify",
     "verify_gguf",
     "verify_merge",
+    "write_card",
     "write_comparison",
     "write_feedback",
 ]

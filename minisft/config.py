@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from minisft.common.checks import require
+from minisft.common.errors import UserError, nearest
 from minisft.common.model_checks import check_model
 from minisft.common.settings import (
     AT_LEAST_1,
@@ -29,6 +30,9 @@ from minisft.common.settings import (
 from minisft.data.sources import parse_sources
 
 ALL_LINEAR = "all-linear"
+# How an answer is judged: by ``minisft eval``, and by a run that validates with ``eval_metric``.
+EVAL_METRICS = ("exact_match", "json", "f1", "label", "bleu", "chrf", "rouge", "choice", "loss", "bits_per_byte")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 QUANT_LEVELS = ("nf4", "fp4", "int4")
 QUANT_BLOCK_SIZES = tuple(2**k for k in range(5, 13))  # 32 to 4096
 
@@ -266,6 +270,9 @@ class RunConfig:
         allowed=NOT_NEGATIVE,
         fix="5 to 15 is usual, 0 switches it off",
     )
+    optim: Literal["adamw", "adamw8bit"] = flag(
+        "AdamW, its moments in fp32 or in 8 bits (2 bytes a trained number instead of 8; embeddings keep fp32)", "adamw"
+    )
     beta1: float = flag("AdamW beta1", 0.9, allowed=Allowed(BELOW_1.holds, "a number in [0, 1)"))
     beta2: float = flag("AdamW beta2", 0.999, allowed=Allowed(BELOW_1.holds, "a number in [0, 1)"))
     clip: float = flag("largest gradient norm; 0 switches clipping off", 1.0, allowed=NOT_NEGATIVE)
@@ -279,7 +286,16 @@ class RunConfig:
     save_every: int | None = flag("checkpoint every N steps (default: at each validation)", None, "N", allowed=AT_LEAST_1)
     keep_last: int = flag("how many newest checkpoints stay (the best always stays)", 2, "N", allowed=AT_LEAST_1)
     patience: int | None = flag("stop after N validations without improvement", None, "N", allowed=AT_LEAST_1)
+    eval_metric: str | None = flag(
+        f"validate by a metric of minisft eval too, on answers that the model writes: {', '.join(EVAL_METRICS)}", None, "M"
+    )
+    eval_rows: int | None = flag("with --eval-metric: the first N rows held out (default 100)", None, "N", allowed=AT_LEAST_1)
+    eval_new_tokens: int | None = flag(
+        "with --eval-metric: longest answer in tokens (default 256, as for eval)", None, "N", allowed=AT_LEAST_1
+    )
+    best_by: Literal["loss", "metric"] = flag("what decides which checkpoint is the result, and --patience", "loss")
     log_every: int = flag("print a line every N steps when there is no terminal", 10, "N", allowed=AT_LEAST_1)
+    report: tuple[str, ...] = flag(f"show the run in trackers too: {', '.join(TRACKERS)}", (), "TRACKER")
     cache: bool = flag("keep the encoded rows of large files in the user's cache folder, for the next run", True)
 
     def __post_init__(self) -> None:
@@ -313,6 +329,9 @@ class RunConfig:
         )  # fmt: skip
         if self.method == "full":
             self._refuse_adapter_settings()
+        self._check_eval_metric()
+        for name in self.report:
+            require(name in TRACKERS, "--report", name, " or ".join(TRACKERS), nearest(name, TRACKERS))
         if self.init == "pissa":
             require(
                 self.quant == "none", "--quant with --init pissa", self.quant, "none",
@@ -326,6 +345,18 @@ class RunConfig:
         if isinstance(self.data, tuple) and len(self.data) == 1:
             object.__setattr__(self, "data", self.data[0])
         parse_sources(self.data)
+
+    def _check_eval_metric(self) -> None:
+        metric = self.eval_metric
+        if metric is not None:
+            require(metric in EVAL_METRICS, "--eval-metric", metric, " or ".join(EVAL_METRICS), nearest(metric, EVAL_METRICS))
+            return
+        for name, is_given in {
+            "--eval-rows": self.eval_rows is not None,
+            "--eval-new-tokens": self.eval_new_tokens is not None,
+            "--best-by metric": self.best_by == "metric",
+        }.items():
+            require(not is_given, name, "no metric", "--eval-metric M with it", f"name the metric, or leave {name} away")
 
     def _refuse_adapter_settings(self) -> None:
         """Training in full has no adapter: what describes one must be as it is by default, not ignored."""

@@ -7,10 +7,12 @@ Adapters are fp32 already and are their own master weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from minisft.adam_8bit import Moments, adamw_8bit_
 
 
 class MasterAdamW:
@@ -21,6 +23,7 @@ class MasterAdamW:
         betas, eps: moment decay and the floor of the denominator.
         weight_decay: applied to matrices only, not to norms and biases.
         lr_ratios: name -> what the rate is multiplied by for this parameter; 1 for those that are not named.
+        in_8_bits: names of those whose moments are kept in 8 bits (``adam_8bit``).
 
     Ref: Loshchilov & Hutter 2017, arXiv:1711.05101, algorithm 2.
     """
@@ -33,23 +36,28 @@ class MasterAdamW:
         weight_decay: float,
         eps: float = 1e-8,
         lr_ratios: Mapping[str, float] | None = None,
+        in_8_bits: Collection[str] = (),
     ) -> None:
         self.parameters = dict(parameters)
         self.master_weights = {name: _master(p) for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             if self.master_weights[name] is not p:
                 p.register_post_accumulate_grad_hook(_collect_into(self.master_weights[name]))
-        ratios = {name: (lr_ratios or {}).get(name, 1.0) for name in self.parameters}
+        self.ratios = ratios = {name: (lr_ratios or {}).get(name, 1.0) for name in self.parameters}
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.in_8_bits = {name: Moments.zeros(m) for name, m in self.master_weights.items() if name in in_8_bits}
+        whole = {name: m for name, m in self.master_weights.items() if name not in self.in_8_bits}
         groups = [
             {
-                "params": [m for name, m in self.master_weights.items() if ratios[name] == ratio and (m.ndim >= 2) == decays],
+                "params": [m for name, m in whole.items() if ratios[name] == ratio and (m.ndim >= 2) == decays],
                 "weight_decay": weight_decay if decays else 0.0,
                 "lr_ratio": ratio,
             }
             for ratio in dict.fromkeys(ratios.values())
             for decays in (True, False)
         ]
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+        groups = [g for g in groups if g["params"]] or [{"params": [nn.Parameter(torch.zeros(1))], "lr_ratio": 1.0}]
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -69,6 +77,11 @@ class MasterAdamW:
             for group in self.adamw.param_groups:
                 group["lr"] = lr * group["lr_ratio"]
             self.adamw.step()
+            for name, moments in self.in_8_bits.items():
+                master = self.master_weights[name]
+                if master.grad is not None:
+                    decay = self.weight_decay if master.ndim >= 2 else 0.0
+                    adamw_8bit_(master, master.grad, moments, lr * self.ratios[name], self.betas, self.eps, decay)
             for name, p in self.parameters.items():
                 if self.master_weights[name] is not p:
                     p.copy_(self.master_weights[name])
@@ -78,7 +91,8 @@ class MasterAdamW:
         tensors: dict[str, Tensor] = {}
         for name, master in self.master_weights.items():
             tensors[f"{name}/master"] = master.detach()
-            tensors.update({f"{name}/{key}": value for key, value in self.adamw.state[master].items()})
+            moments = self.in_8_bits[name].state() if name in self.in_8_bits else self.adamw.state[master]
+            tensors.update({f"{name}/{key}": value for key, value in moments.items()})
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -88,6 +102,10 @@ class MasterAdamW:
             for name, master in self.master_weights.items():
                 master.copy_(tensors[f"{name}/master"])
                 self.parameters[name].copy_(master)
+                if name in self.in_8_bits:
+                    own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+                    self.in_8_bits[name] = Moments.from_state(own, master.device)
+                    continue
                 moments = {
                     key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in tensors
                 }

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minisft.adam_8bit import MIN_NUMBERS
 from minisft.batching import Batch
 from minisft.common.errors import UserError, listing
 from minisft.config import RunConfig
 from minisft.loss import head_loss_sum
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
-from minisft.surgery import apply_lora_, lora_modules, train_fully_
+from minisft.surgery import apply_lora_, lora_modules, lora_plus_ratios, train_fully_
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,25 @@ def set_checkpointing(model: CausalLM, kind: str) -> None:
         model.wrap_layer = recomputed
     elif kind == "selective":
         model.wrap_mlp = recomputed
+
+
+def optimizer_of(model: CausalLM, parameters: Mapping[str, nn.Parameter], run: RunConfig) -> MasterAdamW:
+    """The optimizer of a run.
+
+    Args:
+        model: ready for the run's method.
+        parameters: what ``prepare_method`` returned.
+        run: the settings.
+
+    Returns:
+        AdamW; with ``optim = "adamw8bit"`` all moments are in 8 bits but those of embeddings and of small tensors.
+    """
+    embeddings = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    large = [name for name, p in parameters.items() if p.numel() >= MIN_NUMBERS and name not in embeddings]
+    return MasterAdamW(
+        parameters, betas=(run.beta1, run.beta2), weight_decay=run.weight_decay,
+        lr_ratios=lora_plus_ratios(model, run.lr_b_ratio), in_8_bits=large if run.optim == "adamw8bit" else (),
+    )  # fmt: skip
 
 
 def prepare_method(model: CausalLM, run: RunConfig) -> dict[str, nn.Parameter]:

@@ -41,6 +41,7 @@ WHAT = {
     "loss": "cross-entropy as a sum over supervised tokens",
     "preference": "the losses of DPO and GRPO",
     "optim": "AdamW with fp32 master weights",
+    "adam_8bit": "AdamW with moments of 8 bits",
     "schedule": "the learning rate of each step",
     "step": "one optimizer step: the sum divided once",
     "merge_weights": "adapters into weights, and back, bit for bit",

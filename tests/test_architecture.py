@@ -37,6 +37,7 @@ FLAT = [
     "loss",
     "preference",
     "optim",
+    "adam_8bit",
     "schedule",
     "step",
     "merge_weights",
@@ -46,7 +47,7 @@ FLAT = [
 FRONT = ["__init__", "api", "__main__"]
 # A folder is one place, and so is a flat file.
 LEVELS = (
-    "common optim preference schedule",
+    "adam_8bit common optim preference schedule",
     "config data elementwise nf4",
     "kernels quality",
     "effect matmul",
@@ -65,7 +66,7 @@ LEVELS = (
 LEVEL_OF = {place: level for level, places in enumerate(LEVELS) for place in places.split()}
 
 CORE = {"torch", "numpy", "safetensors", "tokenizers", "jinja2"}
-EXTRAS = {"transformers", "sacrebleu", "rouge_score", "starlette", "uvicorn", "lm_eval", "xllamacpp"}
+EXTRAS = {"transformers", "sacrebleu", "rouge_score", "starlette", "uvicorn", "lm_eval", "xllamacpp", "wandb", "mlflow", "trackio"}
 LATE = {"triton", "gguf", "matplotlib", "tqdm", "huggingface_hub", "pyarrow"} | EXTRAS  # only where they are needed
 UNSAFE = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
 NETWORK = {"socket", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "xmlrpc"}

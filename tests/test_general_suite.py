@@ -11,10 +11,9 @@ from rows_files import write_jsonl
 from tiny_folder import rows as chat_rows
 from tiny_folder import write_model
 
-from minisft.cli.flags_judging import EVAL_METRICS
 from minisft.cli.main import main
 from minisft.common.errors import UserError
-from minisft.config import LoRAConfig
+from minisft.config import EVAL_METRICS, LoRAConfig
 from minisft.data.chat import resolve_template
 from minisft.data.messages import read_dataset
 from minisft.evaluation import evaluate as single

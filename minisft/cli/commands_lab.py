@@ -1,4 +1,4 @@
-"""The commands that look into training: ``lr-find`` and ``diff``.
+"""The commands that look into training: ``lr-find``, ``diff`` and ``card``.
 
 Each is a few lines over the modules below; see ``cli.main`` for errors and output.
 """
@@ -79,3 +79,13 @@ def diff_command(arguments: argparse.Namespace) -> int:
 
 def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def card_command(arguments: argparse.Namespace) -> int:
+    """Write the model card of a run."""
+    load_libraries()
+    from minisft.training.card import write_card
+
+    path = write_card(arguments.run, arguments.license, arguments.base_model, arguments.results, arguments.force)
+    print(visible(path))
+    return 0

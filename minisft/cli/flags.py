@@ -16,7 +16,7 @@ from typing import NoReturn, get_args
 from minisft.cli.flags_data import quality_flags, select_flags
 from minisft.cli.flags_export import export_flags, verify_gguf_flags
 from minisft.cli.flags_judging import eval_metric_flags, judging_flags
-from minisft.cli.flags_lab import NOT_SEARCHED, diff_flags, lr_find_flags
+from minisft.cli.flags_lab import NOT_SEARCHED, card_flags, diff_flags, lr_find_flags
 from minisft.cli.flags_serve import serve_flags
 from minisft.common.checks import check_calibration, check_sampling, require
 from minisft.common.errors import UserError, nearest, visible
@@ -28,7 +28,7 @@ from minisft.training.preference_config import UNUSED_BY_DPO, UNUSED_BY_GRPO, DP
 # The settings of a run that decide its memory, or what it learns from.
 PLANNED = (
     "model", "data", "eval_data", "map", "template", "turns", "max_length", "method", "init_adapter",
-    "rank", "dropout", "use_dora", "targets", "init", "quant", "double_quant", "batch_size",
+    "rank", "dropout", "use_dora", "optim", "targets", "init", "quant", "double_quant", "batch_size",
     "micro_batch_size", "dtype", "checkpointing", "device",
 )  # fmt: skip
 COUNTS = ("max_new_tokens", "limit", "batch_size", "micro_batch_size", "max_length", "rank")
@@ -117,6 +117,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("combine", "add several adapters of one base up to one adapter"),
             ("sweep", "score a model at several scales of its update: what the task gains, what general knowledge loses"),
             ("lr-find", "try learning rates on a share of a run and choose by validation loss"),
+            ("card", "write a finished run's model card: base, data, settings, results, limits, as they were recorded"),
             ("diff", "what separates two models of one shape: size, rank and new directions of the update, layer by layer"),
             (
                 "verify",
@@ -158,6 +159,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     lr_find_flags(made["lr-find"])
     _run_flags(made["lr-find"], [f.name for f in dataclasses.fields(RunConfig) if f.name not in NOT_SEARCHED])
     diff_flags(made["diff"])
+    card_flags(made["card"])
     quickstart = made["quickstart"]
     quickstart.add_argument(
         "--out", default="runs/quickstart", metavar="DIR", help="where everything goes (default %(default)s)"

@@ -6,8 +6,7 @@ import argparse
 import math
 from collections.abc import Mapping
 
-# As in minisft.evaluation.several, which loads PyTorch; a test holds the two together.
-EVAL_METRICS = ("exact_match", "json", "f1", "label", "bleu", "chrf", "rouge", "choice", "loss", "bits_per_byte")
+from minisft.config import EVAL_METRICS
 
 
 def judging_flags(made: Mapping[str, argparse.ArgumentParser]) -> None:

@@ -1,10 +1,14 @@
-"""The flags of the commands that look into training: ``lr-find`` and ``diff``."""
+"""The flags of the commands that look into training: ``lr-find``, ``diff`` and ``card``."""
 
 from __future__ import annotations
 
 import argparse
 
-NOT_SEARCHED = ("lr", "out", "patience", "save_every", "keep_last", "log_every")  # of a run, nothing that lr-find would use
+# Of a run, nothing that lr-find would use.
+NOT_SEARCHED = (
+    "lr", "out", "patience", "save_every", "keep_last", "log_every", "eval_metric", "eval_rows", "eval_new_tokens", "best_by",
+    "report",
+)  # fmt: skip
 
 
 def lr_find_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,3 +44,12 @@ def diff_flags(parser: argparse.ArgumentParser) -> None:
         help="how many of the largest directions are looked at (default %(default)s)",
     )
     parser.add_argument("--out", default=None, metavar="F.json", help="write every tensor and a summary")
+
+
+def card_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``card``."""
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--license", default=None, metavar="ID", help="the hub's identifier; a run does not know it")
+    parser.add_argument("--base-model", default=None, metavar="ORG/NAME", help="hub id of the base, where --model was none")
+    parser.add_argument("--results", nargs="+", default=(), metavar="F.json", help="what minisft eval wrote, to be shown")
+    parser.add_argument("--force", action="store_true", default=False, help="replace a card that is there")

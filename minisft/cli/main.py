@@ -203,7 +203,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from minisft.formats import context_length, load_tokenizer
     from minisft.training.untrained_tokens import untrained_tokens_of
 
-    dataset = read_dataset(arguments.data, tuple(arguments.map))
+    dataset = read_dataset(arguments.data, tuple(arguments.map), allow_tokens=True)
     tokenizer = load_tokenizer(arguments.model)
     template = resolve_template(tokenizer, arguments.template)
     context = context_length(arguments.model)
@@ -268,6 +268,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "sweep": commands_answers.sweep_command,
     "lr-find": commands_lab.lr_find_command,
     "diff": commands_lab.diff_command,
+    "card": commands_lab.card_command,
     "verify": commands_weights.verify_command,
     "compare": commands_judging.compare_command,
     "ab": commands_judging.ab_command,

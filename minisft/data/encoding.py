@@ -15,6 +15,7 @@ from minisft.common.errors import UserError, visible
 from minisft.data.answer_text import stop_ids
 from minisft.data.chat import Encoded, Prepared, finish, fit, prepare
 from minisft.data.examples import Example
+from minisft.data.given_tokens import GivenTokens
 from minisft.data.template import ChatTemplate, Turns
 from minisft.data.token_rows import TokenRows, TokenWriter
 from minisft.data.tokenizer import Tokenized, Tokenizer
@@ -152,6 +153,9 @@ def _encoded(
             prepared: list[Prepared] = []
             try:
                 for example in part:
+                    if example.tokens is not None:
+                        prepared.append(_given(tokenizer, example, example.tokens, path))
+                        continue
                     prepared.append(
                         prepare(
                             tokenizer, template, example.messages, turns, allow_control_tokens=allow_control_tokens,
@@ -168,6 +172,16 @@ def _encoded(
             yield from _finished(tokenizer, *waiting)
     if failed is not None:
         raise failed
+
+
+def _given(tokenizer: Tokenizer, example: Example, tokens: GivenTokens, path: str) -> Prepared:
+    """A row that is token ids already, in range."""
+    where = _place(example, path)
+    tokens.check_vocabulary(tokenizer.vocab_size, where)
+    supervised = list(tokens.supervised)
+    prompt_length = supervised.index(True) if any(supervised) else len(supervised)
+    encoded = Encoded(list(tokens.input_ids), supervised, example.row, 0, prompt_length)
+    return Prepared("", [], None, example.row, where, False, encoded)
 
 
 def _finished(tokenizer: Tokenizer, prepared: Sequence[Prepared], started: Future[list[Tokenized]]) -> Iterator[Encoded]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from minisft.common.safe_json import JSON
+from minisft.data.given_tokens import GivenTokens
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
@@ -46,12 +47,14 @@ class Example:
         row: its line or item, from 1.
         reference: the row's other columns, for evaluation.
         where: file and line, for errors; empty for an example that was not read from a file.
+        tokens: for a row that is token ids already; its messages then are the ids as words, to compare rows by.
     """
 
     messages: tuple[Message, ...]
     row: int
     reference: dict[str, JSON] = field(default_factory=dict)
     where: str = field(default="", compare=False)
+    tokens: GivenTokens | None = None
 
     @property
     def identity(self) -> tuple[tuple[Message, ...], str]:

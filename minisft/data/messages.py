@@ -17,7 +17,7 @@ from minisft.common.seeds import derive_seed
 from minisft.data.examples import Example as Example
 from minisft.data.examples import Message as Message
 from minisft.data.json_rows import MAX_ROW_BYTES, RowFile
-from minisft.data.row_forms import Form, Row, detect, parse_mapping, read_example, unread_keys
+from minisft.data.row_forms import TOKENS, Form, Row, detect, parse_mapping, read_example, unread_keys
 
 # The column that the metric ``choice`` reads.
 _READ_LATER = ("choices",)
@@ -50,6 +50,7 @@ def read_dataset(
     max_row_bytes: int = MAX_ROW_BYTES,
     keep_duplicates: bool = False,
     keep_empty: bool = False,
+    allow_tokens: bool = False,
 ) -> Dataset:
     """Read a data file; the rows keep their order.
 
@@ -59,6 +60,7 @@ def read_dataset(
         max_row_bytes: longest line accepted.
         keep_duplicates: keep exact copies (evaluation scores every row of a file); they are counted in any case.
         keep_empty: keep rows with an empty answer too (a report on the data shows them).
+        allow_tokens: accept rows of token ids, which have no text.
 
     Returns:
         The data set.
@@ -76,6 +78,11 @@ def read_dataset(
     for number, where, values in source.rows():
         row = Row(values, columns, where)
         form = form or detect(row)
+        if form.name == TOKENS and not allow_tokens:
+            raise UserError(
+                "data/no-text", "rows of token ids have no text, which is needed here", where=where, found="input_ids",
+                expected="messages, prompt + completion or another form with text", fix="give the rows as text",
+            )  # fmt: skip
         example = read_example(row, form, number)
         unread.update(dict.fromkeys(unread_keys(row, form)))
         identity = example.identity

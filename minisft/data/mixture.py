@@ -29,12 +29,15 @@ class FileRows:
     last: int
 
 
-def read_sources(sources: Sequence[Source], mapping: Sequence[str] = ()) -> tuple[Dataset, tuple[FileRows, ...]]:
+def read_sources(
+    sources: Sequence[Source], mapping: Sequence[str] = (), allow_tokens: bool = False
+) -> tuple[Dataset, tuple[FileRows, ...]]:
     """Read all files.
 
     Args:
         sources: the files, in order.
         mapping: ``FIELD=COLUMN`` pairs, for all of them.
+        allow_tokens: accept rows of token ids, which have no text.
 
     Returns:
         The rows of all as one data set, numbered on from file to file, and what is known of each file.
@@ -42,7 +45,7 @@ def read_sources(sources: Sequence[Source], mapping: Sequence[str] = ()) -> tupl
     Raises:
         UserError: ``data/...`` with file and line.
     """
-    read = [read_dataset(source.path, mapping) for source in sources]
+    read = [read_dataset(source.path, mapping, allow_tokens=allow_tokens) for source in sources]
     if len(read) == 1:
         return read[0], (FileRows(sources[0], read[0].sha256, read[0].examples[-1].row),)
     examples: list[Example] = []

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from minisft.common.errors import UserError, listing, nearest, visible
 from minisft.common.safe_json import JSON
 from minisft.data.examples import ROLES, Example, Message, Role
+from minisft.data.given_tokens import GivenTokens, read_tokens
 from minisft.data.json_rows import json_type
 
 # ShareGPT's names for the speakers beside the usual ones.
@@ -33,6 +34,7 @@ _UNSUPPORTED_IN_MESSAGE = ("tool_calls", "function_call", "tools", "functions", 
 _UNSUPPORTED_COLUMNS = ("tools", "functions", *_MEDIA)
 _EMPTY: tuple[JSON, ...] = (None, "", [], {})
 _TRAINED = ("train", "weight")  # whether an assistant message is a target
+TOKENS = "tokens"  # the form of rows that are token ids already
 # What people call the two keys of a message.
 _ROLE_KEYS = ("role", "from", "speaker", "who", "author")
 _CONTENT_KEYS = ("content", "value", "text", "message", "says")
@@ -209,6 +211,18 @@ def _with_system(row: Row, turns: list[Message]) -> list[Message]:
     return [Message("system", text), *turns]
 
 
+def _tokens(row: Row) -> GivenTokens:
+    return read_tokens(row.get("input_ids"), row.get("labels"), row.get("attention_mask"), row.where)
+
+
+def _from_tokens(row: Row) -> list[Message]:
+    """The ids as words, with those of the targets again: no text, but rows are equal or alike as their ids are."""
+    tokens = _tokens(row)
+    targets = [token for token, supervised in zip(tokens.input_ids, tokens.supervised, strict=True) if supervised]
+    words = " ".join(map(str, tokens.input_ids)), " ".join(map(str, targets)) or "-"
+    return [Message("user", words[0]), Message("assistant", words[1])]
+
+
 @dataclass(frozen=True)
 class Form:
     """One form: its name, the fields it needs and may have, and how a row becomes messages."""
@@ -230,6 +244,7 @@ FORMS = (
     Form("sharegpt", ("conversations",), ("system",), _from_sharegpt),
     Form("alpaca", ("instruction", "output"), ("input", "system", "history"), _from_alpaca),
     Form("prompt/completion", ("prompt", "completion"), ("system",), _from_prompt),
+    Form(TOKENS, ("input_ids", "labels"), ("attention_mask",), _from_tokens),
     # Only reached by mapping: text without a prompt, for corpora.
     Form("completion", ("completion",), ("system",), _from_prompt),
 )
@@ -278,7 +293,7 @@ def detect(row: Row) -> Form:
         fits = all(row.has(name) for name in form.required) and mapped <= set(form.fields)
         if fits and (mapped or form.name != "completion"):
             return form
-    expected = "messages, conversations, instruction + output, or prompt + completion"
+    expected = "messages, conversations, instruction + output, prompt + completion, or input_ids + labels"
     fix = "name your columns: --map prompt=COLUMN completion=COLUMN"
     raise _bad("unknown-form", "the row has no known form", row.where, f"the keys {listing(keys)}", expected=expected, fix=fix)
 
@@ -321,4 +336,4 @@ def read_example(row: Row, form: Form, number: int) -> Example:
         raise _bad(
             "no-assistant", "no assistant turn: nothing to train on", row.where, found, expected="an assistant turn", fix=fix
         )
-    return Example(messages, number, rest, row.where)
+    return Example(messages, number, rest, row.where, _tokens(row) if form.name == TOKENS else None)

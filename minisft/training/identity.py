@@ -27,7 +27,7 @@ from minisft.formats.source import file_sha256
 
 FORMAT = 3  # 1 compared names and memory settings, and knew nothing of tokens; 2 trained all weights whatever --targets said
 FILES = ("model", "data", "eval_data", "replay", "template", "init_adapter", "reward")  # compared by content
-WATCHING = ("out", "log_every", "keep_last", "save_every", "strict", "cache")  # decide nothing that is computed
+WATCHING = ("out", "log_every", "keep_last", "save_every", "strict", "cache", "report")  # decide nothing that is computed
 LENGTH = ("steps", "epochs")  # may be raised, see ``Trainer.restore``
 COMPUTE = ("micro_batch_size", "checkpointing", "device", "packing")
 MASKS = ("micro_batch_size", "device", "packing")  # those of COMPUTE that dropout's masks depend on

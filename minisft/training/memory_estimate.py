@@ -31,7 +31,7 @@ from minisft.matmul import compute_dtype
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.pissa import pissa_starts
-from minisft.step import batch_loss_sum, prepare_method
+from minisft.step import batch_loss_sum, optimizer_of, prepare_method
 from minisft.surgery import match_targets
 
 KINDS = ("weights", "adapters", "optimizer", "gradients", "activations", "temporary")
@@ -102,7 +102,7 @@ def _peak_by_phase(run: RunConfig, shape: Shape, device: torch.device, num_layer
     """
     model, placeholders = _fake_model(run, shape, device, num_layers)
     parameters = prepare_method(model, run)
-    optimizer = MasterAdamW(parameters, betas=(run.beta1, run.beta2), weight_decay=run.weight_decay)
+    optimizer = optimizer_of(model, parameters, run)
     batch, tracker = full_batch(run, device), MemoryTracker()
     with tracker:
         _start_moments(optimizer)

@@ -10,7 +10,10 @@ from minisft.common.settings import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Allowed,
 from minisft.config import RunConfig
 
 # What a run on pairs or on sampled answers has no use for.
-UNUSED_BY_DPO = ("turns", "packing", "micro_batch_size", "strict", "neftune_alpha", "replay", "replay_share", "cache")
+UNUSED_BY_DPO = (
+    "turns", "packing", "micro_batch_size", "strict", "neftune_alpha", "replay", "replay_share", "cache",
+    "eval_metric", "eval_rows", "eval_new_tokens", "best_by",
+)  # fmt: skip
 UNUSED_BY_GRPO = (*UNUSED_BY_DPO, "batch_size", "allow_control_tokens")
 
 

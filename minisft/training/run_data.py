@@ -114,8 +114,8 @@ def _prepare(
 ) -> PreparedRows:
     """Read, split and encode; the tokens go into ``folder``, or stay in memory."""
     sources = parse_sources(run.data)
-    dataset, files = read_sources(sources, run.map)
-    held_out = read_dataset(run.eval_data, run.map) if run.eval_data else None
+    dataset, files = read_sources(sources, run.map, allow_tokens=True)
+    held_out = read_dataset(run.eval_data, run.map, allow_tokens=True) if run.eval_data else None
     train, validation, notes = _sides(run, dataset, held_out)
 
     def encode(examples: Sequence[Example], name: str, path: str) -> EncodedDataset:

@@ -55,9 +55,10 @@ class MetricsLog:
         if whole < size:
             os.ftruncate(self._descriptor, whole)
 
-    def append(self, row: Mapping[str, JSON]) -> None:
-        """Write one row; NaN and infinities become ``null`` plus ``<key>_nonfinite``."""
-        line = json.dumps(_spell_nonfinite(row), allow_nan=False).encode() + b"\n"
+    def append(self, row: Mapping[str, JSON]) -> dict[str, JSON]:
+        """Write one row; NaN and infinities become ``null`` plus ``<key>_nonfinite``. Returns it as it was written."""
+        written_row = _spell_nonfinite(row)
+        line = json.dumps(written_row, allow_nan=False).encode() + b"\n"
         before = os.fstat(self._descriptor).st_size
         with disk_errors(self.path, len(line)):
             try:
@@ -68,6 +69,7 @@ class MetricsLog:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._descriptor, before)
                 raise
+        return written_row
 
     def sync(self) -> None:
         """Make all rows so far durable."""

@@ -16,6 +16,7 @@ from minisft.data.token_rows import longest_rows
 from minisft.step import accumulate_gradients, validation_loss
 from minisft.training.replay import mixed_rows
 from minisft.training.runlog import peak_memory_bytes
+from minisft.training.task_metric import TaskMetric, read_task
 from minisft.training.trainer import Trainer
 from minisft.training.untrained_tokens import untrained_tokens
 
@@ -23,8 +24,11 @@ from minisft.training.untrained_tokens import untrained_tokens
 class SFTTrainer(Trainer[Encoded]):
     """Learns to predict the supervised tokens of chats."""
 
+    task: TaskMetric | None = None  # with ``eval_metric``, from ``prepare`` on
+
     def prepare(self) -> None:
-        """Report special tokens that the rows train and the model cannot produce."""
+        """Report special tokens that the rows train and the model cannot produce; find the rows of ``--eval-metric``."""
+        self.task = read_task(self.run, self.model, self.tokenizer, self.template, [row.row for row in self.data.validation])
         for note in untrained_tokens(self.model, self.tokenizer, *self._sets):
             self.log(note)
 
@@ -82,8 +86,32 @@ class SFTTrainer(Trainer[Encoded]):
         return accumulate_gradients(self.model, batches, seed)
 
     def evaluate(self) -> tuple[float, dict[str, JSON]]:
-        """The mean cross-entropy per supervised token of the rows held out."""
-        return validation_loss(self.model, self._validation), {}
+        """The mean cross-entropy per supervised token of the rows held out, and the score of ``--eval-metric``."""
+        loss = validation_loss(self.model, self._validation)
+        return loss, {} if self.task is None else {self.task.key: self.task.score(self.model)}
+
+    def score(self, more: dict[str, JSON]) -> float | None:
+        """The score of a validation by ``eval_metric``; None where there is none."""
+        return None if self.task is None else float(str(more[self.task.key]))
+
+    def is_best(self, loss: float, more: dict[str, JSON]) -> bool:
+        """By loss, or with ``--best-by metric`` by score; of two equal scores the one with the lower loss."""
+        best, score = self.state, self.score(more)
+        if self.task is None or score is None or self.run.best_by == "loss" or best.best_score is None:
+            return super().is_best(loss, more)
+        return self.task.is_better(score, best.best_score) or (score == best.best_score and super().is_best(loss, more))
+
+    def validation_words(self, loss: float, more: dict[str, JSON]) -> str:
+        """Loss, and score where there is one."""
+        words = super().validation_words(loss, more)
+        return words if self.task is None else f"{words}, {self.task.words(self.score(more))}"
+
+    def best_words(self, loss: float) -> str:
+        """Loss and score of the step that was kept."""
+        if self.task is None:
+            return super().best_words(loss)
+        best = "best validation loss" if self.run.best_by == "loss" else f"best {self.task.metric}, validation loss"
+        return f"{best} {loss:.4f}, {self.task.words(self.state.best_score)}"
 
     @property
     def _sets(self) -> tuple[Sequence[Encoded], ...]:

@@ -32,6 +32,7 @@ from minisft.training.checkpoint import Checkpoint, RunLock, load_latest
 from minisft.training.dry_run import dry_run as try_run
 from minisft.training.dry_run import log_plan, require_new_run
 from minisft.training.init_adapter import load_init_adapter_, with_adapter_settings
+from minisft.training.reporters import require_trackers
 from minisft.training.run_data import Row, RunData, environment, prepare_data
 from minisft.training.sft import SFTTrainer
 from minisft.training.trainer import Log, Trainer
@@ -97,6 +98,7 @@ def run_training(
     """
     if dry_run:
         require_new_run(resume)
+    require_trackers(run.report)
     out, device = _checked_out(run, resume), pick_device(run.device)
     run = replace(run, dtype=pick_dtype(run.dtype, device))
     with contextlib.ExitStack() as lock:

@@ -9,6 +9,7 @@ saved with a checkpoint is small: the trained numbers, the optimizer's moments a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -27,17 +28,17 @@ from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats import base_fingerprint, save_adapter, save_model, write_adapter
 from minisft.model import CausalLM
-from minisft.optim import MasterAdamW
 from minisft.pissa import pissa_starts
 from minisft.schedule import learning_rate
-from minisft.step import StepResult, check_gradients, optimizer_step, prepare_method
-from minisft.surgery import lora_plus_ratios, num_parameters
+from minisft.step import StepResult, check_gradients, optimizer_of, optimizer_step, prepare_method
+from minisft.surgery import num_parameters
 from minisft.training.checkpoint import Checkpoint, load_step, save_checkpoint
 from minisft.training.identity import require_same_run, run_identity
 from minisft.training.lossplot import plot_loss
 from minisft.training.replay import num_replayed
+from minisft.training.reporters import mirrors
 from minisft.training.run_data import Row, RunData
-from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_bytes
+from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_bytes, read_metrics
 from minisft.training.stop_signal import StopSignal
 
 DECAY_SHARE = 0.2  # of the steps, with --schedule wsd: as in most runs of arXiv:2405.18392
@@ -53,6 +54,7 @@ class RunState:
     step: int = 0
     best_step: int | None = None
     best_loss: float | None = None
+    best_score: float | None = None  # with --eval-metric, at best_step
     evals_since_best: int = 0
     bad_steps: int = 0  # non-finite steps in a row
     failed_saves: int = 0
@@ -70,10 +72,11 @@ class TrainResult:
         weights: the folder of the result (``adapter`` or ``model``); None when a signal stopped the run, and of a dry run.
         steps, total_steps: optimizer steps done, and those of the whole run.
         eval_loss, best_step: the best validation loss (nats a supervised token; DPO: of a pair; GRPO: minus the mean
-            reward) and its step; None without validation.
+            reward) and its step; None without validation. With ``best_by = "metric"`` the step of the best score, and its loss.
         trainable, parameters: how many numbers are trained, and how many the model has.
         seconds: wall time of the loop.
         signal: the signal that stopped the run early, if any.
+        score: of ``eval_metric`` at ``best_step``; None without it.
     """
 
     out: Path
@@ -86,6 +89,7 @@ class TrainResult:
     parameters: int
     seconds: float
     signal: int | None = None
+    score: float | None = None
 
 
 class Trainer(ABC, Generic[Row]):
@@ -117,10 +121,7 @@ class Trainer(ABC, Generic[Row]):
         self.out = Path(run.out)
         self.device = model.device
         parameters = prepare_method(model, run)
-        self.optimizer = MasterAdamW(
-            parameters, betas=(run.beta1, run.beta2), weight_decay=run.weight_decay,
-            lr_ratios=lora_plus_ratios(model, run.lr_b_ratio),
-        )  # fmt: skip
+        self.optimizer = optimizer_of(model, parameters, run)
         self.total_steps = data.total_steps(run)
         if data.replay and not num_replayed(self.total_steps, run.batch_size, data.replay_share):
             raise UserError(
@@ -157,8 +158,11 @@ class Trainer(ABC, Generic[Row]):
         state, stop, began = self.state, StopSignal(), time.monotonic()
         metrics = MetricsLog(self.out / "metrics.jsonl")
         progress = Progress(self.total_steps, start=state.step, log_every=self.run.log_every)
-        with metrics, progress, stop.listening():
+        with contextlib.ExitStack() as opened:
+            for each in (metrics, progress, stop.listening()):
+                opened.enter_context(each)
             metrics.truncate_after(state.step)
+            report = opened.enter_context(mirrors(self.run, lambda: read_metrics(metrics.path), progress.log))
             while not self.is_done and stop.received is None:
                 started, step = time.monotonic(), state.step + 1
                 batches, lr = self.batches(step), self.learning_rate(step)
@@ -171,7 +175,7 @@ class Trainer(ABC, Generic[Row]):
                     )
                 if self.is_validation_step:
                     row |= self._validate(progress.log)
-                metrics.append(row)
+                report(metrics.append(row))
                 progress.update(step, result.loss, lr, tokens_per_s)
                 if self.is_save_step:
                     self.save(metrics, progress.log)
@@ -286,14 +290,23 @@ class Trainer(ABC, Generic[Row]):
     # ---- validation, checkpoints, the result -------------------------------------------------------------------------
 
     def _validate(self, log: Log) -> dict[str, JSON]:
-        """The validation loss, noted as the best if it is."""
+        """The validation loss and what comes with it, noted as the best if it is."""
         (loss, more), state = self.evaluate(), self.state
-        if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
+        if math.isfinite(loss) and self.is_best(loss, more):
             state.best_step, state.best_loss, state.evals_since_best = state.step, loss, 0
+            state.best_score = self.score(more)
         else:
             state.evals_since_best += 1
         log(f"step {state.step}: {self.validation_words(loss, more)}")
         return {"eval_loss": loss, **more}
+
+    def is_best(self, loss: float, more: dict[str, JSON]) -> bool:
+        """Whether a validation is better than all before it."""
+        return self.state.best_loss is None or loss < self.state.best_loss
+
+    def score(self, more: dict[str, JSON]) -> float | None:
+        """The score of a validation by ``eval_metric``; None where there is none."""
+        return None
 
     def validation_words(self, loss: float, more: dict[str, JSON]) -> str:
         """A validation in a few words."""
@@ -394,6 +407,7 @@ class Trainer(ABC, Generic[Row]):
             parameters=num_parameters(self.model),
             seconds=time.monotonic() - began,
             signal=stopped_by,
+            score=state.best_score,
         )
         if result.weights is not None:
             self.log(self._summary(result))
