@@ -78,7 +78,7 @@ class SFTTrainer(Trainer[Encoded]):
     def gradients(self, step: int, batches: Sequence[Batch]) -> float:
         """Backward of the mean cross-entropy per supervised token; with dropout, masks follow from (seed, step)."""
         run = self.run
-        seed = (lambda micro: derive_seed(run.seed, "dropout", step, micro)) if run.dropout > 0 else None
+        seed = derive_seed(run.seed, "dropout", step) if run.dropout > 0 else None
         return accumulate_gradients(self.model, batches, seed)
 
     def evaluate(self) -> tuple[float, dict[str, JSON]]:
