@@ -167,16 +167,22 @@ def check_gradients(model: nn.Module) -> None:
         raise UserError("numeric/frozen-gradient", "frozen weights receive a gradient", found=listing(leaking))
 
 
-@torch.no_grad()
 def validation_loss(model: CausalLM, batches: Sequence[Batch]) -> float:
     """Mean loss per supervised token over ``batches``, dropout off."""
+    total, num_targets = validation_sums(model, batches)
+    return total / num_targets
+
+
+@torch.no_grad()
+def validation_sums(model: CausalLM, batches: Sequence[Batch]) -> tuple[float, int]:
+    """Summed loss and number of supervised tokens over ``batches``, dropout off."""
     was_training = model.training
     model.eval()
     try:
         total = sum(float(batch_loss_sum(model, batch.to(model.model.norm.weight.device))) for batch in batches)
     finally:
         model.train(was_training)
-    return total / sum(batch.num_targets for batch in batches)
+    return total, sum(batch.num_targets for batch in batches)
 
 
 def set_checkpointing(model: CausalLM, kind: str) -> None:

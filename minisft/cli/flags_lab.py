@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-NOT_SEARCHED = ("lr", "out", "patience", "save_every", "keep_last", "log_every")  # of a run, nothing that lr-find would use
+# Settings of a run that lr-find has no use for.
+NOT_SEARCHED = ("lr", "out", "patience", "save_every", "keep_last", "log_every", "parallel")
 
 
 def lr_find_flags(parser: argparse.ArgumentParser) -> None:

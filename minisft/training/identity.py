@@ -2,7 +2,8 @@
 
 Contents are compared, never names: a file that moved is the same file. Settings that only decide how a step is computed
 (``COMPUTE``) may change on resume, because the result is the same up to rounding; with dropout the device may not, because it
-draws other masks. The rows are compared as the token ids that are trained on, so an edited chat template or tokenizer is noticed.
+draws other masks. How many processes share a step decides nothing, so it is no part of this at all. The rows are compared as
+the token ids that are trained on, so an edited chat template or tokenizer is noticed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from minisft.formats.source import file_sha256
 
 FORMAT = 3  # 1 compared names and memory settings, and knew nothing of tokens; 2 trained all weights whatever --targets said
 FILES = ("model", "data", "eval_data", "replay", "template", "init_adapter", "reward")  # compared by content
-WATCHING = ("out", "log_every", "keep_last", "save_every", "strict", "cache")  # decide nothing that is computed
+WATCHING = ("out", "log_every", "keep_last", "save_every", "strict", "cache", "parallel")  # decide nothing that is computed
 LENGTH = ("steps", "epochs")  # may be raised, see ``Trainer.restore``
 COMPUTE = ("micro_batch_size", "checkpointing", "device", "packing")
 MASKS = ("device",)  # those of COMPUTE that dropout's masks depend on

@@ -13,11 +13,16 @@ from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
 from minisft.data.chat import Encoded
 from minisft.data.token_rows import longest_rows
-from minisft.step import accumulate_gradients, validation_loss
+from minisft.step import accumulate_gradients, validation_sums
 from minisft.training.replay import mixed_rows
 from minisft.training.runlog import peak_memory_bytes
 from minisft.training.trainer import Trainer
 from minisft.training.untrained_tokens import untrained_tokens
+
+
+def num_tokens(row: Encoded) -> int:
+    """How long a row is."""
+    return len(row.input_ids)
 
 
 class SFTTrainer(Trainer[Encoded]):
@@ -44,7 +49,7 @@ class SFTTrainer(Trainer[Encoded]):
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of one optimizer step (from 1), on the model's device."""
-        return self._with_noise(self._cut(self.step_rows(step)), step)
+        return self._with_noise(self._cut(self.world.share(self.step_rows(step), num_tokens)), step)
 
     def _with_noise(self, batches: Sequence[Batch], step: int) -> list[Batch]:
         run, D = self.run, self.model.config.hidden_size
@@ -71,19 +76,22 @@ class SFTTrainer(Trainer[Encoded]):
             )  # fmt: skip
         self.check_first_step()
         self.optimizer.zero_grad()
-        num_tokens, seconds = sum(batch.num_tokens for batch in batches), time.monotonic() - began
+        tokens, seconds = sum(batch.num_tokens for batch in batches), time.monotonic() - began
         memory = peak_memory_bytes(self.device) / 2**20
-        self.log(f"longest micro-batch: {num_tokens:,} tokens, loss {loss:.4f}, {seconds:.1f} s, {memory:,.0f} MiB at the peak")
+        self.log(f"longest micro-batch: {tokens:,} tokens, loss {loss:.4f}, {seconds:.1f} s, {memory:,.0f} MiB at the peak")
 
     def gradients(self, step: int, batches: Sequence[Batch]) -> float:
         """Backward of the mean cross-entropy per supervised token; with dropout, masks follow from (seed, step)."""
         run = self.run
         seed = derive_seed(run.seed, "dropout", step) if run.dropout > 0 else None
-        return accumulate_gradients(self.model, batches, seed)
+        num_targets = self.world.sum_ints(sum(batch.num_targets for batch in batches))[0]
+        return accumulate_gradients(self.model, batches, seed, num_targets)
 
     def evaluate(self) -> tuple[float, dict[str, JSON]]:
         """The mean cross-entropy per supervised token of the rows held out."""
-        return validation_loss(self.model, self._validation), {}
+        total, num_targets = validation_sums(self.model, self._validation)
+        [total], [num_targets] = self.world.sum_floats(total), self.world.sum_ints(num_targets)
+        return total / num_targets, {}
 
     @property
     def _sets(self) -> tuple[Sequence[Encoded], ...]:
@@ -92,7 +100,7 @@ class SFTTrainer(Trainer[Encoded]):
 
     @cached_property
     def _validation(self) -> list[Batch]:
-        rows, size = self.data.validation, self.micro_batch_size
+        rows, size = self.data.validation[self.world.rank :: self.world.size], self.micro_batch_size
         return [batch for i in range(0, len(rows), size) for batch in self._cut(rows[i : i + size])]
 
     def _cut(self, rows: Sequence[Encoded]) -> list[Batch]:
