@@ -30,7 +30,9 @@ def on_ranks(size: int, function: Callable[[World], Value]) -> list[Value]:
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(size)]
         children = [
-            context.Process(target=_child, args=(World(rank, size, rank, size), Path(folder, "store"), function, pipes[rank][1]))
+            context.Process(
+                target=_child, args=(World(rank, size, rank, size), Path(folder, "store"), function, pipes[rank][1])
+            )
             for rank in range(size)
         ]
         for child in children:

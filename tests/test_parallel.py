@@ -54,7 +54,9 @@ CASES = {
     "micro-batches": Case(settings={"micro_batch_size": 2, "packing": False}),
     "not divisible": Case(rows(RAGGED[:5])),
     "a process without rows": Case(rows([6, 9])),
-    "a process without targets": Case(rows([20, 3, 4, 19, 18], untrained=(1, 4))),  # those of rank 0 of two, or of ranks 0 and 1
+    "a process without targets": Case(
+        rows([20, 3, 4, 19, 18], untrained=(1, 4))
+    ),  # those of rank 0 of two, or of ranks 0 and 1
     "shared prefix": Case(rows(RAGGED, prefix=12)),
     "dropout": Case(settings={"dropout": 0.5}),
     "noise": Case(settings={"neftune_alpha": 5.0}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import signal
@@ -105,6 +106,13 @@ def flags(shop: Path, out: Path, *more: object, data: str = "rows.jsonl") -> lis
 SHORT = ("--steps", 4, "--eval-every", 2, "--save-every", 1, "--keep-last", 9)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imported(whole: Callable[[int], Path]) -> None:
+    """One run in this process first: it imports what every run needs late, and the forked ones need not."""
+    importlib.import_module("torch.distributed.rendezvous")
+    whole(1)
+
+
 @pytest.fixture(scope="module")
 def whole(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """The finished run of so many processes."""
@@ -113,6 +121,9 @@ def whole(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int
     def of(size: int) -> Path:
         if size not in made:
             made[size] = tmp_path_factory.mktemp("whole") / f"of-{size}"
+            if size == 1:
+                assert main([str(word) for word in flags(shop, made[size], *SHORT)]) == 0
+                return made[size]
             group = start(size, made[size].parent / f"out-{size}", lambda rank: flags(shop, made[size], *SHORT))
             assert group.wait() == [0] * size, group.errors
         return made[size]

@@ -34,6 +34,8 @@ def check_world(run: RunConfig, world: World, dry_run: bool, log: Log) -> None:
             "config/one-process", "a dry run has one process", where="--dry-run", found=f"{world.size} processes",
             fix="leave torchrun away; minisft plan --parallel shard --world-size N counts the bytes of several",
         )  # fmt: skip
+    if run.parallel == "shard":
+        _require_shardable(run)
     threads, cores = set_threads(world), num_cores()
     log(f"{world.size} processes, {threads} {'thread' if threads == 1 else 'threads'} each ({cores} cores here)")
     if world.local_size > cores and not torch.cuda.is_available():
@@ -41,6 +43,22 @@ def check_world(run: RunConfig, world: World, dry_run: bool, log: Log) -> None:
     if world.size > run.batch_size:
         where = flag_name("batch_size")
         log(f"warning: a step has {run.batch_size} rows ({where}) for {world.size} processes; some have none")
+
+
+def _require_shardable(run: RunConfig) -> None:
+    """Refuse what needs a whole weight outside of the forward pass, or gradients of the base."""
+    needs = {
+        "--use-dora": bool(run.use_dora),
+        "--init pissa": run.init == "pissa",
+        "--method full": run.method == "full",
+        "--init-adapter": run.init_adapter is not None,
+        "minisft dpo": type(run) is not RunConfig,
+    }
+    for name in (name for name, is_asked in needs.items() if is_asked):
+        raise UserError(
+            "config/shard", "this is not offered with a shared base", where="--parallel shard", found=name,
+            expected="adapters of plain LoRA on a frozen base", fix="--parallel replicate; --quant nf4 makes the base smaller",
+        )  # fmt: skip
 
 
 def check_start(trainer: Trainer[Row]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
-from minisft.batching import Batch, micro_batches, with_noise
+from minisft.batching import Batch, collate, micro_batches, with_noise
 from minisft.common.errors import UserError
 from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
@@ -17,7 +19,7 @@ from minisft.step import accumulate_gradients, validation_sums
 from minisft.training.replay import mixed_rows
 from minisft.training.runlog import peak_memory_bytes
 from minisft.training.trainer import Trainer
-from minisft.training.untrained_tokens import untrained_tokens
+from minisft.training.untrained_tokens import untrained_tokens, untrained_tokens_of
 
 
 def num_tokens(row: Encoded) -> int:
@@ -25,12 +27,21 @@ def num_tokens(row: Encoded) -> int:
     return len(row.input_ids)
 
 
+def idle_batch(pad_id: int) -> Batch:
+    """A batch of nothing to learn: two tokens, no target, not counted."""
+    return replace(collate([Encoded([pad_id, pad_id], [False, False], 0, 0, 2)], pad_id), num_tokens=0)
+
+
 class SFTTrainer(Trainer[Encoded]):
     """Learns to predict the supervised tokens of chats."""
 
     def prepare(self) -> None:
         """Report special tokens that the rows train and the model cannot produce."""
-        for note in untrained_tokens(self.model, self.tokenizer, *self._sets):
+        if self.is_sharded:  # no process has the rows to look at
+            notes = untrained_tokens_of(self.run.model, self.tokenizer, itertools.chain(*self._sets))
+        else:
+            notes = untrained_tokens(self.model, self.tokenizer, *self._sets)
+        for note in notes:
             self.log(note)
 
     def step_rows(self, step: int) -> list[Encoded]:
@@ -49,7 +60,7 @@ class SFTTrainer(Trainer[Encoded]):
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of one optimizer step (from 1), on the model's device."""
-        return self._with_noise(self._cut(self.world.share(self.step_rows(step), num_tokens)), step)
+        return self._with_noise(self._even(self._cut(self.world.share(self.step_rows(step), num_tokens))), step)
 
     def _with_noise(self, batches: Sequence[Batch], step: int) -> list[Batch]:
         run, D = self.run, self.model.config.hidden_size
@@ -101,7 +112,12 @@ class SFTTrainer(Trainer[Encoded]):
     @cached_property
     def _validation(self) -> list[Batch]:
         rows, size = self.data.validation[self.world.rank :: self.world.size], self.micro_batch_size
-        return [batch for i in range(0, len(rows), size) for batch in self._cut(rows[i : i + size])]
+        return self._even([batch for i in range(0, len(rows), size) for batch in self._cut(rows[i : i + size])])
+
+    def _even(self, batches: list[Batch]) -> list[Batch]:
+        """With a shared base: as many batches in each process, because all of them gather every layer for every batch."""
+        missing = self.world.largest(len(batches)) - len(batches) if self.is_sharded else 0
+        return [*batches, *[idle_batch(self.tokenizer.pad_id)] * missing]
 
     def _cut(self, rows: Sequence[Encoded]) -> list[Batch]:
         run = self.run

@@ -114,7 +114,7 @@ def run_training(
         if resume:
             _lock(out, lock, world)
             saved = _newest(out, log)
-        model, tokenizer = load_model(run.model, DTYPES[run.dtype], device, run.quantization)
+        model, tokenizer = _load(run, device, world)
         _check_quantized(run, model, device, log)
         run = replace(_with_init_adapter(run, model, log), max_length=min(run.max_length, model.config.max_position_embeddings))
         template, data = prepare(run, model, tokenizer, log, _began(saved, world))
@@ -136,6 +136,15 @@ def run_training(
             f"steps of {run.batch_size} rows on {device}, {run.dtype}"
         )
         return trainer.fit()
+
+
+def _load(run: RunConfig, device: torch.device, world: World) -> tuple[CausalLM, Tokenizer]:
+    """The base, or with ``--parallel shard`` this process's share of it."""
+    if run.parallel != "shard":
+        return load_model(run.model, DTYPES[run.dtype], device, run.quantization)
+    from minisft.parallel.shard import load_sharded
+
+    return load_sharded(run.model, DTYPES[run.dtype], device, run.quantization, world)
 
 
 def _with_init_adapter(run: Config, model: CausalLM, log: Log) -> Config:

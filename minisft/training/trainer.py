@@ -147,6 +147,11 @@ class Trainer(ABC, Generic[Row]):
     def try_step(self) -> None:
         """For a dry run: backward of the rows that need most memory, where that takes no file of the run's folder."""
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a share of the base instead of all of it."""
+        return self.run.parallel == "shard" and self.world.size > 1
+
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def fit(self) -> TrainResult:
