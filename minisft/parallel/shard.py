@@ -13,6 +13,7 @@ Ref: Zhao et al. 2023, arXiv:2304.11277, section 3; PyTorch's ``torch.distribute
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -91,6 +92,8 @@ def shard_(model: CausalLM, device: torch.device, world: World) -> None:
     # loss multiplies by the head outside of the model.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "hidden")
+    # It returns a view, which nothing changes in place: that is what PyTorch would warn of in every run.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
 
 
 def _hold_as_parameters(layer: NF4Linear) -> None:
@@ -138,7 +141,8 @@ def _fill(
             continue
         layer = model.get_submodule(path)
         assert isinstance(layer, NF4Linear)
-        packed_share, q = _quantized_share(pieces, name, forms[name], world)
+        packed_share, q = _quantized_share(pieces, name, forms[name], dtype, world)
+        layer.weight_dtype = q.dtype
         layer.levels = q.levels.to(device)
         layer.offset = None if q.offset is None else q.offset.to(device)
         _set_share(model, f"{path}.packed", packed_share.to(device))
@@ -173,7 +177,9 @@ def _dense_share(pieces: Pieces, world: World) -> Tensor:
     return pieces.read(begin * columns, end * columns).view(end - begin, *pieces.shape[1:])
 
 
-def _quantized_share(pieces: Pieces, name: str, form: QuantConfig, world: World) -> tuple[Tensor, QuantizedWeight]:
+def _quantized_share(
+    pieces: Pieces, name: str, form: QuantConfig, dtype: torch.dtype, world: World
+) -> tuple[Tensor, QuantizedWeight]:
     """This process's codes, and the weight's scales (all of them: they are small, and the nested ones depend on each other)."""
     length = math.prod(pieces.shape)
     codes = share_of(-(-length // 2), world)
@@ -193,7 +199,7 @@ def _quantized_share(pieces: Pieces, name: str, form: QuantConfig, world: World)
     scales, absmax2, offset = quantize_absmax(absmax) if form.double_quant else (absmax, None, None)
     nothing = torch.empty(0, dtype=torch.uint8)
     shape = torch.Size(pieces.shape)
-    return packed, QuantizedWeight(nothing, scales, absmax2, offset, codebook(form.levels), size, shape, torch.float32)
+    return packed, QuantizedWeight(nothing, scales, absmax2, offset, codebook(form.levels), size, shape, dtype)
 
 
 # ---- looking at a sharded model ----------------------------------------------------------------------------------------
