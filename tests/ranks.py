@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from minisft.parallel.world import World
 
-LIMIT_S = 60.0
+LIMIT_S = 180.0  # of a machine that is busy; a hang fails too
 Value = TypeVar("Value")
 
 

@@ -54,7 +54,7 @@ LEVELS = (
     "adapter batching dora lora lora_fused model pissa",
     "generation native step surgery",
     "formats",
-    "evaluation merge_weights selection",
+    "evaluation merge_weights parallel selection",
     "judging merging training",
     "quickstart",
     "api",

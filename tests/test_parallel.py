@@ -200,10 +200,13 @@ def test_the_processes_agree_on_everything_that_decides() -> None:
     found = on_ranks(3, facts)
     assert found[0] == found[1] == found[2]
     assert found[0]["signal"] == [15, None]
-    assert found[0]["text"] and found[0]["empty"] == ""
+    assert found[0]["text"]
+    assert found[0]["empty"] == ""
     assert found[0]["failed"] == "error[disk/full] the disk is full: out; fix: free some space"
-    assert "config/other-start" in found[0]["start"] and "base; found rank 2" in found[0]["start"]
-    assert "numeric/diverged" in found[0]["diverged"] and "step 7: other; found rank 2" in found[0]["diverged"]
+    assert "config/other-start" in found[0]["start"]
+    assert "base; found rank 2" in found[0]["start"]
+    assert "numeric/diverged" in found[0]["diverged"]
+    assert "step 7: other; found rank 2" in found[0]["diverged"]
     assert found[0]["sums"] == ((3 * 2**60 + 3, 3), (1.5,), 2)
 
 

@@ -86,11 +86,15 @@ def start(size: int, folder: Path, argv: Callable[[int], list[object]], before: 
             with outputs[rank].open("wb", buffering=0) as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-            with open(1, "w", closefd=False) as out, open(2, "w", closefd=False, buffering=1) as err:
-                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                    if before is not None:
-                        before(rank)
-                    status = main([str(word) for word in argv(rank)])
+            with (
+                open(1, "w", closefd=False) as out,
+                open(2, "w", closefd=False, buffering=1) as err,
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+            ):
+                if before is not None:
+                    before(rank)
+                status = main([str(word) for word in argv(rank)])
         finally:
             os._exit(status)
     return Group(pids, outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -21,13 +22,16 @@ from minisft.cli.main import main
 from minisft.common.errors import UserError
 from minisft.config import QuantConfig, RunConfig
 from minisft.formats import lazy_weights, load_model
+from minisft.formats.source import resolve
 from minisft.parallel.shard import SHARDED, gathered, load_sharded, share_bytes, share_of
 from minisft.parallel.world import ALONE, World
 from minisft.surgery import lora_modules, nf4_modules, num_parameters, weight_bytes
+from minisft.training.plan import read_shape
 from minisft.training.preference_config import DPOConfig
 from minisft.training.run_data import RunData
-from minisft.training.sft import SFTTrainer
 from minisft.training.several import check_world
+from minisft.training.sft import SFTTrainer
+from minisft.training.shard_plan import share_bytes_of
 
 SIZES = (2, 3)
 CPU = torch.device("cpu")
@@ -70,7 +74,7 @@ class Found:
 
 def trainer(model: object, world: World, checkpointing: str) -> SFTTrainer:
     run = RunConfig(
-        "m", "d", "o", batch_size=5, micro_batch_size=2, steps=9, rank=2, alpha=3.0, dropout=0.2, lr=1e-2,
+        "m", "d", "o", batch_size=5, micro_batch_size=1, steps=9, rank=2, alpha=3.0, dropout=0.2, lr=1e-2,
         checkpointing=checkpointing, targets=("all-linear",), parallel="shard" if world.size > 1 else "auto",
     )  # fmt: skip
     data = RunData(rows(RAGGED[:5]), rows([4, 9, 6]), {}, {})
@@ -190,6 +194,39 @@ class TestShares:
             assert one[name].codes_alive <= codes / 2  # with all of them gathered it would be more than all
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", FORMS)
+def test_the_plan_counts_the_share_that_the_first_process_holds(
+    models: dict[str, str], found: dict[int, list[dict[str, Found]]], name: str, size: int
+) -> None:
+    source, quant = FORMS[name]
+    bytes_of = share_bytes_of(read_shape(resolve(models[source]), quant), torch.float64, size)
+    assert bytes_of.share == found[size][0][name].share == max(one[name].share for one in found[size])
+    assert bytes_of.everywhere == sum(t.numel() * t.element_size() for t in found[1][0][name].fixed.values())
+    whole = {key: t.numel() * t.element_size() for key, t in found[1][0][name].whole.items()}
+    layers = [sum(n for key, n in whole.items() if key.startswith(f"model.layers.{i}.")) for i in range(CONFIG.num_layers)]
+    assert bytes_of.gathered == sum(whole.values()) - sum(layers) + 2 * layers[0]
+
+
+def test_the_bill_of_one_of_several_processes(models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    def bill(*words: str) -> dict[str, dict[str, dict[str, int]]]:
+        argv = ["plan", "--model", models["dense"], "--json", "--quant", "nf4", "--dtype", "fp32", "--batch-size", "4"]
+        assert main([*argv, *words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    one, shared = bill(), bill("--parallel", "shard", "--world-size", "3", "--micro-batch-size", "4")
+    share = share_bytes_of(read_shape(resolve(models["dense"]), QuantConfig()), torch.float32, 3)
+    assert shared["items"]["dense weights"]["whole"] == share.dense < one["items"]["dense weights"]["whole"]
+    assert shared["items"]["4-bit codes"]["whole"] == share.codes
+    assert shared["items"]["gathered: embedding, head, two layers"]["at_peak"] == share.gathered
+    assert shared["items"]["adapters, fp32"] == one["items"]["adapters, fp32"]
+    assert "one of 3 processes (shard)" in shared["title"]
+    halved, two_rows = bill("--world-size", "2"), bill("--batch-size", "2")
+    assert halved["items"]["activations kept for backward"] == two_rows["items"]["activations kept for backward"]
+    assert main(["plan", "--model", models["dense"], "--parallel", "shard"]) == 2
+    assert "--world-size 1" in capsys.readouterr().err
+
+
 def math_numel(key: str, found: dict[int, list[dict[str, Found]]]) -> int:
     return found[1][0]["dense"].whole[key].numel()
 
@@ -217,7 +254,7 @@ def test_what_needs_whole_weights_is_refused(settings: dict[str, object], named:
     run = RunConfig("m", "d", "o", parallel="shard", **settings)
     with pytest.raises(UserError, match=f"config/shard.*found {named}"):
         check_world(run, World(0, 2, 0, 2), dry_run=False, log=print)
-    with pytest.raises(UserError, match="config/shard.*found minisft dpo"):
+    with pytest.raises(UserError, match=r"config/shard.*found minisft dpo"):
         check_world(DPOConfig("m", "d", "o", parallel="shard"), World(0, 2, 0, 2), dry_run=False, log=print)
     with pytest.raises(UserError, match="config/one-process"):
         check_world(RunConfig("m", "d", "o"), World(0, 2, 0, 2), dry_run=True, log=print)

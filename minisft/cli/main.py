@@ -239,14 +239,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "version", "debug", "json")}
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "version", "debug", "json", "world_size")}
     run = run_config({"data": "", "out": "", **given}, "command line")
     load_libraries()
     from minisft.training.capacity import capacity
     from minisft.training.capacity import render as render_capacity
     from minisft.training.plan import plan, render
 
-    bill, bits = plan(run), capacity(run)
+    bill, bits = plan(run, arguments.world_size), capacity(run)
     if arguments.json:
         print(json.dumps({**bill.to_dict(), "capacity": bits.to_dict()}, indent=2))
     else:

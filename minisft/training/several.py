@@ -13,6 +13,7 @@ from minisft.config import RunConfig
 from minisft.parallel.threads import num_cores, set_threads
 from minisft.parallel.world import World
 from minisft.training.run_data import Row
+from minisft.training.shardable import require_shardable
 from minisft.training.trainer import Log, Trainer
 
 
@@ -35,7 +36,7 @@ def check_world(run: RunConfig, world: World, dry_run: bool, log: Log) -> None:
             fix="leave torchrun away; minisft plan --parallel shard --world-size N counts the bytes of several",
         )  # fmt: skip
     if run.parallel == "shard":
-        _require_shardable(run)
+        require_shardable(run)
     threads, cores = set_threads(world), num_cores()
     log(f"{world.size} processes, {threads} {'thread' if threads == 1 else 'threads'} each ({cores} cores here)")
     if world.local_size > cores and not torch.cuda.is_available():
@@ -43,22 +44,6 @@ def check_world(run: RunConfig, world: World, dry_run: bool, log: Log) -> None:
     if world.size > run.batch_size:
         where = flag_name("batch_size")
         log(f"warning: a step has {run.batch_size} rows ({where}) for {world.size} processes; some have none")
-
-
-def _require_shardable(run: RunConfig) -> None:
-    """Refuse what needs a whole weight outside of the forward pass, or gradients of the base."""
-    needs = {
-        "--use-dora": bool(run.use_dora),
-        "--init pissa": run.init == "pissa",
-        "--method full": run.method == "full",
-        "--init-adapter": run.init_adapter is not None,
-        "minisft dpo": type(run) is not RunConfig,
-    }
-    for name in (name for name, is_asked in needs.items() if is_asked):
-        raise UserError(
-            "config/shard", "this is not offered with a shared base", where="--parallel shard", found=name,
-            expected="adapters of plain LoRA on a frozen base", fix="--parallel replicate; --quant nf4 makes the base smaller",
-        )  # fmt: skip
 
 
 def check_start(trainer: Trainer[Row]) -> None:
