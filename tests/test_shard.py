@@ -33,7 +33,6 @@ from minisft.training.several import check_world
 from minisft.training.sft import SFTTrainer
 from minisft.training.shard_plan import share_bytes_of
 
-SIZES = (2, 3)
 CPU = torch.device("cpu")
 # Where a model comes from, and how it is quantized when it is read.
 FORMS = {
@@ -43,6 +42,8 @@ FORMS = {
     "stored in 4 bits": ("packed", None),
     "untied": ("untied", QuantConfig(block_size=32)),
 }
+
+CASES = [*((name, 2) for name in FORMS), ("nf4", 3)]  # three: shares of different sizes, and empty ones
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +144,13 @@ def found(models: dict[str, str]) -> dict[int, list[dict[str, Found]]]:
     def all_forms(world: World) -> dict[str, Found]:
         return {name: compute(models, name, world) for name in FORMS}
 
-    return {1: [all_forms(ALONE)]} | {size: on_ranks(size, all_forms) for size in SIZES}
+    def some_forms(world: World) -> dict[str, Found]:
+        return {name: compute(models, name, world) for name, size in CASES if size == 3}
+
+    return {1: [all_forms(ALONE)], 2: on_ranks(2, all_forms), 3: on_ranks(3, some_forms)}
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(("name", "size"), CASES)
 class TestShares:
     def test_gathered_they_are_the_bits_of_one_process(
         self, found: dict[int, list[dict[str, Found]]], name: str, size: int
@@ -180,11 +183,13 @@ class TestShares:
         self, found: dict[int, list[dict[str, Found]]], name: str, size: int
     ) -> None:
         expected = found[1][0][name]
+        exact = next(iter(expected.gradients.values())).dtype == torch.float64
+        assert exact == (name != "stored in 4 bits")  # where adapters have the dtype that the file was made from
         for one in found[size]:
             assert one[name].loss == pytest.approx(expected.loss, rel=1e-12)
-            tiny.assert_same(one[name].gradients, expected.gradients)
-            assert one[name].losses == pytest.approx(expected.losses, rel=1e-9)
-            assert one[name].validation == pytest.approx(expected.validation, rel=1e-9)
+            tiny.assert_same(one[name].gradients, expected.gradients, 1e-12 if exact else 1e-6)
+            assert one[name].losses == pytest.approx(expected.losses, rel=1e-9 if exact else 1e-6)
+            assert one[name].validation == pytest.approx(expected.validation, rel=1e-9 if exact else 1e-6)
 
     def test_no_layers_codes_stay_gathered_after_its_forward(
         self, found: dict[int, list[dict[str, Found]]], name: str, size: int
@@ -194,8 +199,7 @@ class TestShares:
             assert one[name].codes_alive <= codes / 2  # with all of them gathered it would be more than all
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(("name", "size"), CASES)
 def test_the_plan_counts_the_share_that_the_first_process_holds(
     models: dict[str, str], found: dict[int, list[dict[str, Found]]], name: str, size: int
 ) -> None:
@@ -210,7 +214,20 @@ def test_the_plan_counts_the_share_that_the_first_process_holds(
 
 def test_the_bill_of_one_of_several_processes(models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     def bill(*words: str) -> dict[str, dict[str, dict[str, int]]]:
-        argv = ["plan", "--model", models["dense"], "--json", "--quant", "nf4", "--dtype", "fp32", "--batch-size", "4"]
+        argv = [
+            "plan",
+            "--model",
+            models["dense"],
+            "--json",
+            "--quant",
+            "nf4",
+            "--dtype",
+            "fp32",
+            "--batch-size",
+            "4",
+            "--rank",
+            "2",
+        ]
         assert main([*argv, *words]) == 0
         return json.loads(capsys.readouterr().out)
 

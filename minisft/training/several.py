@@ -20,6 +20,12 @@ from minisft.training.trainer import Log, Trainer
 def check_world(run: RunConfig, world: World, dry_run: bool, log: Log) -> None:
     """Refuse what several processes cannot do; report how many there are, and with how many threads.
 
+    Args:
+        run: the settings.
+        world: the processes, joined.
+        dry_run: whether nothing is to be written.
+        log: where the first process's sentences go.
+
     Raises:
         UserError: ``config/one-process``: a dry run on several, ``--parallel shard`` on one.
     """
