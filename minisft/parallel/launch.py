@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
+import platform
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -144,7 +144,7 @@ def _meet(world: World) -> Store:
             fix=f"start them with {COMMAND}; another --master-port where this one is in use",
         ) from None  # fmt: skip
     store = PrefixStore(f"minisft-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
-    store.set(f"here/{world.rank}", f"{socket.gethostname()} {os.getpid()}")
+    store.set(f"here/{world.rank}", f"{platform.node()} {os.getpid()}")
     names = [f"here/{rank}" for rank in range(world.size)]
     try:
         store.wait(names, timedelta(seconds=START_S))
@@ -230,7 +230,7 @@ def _gone(world: World, store: Store) -> str | None:
         homes = {rank: store.get(f"here/{rank}").decode().split() for rank in range(world.size)}
     except RuntimeError:
         return "rank 0, which kept the run's store"
-    here = {rank: int(pid) for rank, (host, pid) in homes.items() if host == socket.gethostname()}
+    here = {rank: int(pid) for rank, (host, pid) in homes.items() if host == platform.node()}
     end = time.monotonic() + GRACE_S
     while time.monotonic() < end:
         if gone := [str(rank) for rank, pid in here.items() if not _is_alive(pid)]:

@@ -220,7 +220,13 @@ def _fixed_items(shape: Shape, run: RunConfig, device: torch.device, libraries: 
 def _of_one_process(run: RunConfig, world_size: int) -> RunConfig:
     """The settings as one of several processes has them: its share of a step's rows is computed at once."""
     if run.parallel == "shard":
-        require(world_size > 1, "--parallel shard", f"--world-size {world_size}", "2 or more", "say how many share the base")
+        require(
+            world_size > 1,
+            "--parallel shard",
+            f"--world-size {world_size}",
+            "2 or more",
+            "give how many share the base: --world-size 4",
+        )
         require_shardable(run)
     return run if run.micro_batch_size else replace(run, batch_size=-(-run.batch_size // world_size))
 
