@@ -225,7 +225,7 @@ def _of_one_process(run: RunConfig, world_size: int) -> RunConfig:
             "--parallel shard",
             f"--world-size {world_size}",
             "2 or more",
-            "give how many share the base: --world-size 4",
+            "give --world-size 4",
         )
         require_shardable(run)
     return run if run.micro_batch_size else replace(run, batch_size=-(-run.batch_size // world_size))
