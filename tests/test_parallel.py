@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,9 @@ from minisft.data.chat import Encoded
 from minisft.parallel import world as world_module
 from minisft.parallel.world import ALONE, World
 from minisft.surgery import lora_modules, quantize_
+from minisft.training.dpo import EncodedPair
+from minisft.training.dpo_run import DPOTrainer
+from minisft.training.preference_config import DPOConfig
 from minisft.training.run_data import RunData
 from minisft.training.sft import SFTTrainer
 
@@ -166,6 +170,37 @@ def test_one_process_runs_no_collective(monkeypatch: pytest.MonkeyPatch) -> None
     ALONE.on_first(lambda: done.append(1))
     ALONE.require_same_weights({"a": torch.ones(2)}, 1)
     assert (done, ALONE.from_first("x"), ALONE.differing({"a": b"1"}), ALONE.any_signal(15)) == ([1], "x", None, 15)
+
+
+def dpo(world: World, out: str) -> tuple[float, dict[str, Tensor], tuple[float, ...], float]:
+    """Loss, gradient, means over the step's pairs, and the validation loss of a DPO run's second look at its pairs."""
+    sides = rows([6, 9, 4, 12, 5, 7, 8, 3, 11, 10, 2, 5], prefix=3)
+    pairs = [EncodedPair(a, replace(b, row=a.row)) for a, b in zip(sides[::2], sides[1::2], strict=True)]
+    run = DPOConfig("m", "d", out, batch_size=5, steps=9, rank=2, alpha=3.0, lr=1e-2, rpo_alpha=0.3)
+    model = tiny.build(tiny.LLAMA)
+    data = RunData(pairs[:5], pairs[3:], {}, {})
+    made = DPOTrainer(run, model, SimpleNamespace(pad_id=0), SimpleNamespace(source=""), data, lambda text: None, world)
+    made.prepare()
+    draw = torch.Generator().manual_seed(7)
+    for adapter in lora_modules(model).values():  # after the reference, so that pairs have margins
+        adapter.lora_B.data = 0.4 * torch.randn(adapter.lora_B.shape, generator=draw, dtype=torch.float64)
+    loss = made._summed_gradients(1, made.batches(1))
+    gradients = {name: p.grad.clone() for name, p in made.optimizer.parameters.items()}
+    return loss, gradients, astuple(made.stats), made.evaluate()[0]
+
+
+def test_any_number_of_processes_computes_the_same_dpo_step(tmp_path: Path) -> None:
+    for name in ("1", "2", "3"):
+        (tmp_path / name).mkdir()
+    loss, gradients, stats, validation = dpo(ALONE, str(tmp_path / "1"))
+    for size in SIZES:
+        for found in on_ranks(size, lambda world, size=size: dpo(world, str(tmp_path / str(size)))):
+            assert found[0] == pytest.approx(loss, rel=1e-12)
+            tiny.assert_same(found[1], gradients)
+            assert found[2] == pytest.approx(stats, rel=1e-9)
+            assert found[3] == pytest.approx(validation, rel=1e-12)
+    references = [(tmp_path / name / "reference.safetensors").stat().st_size for name in ("1", "2", "3")]
+    assert len(set(references)) == 1
 
 
 # ---- agreement ---------------------------------------------------------------------------------------------------------
