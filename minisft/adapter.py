@@ -7,11 +7,14 @@ Every adapter gives D = W' - W, also for a few rows at a time (``delta_rows``).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from minisft.common.errors import UserError
+from minisft.common.seeds import generator
 from minisft.nf4_linear import NF4Linear
 
 FrozenLinear = nn.Linear | NF4Linear
@@ -55,6 +58,38 @@ def check_rank(rank: int, shape: tuple[int, ...], where: str = "") -> None:
         )
 
 
+@dataclass(frozen=True)
+class RowDraws:
+    """Where the masks of one layer come from: a step's seed, the layer's number, and (begin, end, data row) of flat tokens."""
+
+    seed: int
+    layer: int
+    pieces: Sequence[tuple[int, int, int]]
+
+
+class RowDropout(nn.Dropout):
+    """Dropout whose masks belong to data rows while ``draws`` is set; otherwise it draws as ``nn.Dropout`` does.
+
+    mask(row) ~ Bernoulli(1 - p) / (1 - p), a function of (seed, row, layer) alone. So a row loses the same numbers padded or
+    packed, in whichever micro-batch it lies and whoever computes it. A row that a step holds twice has one mask.
+    """
+
+    draws: RowDraws | None = None  # set and taken back by ``step.accumulate_gradients``
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.draws is None or not self.training or self.p == 0:
+            return super().forward(input)
+        return input * self._mask(input, self.draws)
+
+    def _mask(self, x: Tensor, draws: RowDraws) -> Tensor:
+        """(N, in) of 0 and 1 / (1 - p) for N flat tokens; padding, which nobody looks at, gets 0."""
+        keep = torch.zeros_like(x)
+        for begin, end, row in draws.pieces:
+            draw = generator(draws.seed, "row", row, draws.layer, device=x.device)
+            keep[begin:end].bernoulli_(1 - self.p, generator=draw)
+        return keep.div_(1 - self.p)
+
+
 class Adapter(nn.Module):
     """A frozen layer and its update; ``LoRALinear``, ``DoRALinear``, ``PiSSALinear`` and ``LoRAEmbedding`` are its kinds.
 
@@ -82,7 +117,7 @@ class Adapter(nn.Module):
         self.base: FrozenLinear | nn.Embedding = base.requires_grad_(False)
         self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
         self.scaling = scaling_of(rank, alpha, use_rslora)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = RowDropout(dropout)
         dtype, device = _dtype_and_device(base)
         master = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
         self.lora_A = nn.Parameter(torch.zeros(rank, columns, dtype=master, device=device))

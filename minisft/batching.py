@@ -293,13 +293,20 @@ def with_noise(batch: Batch, alpha: float, hidden_size: int, seed: int, step: in
     Ref: Jain et al. 2023, arXiv:2310.05914, algorithm 1. TRL's L is the length that the batch is padded to.
     """
     assert batch.prefix_length == 0, "rows that share a prefix cannot have noise of their own in it"
-    noise = torch.zeros(*batch.input_ids.shape, hidden_size)
-    segment_ids = batch.segment_ids.cpu()
-    for b, rows in enumerate(batch.segment_rows):
-        for segment, row in enumerate(rows, start=1):
-            positions = segment_ids[b] == segment
-            length = int(positions.sum())
-            bound = alpha / math.sqrt(length * hidden_size)
-            draw = generator(seed, "neftune", step, row)
-            noise[b, positions] = torch.empty(length, hidden_size).uniform_(-bound, bound, generator=draw)
-    return replace(batch, noise=noise)
+    noise = torch.zeros(batch.input_ids.numel(), hidden_size)
+    for begin, end, row in row_pieces(batch):
+        bound = alpha / math.sqrt((end - begin) * hidden_size)
+        noise[begin:end].uniform_(-bound, bound, generator=generator(seed, "neftune", step, row))
+    return replace(batch, noise=noise.view(*batch.input_ids.shape, hidden_size))
+
+
+def row_pieces(batch: Batch) -> list[tuple[int, int, int]]:
+    """Where each data row of a batch without a shared prefix lies: (begin, end) among its flat tokens, and the row."""
+    T = batch.input_ids.shape[1]
+    pieces: list[tuple[int, int, int]] = []
+    for b, (ids, rows) in enumerate(zip(batch.segment_ids.cpu(), batch.segment_rows, strict=True)):
+        begin = b * T
+        for row, length in zip(rows, ids.bincount(minlength=len(rows) + 1)[1:].tolist(), strict=True):
+            pieces.append((begin, begin + length, row))
+            begin += length
+    return pieces

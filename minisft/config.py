@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from minisft.common.checks import require
-from minisft.common.errors import UserError, nearest
+from minisft.common.errors import nearest
 from minisft.common.model_checks import check_model
 from minisft.common.settings import (
     AT_LEAST_1,
@@ -281,6 +281,9 @@ class RunConfig:
     )
     checkpointing: Literal["none", "selective", "full"] = flag("recompute activations in backward to save memory", "none")
     device: str = flag("cpu, cuda or auto", "auto")
+    parallel: Literal["auto", "replicate", "shard"] = flag(
+        "on several processes (torchrun): the whole base in each, or a share of it; auto: replicate", "auto"
+    )
     seed: int = flag("decides data order, initialisation, dropout and split", 0)
     eval_every: int | None = flag("validate every N steps (default: ten times in the run)", None, "N", allowed=AT_LEAST_1)
     save_every: int | None = flag("checkpoint every N steps (default: at each validation)", None, "N", allowed=AT_LEAST_1)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minisft.adam_8bit import MIN_NUMBERS
-from minisft.batching import Batch
+from minisft.adapter import RowDraws
+from minisft.batching import Batch, row_pieces
 from minisft.common.errors import UserError, listing
 from minisft.config import RunConfig
 from minisft.loss import head_loss_sum
@@ -42,7 +43,9 @@ def batch_loss_sum(model: CausalLM, batch: Batch) -> Tensor:
     return head_loss_sum(hidden, model.loss_head, batch.target_ids)
 
 
-def accumulate_gradients(model: CausalLM, batches: Sequence[Batch], dropout_seed: Callable[[int], int] | None = None) -> float:
+def accumulate_gradients(
+    model: CausalLM, batches: Sequence[Batch], dropout_seed: int | None = None, num_targets: int | None = None
+) -> float:
     """Backward through every micro-batch of a step.
 
     L = sum over micro-batches of the summed loss / supervised tokens of the step.
@@ -50,20 +53,21 @@ def accumulate_gradients(model: CausalLM, batches: Sequence[Batch], dropout_seed
     Args:
         model: in training mode; its parameters collect the gradients.
         batches: the step's micro-batches, on the model's device.
-        dropout_seed: micro-batch index -> seed of its dropout masks; None without dropout.
+        dropout_seed: what the dropout masks of the step follow from, row by row; None without dropout.
+        num_targets: supervised tokens of the step where ``batches`` are a part of it; by default theirs.
 
     Returns:
-        The step's mean loss per supervised token.
+        The step's mean loss per supervised token, or this part's share of it.
 
     Raises:
         ValueError: not one supervised token in the step.
     """
-    num_targets = sum(batch.num_targets for batch in batches)
+    num_targets = sum(batch.num_targets for batch in batches) if num_targets is None else num_targets
     if num_targets == 0:
         raise ValueError("a step without supervised tokens has no loss")
     total = torch.zeros((), dtype=torch.float64)
-    for index, batch in enumerate(batches):
-        with _dropout_draws(None if dropout_seed is None else dropout_seed(index), batch.input_ids.device):
+    for batch in batches:
+        with _dropout_by_row(model, batch, dropout_seed):
             loss = batch_loss_sum(model, batch) / num_targets
             loss.backward()
         total += loss.detach().to("cpu", torch.float64)
@@ -71,14 +75,17 @@ def accumulate_gradients(model: CausalLM, batches: Sequence[Batch], dropout_seed
 
 
 @contextlib.contextmanager
-def _dropout_draws(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Dropout is the one draw from the global generator: seed it for this block and put it back afterwards."""
-    if seed is None:
+def _dropout_by_row(model: CausalLM, batch: Batch, seed: int | None) -> Iterator[None]:
+    """Within this block, which holds backward too, adapters draw their masks by data row."""
+    adapters = [] if seed is None else list(lora_modules(model).values())
+    pieces = row_pieces(batch) if adapters else []
+    try:
+        for layer, adapter in enumerate(adapters):
+            adapter.dropout.draws = RowDraws(seed or 0, layer, pieces)
         yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+    finally:
+        for adapter in adapters:
+            adapter.dropout.draws = None
 
 
 def train_step(
@@ -87,7 +94,7 @@ def train_step(
     batches: Sequence[Batch],
     lr: float,
     clip: float = 0.0,
-    dropout_seed: Callable[[int], int] | None = None,
+    dropout_seed: int | None = None,
     check: Callable[[], None] | None = None,
 ) -> StepResult:
     """One optimizer step of next-token prediction over micro-batches.
@@ -161,16 +168,22 @@ def check_gradients(model: nn.Module) -> None:
         raise UserError("numeric/frozen-gradient", "frozen weights receive a gradient", found=listing(leaking))
 
 
-@torch.no_grad()
 def validation_loss(model: CausalLM, batches: Sequence[Batch]) -> float:
     """Mean loss per supervised token over ``batches``, dropout off."""
+    total, num_targets = validation_sums(model, batches)
+    return total / num_targets
+
+
+@torch.no_grad()
+def validation_sums(model: CausalLM, batches: Sequence[Batch]) -> tuple[float, int]:
+    """Summed loss and number of supervised tokens over ``batches``, dropout off."""
     was_training = model.training
     model.eval()
     try:
         total = sum(float(batch_loss_sum(model, batch.to(model.device))) for batch in batches)
     finally:
         model.train(was_training)
-    return total / sum(batch.num_targets for batch in batches)
+    return total, sum(batch.num_targets for batch in batches)
 
 
 def set_checkpointing(model: CausalLM, kind: str) -> None:

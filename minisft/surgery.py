@@ -439,11 +439,17 @@ def num_parameters(model: nn.Module, trainable: bool = False) -> int:
     A weight in 4 bits counts as the numbers it stands for, so that a model has as many parameters dense as quantized.
     """
     packed = 0 if trainable else sum(m.out_features * m.in_features for m in nf4_modules(model).values())
-    return packed + sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+    return packed + sum(p.numel() for p in _dense_parameters(model) if p.requires_grad or not trainable)
 
 
 def weight_bytes(model: nn.Module, dense: torch.dtype | None = None) -> int:
     """Bytes of all parameters and of the layers in 4 bits; these as if they were stored in ``dense``, if that is given."""
     quantized = [m.quantized for m in nf4_modules(model).values()]
     packed = sum(q.nbytes if dense is None else q.shape.numel() * dense.itemsize for q in quantized)
-    return packed + sum(p.numel() * p.element_size() for p in model.parameters())
+    return packed + sum(p.numel() * p.element_size() for p in _dense_parameters(model))
+
+
+def _dense_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """All parameters but codes and scales, which are parameters where the base is shared among processes."""
+    packed = {id(p) for m in nf4_modules(model).values() for name, p in m.named_parameters(recurse=False) if name != "bias"}
+    return (p for p in model.parameters() if id(p) not in packed)

@@ -55,7 +55,7 @@ LEVELS = (
     "adapter batching dora lora lora_fused model pissa",
     "generation native step surgery",
     "formats",
-    "evaluation merge_weights selection",
+    "evaluation merge_weights parallel selection",
     "judging merging serving training",
     "quickstart",
     "api",
@@ -66,7 +66,18 @@ LEVELS = (
 LEVEL_OF = {place: level for level, places in enumerate(LEVELS) for place in places.split()}
 
 CORE = {"torch", "numpy", "safetensors", "tokenizers", "jinja2"}
-EXTRAS = {"transformers", "sacrebleu", "rouge_score", "starlette", "uvicorn", "lm_eval", "xllamacpp", "wandb", "mlflow", "trackio"}
+EXTRAS = {
+    "transformers",
+    "sacrebleu",
+    "rouge_score",
+    "starlette",
+    "uvicorn",
+    "lm_eval",
+    "xllamacpp",
+    "wandb",
+    "mlflow",
+    "trackio",
+}
 LATE = {"triton", "gguf", "matplotlib", "tqdm", "huggingface_hub", "pyarrow"} | EXTRAS  # only where they are needed
 UNSAFE = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
 NETWORK = {"socket", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "xmlrpc"}

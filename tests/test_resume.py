@@ -20,7 +20,7 @@ from minisft.config import RunConfig
 from minisft.formats import load_adapter_, load_model
 from minisft.schedule import learning_rate
 from minisft.surgery import lora_modules
-from minisft.training.identity import tokens_sha256
+from minisft.training.identity import require_same_run, run_identity, tokens_sha256
 from minisft.training.runlog import read_metrics
 from minisft.training.train import train
 
@@ -76,10 +76,20 @@ def test_what_only_decides_how_a_step_is_computed_may_change(shop: Path, change:
     assert is_noted == (change != {"device": "auto"})  # which is the CPU here, as before
 
 
-def test_dropout_masks_depend_on_the_micro_batch(shop: Path) -> None:
+@pytest.mark.parametrize("change", [{"micro_batch_size": 1}, {"checkpointing": "full"}, {"packing": True}])
+def test_dropout_masks_belong_to_rows_wherever_they_are_computed(shop: Path, change: dict[str, object]) -> None:
+    run = stopped(shop, config(shop, shop / "whole", dropout=0.2, packing=False))
+    train(replace(run, **change), resume=True, log=quiet)
+    expected, found = losses(shop / "whole"), losses(Path(run.out))
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+
+
+def test_a_run_whose_masks_were_drawn_by_micro_batch_is_not_gone_on_with(shop: Path) -> None:
     run = stopped(shop, config(shop, shop / "whole", dropout=0.2))
-    refused(replace(run, micro_batch_size=1), "compute.micro_batch_size")
-    train(replace(run, checkpointing="full"), resume=True, log=quiet)
+    identity = run_identity(run, {}, None, torch.device("cpu"))
+    assert identity["dropout"] == "by row"
+    with pytest.raises(UserError, match="dropout: absent before"):
+        require_same_run({k: v for k, v in identity.items() if k != "dropout"} | {"template": 0}, identity | {"template": 0})
 
 
 def test_moved_files_are_the_same_files(shop: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minisft.adapter import RowDraws, RowDropout
 from minisft.batching import micro_batches, step_rows
 from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, RunConfig
@@ -40,8 +41,8 @@ def rows(lengths: list[int], seed: int = 0) -> list[Encoded]:
     return made
 
 
-def batches(data: list[Encoded], size: int, packing: bool = False):
-    return micro_batches(data, size, pad_id=0, packing=packing, capacity=64)
+def batches(data: list[Encoded], size: int, packing: bool = False, share_prefix: bool = True):
+    return micro_batches(data, size, pad_id=0, packing=packing, capacity=64, share_prefix=share_prefix)
 
 
 def lora_model(dtype: torch.dtype = torch.float64, **changes: object) -> CausalLM:
@@ -202,7 +203,7 @@ def test_dropout_follows_its_seed_and_leaves_the_global_generator_alone() -> Non
 
     def loss(seed: int) -> float:
         model.zero_grad(set_to_none=True)
-        return accumulate_gradients(model, data, lambda micro: seed + micro)
+        return accumulate_gradients(model, data, seed)
 
     torch.manual_seed(7)
     undisturbed = torch.rand(3)
@@ -210,6 +211,32 @@ def test_dropout_follows_its_seed_and_leaves_the_global_generator_alone() -> Non
     first, other, again = loss(1), loss(2), loss(1)
     assert first == again != other
     assert torch.equal(torch.rand(3), undisturbed)
+
+
+@given(seed=st.integers(0, 99))
+def test_dropout_masks_belong_to_rows_however_they_lie(seed: int) -> None:
+    model = tiny.build_with_lora(tiny.LLAMA, replace(LORA, dropout=0.5), torch.float64)
+    data = rows([9, 8, 7, 5], seed)
+    layouts = [batches(data, size, packing, share_prefix=False) for size in (4, 2, 1) for packing in (False, True)]
+    found = []
+    for layout in [*layouts, batches(data[::-1], 4)]:
+        accumulate_gradients(model, layout, seed)
+        found.append(tiny.gradients(model))
+    for other in found[1:]:
+        tiny.assert_same(other, found[0])
+
+
+def test_a_dropout_mask_hides_its_share_and_keeps_the_mean() -> None:
+    layer = RowDropout(0.25)
+    layer.draws = RowDraws(3, 0, [(0, 40, 1), (40, 90, 2)])
+    mask = layer(torch.ones(100, 400, dtype=torch.float64))
+    assert set(mask.unique().tolist()) == {0.0, 1 / 0.75}
+    assert not mask[90:].any()  # padding
+    hidden = (mask[:90] == 0).double()
+    assert abs(float(hidden.mean()) - 0.25) < 4 * (0.25 * 0.75 / hidden.numel()) ** 0.5
+    assert not torch.equal(mask[:40], mask[40:80])  # rows draw for themselves
+    layer.draws = replace(layer.draws, layer=1)
+    assert not torch.equal(layer(torch.ones(100, 400, dtype=torch.float64)), mask)  # and so do layers
 
 
 def test_validation_is_a_token_mean_without_dropout() -> None:

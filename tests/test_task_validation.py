@@ -107,7 +107,7 @@ def test_the_best_is_kept_by_the_score_or_by_the_loss(
     """Scores and losses are given here, so the step is known by hand."""
     scores, given = iter(SCORES[metric]), iter(LOSSES)
     monkeypatch.setattr(TaskMetric, "score", lambda self, model: next(scores))
-    monkeypatch.setattr("minisft.training.sft.validation_loss", lambda *_: next(given))
+    monkeypatch.setattr("minisft.training.sft.validation_sums", lambda *_: (next(given), 1))
     said: list[str] = []
     out = tmp_path / "run"
     result = train(judged(shop, out, eval_metric=metric, best_by=best_by), log=said.append)
@@ -127,7 +127,7 @@ def test_patience_counts_validations_without_a_better_score(
     given = iter([0.5, 0.4, 0.3, 0.2])
     monkeypatch.setattr(TaskMetric, "score", lambda self, model: next(given))
     falling = iter([7.0, 6.0, 5.0, 4.0])
-    monkeypatch.setattr("minisft.training.sft.validation_loss", lambda *_: next(falling))
+    monkeypatch.setattr("minisft.training.sft.validation_sums", lambda *_: (next(falling), 1))
     result = train(judged(shop, tmp_path / "run", best_by="metric", patience=2), log=quiet)
     assert (result.steps, result.best_step) == (3, 1)
 

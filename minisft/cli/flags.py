@@ -29,9 +29,9 @@ from minisft.training.preference_config import UNUSED_BY_DPO, UNUSED_BY_GRPO, DP
 PLANNED = (
     "model", "data", "eval_data", "map", "template", "turns", "max_length", "method", "init_adapter",
     "rank", "dropout", "use_dora", "optim", "targets", "init", "quant", "double_quant", "batch_size",
-    "micro_batch_size", "dtype", "checkpointing", "device",
+    "micro_batch_size", "dtype", "checkpointing", "device", "parallel",
 )  # fmt: skip
-COUNTS = ("max_new_tokens", "limit", "batch_size", "micro_batch_size", "max_length", "rank")
+COUNTS = ("max_new_tokens", "limit", "batch_size", "micro_batch_size", "max_length", "rank", "world_size")
 METRICS = get_args(Metric)
 
 
@@ -193,6 +193,7 @@ def _run_flags(parser: Parser, names: Sequence[str], of: type[RunConfig] = RunCo
 
 def _plan_flags(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", default=False, help="print the bill as JSON, in bytes")
+    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes that share a step; the bill of one")
     _run_flags(parser, PLANNED)
 
 

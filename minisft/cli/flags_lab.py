@@ -7,7 +7,7 @@ import argparse
 # Of a run, nothing that lr-find would use.
 NOT_SEARCHED = (
     "lr", "out", "patience", "save_every", "keep_last", "log_every", "eval_metric", "eval_rows", "eval_new_tokens", "best_by",
-    "report",
+    "report", "parallel",
 )  # fmt: skip
 
 

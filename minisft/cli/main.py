@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -32,6 +34,7 @@ from minisft.cli.libraries import load_libraries
 from minisft.common.errors import UserError, visible
 from minisft.common.settings import config_of, read_toml
 from minisft.config import RunConfig, run_config
+from minisft.parallel.launch import num_processes, reports
 from minisft.training.preference_config import DPOConfig, GRPOConfig
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     try:
         arguments = parse(words)
+        _require_one_process(arguments.command)
         if arguments.version or arguments.command is None:
             print(f"minisft {__version__}" if arguments.version else "minisft: give a command; minisft --help lists them")
             return 0 if arguments.version else 2
@@ -74,6 +78,18 @@ def main(argv: list[str] | None = None) -> int:
         return 141
 
 
+SEVERAL_PROCESSES = ("train", "dpo")  # what torchrun may start more than once
+
+
+def _require_one_process(command: str | None) -> None:
+    """Refuse what processes cannot share: each would do all of it, and write to the same files."""
+    if command not in SEVERAL_PROCESSES and (number := num_processes()) > 1:
+        raise UserError(
+            "config/one-process", f"{command} runs in one process", where="torchrun", found=f"WORLD_SIZE {number}",
+            expected=" or ".join(SEVERAL_PROCESSES), fix="start it without torchrun",
+        )  # fmt: skip
+
+
 def _memory_error(error: MemoryError | RuntimeError) -> UserError | None:
     """The user's error for one that means full memory; None for any other."""
     if isinstance(error, RuntimeError):
@@ -89,12 +105,14 @@ def _memory_error(error: MemoryError | RuntimeError) -> UserError | None:
 def _report(error: UserError, words: list[str]) -> int:
     if "--debug" in words:
         raise error
-    print(error, file=sys.stderr)
+    if reports(error):
+        print(error, file=sys.stderr)
     return error.exit_code
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"warning: {visible(message, 500)}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # one process of several
+        print(f"warning: {visible(message, 500)}", file=sys.stderr)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -126,6 +144,8 @@ def _resumes(arguments: argparse.Namespace) -> bool:
 
 
 def _ended(result: TrainResult) -> int:
+    if num_processes() > 1:  # the others end too: torchrun's SIGTERM for the first that has must not change our status
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return 0 if result.signal is None else 128 + result.signal
 
 
@@ -228,14 +248,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "version", "debug", "json")}
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "version", "debug", "json", "world_size")}
     run = run_config({"data": "", "out": "", **given}, "command line")
     load_libraries()
     from minisft.training.capacity import capacity
     from minisft.training.capacity import render as render_capacity
     from minisft.training.plan import plan, render
 
-    bill, bits = plan(run), capacity(run)
+    bill, bits = plan(run, arguments.world_size), capacity(run)
     if arguments.json:
         print(json.dumps({**bill.to_dict(), "capacity": bits.to_dict()}, indent=2))
     else:

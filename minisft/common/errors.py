@@ -30,6 +30,7 @@ class UserError(ValueError):
     """
 
     exit_code = 1
+    reported: bool | None = None  # in a run of several processes: another one prints it (True), this one does (False)
 
     def __new__(cls, code: str, *_: object, **__: object) -> UserError:
         """An exception of the class that the code's family has."""
@@ -48,6 +49,11 @@ class UserError(ValueError):
         """The same error with ``where`` (a file and line) before the position that it names already."""
         given = self._call.keywords
         return UserError(*self._call.args, **{**given, "where": ": ".join(filter(None, (where, given["where"])))})
+
+    def parts(self) -> dict[str, str]:
+        """What the error is made of: ``UserError(**parts)`` is the same one in another process."""
+        code, what = self._call.args
+        return {"code": code, "what": what, **self._call.keywords}
 
     def __reduce__(self) -> tuple[Callable[[], UserError], tuple[()]]:
         """How a copy is made, in this process or in another one."""
@@ -97,7 +103,7 @@ class NumericError(UserError):
 
 
 class ResourceError(UserError):
-    """Full memory or a full disk: ``memory/...`` and ``disk/...``, exit status 7."""
+    """Full memory, a full disk, a process that is gone: ``memory/...``, ``disk/...``, ``process/...``, exit status 7."""
 
     exit_code = 7
 
@@ -112,6 +118,7 @@ FAMILIES: dict[str, type[UserError]] = {
     "numeric": NumericError,
     "memory": ResourceError,
     "disk": ResourceError,
+    "process": ResourceError,
 }
 
 

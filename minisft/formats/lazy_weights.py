@@ -146,6 +146,10 @@ class Packed:
         """(blocks,) fp32, decoded once."""
         return decode_absmax(self.form)
 
+    def codes(self, begin: int, end: int) -> Tensor:
+        """The bytes [begin, end) of the packed codes, as they are stored."""
+        return _read_bytes(self.path, self.begin + begin, end - begin)
+
     def read(self, begin: int, end: int) -> Tensor:
         """The range [begin, end) of the flat tensor."""
         first, last = _around(begin, end, self.form.shape.numel(), self.form.block_size)

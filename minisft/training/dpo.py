@@ -155,6 +155,7 @@ def pair_gradients(
     reference: Mapping[int, tuple[float, float]],
     settings: DPOSettings,
     backward: bool = True,
+    num_pairs: int | None = None,
 ) -> PairStats:
     """Backward through every pair of an optimizer step; the loss is the mean over the step's pairs.
 
@@ -164,12 +165,13 @@ def pair_gradients(
         reference: row -> (chosen, rejected) log pi_ref.
         settings: the loss.
         backward: accumulate gradients; without it (validation) only the numbers come back.
+        num_pairs: pairs of the step where ``batches`` are a part of it; by default theirs.
 
     Returns:
-        Means over the pairs.
+        Means over the pairs, or this part's share of them: the shares add up to the means.
     """
-    num_pairs = sum(len(batch.rows) for batch in batches)
-    columns: list[Tensor] = []
+    num_pairs = sum(len(batch.rows) for batch in batches) if num_pairs is None else num_pairs
+    columns = [torch.zeros(len(fields(PairStats)), 0, dtype=torch.float64)]
     for batch in batches:
         sums, lengths = (values.view(-1, 2).T for values in answer_log_probs(model, batch))  # (2, P): chosen, rejected
         ref = torch.tensor([reference[row] for row in batch.rows], dtype=sums.dtype, device=sums.device).T
@@ -180,7 +182,7 @@ def pair_gradients(
         if backward:
             (loss.sum() / num_pairs).backward()
         columns.append(_facts(loss, sums, ref, lengths, settings.beta))
-    return PairStats(*torch.cat(columns, 1).mean(1).tolist())
+    return PairStats(*(torch.cat(columns, 1).sum(1) / num_pairs).tolist())
 
 
 def _facts(loss: Tensor, sums: Tensor, ref: Tensor, lengths: Tensor, beta: float) -> Tensor:

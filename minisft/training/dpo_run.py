@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
 
@@ -27,6 +28,11 @@ WORST_CHANGE = -1.0  # nats a token: below it the chosen answer itself has becom
 FORGIVEN = ("config", "compute", "format", "template", "date")
 
 
+def num_tokens(pair: EncodedPair) -> int:
+    """How long a pair is, both sides together."""
+    return len(pair.chosen.input_ids) + len(pair.rejected.input_ids)
+
+
 class DPOTrainer(Trainer[EncodedPair]):
     """Learns to prefer the chosen answers. ``prepare`` computes the reference, before the first step or a resume."""
 
@@ -44,6 +50,7 @@ class DPOTrainer(Trainer[EncodedPair]):
         self.stats: PairStats | None = None
         self._warned = False
         path, identity = self.out / REFERENCE, self._reference_identity()
+        self.world.barrier()  # whether it is there is asked before the first process may write it
         if path.exists():
             self.reference = _read(path, identity)
             return
@@ -52,11 +59,17 @@ class DPOTrainer(Trainer[EncodedPair]):
 
         # ``rows`` says which pair a batch is: training pairs count from 0, validation pairs follow.
         pairs = (*self.data.train, *self.data.validation)
-        batches = pair_batches(pairs, range(len(pairs)), self.tokenizer.pad_id, self.run.max_length)
-        self.reference = reference_log_probs(self.model, tqdm(batches, "reference", unit="batch", leave=False, disable=None))
-        rows = torch.tensor(list(self.reference), dtype=torch.int64)
-        values = torch.tensor(list(self.reference.values()), dtype=torch.float64)
-        write_durably(path, save({"pair": rows, "log_probs": values}, {"identity": identity}))
+        mine = range(self.world.rank, len(pairs), self.world.size)
+        batches = pair_batches([pairs[i] for i in mine], mine, self.tokenizer.pad_id, self.run.max_length)
+        quiet = None if self.world.is_first else True
+        found = reference_log_probs(self.model, tqdm(batches, "reference", unit="batch", leave=False, disable=quiet))
+        values = torch.zeros(len(pairs), 2, dtype=torch.float64)
+        for pair, log_probs in found.items():
+            values[pair] = torch.tensor(log_probs, dtype=torch.float64)
+        self.world.sum_table_(values)
+        self.reference = {pair: (chosen, rejected) for pair, (chosen, rejected) in enumerate(values.tolist())}
+        tensors = {"pair": torch.arange(len(pairs)), "log_probs": values}
+        self.world.on_first(lambda: write_durably(path, save(tensors, {"identity": identity})))
 
     def _reference_identity(self) -> str:
         parts = {name: value for name, value in self.identity.items() if name not in FORGIVEN}
@@ -70,7 +83,7 @@ class DPOTrainer(Trainer[EncodedPair]):
 
     def batches(self, step: int) -> list[Batch]:
         """The step's pairs on the model's device, as many to a batch as fit ``--max-length`` positions."""
-        pairs = self.step_rows(step)
+        pairs = self.world.share(self.step_rows(step), num_tokens)
         return self._batches(pairs, [self._numbers[pair.row] for pair in pairs])
 
     def _batches(self, pairs: Sequence[EncodedPair], numbers: Sequence[int]) -> list[Batch]:
@@ -79,8 +92,13 @@ class DPOTrainer(Trainer[EncodedPair]):
 
     def gradients(self, step: int, batches: Sequence[Batch]) -> float:
         """Backward of the mean loss over the step's pairs."""
-        self.stats = pair_gradients(self.model, batches, self.reference, self.settings)
-        return self.stats.loss
+        share = pair_gradients(self.model, batches, self.reference, self.settings, num_pairs=len(self.step_rows(step)))
+        self.stats = self._summed(share)
+        return share.loss
+
+    def _summed(self, share: PairStats) -> PairStats:
+        """The means over all pairs of the step from the shares of the processes."""
+        return PairStats(*self.world.sum_floats(*astuple(share)))
 
     def facts(self) -> dict[str, JSON]:
         """The means over the step's pairs, under TRL's names; warns once where the chosen answers lose too much."""
@@ -95,11 +113,12 @@ class DPOTrainer(Trainer[EncodedPair]):
 
     def evaluate(self) -> tuple[float, dict[str, JSON]]:
         """The mean loss of the pairs held out, and their means under TRL's names."""
-        first = len(self.data.train)
-        pairs = self.data.validation
-        batches = self._batches(pairs, range(first, first + len(pairs)))
+        first, pairs = len(self.data.train), self.data.validation
+        mine = range(self.world.rank, len(pairs), self.world.size)
+        batches = self._batches([pairs[i] for i in mine], [first + i for i in mine])
         with torch.no_grad(), no_dropout(self.model):
-            stats = pair_gradients(self.model, batches, self.reference, self.settings, backward=False)
+            share = pair_gradients(self.model, batches, self.reference, self.settings, backward=False, num_pairs=len(pairs))
+        stats = self._summed(share)
         return stats.loss, {f"eval_{name}": value for name, value in stats.metrics().items()}
 
     def validation_words(self, loss: float, more: dict[str, JSON]) -> str:

@@ -24,6 +24,7 @@ from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.generation import Sampled, sample_groups
 from minisft.model import CausalLM
+from minisft.parallel.world import ALONE, World
 from minisft.training.grpo import Group, GRPOSettings, GRPOStats, group_gradients, make_group, reference_of_group
 from minisft.training.preference_config import GRPOConfig
 from minisft.training.preference_data import EncodedPrompt
@@ -65,10 +66,11 @@ class GRPOTrainer(Trainer[EncodedPrompt]):
         template: ChatTemplate,
         data: RunData[EncodedPrompt],
         log: Log = print,
+        world: World = ALONE,
         *,
         reward: Reward,
     ) -> None:
-        super().__init__(run, model, tokenizer, template, data, log)
+        super().__init__(run, model, tokenizer, template, data, log, world)
         self.reward = reward
 
     def prepare(self) -> None:

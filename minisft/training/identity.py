@@ -1,8 +1,9 @@
 """What makes a run the same run: the settings that decide its numbers, and hashes of its rows, tokens, base and adapter.
 
 Contents are compared, never names: a file that moved is the same file. Settings that only decide how a step is computed
-(``COMPUTE``) may change on resume, because the result is the same up to rounding; with dropout those that decide the random
-masks may not. The rows are compared as the token ids that are trained on, so an edited chat template or tokenizer is noticed.
+(``COMPUTE``) may change on resume, because the result is the same up to rounding; with dropout the device may not, because it
+draws other masks. How many processes share a step decides nothing, so it is no part of this at all. The rows are compared as
+the token ids that are trained on, so an edited chat template or tokenizer is noticed.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from minisft.formats.source import file_sha256
 
 FORMAT = 3  # 1 compared names and memory settings, and knew nothing of tokens; 2 trained all weights whatever --targets said
 FILES = ("model", "data", "eval_data", "replay", "template", "init_adapter", "reward")  # compared by content
-WATCHING = ("out", "log_every", "keep_last", "save_every", "strict", "cache", "report")  # decide nothing that is computed
+WATCHING = ("out", "log_every", "keep_last", "save_every", "strict", "cache", "report", "parallel")  # decide nothing computed
 LENGTH = ("steps", "epochs")  # may be raised, see ``Trainer.restore``
 COMPUTE = ("micro_batch_size", "checkpointing", "device", "packing")
-MASKS = ("micro_batch_size", "device", "packing")  # those of COMPUTE that dropout's masks depend on
+MASKS = ("device",)  # those of COMPUTE that dropout's masks depend on
 
 
 def run_identity(run: RunConfig, data: Mapping[str, JSON], base: str | None, device: torch.device) -> dict[str, JSON]:
@@ -55,7 +56,9 @@ def run_identity(run: RunConfig, data: Mapping[str, JSON], base: str | None, dev
         "packing": run.packing,
     }
     init_adapter = adapter_sha256(Path(run.init_adapter)) if run.init_adapter else None
-    return {"format": FORMAT, "config": settings, "compute": compute, "base": base, "init_adapter": init_adapter, **data}
+    dropout: dict[str, JSON] = {"dropout": "by row"} if run.dropout else {}  # older runs drew their masks by micro-batch
+    found: dict[str, JSON] = {"format": FORMAT, "config": settings, "compute": compute, "base": base}
+    return found | {"init_adapter": init_adapter, **dropout, **data}
 
 
 def require_same_run(saved: Mapping[str, JSON], current: Mapping[str, JSON]) -> list[str]:

@@ -34,6 +34,7 @@ from minisft.data.template import ChatTemplate, current_time
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats import context_length, fingerprint, load_tokenizer
 from minisft.model import CausalLM
+from minisft.parallel.world import World
 from minisft.surgery import num_parameters
 from minisft.training.identity import run_identity
 from minisft.training.lr_grid import Cell, Choice, Curve, check_search, choose, draw, no_validation
@@ -202,8 +203,9 @@ class _Search:
             template: ChatTemplate,
             data: RunData[Encoded],
             log: Log,
+            world: World,
         ) -> _CurveTrainer:
-            trainers.append(_CurveTrainer(run, model, tokenizer, template, data, log))
+            trainers.append(_CurveTrainer(run, model, tokenizer, template, data, log, world))
             trainers[0].step_done = step_done
             return trainers[0]
 

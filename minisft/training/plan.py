@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+from minisft.common.checks import require
 from minisft.common.device import DTYPES, pick_device, pick_dtype, tunes_allocator
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
@@ -35,7 +36,9 @@ from minisft.optim import MasterAdamW
 from minisft.step import prepare_method, train_step
 from minisft.surgery import quantization_targets
 from minisft.training.init_adapter import with_adapter_settings
-from minisft.training.memory_estimate import Shape, estimate_step, full_batch
+from minisft.training.memory_estimate import Shape, Step, estimate_step, full_batch
+from minisft.training.shard_plan import ShareBytes, share_bytes_of
+from minisft.training.shardable import require_shardable
 
 Kind = Literal["none", "selective", "full"]
 CHECKPOINTING: tuple[Kind, ...] = ("none", "selective", "full")
@@ -137,11 +140,12 @@ def size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 1.5 * 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
-def plan(run: RunConfig) -> Bill:
+def plan(run: RunConfig, world_size: int = 1) -> Bill:
     """The memory bill of a training run, before anything is loaded; its data and output folder are not looked at.
 
     Args:
         run: the settings.
+        world_size: processes that share each step; the bill is of one of them, the largest.
 
     Returns:
         Bytes by kind, by phase and by kind of checkpointing; ``render`` makes lines of them.
@@ -152,7 +156,7 @@ def plan(run: RunConfig) -> Bill:
     Cost: some seconds, whatever the size of the model.
     """
     device, source = pick_device(run.device), resolve(run.model)
-    run = replace(run, dtype=pick_dtype(run.dtype, device))
+    run = replace(_of_one_process(run, world_size), dtype=pick_dtype(run.dtype, device))
     libraries = _process_bytes(run) if device.type == "cpu" else 0
     shape = read_shape(source, run.quantization)
     run = _with_init_adapter(run, shape)
@@ -163,24 +167,28 @@ def plan(run: RunConfig) -> Bill:
             found=f"{len(shape.in_4_bits)} linears in 4 bits", fix="train adapters on them: --method lora",
         )  # fmt: skip
     fixed = _fixed_items(shape, run, device, libraries)
-    always = sum(item.at_peak for item in fixed)
+    share = share_bytes_of(shape, DTYPES[run.dtype], world_size) if run.parallel == "shard" else None
+    fixed = fixed if share is None else _shared_items(fixed, share)
+    dense = 0 if share is None else share.dense - _dense_bytes(shape, run)  # what the others hold of it, less than nothing
+    always = sum(item.at_peak for item in fixed) + dense
     steps = {kind: estimate_step(replace(run, checkpointing=kind), shape, device) for kind in CHECKPOINTING}
     own = steps[run.checkpointing]
-    share = HEAP_GAPS if device.type == "cpu" and tunes_allocator() else 0.0
-    gaps = round(share * (always + sum(own.at_peak.values())))
+    gap_share = HEAP_GAPS if device.type == "cpu" and tunes_allocator() else 0.0
+    gaps = round(gap_share * (always + sum(own.at_peak.values())))
     rows = run.micro_batch_size or run.batch_size
     free = available_bytes(device)
     return Bill(
-        title=f"{visible(run.model)}, {run.method}, {run.dtype}, {rows} x {run.max_length} tokens at once, on {device}",
+        title=f"{visible(run.model)}, {run.method}, {run.dtype}, {rows} x {run.max_length} tokens at once, on {device}"
+        + (f", one of {world_size} processes ({run.parallel})" if world_size > 1 else ""),
         items=(
             *fixed,
-            *(Item(name, round(own.whole[kind]), round(own.at_peak[kind])) for kind, name in NAMES.items()),
+            *(_item(kind, own, dense) for kind in NAMES),
             Item("gaps in the heap, estimated", gaps, gaps),
         ),
         checkpointing=run.checkpointing,
         kept={kind: round(step.whole["activations"]) for kind, step in steps.items()},
-        peaks={kind: round((1 + share) * (always + sum(step.at_peak.values()))) for kind, step in steps.items()},
-        loading=libraries + sum(item.whole for item in fixed[1:3]) + _loading_bytes(shape, run),
+        peaks={kind: round((1 + gap_share) * (always + sum(step.at_peak.values()))) for kind, step in steps.items()},
+        loading=libraries + sum(item.whole for item in fixed[1:3]) + dense + _loading_bytes(shape, run),
         free=None if free is None else free + libraries,  # which this process gives back when it ends
     )
 
@@ -209,10 +217,41 @@ def _fixed_items(shape: Shape, run: RunConfig, device: torch.device, libraries: 
     return [Item(name, amount, amount) for name, amount in lines.items()]
 
 
+def _of_one_process(run: RunConfig, world_size: int) -> RunConfig:
+    """The settings as one of several processes has them: its share of a step's rows is computed at once."""
+    if run.parallel == "shard":
+        require(
+            world_size > 1,
+            "--parallel shard",
+            f"--world-size {world_size}",
+            "2 or more",
+            "give --world-size 4",
+        )
+        require_shardable(run)
+    return run if run.micro_batch_size else replace(run, batch_size=-(-run.batch_size // world_size))
+
+
+def _item(kind: str, step: Step, others_dense: int) -> Item:
+    """A line of what the estimate counts; of the dense weights without what other processes hold."""
+    change = others_dense if kind == "weights" else 0
+    return Item(NAMES[kind], round(step.whole[kind]) + change, round(step.at_peak[kind]) + change)
+
+
+def _shared_items(fixed: list[Item], share: ShareBytes) -> list[Item]:
+    """The fixed lines with one process's codes and scales, and what is gathered."""
+    libraries, _, _, workspace = fixed
+    lines = {"4-bit codes": share.codes, "their scales": share.scales + share.everywhere}
+    gathered = Item("gathered: embedding, head, two layers", share.gathered, share.gathered)
+    return [libraries, *(Item(name, amount, amount) for name, amount in lines.items()), workspace, gathered]
+
+
+def _dense_bytes(shape: Shape, run: RunConfig) -> int:
+    numbers = (math.prod(size) for name, size in shape.tensors.items() if name not in shape.in_4_bits)
+    return sum(numbers) * DTYPES[run.dtype].itemsize
+
+
 def _loading_bytes(shape: Shape, run: RunConfig) -> int:
-    numbers = {name: math.prod(s) for name, s in shape.tensors.items()}
-    dense = sum(n for name, n in numbers.items() if name not in shape.in_4_bits) * DTYPES[run.dtype].itemsize
-    return dense + max(numbers.values()) * 4
+    return _dense_bytes(shape, run) + max(math.prod(size) for size in shape.tensors.values()) * 4
 
 
 # ---- the headers of the files ----------------------------------------------------------------------------------------------

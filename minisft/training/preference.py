@@ -9,6 +9,7 @@ from collections.abc import Callable
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.model import CausalLM
+from minisft.parallel.launch import joined
 from minisft.training.dpo import EncodedPair
 from minisft.training.dpo_run import DPOTrainer
 from minisft.training.grpo_run import GRPOTrainer
@@ -43,7 +44,8 @@ def dpo(run: DPOConfig, resume: bool = False, log: Callable[[str], None] = print
     ) -> tuple[ChatTemplate, RunData[EncodedPair]]:
         return prepare_pairs(run, tokenizer, log, began, model.config.max_position_embeddings)
 
-    return run_training(run, prepare, DPOTrainer, resume, log, dry_run)
+    with joined(run.device) as world:
+        return run_training(run, prepare, DPOTrainer, resume, log, dry_run, world)
 
 
 def grpo(
@@ -77,4 +79,5 @@ def grpo(
     ) -> tuple[ChatTemplate, RunData[EncodedPrompt]]:
         return prepare_prompts(run, judge, model.config.max_position_embeddings, tokenizer, log, began)
 
-    return run_training(run, prepare, functools.partial(GRPOTrainer, reward=judge), resume, log, dry_run)
+    with joined(run.device) as world:
+        return run_training(run, prepare, functools.partial(GRPOTrainer, reward=judge), resume, log, dry_run, world)

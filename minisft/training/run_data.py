@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +39,16 @@ from minisft.training.row_cache import PreparedRows, open_cache
 RECORDED_PACKAGES = ("minisft", "torch", "numpy", "safetensors", "tokenizers", "triton", "jinja2", "gguf")
 
 
-Row = TypeVar("Row")
+class FromFile(Protocol):
+    """What every kind of row knows."""
+
+    @property
+    def row(self) -> int:
+        """The row of the data file, from 1."""
+        ...
+
+
+Row = TypeVar("Row", bound=FromFile)
 
 
 @dataclass(frozen=True)

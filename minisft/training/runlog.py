@@ -10,6 +10,7 @@ The one idea: the log on the disk is the only state; everything else can be made
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -92,6 +93,23 @@ class MetricsLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class NoMetrics(MetricsLog):
+    """The log of a process that writes none: another one of its run does."""
+
+    def __init__(self) -> None:
+        super().__init__(os.devnull)
+
+    def append(self, row: Mapping[str, JSON]) -> dict[str, JSON]:
+        """Nothing is written."""
+        return {}
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def truncate_after(self, step: int) -> None:
+        """Nothing."""
 
 
 def _end_of_last_line(descriptor: int, size: int, block_bytes: int = 65536) -> int:
@@ -230,6 +248,19 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class NoProgress(Progress):
+    """The progress of a process that shows none: another one of its run does."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__(total, stream=io.StringIO())
+
+    def update(self, step: int, loss: float, lr: float, tokens_per_s: float) -> None:
+        """Nothing."""
+
+    def log(self, text: str) -> None:
+        """Nothing."""
 
 
 def _terminal_bar(total: int, start: int, stream: TextIO) -> _Bar:

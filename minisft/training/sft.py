@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
-from minisft.batching import Batch, micro_batches, with_noise
+from minisft.batching import Batch, collate, micro_batches, with_noise
 from minisft.common.errors import UserError
 from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
 from minisft.data.chat import Encoded
 from minisft.data.token_rows import longest_rows
-from minisft.step import accumulate_gradients, validation_loss
+from minisft.step import accumulate_gradients, validation_sums
 from minisft.training.replay import mixed_rows
 from minisft.training.runlog import peak_memory_bytes
 from minisft.training.task_metric import TaskMetric, read_task
 from minisft.training.trainer import Trainer
-from minisft.training.untrained_tokens import untrained_tokens
+from minisft.training.untrained_tokens import untrained_tokens, untrained_tokens_of
+
+
+def num_tokens(row: Encoded) -> int:
+    """How long a row is."""
+    return len(row.input_ids)
+
+
+def idle_batch(pad_id: int) -> Batch:
+    """A batch of nothing to learn: two tokens, no target, not counted."""
+    return replace(collate([Encoded([pad_id, pad_id], [False, False], 0, 0, 2)], pad_id), num_tokens=0)
 
 
 class SFTTrainer(Trainer[Encoded]):
@@ -29,7 +41,11 @@ class SFTTrainer(Trainer[Encoded]):
     def prepare(self) -> None:
         """Report special tokens that the rows train and the model cannot produce; find the rows of ``--eval-metric``."""
         self.task = read_task(self.run, self.model, self.tokenizer, self.template, [row.row for row in self.data.validation])
-        for note in untrained_tokens(self.model, self.tokenizer, *self._sets):
+        if self.is_sharded:  # no process has the rows to look at
+            notes = untrained_tokens_of(self.run.model, self.tokenizer, itertools.chain(*self._sets))
+        else:
+            notes = untrained_tokens(self.model, self.tokenizer, *self._sets)
+        for note in notes:
             self.log(note)
 
     def step_rows(self, step: int) -> list[Encoded]:
@@ -48,7 +64,7 @@ class SFTTrainer(Trainer[Encoded]):
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of one optimizer step (from 1), on the model's device."""
-        return self._with_noise(self._cut(self.step_rows(step)), step)
+        return self._with_noise(self._even(self._cut(self.world.share(self.step_rows(step), num_tokens))), step)
 
     def _with_noise(self, batches: Sequence[Batch], step: int) -> list[Batch]:
         run, D = self.run, self.model.config.hidden_size
@@ -75,20 +91,25 @@ class SFTTrainer(Trainer[Encoded]):
             )  # fmt: skip
         self.check_first_step()
         self.optimizer.zero_grad()
-        num_tokens, seconds = sum(batch.num_tokens for batch in batches), time.monotonic() - began
+        tokens, seconds = sum(batch.num_tokens for batch in batches), time.monotonic() - began
         memory = peak_memory_bytes(self.device) / 2**20
-        self.log(f"longest micro-batch: {num_tokens:,} tokens, loss {loss:.4f}, {seconds:.1f} s, {memory:,.0f} MiB at the peak")
+        self.log(f"longest micro-batch: {tokens:,} tokens, loss {loss:.4f}, {seconds:.1f} s, {memory:,.0f} MiB at the peak")
 
     def gradients(self, step: int, batches: Sequence[Batch]) -> float:
         """Backward of the mean cross-entropy per supervised token; with dropout, masks follow from (seed, step)."""
         run = self.run
-        seed = (lambda micro: derive_seed(run.seed, "dropout", step, micro)) if run.dropout > 0 else None
-        return accumulate_gradients(self.model, batches, seed)
+        seed = derive_seed(run.seed, "dropout", step) if run.dropout > 0 else None
+        num_targets = self.world.sum_ints(sum(batch.num_targets for batch in batches))[0]
+        return accumulate_gradients(self.model, batches, seed, num_targets)
 
     def evaluate(self) -> tuple[float, dict[str, JSON]]:
         """The mean cross-entropy per supervised token of the rows held out, and the score of ``--eval-metric``."""
-        loss = validation_loss(self.model, self._validation)
-        return loss, {} if self.task is None else {self.task.key: self.task.score(self.model)}
+        total, num_targets = validation_sums(self.model, self._validation)
+        [total], [num_targets] = self.world.sum_floats(total), self.world.sum_ints(num_targets)
+        if self.task is None:
+            return total / num_targets, {}
+        score = self.task.score(self.model)  # by every process, so that none waits; the first one's counts
+        return total / num_targets, {self.task.key: self.world.sum_floats(score if self.world.is_first else 0.0)[0]}
 
     def score(self, more: dict[str, JSON]) -> float | None:
         """The score of a validation by ``eval_metric``; None where there is none."""
@@ -120,8 +141,13 @@ class SFTTrainer(Trainer[Encoded]):
 
     @cached_property
     def _validation(self) -> list[Batch]:
-        rows, size = self.data.validation, self.micro_batch_size
-        return [batch for i in range(0, len(rows), size) for batch in self._cut(rows[i : i + size])]
+        rows, size = self.data.validation[self.world.rank :: self.world.size], self.micro_batch_size
+        return self._even([batch for i in range(0, len(rows), size) for batch in self._cut(rows[i : i + size])])
+
+    def _even(self, batches: list[Batch]) -> list[Batch]:
+        """With a shared base: as many batches in each process, because all of them gather every layer for every batch."""
+        missing = self.world.largest(len(batches)) - len(batches) if self.is_sharded else 0
+        return [*batches, *[idle_batch(self.tokenizer.pad_id)] * missing]
 
     def _cut(self, rows: Sequence[Encoded]) -> list[Batch]:
         run = self.run

@@ -22,11 +22,13 @@ from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.config import RunConfig
 from minisft.data.chat import Encoded
-from minisft.data.template import ChatTemplate
+from minisft.data.template import ChatTemplate, current_time
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats import load_model
 from minisft.kernels import cpu_nf4
 from minisft.model import CausalLM
+from minisft.parallel.launch import joined
+from minisft.parallel.world import ALONE, World
 from minisft.surgery import nf4_modules, num_parameters, weight_bytes
 from minisft.training.checkpoint import Checkpoint, RunLock, load_latest
 from minisft.training.dry_run import dry_run as try_run
@@ -34,18 +36,21 @@ from minisft.training.dry_run import log_plan, require_new_run
 from minisft.training.init_adapter import load_init_adapter_, with_adapter_settings
 from minisft.training.reporters import require_trackers
 from minisft.training.run_data import Row, RunData, environment, prepare_data
+from minisft.training.several import check_start, check_world
 from minisft.training.sft import SFTTrainer
 from minisft.training.trainer import Log, Trainer
 from minisft.training.trainer import TrainResult as TrainResult
 
 Config = TypeVar("Config", bound=RunConfig)
-MakeTrainer = Callable[[Config, CausalLM, Tokenizer, ChatTemplate, RunData[Row], Log], Trainer[Row]]
+MakeTrainer = Callable[[Config, CausalLM, Tokenizer, ChatTemplate, RunData[Row], Log, World], Trainer[Row]]
 # (settings, model, tokenizer, log, when a resumed run began) -> the chat template and the rows
 Prepare = Callable[[Config, CausalLM, Tokenizer, Log, datetime.datetime | None], tuple[ChatTemplate, RunData[Row]]]
 
 
 def train(run: RunConfig, resume: bool = False, log: Callable[[str], None] = print, dry_run: bool = False) -> TrainResult:
     """Train a model on rows: one run from data to adapter (or model), in the folder ``run.out``.
+
+    Under ``torchrun`` the processes share each step's rows, and the first writes; what is computed is the same.
 
     Args:
         run: the settings; each is a flag of ``minisft train``.
@@ -69,7 +74,8 @@ def train(run: RunConfig, resume: bool = False, log: Callable[[str], None] = pri
         require_new_run(resume)
         _checked_out(run, resume)  # before the bill, which takes seconds
         log_plan(run, log)
-    return run_training(run, prepare, SFTTrainer, resume, log, dry_run)
+    with joined(run.device) as world:
+        return run_training(run, prepare, SFTTrainer, resume, log, dry_run, world)
 
 
 def run_training(
@@ -79,16 +85,18 @@ def run_training(
     resume: bool,
     log: Log,
     dry_run: bool = False,
+    world: World = ALONE,
 ) -> TrainResult:
     """One run of any kind: folder, lock, model, rows, loop.
 
     Args:
         run: the settings.
         prepare: (settings, model, tokenizer, log, when a resumed run began) -> the chat template and the rows.
-        make_trainer: (settings, model, tokenizer, template, rows, log) -> what is learned from them.
+        make_trainer: (settings, model, tokenizer, template, rows, log, processes) -> what is learned from them.
         resume: go on from the newest checkpoint that verifies.
         log: where the run's few sentences go.
         dry_run: stop before anything is written.
+        world: the processes of the run, joined.
 
     Returns:
         Where the run ended.
@@ -99,34 +107,46 @@ def run_training(
     if dry_run:
         require_new_run(resume)
     require_trackers(run.report)
+    log = log if world.is_first else _nothing
     out, device = _checked_out(run, resume), pick_device(run.device)
     run = replace(run, dtype=pick_dtype(run.dtype, device))
+    check_world(run, world, dry_run, log)
     with contextlib.ExitStack() as lock:
         saved = None
         if resume:
-            lock.enter_context(RunLock(out))
+            _lock(out, lock, world)
             saved = _newest(out, log)
-        model, tokenizer = load_model(run.model, DTYPES[run.dtype], device, run.quantization)
+        model, tokenizer = _load(run, device, world)
         _check_quantized(run, model, device, log)
         run = replace(_with_init_adapter(run, model, log), max_length=min(run.max_length, model.config.max_position_embeddings))
-        template, data = prepare(run, model, tokenizer, log, _began(saved))
-        trainer = make_trainer(run, model, tokenizer, template, data, log)
+        template, data = prepare(run, model, tokenizer, log, _began(saved, world))
+        trainer = make_trainer(run, model, tokenizer, template, data, log, world)
         if dry_run:
             return try_run(trainer)
+        check_start(trainer)
         if not resume:
-            lock.enter_context(RunLock(out))  # from here on something is written
+            _lock(out, lock, world)  # from here on something is written
         if saved is not None:
             trainer.require_same_run(saved)  # first: rows that have changed are named here, before their preparation can fail
         trainer.prepare()
         if saved is not None:
             trainer.restore(saved)
-        _write_records(out, run, data, device)
+        world.on_first(lambda: _write_records(out, run, data, device))
         trainable, parameters = num_parameters(model, trainable=True), num_parameters(model)
         log(
             f"training {trainable:,} of {parameters:,} parameters ({trainable / parameters:.2%}) for {trainer.total_steps} "
             f"steps of {run.batch_size} rows on {device}, {run.dtype}"
         )
         return trainer.fit()
+
+
+def _load(run: RunConfig, device: torch.device, world: World) -> tuple[CausalLM, Tokenizer]:
+    """The base, or with ``--parallel shard`` this process's share of it."""
+    if run.parallel != "shard":
+        return load_model(run.model, DTYPES[run.dtype], device, run.quantization)
+    from minisft.parallel.shard import load_sharded
+
+    return load_sharded(run.model, DTYPES[run.dtype], device, run.quantization, world)
 
 
 def _with_init_adapter(run: Config, model: CausalLM, log: Log) -> Config:
@@ -139,9 +159,25 @@ def _with_init_adapter(run: Config, model: CausalLM, log: Log) -> Config:
     return run
 
 
-def _began(saved: Checkpoint | None) -> datetime.datetime | None:
-    """When a resumed run began."""
+def _nothing(text: str) -> None:
+    """What a process logs that is not the first of its run."""
+
+
+def _lock(out: Path, lock: contextlib.ExitStack, world: World) -> None:
+    """The run's folder is this run's alone from here on; all processes must see it."""
+    world.on_first(lambda: lock.enter_context(RunLock(out)))
+    if not (out / ".lock").exists():
+        raise UserError(
+            "checkpoint/not-shared", "the run's folder is not the one that the first process has locked", where=visible(out),
+            found="no lock in it", expected="one folder, seen by all machines", fix="give an --out on a shared disk",
+        )  # fmt: skip
+
+
+def _began(saved: Checkpoint | None, world: World) -> datetime.datetime | None:
+    """When the run began, if it is resumed or several processes must write the same date."""
     date = None if saved is None else saved.identity.get("date")
+    if world.size > 1:
+        date = world.from_first(str(date or current_time().isoformat()))
     with contextlib.suppress(ValueError):
         return datetime.datetime.fromisoformat(str(date))
     return None

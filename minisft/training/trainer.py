@@ -15,7 +15,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic
 
@@ -28,6 +28,7 @@ from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats import base_fingerprint, save_adapter, save_model, write_adapter
 from minisft.model import CausalLM
+from minisft.parallel.world import ALONE, World
 from minisft.pissa import pissa_starts
 from minisft.schedule import learning_rate
 from minisft.step import StepResult, check_gradients, optimizer_of, optimizer_step, prepare_method
@@ -38,7 +39,7 @@ from minisft.training.lossplot import plot_loss
 from minisft.training.replay import num_replayed
 from minisft.training.reporters import mirrors
 from minisft.training.run_data import Row, RunData
-from minisft.training.runlog import MetricsLog, Progress, duration, peak_memory_bytes, read_metrics
+from minisft.training.runlog import MetricsLog, NoMetrics, NoProgress, Progress, duration, peak_memory_bytes, read_metrics
 from minisft.training.stop_signal import StopSignal
 
 DECAY_SHARE = 0.2  # of the steps, with --schedule wsd: as in most runs of arXiv:2405.18392
@@ -104,6 +105,7 @@ class Trainer(ABC, Generic[Row]):
         template: the chat template of the rows, kept with the result.
         data: encoded rows to train and validate on.
         log: where the run's few sentences go; the progress bar goes to standard error.
+        world: the processes of the run. Each computes its share of every step, and the first writes.
     """
 
     command = "train"
@@ -116,8 +118,10 @@ class Trainer(ABC, Generic[Row]):
         template: ChatTemplate,
         data: RunData[Row],
         log: Log = print,
+        world: World = ALONE,
     ) -> None:
         self.run, self.model, self.tokenizer, self.template, self.data, self.log = run, model, tokenizer, template, data, log
+        self.world = world
         self.out = Path(run.out)
         self.device = model.device
         parameters = prepare_method(model, run)
@@ -144,6 +148,11 @@ class Trainer(ABC, Generic[Row]):
     def try_step(self) -> None:
         """For a dry run: backward of the rows that need most memory, where that takes no file of the run's folder."""
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a share of the base instead of all of it."""
+        return self.run.parallel == "shard" and self.world.size > 1
+
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def fit(self) -> TrainResult:
@@ -156,14 +165,14 @@ class Trainer(ABC, Generic[Row]):
             UserError: three non-finite steps, or three failed saves, in a row.
         """
         state, stop, began = self.state, StopSignal(), time.monotonic()
-        metrics = MetricsLog(self.out / "metrics.jsonl")
-        progress = Progress(self.total_steps, start=state.step, log_every=self.run.log_every)
+        metrics, progress = self._records()
         with contextlib.ExitStack() as opened:
             for each in (metrics, progress, stop.listening()):
                 opened.enter_context(each)
             metrics.truncate_after(state.step)
-            report = opened.enter_context(mirrors(self.run, lambda: read_metrics(metrics.path), progress.log))
-            while not self.is_done and stop.received is None:
+            report = opened.enter_context(mirrors(self._shown, lambda: read_metrics(metrics.path), progress.log))
+            stopped_by = self.world.any_signal(stop.received)
+            while not self.is_done and stopped_by is None:
                 started, step = time.monotonic(), state.step + 1
                 batches, lr = self.batches(step), self.learning_rate(step)
                 result = self.step(step, batches, lr)
@@ -179,10 +188,24 @@ class Trainer(ABC, Generic[Row]):
                 progress.update(step, result.loss, lr, tokens_per_s)
                 if self.is_save_step:
                     self.save(metrics, progress.log)
-            if stop.received is not None and state.saved_step != state.step:
+                stopped_by = self.world.any_signal(stop.received)
+            if stopped_by is not None and state.saved_step != state.step:
                 self.save(metrics, progress.log)
-        plot_loss(self.out / "metrics.jsonl", self.out / "loss.png", f"{Path(self.run.model).name}, {self.run.method}")
-        return self._finish(stop.received, began)
+        if self.world.is_first:
+            plot_loss(self.out / "metrics.jsonl", self.out / "loss.png", f"{Path(self.run.model).name}, {self.run.method}")
+        return self._finish(stopped_by, began)
+
+    def _records(self) -> tuple[MetricsLog, Progress]:
+        """What the run writes while it goes on; the first process's, the others write nothing."""
+        if not self.world.is_first:
+            return NoMetrics(), NoProgress(self.total_steps)
+        progress = Progress(self.total_steps, start=self.state.step, log_every=self.run.log_every)
+        return MetricsLog(self.out / "metrics.jsonl"), progress
+
+    @property
+    def _shown(self) -> RunConfig:
+        """The run as its trackers see it; of several processes the first alone has trackers."""
+        return self.run if self.world.is_first else replace(self.run, report=())
 
     @property
     def is_done(self) -> bool:
@@ -205,11 +228,11 @@ class Trainer(ABC, Generic[Row]):
 
     @abstractmethod
     def batches(self, step: int) -> list[Batch]:
-        """The micro-batches of one optimizer step (from 1), on the model's device."""
+        """The micro-batches of one optimizer step (from 1), on the model's device: this process's share of them."""
 
     @abstractmethod
     def gradients(self, step: int, batches: Sequence[Batch]) -> float:
-        """Run backward through the micro-batches of a step and return its loss."""
+        """Run backward through the micro-batches of a step and return its loss, or this process's share of it."""
 
     @abstractmethod
     def evaluate(self) -> tuple[float, dict[str, JSON]]:
@@ -249,13 +272,21 @@ class Trainer(ABC, Generic[Row]):
         """
         check = self.check_first_step if step == 1 else None
         result = optimizer_step(
-            self.optimizer, batches, lambda: self.gradients(step, batches), lr, clip=self.run.clip, check=check
+            self.optimizer, batches, lambda: self._summed_gradients(step, batches), lr, clip=self.run.clip, check=check
         )
+        num_targets, num_tokens = self.world.sum_ints(result.num_targets, result.num_tokens)
+        result = replace(result, num_targets=num_targets, num_tokens=num_tokens)
         self.state.step = step
-        self._check_finite(result, batches)
+        self._check_finite(result)
         return result
 
-    def _check_finite(self, result: StepResult, batches: Sequence[Batch]) -> None:
+    def _summed_gradients(self, step: int, batches: Sequence[Batch]) -> float:
+        """Backward, and what the other processes have computed added to it: the same gradient and loss in each of them."""
+        loss = self.gradients(step, batches)
+        self.world.sum_gradients_(self.optimizer.master_weights.values())
+        return self.world.sum_floats(loss)[0]
+
+    def _check_finite(self, result: StepResult) -> None:
         state = self.state
         if not result.skipped:
             state.bad_steps, state.last_grad_norm = 0, result.grad_norm
@@ -263,7 +294,7 @@ class Trainer(ABC, Generic[Row]):
         state.bad_steps += 1
         if state.bad_steps < MAX_BAD_STEPS:
             return
-        rows = sorted({row for batch in batches for row in batch.rows})
+        rows = sorted({row.row for row in self.step_rows(state.step)})
         resume = f"checkpoint step-{state.saved_step} can be resumed" if state.saved_step else "no checkpoint was saved yet"
         raise UserError(
             "numeric/non-finite",
@@ -319,18 +350,9 @@ class Trainer(ABC, Generic[Row]):
     def save(self, metrics: MetricsLog, log: Log) -> None:
         """Save a checkpoint of everything. A full disk is survived twice; the third time in a row it stops the run."""
         state = self.state
-        metrics.sync()
+        self.world.require_same_weights(self.optimizer.master_weights, state.step)
         try:
-            save_checkpoint(
-                self.out,
-                state.step,
-                {"optimizer": self.optimizer.state()} | ({"start": starts} if (starts := pissa_starts(self.model)) else {}),
-                {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.metadata.get("saved", True)},
-                self.identity,
-                keep_last=self.run.keep_last,
-                protect=() if state.best_step is None else (state.best_step,),
-                write_extra=self._write_adapter if self.run.method == "lora" else None,
-            )
+            self.world.on_first(lambda: self._save(metrics))
         except UserError as error:
             state.failed_saves += 1
             if error.code != "disk/full" or state.failed_saves >= MAX_BAD_STEPS:
@@ -338,6 +360,20 @@ class Trainer(ABC, Generic[Row]):
             log(f"{error}\nTraining goes on; the next save is tried at the next interval.")
         else:
             state.failed_saves, state.saved_step = 0, state.step
+
+    def _save(self, metrics: MetricsLog) -> None:
+        state = self.state
+        metrics.sync()
+        save_checkpoint(
+            self.out,
+            state.step,
+            {"optimizer": self.optimizer.state()} | ({"start": starts} if (starts := pissa_starts(self.model)) else {}),
+            {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.metadata.get("saved", True)},
+            self.identity,
+            keep_last=self.run.keep_last,
+            protect=() if state.best_step is None else (state.best_step,),
+            write_extra=self._write_adapter if self.run.method == "lora" else None,
+        )
 
     def _write_adapter(self, staging: Path) -> None:
         (staging / "adapter").mkdir()
@@ -374,7 +410,7 @@ class Trainer(ABC, Generic[Row]):
             notes.append(
                 f"{before} steps before, {self.total_steps} now: the learning rate follows the new schedule from here on"
             )
-            self._set_result_aside()
+            self.world.on_first(self._set_result_aside)
         for note in notes:
             self.log(note)
 
@@ -415,14 +451,18 @@ class Trainer(ABC, Generic[Row]):
 
     def _result(self) -> Path:
         """The folder of the result; written now unless a finished run was resumed, which has nothing left to do."""
+        self.world.on_first(self._write_result)
+        return self._target
+
+    def _write_result(self) -> None:
         target = self._target
-        if not target.exists():
-            self._load_best()
-            if self.run.method == "lora":
-                save_adapter(self.model, target, template=self.template.source)
-            else:
-                save_model(self.model, self.tokenizer, target)
-        return target
+        if target.exists():
+            return
+        self._load_best()
+        if self.run.method == "lora":
+            save_adapter(self.model, target, template=self.template.source)
+        else:
+            save_model(self.model, self.tokenizer, target)
 
     def _load_best(self) -> None:
         """Go back to the best validated weights; without validation the last ones stay."""
