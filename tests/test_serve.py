@@ -29,6 +29,7 @@ from tiny_folder import write_model
 import minisft
 from minisft.cli.main import main
 from minisft.common.errors import UserError
+from minisft.serving.batch import Batch
 from minisft.serving.lanes import load_lanes, sharing_copy
 from minisft.serving.requests import ApiError, parse
 from minisft.serving.stops import TextUntilStop
@@ -145,8 +146,15 @@ def shop(folder):
 
 
 @pytest.fixture
-def small(folder):
-    """Room for one answer, and for one request that waits."""
+def small(folder, monkeypatch):
+    """Room for one answer, and for one request that waits; an answer of 400 tokens takes more than eight seconds."""
+    step = Batch.step
+
+    def slowly(batch):
+        time.sleep(0.02)
+        step(batch)
+
+    monkeypatch.setattr(Batch, "step", slowly)
     with listening(make_shop(folder, {}, max_rows=1, max_waiting=1)) as made:
         yield made
 
@@ -301,6 +309,7 @@ def test_a_seed_decides_the_draws_as_in_generate(client, folder):
 
     rows = generate(model, [ids] * 3, max_new_tokens=14, eos_ids=tokenizer.eos_ids, temperature=0.8, top_p=0.9, seed=11)
     assert texts == [tokenizer.decode(row[:-1] if row[-1] in tokenizer.eos_ids else row) for row in rows]
+    assert first.usage.completion_tokens == sum(map(len, rows))
     unseeded = {client.chat.completions.create(**{**asked, "seed": None}).choices[0].message.content for _ in range(3)}
     assert len(unseeded) > 1
 
@@ -427,8 +436,14 @@ def test_a_key_is_asked_for_everywhere_but_for_the_health(shop):
     assert ask(app, "/health", method="GET")[0] == 200
 
 
+def test_the_answer_that_these_tests_leave_is_a_long_one(folder):
+    model, tokenizer = alone(folder, None)
+    ids = tokenizer.encode("<|im_start|>user\none two<|im_end|>\n<|im_start|>assistant\n", control=True)
+    assert len(minisft.generate(model, tokenizer, ids, max_new_tokens=400)) == 400
+
+
 def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_place(small):
-    asked = {"model": "model", "messages": ASK, "max_tokens": 400, "stream": True, "temperature": 2, "seed": 0}
+    asked = {"model": "model", "messages": ASK, "max_tokens": 400, "stream": True, "temperature": 0}
     sockets = []
     for count in ((1, 0), (1, 1)):
         sockets.append(stream_socket(small, asked))
@@ -438,9 +453,9 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_place(small):
     assert int(headers["retry-after"]) >= 1
     assert body["error"]["code"] == "queue_full"
     sockets[1].close()
-    until(lambda: small.engine.counts() == (1, 0), 5)
+    until(lambda: small.engine.counts() == (1, 0), 4)
     sockets[0].close()
-    until(lambda: small.engine.counts() == (0, 0), 5)
+    until(lambda: small.engine.counts() == (0, 0), 4)
     assert send(small, {"model": "model", "messages": ASK, "max_tokens": 1})[0] == 200
 
 
@@ -563,7 +578,7 @@ def test_a_signal_ends_the_command_after_the_answer_in_progress(folder, number):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == f"http://127.0.0.1:{port}/v1\n"
-    asked = {"model": "model", "messages": ASK, "max_tokens": 400, "stream": True, "temperature": 2, "seed": 0}
+    asked = {"model": "model", "messages": ASK, "max_tokens": 400, "stream": True, "temperature": 0}
     stream = stream_socket(Shop(folder, port, None, None, None), asked)
     received = stream.recv(1000)
     process.send_signal(number)
@@ -579,7 +594,7 @@ def test_the_asyncio_of_a_lost_client_leaves_no_task(small):
     """A client that leaves before the first token: its row goes, and nothing stays behind in the loop."""
 
     async def leave() -> None:
-        body = json.dumps({"model": "model", "messages": ASK, "max_tokens": 400, "temperature": 2, "seed": 0}).encode()
+        body = json.dumps({"model": "model", "messages": ASK, "max_tokens": 400, "temperature": 0}).encode()
         waiting = [{"type": "http.request", "body": body, "more_body": False}, {"type": "http.disconnect"}]
 
         async def receive():
@@ -599,4 +614,4 @@ def test_the_asyncio_of_a_lost_client_leaves_no_task(small):
         assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(leave())
-    until(lambda: small.engine.counts() == (0, 0), 5)
+    until(lambda: small.engine.counts() == (0, 0), 4)
