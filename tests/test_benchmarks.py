@@ -82,7 +82,7 @@ def test_bench_nf4_measures_every_case_and_writes_results_and_plot(tmp_path: Pat
     assert peers["decode product"] == {"bitsandbytes", "dense bf16", "dense fp32"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bench_wait_policy_measures_both_policies_alone_and_beside(tmp_path: Path, smollm2_path: Path) -> None:
     printed = run("bench_wait_policy.py", "--quick", "--out", str(tmp_path))
     result = json.loads((tmp_path / "wait_policy.json").read_text())

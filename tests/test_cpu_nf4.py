@@ -700,7 +700,7 @@ def test_without_it_everything_works_and_says_so(name: str, value: str, said: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["-DNF4_PORTABLE", "-DNF4_PORTABLE -DLANES=16"])
+@pytest.mark.parametrize("options", ["-DNF4_PORTABLE", pytest.param("-DNF4_PORTABLE -DLANES=16", marks=pytest.mark.exhaustive)])
 def test_other_instructions(options: str, tmp_path: Path) -> None:
     needs_native()
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))

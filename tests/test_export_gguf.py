@@ -379,7 +379,7 @@ REFUSED = {
 def bad(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and adapters that cannot be exported, by name."""
     root = tmp_path_factory.mktemp("bad")
-    window = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}
+    window = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0, "layer_types": None}
     edited(folders["qwen2"], root / "windowed", "config.json", **window)
     tiny_folder.write_model(root / "heads", root / "scratch", replace(tiny.QWEN2, **SIZES))
     trained_adapter(folders["qwen2"], root / "dora", LoRAConfig(rank=2, alpha=3.0, use_dora=True))

@@ -17,9 +17,16 @@ FOUR_BITS = ("minisft/nf4", "minisft/kernels/")
 
 @cache
 def cases_of(path: Path) -> dict[str, bool]:
-    """The test functions of a file, and whether each has parameters."""
-    functions = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
-    return {f.name: any("parametrize" in ast.unparse(decorator) for decorator in f.decorator_list) for f in functions}
+    """The test functions and classes of a file, and whether each has parameters, of its own or by a name given to them."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    named = {
+        ast.unparse(node.targets[0]) for node in body if isinstance(node, ast.Assign) and "parametrize" in ast.unparse(node)
+    }
+    return {
+        node.name: any("parametrize" in (text := ast.unparse(each)) or text in named for each in node.decorator_list)
+        for node in body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)

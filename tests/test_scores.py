@@ -30,6 +30,8 @@ from minisft.selection.scores import Judge, RowScore, score_rows
 class Bigram(nn.Module):
     """log p(next | this token) from a table: nothing else of the text matters. Shaped like ``CausalLM`` for the judge."""
 
+    device = torch.device("cpu")
+
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
         table = torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

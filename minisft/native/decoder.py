@@ -22,6 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from minisft.adapter import RowDropout
 from minisft.config import ModelConfig
 from minisft.kernels import cpu_build, cpu_nf4
 from minisft.kernels.cpu_decode import KINDS, MAX_ROWS, LayerFields, LinearFields, Pointers, StepFields, Unsupported, require
@@ -31,7 +32,7 @@ from minisft.model import MLP, Attention, CausalLM, KVCache, Layer, RMSNorm, Tra
 from minisft.nf4_linear import NF4Linear
 
 _MODULES: tuple[type[nn.Module], ...] = (CausalLM, Transformer, nn.ModuleList, Layer, Attention, MLP, RMSNorm, nn.Embedding)
-_MODULES += (Linear, nn.Linear, NF4Linear, LoRALinear, nn.Dropout)
+_MODULES += (Linear, nn.Linear, NF4Linear, LoRALinear, RowDropout)
 # Switches of ``ModelConfig`` that the native step has no code for, unless they are at their defaults.
 _NOT_HERE = (
     "nope_layers", "global_layers", "local_rope_theta", "qk_norm_flat", "norms", "norm_plus_one", "activation",
