@@ -47,7 +47,7 @@ def test_the_preference_results_belong_to_the_settings_of_today() -> None:
     assert keys == {exp_preference.key_of(*cell, exp_preference.Sizes()): cell for cell in keys.values()}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bench_nf4_measures_every_case_and_writes_results_and_plot(tmp_path: Path) -> None:
     for oracle in ("bitsandbytes", "peft", "matplotlib"):
         pytest.importorskip(oracle)

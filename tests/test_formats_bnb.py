@@ -377,7 +377,7 @@ def test_36_a_weight_that_is_not_a_number(tmp_path: Path, dense: Path, capsys: p
     assert not (tmp_path / "q").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.smollm2
 def test_the_pretrained_model_in_transformers(smollm2_path: Path, tmp_path: Path) -> None:
     assert main(["quantize", "--model", str(smollm2_path), "--out", str(tmp_path / "q")]) == 0

@@ -328,7 +328,7 @@ def test_smollm2_header(smollm2_path: Path) -> None:
 
 
 @pytest.mark.smollm2
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_smollm2_equals_the_package_and_transformers(smollm2_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model, tokenizer = load_model("smollm2-135m-instruct")

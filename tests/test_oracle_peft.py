@@ -18,7 +18,7 @@ def test_every_test_that_it_names_exists() -> None:
     assert oracle_peft.LAWS.keys() | oracle_peft.BESIDE.keys() <= tests
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_tells_kept_from_broken() -> None:
     asked = [
         "test_delta_is_linear_in_alpha",

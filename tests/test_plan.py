@@ -72,7 +72,7 @@ print(next(int(line.split()[1]) * 1024 for line in status if line.startswith("Vm
 HEAPS = {"tuned": {}, "mapped": dict([NO_GAPS.split("=")])}
 # Each heap and each method once; the other cases are left to make test-thorough.
 OTHERS = (("tuned", "checkpointed"), ("tuned", "bf16"), ("tuned", "full"), ("mapped", "lora"))
-MEASURED = [("tuned", "lora"), ("tuned", "nf4"), ("mapped", "full")]
+MEASURED = [("tuned", "lora"), ("tuned", "nf4"), pytest.param("mapped", "full", marks=pytest.mark.exhaustive)]
 MEASURED += [pytest.param(*case, marks=pytest.mark.exhaustive) for case in OTHERS]
 
 

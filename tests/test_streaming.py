@@ -205,7 +205,7 @@ def test_an_adapter_of_peft_that_repeats_the_embedding(tmp_path: Path) -> None:
         torch.testing.assert_close(load_model(tmp_path / "out")[0](IDS), wrapped.eval()(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.smollm2
 def test_the_pretrained_model(smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # pieces of the usual size

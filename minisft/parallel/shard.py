@@ -79,7 +79,13 @@ def load_sharded(
 
 
 def shard_(model: CausalLM, device: torch.device, world: World) -> None:
-    """Cut a frozen model into shares: one group for each decoder layer, and one for embedding, final norm and head."""
+    """Cut a frozen model into shares: one group for each decoder layer, and one for embedding, final norm and head.
+
+    Args:
+        model: whole, its base frozen; changed in place.
+        device: where its shares are to lie.
+        world: the processes that share it.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 

@@ -554,13 +554,8 @@ def test_every_picture_has_a_caption_and_words_for_who_cannot_see_it(page: Page)
 # ---- plain runs ------------------------------------------------------------------------------------------------------
 
 
-def as_script(page: Page) -> Any:
-    """A page that takes more than a minute is left to ``make test-thorough`` and ``make tutorials``."""
-    return pytest.param(page, marks=[pytest.mark.exhaustive] if page.front["minutes"] > 1 else [])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [as_script(page) for page in PLAIN], ids=repr)
+@pytest.mark.exhaustive  # .ci/run and make tutorials run every page as well
+@pytest.mark.parametrize("page", PLAIN, ids=repr)
 def test_pages_without_a_pretrained_model_run_as_scripts(page: Page, tmp_path: Path) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_", "MPL"))}
     environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
