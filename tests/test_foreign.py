@@ -231,6 +231,22 @@ def test_the_probe_names_the_number_it_found(tmp_path: Path) -> None:
     assert "no nn.Linear" in refusal(write_model(tmp_path / "gpt2", "GPT2Config"))
 
 
+def test_weights_that_adapters_cannot_reach_are_counted(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """transformers holds all experts of a layer in two tensors; adapters go on the linears beside them."""
+    folder = write_model(tmp_path / "m", "MixtralConfig", num_key_value_heads=2, num_local_experts=3)
+    experts = 2 * 3 * (3 * 32 * 48 + 32)  # two layers, three experts: gate, up, down, and a row of the router
+    said = rf"m: {experts:,} of [\d,]+ weights are in no linear.*layers\.0\.mlp\.gate\.weight.*and 4 more"
+    with pytest.warns(UserWarning, match=said):
+        model = loaded(folder)
+    apply_lora_(model, LoRAConfig(rank=2, alpha=3.0))
+    assert {path.split(".")[3] for path in lora_modules(model)} == {"self_attn"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded(folders["gemma2"])
+        loaded(folders["opt"])
+    assert not [each for each in caught if "no linear" in str(each.message)]
+
+
 def test_a_model_that_sees_ahead_is_refused(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     attention = transformers.models.gpt_neox.modeling_gpt_neox
     monkeypatch.setattr(attention, "create_causal_mask", lambda *args, **kwargs: torch.ones(1, 1, 1, 1, dtype=torch.bool))

@@ -371,6 +371,21 @@ def probe_(model: ForeignLM, where: str) -> None:
         found = listing(odd, 4) if isinstance(odd, list) else "no nn.Linear at all"
         raise _refused("not every linear sees each token once (experts are like that)", where, found, "each called once")
     model.packs = model.packs and _packs(model, tokens, torch.cat(alone, 1), where)
+    _say_what_is_no_linear(model, where)
+
+
+def _say_what_is_no_linear(model: ForeignLM, where: str) -> None:
+    """Count the matrices that neither adapters nor 4 bits reach: of experts, routers and convolutions."""
+    owners = [m for m in model.modules() if not isinstance(m, (nn.Linear, nn.Embedding))]
+    outside = {id(p) for m in owners for p in m.parameters(recurse=False) if p.ndim >= 2}
+    sizes = {name: p.numel() for name, p in model.named_parameters() if id(p) in outside}
+    if sizes:
+        everything = sum(p.numel() for p in model.parameters())
+        warnings.warn(
+            f"{where}: {sum(sizes.values()):,} of {everything:,} weights are in no linear (experts are like that); adapters "
+            f"and 4 bits leave them as they are: {listing(sizes, 2)}",
+            stacklevel=3,
+        )
 
 
 def _calls(model: ForeignLM, ids: Tensor) -> dict[str, int]:
