@@ -73,6 +73,13 @@ class KVCache:
         self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
         self.lengths = self.lengths[torch.tensor(rows, device=self.lengths.device)]
 
+    def put_(self, start: int, other: KVCache) -> None:
+        """Copy what ``other`` has filled into the rows from ``start`` on, which are as long or longer."""
+        rows, end = slice(start, start + len(other.lengths)), int(other.lengths.max())
+        self.keys[:, rows, :, :end] = other.keys[:, :, :, :end]
+        self.values[:, rows, :, :end] = other.values[:, :, :, :end]
+        self.lengths[rows] = other.lengths
+
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, QuantConfig
 from minisft.formats import context_length, load_adapter_, load_model, save_adapter, save_model
 from minisft.formats.foreign import ForeignLM
-from minisft.generation import read_prompts
+from minisft.generation import Sampling, generate, read_prompts
 from minisft.loss import cross_entropy_sum, head_loss_sum
 from minisft.merge_weights import merge, merge_
 from minisft.native.decoder import decode_path, next_logits_of
+from minisft.serving.batch import Batch, Job
+from minisft.serving.lanes import load_lanes
 from minisft.step import set_checkpointing
 from minisft.surgery import apply_lora_, lora_modules, nf4_modules
 
@@ -173,6 +176,36 @@ def test_each_step_of_writing_has_the_logits_of_a_full_pass(folders: dict[str, P
                 texts = [texts[0], texts[2]]
                 cache.keep_([0, 2])
             logits = next_logits(torch.tensor([text[-1] for text in texts]), cache)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "opt"])
+def test_rows_of_the_server_join_leave_and_grow(
+    folders: dict[str, Path], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that come one after the other, over the base and over an adapter, get the text of ``generate`` alone."""
+    monkeypatch.setattr("minisft.serving.batch.ROOM", 3)
+    prompts, lengths = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]], [9, 4, 8]
+    adapted = loaded(folders[kind])
+    apply_lora_(adapted, LoRAConfig(rank=2, alpha=3.0))
+    for layer in lora_modules(adapted).values():
+        torch.nn.init.normal_(layer.lora_B, generator=torch.Generator().manual_seed(1))
+    save_adapter(adapted, tmp_path / "a")
+    lanes = load_lanes(folders[kind], {"a": tmp_path / "a"}, template="plain", dtype="fp32")
+    base, other = (lane.model for lane in lanes.values())
+    assert [p.data_ptr() for p in base.parameters()] == [p.data_ptr() for n, p in other.named_parameters() if "lora_" not in n]
+    texts = []
+    for lane, model in zip(lanes.values(), (loaded(folders[kind]), adapted), strict=True):
+        lane = replace(lane, eos_ids=frozenset())
+        batch, found = Batch(lane.model), [[] for _ in prompts]
+        for out, prompt, length in zip(found, prompts, lengths, strict=True):
+            batch.admit([Job(lane, prompt, 1, length, Sampling(), (), 0, lambda piece, out=out: out.append(piece.score.token))])
+            batch.step()
+        while batch.rows:
+            batch.step()
+        asked = zip(prompts, lengths, strict=True)
+        assert found == [generate(model, [prompt], max_new_tokens=length, eos_ids=())[0] for prompt, length in asked]
+        texts.append(found)
+    assert texts[0] != texts[1]
 
 
 def test_recomputing_layers_changes_no_gradient(folders: dict[str, Path]) -> None:

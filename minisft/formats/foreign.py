@@ -78,6 +78,12 @@ class TokenCache(KVCache):
         index = torch.tensor(list(rows), device=self.ids.device)
         self.ids, self.lengths = self.ids[index], self.lengths[index]
 
+    def put_(self, start: int, other: KVCache) -> None:
+        """Copy what ``other`` has read into the rows from ``start`` on."""
+        assert isinstance(other, TokenCache)
+        rows, end = slice(start, start + len(other.lengths)), int(other.lengths.max())
+        self.ids[rows, :end], self.lengths[rows] = other.ids[:, :end], other.lengths
+
 
 class ForeignLM(CausalLM):
     """A causal model of transformers in the place of our decoder.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -207,14 +208,8 @@ def joined(model: CausalLM, caches: Sequence[KVCache]) -> KVCache:
 
     Cost: copies what is filled.
     """
-    lengths = torch.cat([cache.lengths for cache in caches])
-    first = caches[0].keys
-    made = KVCache(model.config, len(lengths), int(lengths.max()) + ROOM, first.dtype, first.device)
-    start = 0
-    for cache in caches:
-        rows, end = slice(start, start + len(cache.lengths)), int(cache.lengths.max())
-        made.keys[:, rows, :, :end] = cache.keys[:, :, :, :end]
-        made.values[:, rows, :, :end] = cache.values[:, :, :, :end]
-        start = rows.stop
-    made.lengths = lengths
+    counts, longest = [len(cache.lengths) for cache in caches], max(int(cache.lengths.max()) for cache in caches)
+    made = model.new_cache(sum(counts), longest + ROOM)
+    for start, cache in zip(accumulate(counts, initial=0), caches, strict=False):
+        made.put_(start, cache)
     return made
