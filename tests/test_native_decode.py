@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
+from minisft.formats import load_adapter_, save_adapter
 from minisft.generation import generate, read_prompts, sample_groups
 from minisft.kernels import cpu_build, cpu_nf4
 from minisft.kernels.cpu_decode import MAX_ROWS, Unsupported
@@ -31,6 +32,7 @@ from minisft.model import CausalLM, KVCache
 from minisft.native import decoder as native_decoder
 from minisft.native.decoder import NativeDecoder, decode_path, next_logits_of
 from minisft.nf4_linear import NF4Linear
+from minisft.serving.lanes import sharing_copy
 from minisft.surgery import adapters_off, apply_lora_, lora_modules, quantize_
 from tests import tiny
 
@@ -277,6 +279,23 @@ def test_no_weight_is_copied() -> None:
         other = cache.select(torch.tensor([0]))
         token = torch.tensor([4])
         tiny.assert_close(decoder.logits(token, cache), step(model, token, other), 1e-5)
+
+
+def test_models_as_they_are_trained_and_loaded_take_the_native_path(tmp_path: Path) -> None:
+    """With dropout in the adapters, which trains but does not write; the second model is filled from files."""
+    trained = tiny.build(FAMILIES["llama"], torch.float32)
+    apply_lora_(trained, LoRAConfig(rank=3, alpha=3.0, dropout=0.1))
+    randomize_adapters_(trained)
+    save_adapter(trained, tmp_path / "a")
+    loaded = tiny.build(FAMILIES["llama"], torch.float32)
+    load_adapter_(loaded, tmp_path / "a")
+    found = []
+    for model in (trained.eval(), sharing_copy(loaded.eval())):
+        assert decode_path(model).startswith("native code")
+        ours, wanted = scores(model)
+        tiny.assert_close(ours, wanted, 1e-5)
+        found.append(ours)
+    assert torch.equal(*found)
 
 
 # ---- what is left to the readable model ----------------------------------------------------------------------------------
