@@ -30,6 +30,11 @@ from minisft.common.settings import (
 from minisft.data.sources import parse_sources
 
 ALL_LINEAR = "all-linear"
+# Fields of ModelConfig that Llama, Mistral, Qwen2 and Qwen3 leave at their defaults.
+_SWITCHES = (
+    "nope_layers", "global_layers", "local_rope_theta", "qk_norm_flat", "norms", "norm_plus_one", "activation",
+    "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_divisor", "logits_softcap",
+)  # fmt: skip
 # How an answer is judged: by ``minisft eval``, and by a run that validates with ``eval_metric``.
 EVAL_METRICS = ("exact_match", "json", "f1", "label", "bleu", "chrf", "rouge", "choice", "loss", "bits_per_byte")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -98,6 +103,12 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         """How many keys a query of this layer may see, itself included; None for all."""
         return None if layer in self.global_layers else self.sliding_window
+
+    @property
+    def switches(self) -> dict[str, typing.Any]:
+        """What differs from Llama, Mistral, Qwen2 and Qwen3, by field: without it the model is another one."""
+        found = {name: getattr(self, name) for name in _SWITCHES}
+        return {name: value for name, value in found.items() if value != getattr(ModelConfig, name)}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from minisft.data.template import CHATML, ChatTemplate
 from minisft.data.tokenizer import SpecialTokens, Tokenizer
 from minisft.formats import load_adapter_, load_model, save_adapter, save_model
 from minisft.formats.gguf_header import read_gguf
+from minisft.formats.gguf_names import architecture_of
 from minisft.formats.gguf_types import OUT_TYPES, encode
 from minisft.merging.export_gguf import export_gguf
 from minisft.merging.modelfile import modelfile
@@ -397,6 +399,32 @@ def bad(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     save_model(model, tokenizer, root / "large")
     (root / "qwen2").symlink_to(folders["qwen2"])
     return root
+
+
+NO_WORD = {
+    "qk_norm": None, "sliding_window": 4, "nope_layers": (1,), "global_layers": (1,), "local_rope_theta": 1e3,
+    "qk_norm_flat": True, "norms": "after", "norm_plus_one": True, "activation": "gelu", "embedding_multiplier": 2.0,
+    "attention_multiplier": 0.5, "residual_multiplier": 0.5, "logits_divisor": 2.0, "logits_softcap": 5.0,
+}  # fmt: skip
+WRITTEN = {
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+    "rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings", "tie_word_embeddings", "qkv_bias", "o_bias",
+    "mlp_bias",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_switch_that_the_file_has_no_word_for_is_refused(kind: str) -> None:
+    """llama.cpp would compute another model without a word; a new field of ``ModelConfig`` has to be put on one side."""
+    shape = MODELS[kind]
+    assert {field.name for field in dataclasses.fields(ModelConfig)} == WRITTEN | NO_WORD.keys()
+    assert architecture_of(shape, "m") == kind
+    for name, value in NO_WORD.items():
+        with pytest.raises(UserError, match="model/no-gguf"):
+            architecture_of(replace(shape, **{name: not shape.qk_norm if name == "qk_norm" else value}), "m")
+    if kind != "llama":
+        with pytest.raises(UserError, match="does not stretch RoPE"):
+            architecture_of(replace(shape, rope_scaling=ROPE), "m")
 
 
 @pytest.mark.parametrize("name", REFUSED)

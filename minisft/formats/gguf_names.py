@@ -1,8 +1,9 @@
 """A model's shape in llama.cpp's words: the keys, the names and the row order that ``gguf_file`` reads, written.
 
 Refused are models that llama.cpp would compute otherwise: a sliding window (its ``llama`` and ``qwen2`` ignore the key), an
-architecture without a name in ``ARCHITECTURE``, biases and head lengths that an architecture does not have there. The lengths
-of a head are always written: without them a reader divides hidden size by heads, which is wrong for Qwen3.
+architecture without a name in ``ARCHITECTURE``, biases, head lengths, a stretched RoPE and ``ModelConfig.switches`` that an
+architecture does not have there. The lengths of a head are always written: without them a reader divides hidden size by
+heads, which is wrong for Qwen3.
 
 Ref: llama.cpp, ``gguf-py/gguf/constants.py``.
 """
@@ -50,6 +51,12 @@ def architecture_of(config: ModelConfig, where: str) -> str:
     elif config.qk_norm != (config.model_type == "qwen3"):
         what, found = "llama.cpp's form of this architecture has other norms of q and k", f"qk_norm {config.qk_norm}"
         expected = f"qk_norm {not config.qk_norm}"
+    elif ARCHITECTURE[config.model_type] != "llama" and config.rope_scaling is not None:
+        what, found = "llama.cpp's form of this architecture does not stretch RoPE", f"a factor of {config.rope_scaling.factor}"
+        expected = "rope_type default"
+    elif config.switches:
+        what, found = "llama.cpp's form of this architecture has no such switch", listing(config.switches)
+        expected = "the switches of Llama, Mistral, Qwen2 and Qwen3"
     if what:
         raise UserError("model/no-gguf", what, where=where, found=visible(found), expected=expected, fix=fix)
     return ARCHITECTURE[config.model_type]

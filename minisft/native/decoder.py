@@ -5,8 +5,8 @@ A step of the readable model makes some twenty calls of PyTorch a layer, which a
 cache, attention, output, norm, MLP, head. Everything is multiplied and summed in fp32 whatever the weights' dtype (fp32, bf16
 or 4 bits), and what enters the cache is rounded to its dtype.
 
-The readable model stays the reference, and it does the step where ``decode_path`` says so: for a model with one of the
-switches ``_NOT_HERE`` (SmolLM3, Granite, OLMo 2, Gemma 3 and what transformers computes), on a GPU, in fp64 or fp16, while a
+The readable model stays the reference, and it does the step where ``decode_path`` says so: for a model with
+``ModelConfig.switches`` (SmolLM3, Granite, OLMo 2, Gemma 3), one that transformers computes, on a GPU, in fp64 or fp16, while a
 module has hooks, under autocast, for DoRA and for adapters of the embedding, for more than 16 rows, and without a C++
 compiler. Weights are never copied. Pointers are taken when a decoder is made, which is once for each batch of prompts, so
 whatever was trained, merged, replaced or turned off before is seen.
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from minisft.adapter import RowDropout
-from minisft.config import ModelConfig
 from minisft.kernels import cpu_build, cpu_nf4
 from minisft.kernels.cpu_decode import KINDS, MAX_ROWS, LayerFields, LinearFields, Pointers, StepFields, Unsupported, require
 from minisft.lora import LoRALinear
@@ -33,11 +32,6 @@ from minisft.nf4_linear import NF4Linear
 
 _MODULES: tuple[type[nn.Module], ...] = (CausalLM, Transformer, nn.ModuleList, Layer, Attention, MLP, RMSNorm, nn.Embedding)
 _MODULES += (Linear, nn.Linear, NF4Linear, LoRALinear, RowDropout)
-# Switches of ``ModelConfig`` that the native step has no code for, unless they are at their defaults.
-_NOT_HERE = (
-    "nope_layers", "global_layers", "local_rope_theta", "qk_norm_flat", "norms", "norm_plus_one", "activation",
-    "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_divisor", "logits_softcap",
-)  # fmt: skip
 
 
 def decode_path(model: CausalLM, num_rows: int = 1) -> str:
@@ -118,9 +112,8 @@ class _Model:
         require(model.device.type == "cpu", f"the model is on {model.device.type}")
         require(model.dtype in KINDS, f"the model computes in {str(model.dtype).removeprefix('torch.')}")
         require(not model.training, "the model is in training mode")
-        for name in _NOT_HERE:
-            value = getattr(model.config, name)
-            require(value == getattr(ModelConfig, name), f"the model's {name} is {value}")
+        if switches := model.config.switches:
+            raise Unsupported("; ".join(f"the model's {name} is {value}" for name, value in switches.items()))
         _require_plain(model)
         if cpu_nf4.library() is None:
             raise Unsupported(_no_library())
