@@ -16,7 +16,7 @@ from minisft.common.errors import listing
 from minisft.config import QuantConfig
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats.adapter import load_adapter_, save_adapter, write_adapter
-from minisft.formats.foreign import foreign_context, foreign_type, load_foreign
+from minisft.formats.foreign_files import foreign_context, foreign_type, load_foreign
 from minisft.formats.gguf_file import file_dtype, gguf_config, load_gguf
 from minisft.formats.gguf_header import read_gguf
 from minisft.formats.hf import load_folder

@@ -24,7 +24,8 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.formats.base_settings import folder_of, keep_settings, kept_config, not_kept
 from minisft.formats.bnb import QUANTIZED_FROM, quantization_config, stored_tensors
 from minisft.formats.fields import read_json_object, write_json
-from minisft.formats.foreign import ForeignLM, write_foreign
+from minisft.formats.foreign import ForeignLM
+from minisft.formats.foreign_files import write_foreign
 from minisft.formats.hf_config import write_config
 from minisft.formats.loading import empty_model, expected_shapes
 from minisft.formats.shard_writer import MAX_SHARD_BYTES, TensorSpec, write_shards

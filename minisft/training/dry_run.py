@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minisft.common.errors import UserError, visible
 from minisft.config import RunConfig
-from minisft.formats.foreign import foreign_type
+from minisft.formats.foreign_files import foreign_type
 from minisft.formats.source import resolve
 from minisft.surgery import num_parameters
 from minisft.training.plan import plan, render
