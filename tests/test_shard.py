@@ -201,6 +201,17 @@ class TestShares:
             assert one[name].codes_alive <= codes / 2  # with all of them gathered it would be more than all
 
 
+def test_a_process_with_fewer_rows_has_batches_without_targets() -> None:
+    def counts(world: World) -> tuple[int, ...]:
+        made = trainer(tiny.build(tiny.LLAMA), world, "none")
+        batches = made.batches(1)
+        idle = [batch for batch in batches if not batch.num_targets]
+        assert not sum(batch.num_tokens for batch in idle)
+        return len(batches), len(idle), len(made._validation)
+
+    assert on_ranks(2, counts) == [(3, 0, 2), (3, 1, 2)]  # of 5 rows and 3 validated ones, each a micro-batch
+
+
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_the_plan_counts_the_share_that_the_first_process_holds(
     models: dict[str, str], found: dict[int, list[dict[str, Found]]], name: str, size: int
