@@ -293,5 +293,5 @@ def test_what_needs_whole_weights_is_refused(settings: dict[str, object], named:
 
 def test_a_model_that_transformers_computes_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_neox"}))
-    with pytest.raises(UserError, match="config/shard.*found gpt_neox, a model that transformers computes.*--parallel replicate"):
+    with pytest.raises(UserError, match=r"config/shard.*found gpt_neox, a model that transformers computes.*--parallel"):
         load_base(RunConfig(str(tmp_path), "d", "o", parallel="shard"), CPU, World(0, 2, 0, 2))

@@ -120,8 +120,8 @@ def test_two_processes_keep_the_step_and_the_scores_of_one(shop: Path, run: Path
     assert len(set(alone.values())) > 1
     assert on_ranks(2, kept) == [(best, alone[best])] * 2
     assert evals(tmp_path / "two", "eval_f1") == alone
-    weights = [tmp_path / "two" / part / "adapter_model.safetensors" for part in ("adapter", f"checkpoints/step-{best}/adapter")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    written, saved = (tmp_path / "two" / part for part in ("adapter", f"checkpoints/step-{best}/adapter"))
+    assert (written / "adapter_model.safetensors").read_bytes() == (saved / "adapter_model.safetensors").read_bytes()
 
 
 SCORES = {"f1": [0.2, 0.6, 0.6, 0.6], "bits_per_byte": [0.8, 0.4, 0.4, 0.4]}  # best at steps 2, 3, 4, which are equal
