@@ -155,7 +155,15 @@ def test_shares_are_all_items_once_and_nearly_alike(lengths: list[int], size: in
     assert sorted(item for share in shares for item in share) == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     tokens = [sum(length for _, length in share) for share in shares]
-    assert max(tokens) - min(tokens) <= max(lengths, default=0)  # dealt there and back
+    assert max(tokens) - min(tokens) <= max(lengths, default=0)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_shares_are_dealt_there_and_back(size: int) -> None:
+    """There and back gives each process two of the same sum; dealt one way, the first would always get the longer one."""
+    lengths = range(1, 6 * size + 1)
+    sums = [sum(World(rank, size).share(lengths, lambda length: length)) for rank in range(size)]
+    assert sums == [sum(lengths) / size] * size
 
 
 def test_one_process_runs_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,7 @@ from minisft.training.run_data import RunData
 from minisft.training.several import check_world
 from minisft.training.sft import SFTTrainer
 from minisft.training.shard_plan import share_bytes_of
+from minisft.training.train import _load as load_base
 
 CPU = torch.device("cpu")
 # Where a model comes from, and how it is quantized when it is read.
@@ -199,6 +201,17 @@ class TestShares:
             assert one[name].codes_alive <= codes / 2  # with all of them gathered it would be more than all
 
 
+def test_a_process_with_fewer_rows_has_batches_without_targets() -> None:
+    def counts(world: World) -> tuple[int, ...]:
+        made = trainer(tiny.build(tiny.LLAMA), world, "none")
+        batches = made.batches(1)
+        idle = [batch for batch in batches if not batch.num_targets]
+        assert not sum(batch.num_tokens for batch in idle)
+        return len(batches), len(idle), len(made._validation)
+
+    assert on_ranks(2, counts) == [(3, 0, 2), (3, 1, 2)]  # of 5 rows and 3 validated ones, each a micro-batch
+
+
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_the_plan_counts_the_share_that_the_first_process_holds(
     models: dict[str, str], found: dict[int, list[dict[str, Found]]], name: str, size: int
@@ -265,6 +278,7 @@ def test_shares_are_those_of_torch_chunk(length: int) -> None:
         ({"init": "pissa"}, "--init pissa"),
         ({"method": "full"}, "--method full"),
         ({"init_adapter": "a"}, "--init-adapter"),
+        ({"eval_metric": "f1"}, "--eval-metric"),
     ],
 )
 def test_what_needs_whole_weights_is_refused(settings: dict[str, object], named: str) -> None:
@@ -275,3 +289,9 @@ def test_what_needs_whole_weights_is_refused(settings: dict[str, object], named:
         check_world(DPOConfig("m", "d", "o", parallel="shard"), World(0, 2, 0, 2), dry_run=False, log=print)
     with pytest.raises(UserError, match="config/one-process"):
         check_world(RunConfig("m", "d", "o"), World(0, 2, 0, 2), dry_run=True, log=print)
+
+
+def test_a_model_that_transformers_computes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_neox"}))
+    with pytest.raises(UserError, match=r"config/shard.*found gpt_neox, a model that transformers computes.*--parallel"):
+        load_base(RunConfig(str(tmp_path), "d", "o", parallel="shard"), CPU, World(0, 2, 0, 2))

@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from ranks import on_ranks
 from tiny_folder import digest, losses, quiet, rows, run_config, stopped_copy, write_model
 
 from minisft.cli.main import main
 from minisft.common.errors import UserError
 from minisft.config import RunConfig
+from minisft.data.tokenizer import Tokenizer
+from minisft.model import CausalLM
+from minisft.parallel.world import World
 from minisft.training.preference_config import DPOConfig
+from minisft.training.run_data import prepare_data
 from minisft.training.sft import SFTTrainer
 from minisft.training.task_metric import TaskMetric
-from minisft.training.train import train
+from minisft.training.train import run_training, train
+from minisft.training.trainer import Log
 
 
 def task(count: int) -> list[dict[str, object]]:
@@ -92,6 +99,29 @@ def test_asking_for_it_moves_no_bit_of_what_is_learned(shop: Path, run: Path, tm
     train(plain, log=quiet)
     a, b = (sorted((out / "checkpoints" / "step-4").rglob("*.safetensors")) for out in (tmp_path / "plain", run))
     assert [f.read_bytes() for f in a] == [f.read_bytes() for f in b]
+
+
+def test_two_processes_keep_the_step_and_the_scores_of_one(shop: Path, run: Path, tmp_path: Path) -> None:
+    """The second process's scores are turned round here: were they to count, another step would be kept."""
+    asked = judged(shop, tmp_path / "two", dropout=0.1, best_by="metric")
+
+    def prepare(run: RunConfig, model: CausalLM, tokenizer: Tokenizer, log: Log, began: datetime | None) -> object:
+        return prepare_data(run, tokenizer, log, began, model.config.max_position_embeddings)
+
+    def kept(world: World) -> tuple[int | None, float | None]:
+        whole = TaskMetric.score
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TaskMetric, "score", lambda self, model: whole(self, model) * (-1 if world.rank else 1))
+            result = run_training(asked, prepare, SFTTrainer, False, quiet, world=world)
+        return result.best_step, result.score
+
+    alone = evals(run, "eval_f1")
+    best = max(alone, key=lambda step: (alone[step], -evals(run, "eval_loss")[step]))
+    assert len(set(alone.values())) > 1
+    assert on_ranks(2, kept) == [(best, alone[best])] * 2
+    assert evals(tmp_path / "two", "eval_f1") == alone
+    written, saved = (tmp_path / "two" / part for part in ("adapter", f"checkpoints/step-{best}/adapter"))
+    assert (written / "adapter_model.safetensors").read_bytes() == (saved / "adapter_model.safetensors").read_bytes()
 
 
 SCORES = {"f1": [0.2, 0.6, 0.6, 0.6], "bits_per_byte": [0.8, 0.4, 0.4, 0.4]}  # best at steps 2, 3, 4, which are equal

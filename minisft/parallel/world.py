@@ -199,7 +199,7 @@ class World:
         """Refuse to go on once the trained numbers of two processes differ in a bit: ``numeric/diverged``."""
         if self.size == 1:
             return
-        if found := self.differing({name: _bytes(weight) for name, weight in weights.items()}):
+        if found := self.differing({name: raw_bytes(weight) for name, weight in weights.items()}):
             name, rank = found
             raise UserError(
                 "numeric/diverged", "the processes no longer train the same numbers", where=f"step {step}: {visible(name)}",
@@ -230,5 +230,6 @@ def _pieces(parameters: Sequence[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
         yield piece
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def raw_bytes(tensor: Tensor) -> bytes:
+    """What lies in memory for a tensor, row by row."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -26,13 +26,14 @@ from minisft.config import RunConfig
 from minisft.formats.source import file_sha256
 from minisft.training.preference_config import DPOConfig, GRPOConfig
 from minisft.training.runlog import read_metrics
+from minisft.training.task_metric import ROWS
 
 CARD = "README.md"
 KINDS: dict[str, type[RunConfig]] = {"dpo": DPOConfig, "grpo": GRPOConfig, "sft": RunConfig}
 SHOWN = ("method", "rank", "alpha", "targets", "quant", "schedule", "batch_size", "max_length", "dtype", "seed")  # always
 NOT_SHOWN = (
     "model", "data", "eval_data", "replay", "template", "init_adapter", "out", "reward", "lr", "steps", "epochs", "map",
-    "report",    "cache", "log_every", "keep_last", "save_every", "device", "micro_batch_size", "checkpointing", "strict",
+    "report", "cache", "log_every", "keep_last", "save_every", "device", "micro_batch_size", "checkpointing", "strict",
 )  # fmt: skip
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -222,7 +223,7 @@ def _validation(records: Records) -> list[str]:
     numbers = {key: value for key, value in row.items() if key.startswith("eval_") and _is_number(value)}
     if not numbers:
         return ["The run validated on no rows: there is no score of this step."]
-    scored = f"the first {records.run.eval_rows or 100} of them at most, for answers" if records.run.eval_metric else ""
+    scored = f"the first {records.run.eval_rows or ROWS} of them at most, for answers" if records.run.eval_metric else ""
     said = (
         f"Step {kept} of {_last_step(records)}, on rows held out ({_of_validation(records)}{'; ' if scored else ''}{scored}):"
     )

@@ -256,7 +256,7 @@ class NoProgress(Progress):
     def __init__(self, total: int) -> None:
         super().__init__(total, stream=io.StringIO())
 
-    def update(self, *_: float) -> None:
+    def update(self, step: int, loss: float, lr: float, tokens_per_s: float) -> None:
         """Nothing."""
 
     def log(self, text: str) -> None:

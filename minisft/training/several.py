@@ -11,7 +11,7 @@ from minisft.common.errors import UserError, visible
 from minisft.common.settings import flag_name
 from minisft.config import RunConfig
 from minisft.parallel.threads import num_cores, set_threads
-from minisft.parallel.world import World
+from minisft.parallel.world import World, raw_bytes
 from minisft.training.run_data import Row
 from minisft.training.shardable import require_shardable
 from minisft.training.trainer import Log, Trainer
@@ -69,7 +69,7 @@ def check_start(trainer: Trainer[Row]) -> None:
     facts = {name: json.dumps(value, sort_keys=True).encode() for name, value in trainer.identity.items()}
     weights = hashlib.sha256()
     for weight in trainer.optimizer.master_weights.values():
-        weights.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        weights.update(raw_bytes(weight))
     world.require_same_start({**facts, "the trained numbers": weights.digest(), "--steps": str(trainer.total_steps).encode()})
     if (found := world.differing({"torch": torch.__version__.encode()})) is not None:
         trainer.log(f"warning: rank {found[1]} has another version of PyTorch than rank 0, {visible(torch.__version__)}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from minisft.common.errors import UserError
+from minisft.common.errors import UserError, visible
 from minisft.config import RunConfig
+from minisft.formats.foreign import foreign_type
+from minisft.formats.source import resolve
 
 
 def require_shardable(run: RunConfig) -> None:
@@ -17,7 +19,18 @@ def require_shardable(run: RunConfig) -> None:
         "minisft dpo": type(run) is not RunConfig,
     }
     for name in (name for name, is_asked in needs.items() if is_asked):
-        raise UserError(
-            "config/shard", "this is not offered with a shared base", where="--parallel shard", found=name,
-            expected="adapters of plain LoRA on a frozen base", fix="--parallel replicate; --quant nf4 makes the base smaller",
-        )  # fmt: skip
+        raise _refusal(name)
+
+
+def require_own_decoder(path: str) -> None:
+    """Refuse a base that transformers computes, which is read whole: ``config/shard``."""
+    source = resolve(path)
+    if source.kind == "folder" and (kind := foreign_type(source.path)) is not None:
+        raise _refusal(f"{visible(kind)}, a model that transformers computes")
+
+
+def _refusal(found: str) -> UserError:
+    return UserError(
+        "config/shard", "this is not offered with a shared base", where="--parallel shard", found=found,
+        expected="adapters of plain LoRA on a frozen base", fix="--parallel replicate; --quant nf4 makes the base smaller",
+    )  # fmt: skip

@@ -38,6 +38,7 @@ from minisft.training.reporters import require_trackers
 from minisft.training.run_data import Row, RunData, environment, prepare_data
 from minisft.training.several import check_start, check_world
 from minisft.training.sft import SFTTrainer
+from minisft.training.shardable import require_own_decoder
 from minisft.training.trainer import Log, Trainer
 from minisft.training.trainer import TrainResult as TrainResult
 
@@ -146,6 +147,7 @@ def _load(run: RunConfig, device: torch.device, world: World) -> tuple[CausalLM,
         return load_model(run.model, DTYPES[run.dtype], device, run.quantization)
     from minisft.parallel.shard import load_sharded
 
+    require_own_decoder(run.model)
     return load_sharded(run.model, DTYPES[run.dtype], device, run.quantization, world)
 
 

@@ -1,67 +1,42 @@
 """The training loop: rows to batches, step, log, validate, save; then the result.
 
 ``Trainer`` is the loop, whatever is learned; its subclasses (``sft``, ``dpo_run``, ``grpo_run``) define what a row is, what its
-batches are and where the gradient comes from. Everything that a step needs follows from (settings, data, step), so what is
-saved with a checkpoint is small: the trained numbers, the optimizer's moments and the few counters of ``RunState``.
-``Trainer.fit`` is the loop, on one screen. How a run comes about (its folder, its lock, its model and its rows) is
-``train.py``'s business.
+batches are and where the gradient comes from. ``Trainer.fit`` is the loop, on one screen. How a run comes about (its folder, its
+lock, its model and its rows) is ``train.py``'s business; what is saved, restored and written as the result is ``saved_run``'s.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic
 
 from minisft.batching import Batch, step_rows
-from minisft.common.atomic_files import sync_folder
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.config import RunConfig
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
-from minisft.formats import base_fingerprint, save_adapter, save_model, write_adapter
 from minisft.model import CausalLM
 from minisft.parallel.world import ALONE, World
-from minisft.pissa import pissa_starts
 from minisft.schedule import learning_rate
-from minisft.step import StepResult, check_gradients, optimizer_of, optimizer_step, prepare_method
+from minisft.step import StepResult, check_gradients, optimizer_step
 from minisft.surgery import num_parameters
-from minisft.training.checkpoint import Checkpoint, load_step, save_checkpoint
-from minisft.training.identity import require_same_run, run_identity
 from minisft.training.lossplot import plot_loss
 from minisft.training.replay import num_replayed
+from minisft.training.reporters import Log as Log
 from minisft.training.reporters import mirrors
 from minisft.training.run_data import Row, RunData
 from minisft.training.runlog import MetricsLog, NoMetrics, NoProgress, Progress, duration, peak_memory_bytes, read_metrics
+from minisft.training.saved_run import SavedRun
 from minisft.training.stop_signal import StopSignal
 
 DECAY_SHARE = 0.2  # of the steps, with --schedule wsd: as in most runs of arXiv:2405.18392
-MAX_BAD_STEPS = 3  # non-finite steps, or failed saves, in a row
-Log = Callable[[str], None]
-
-
-@dataclass
-class RunState:
-    """The part of a run that changes, saved with each checkpoint."""
-
-    total_steps: int
-    step: int = 0
-    best_step: int | None = None
-    best_loss: float | None = None
-    best_score: float | None = None  # with --eval-metric, at best_step
-    evals_since_best: int = 0
-    bad_steps: int = 0  # non-finite steps in a row
-    failed_saves: int = 0
-    last_grad_norm: float | None = None
-    constant_groups: list[float] = field(default_factory=list)  # GRPO: their share in the last steps
-    saved_step: int = field(default=0, metadata={"saved": False})
+MAX_BAD_STEPS = 3  # non-finite ones, in a row
 
 
 @dataclass(frozen=True)
@@ -93,19 +68,11 @@ class TrainResult:
     score: float | None = None
 
 
-class Trainer(ABC, Generic[Row]):
+class Trainer(SavedRun[Row], ABC):
     """A run in progress: the model, its optimizer, its rows, and how far it has come (``state``).
 
     ``batches``, ``gradients`` and ``evaluate`` are left to the subclasses; ``command`` is the one that starts such runs.
-
-    Args:
-        run: the settings.
-        model: as loaded; made ready for the run's method here.
-        tokenizer: the model's.
-        template: the chat template of the rows, kept with the result.
-        data: encoded rows to train and validate on.
-        log: where the run's few sentences go; the progress bar goes to standard error.
-        world: the processes of the run. Each computes its share of every step, and the first writes.
+    What it is made of are ``SavedRun``'s arguments.
     """
 
     command = "train"
@@ -120,13 +87,7 @@ class Trainer(ABC, Generic[Row]):
         log: Log = print,
         world: World = ALONE,
     ) -> None:
-        self.run, self.model, self.tokenizer, self.template, self.data, self.log = run, model, tokenizer, template, data, log
-        self.world = world
-        self.out = Path(run.out)
-        self.device = model.device
-        parameters = prepare_method(model, run)
-        self.optimizer = optimizer_of(model, parameters, run)
-        self.total_steps = data.total_steps(run)
+        super().__init__(run, model, tokenizer, template, data, log, world)
         if data.replay and not num_replayed(self.total_steps, run.batch_size, data.replay_share):
             raise UserError(
                 "config/no-replay", "the share is too small for a single row to be replayed", where="--replay-share",
@@ -139,8 +100,6 @@ class Trainer(ABC, Generic[Row]):
         self.eval_every = run.eval_every or max(1, math.ceil(self.total_steps / 10))
         self.save_every = run.save_every or self.eval_every
         self.micro_batch_size = run.micro_batch_size or run.batch_size
-        self.state = RunState(self.total_steps)
-        self.identity = run_identity(run, data.identity, base_fingerprint(model), self.device)
 
     def prepare(self) -> None:
         """What has to be computed before the first step, by the model as it starts; the run's folder is locked by now."""
@@ -206,12 +165,6 @@ class Trainer(ABC, Generic[Row]):
     def _shown(self) -> RunConfig:
         """The run as its trackers see it; of several processes the first alone has trackers."""
         return self.run if self.world.is_first else replace(self.run, report=())
-
-    @property
-    def is_done(self) -> bool:
-        """All steps are done, or ``patience`` validations have brought nothing better."""
-        out_of_patience = self.run.patience is not None and self.state.evals_since_best >= self.run.patience
-        return self.state.step >= self.total_steps or out_of_patience
 
     @property
     def is_validation_step(self) -> bool:
@@ -318,7 +271,7 @@ class Trainer(ABC, Generic[Row]):
         }
         return row | ({"skipped": True} if result.skipped else {}) | self.facts()
 
-    # ---- validation, checkpoints, the result -------------------------------------------------------------------------
+    # ---- validation, the end ------------------------------------------------------------------------------------------
 
     def _validate(self, log: Log) -> dict[str, JSON]:
         """The validation loss and what comes with it, noted as the best if it is."""
@@ -347,86 +300,6 @@ class Trainer(ABC, Generic[Row]):
         """The best validation in a few words."""
         return f"best validation loss {loss:.4f}"
 
-    def save(self, metrics: MetricsLog, log: Log) -> None:
-        """Save a checkpoint of everything. A full disk is survived twice; the third time in a row it stops the run."""
-        state = self.state
-        self.world.require_same_weights(self.optimizer.master_weights, state.step)
-        try:
-            self.world.on_first(lambda: self._save(metrics))
-        except UserError as error:
-            state.failed_saves += 1
-            if error.code != "disk/full" or state.failed_saves >= MAX_BAD_STEPS:
-                raise
-            log(f"{error}\nTraining goes on; the next save is tried at the next interval.")
-        else:
-            state.failed_saves, state.saved_step = 0, state.step
-
-    def _save(self, metrics: MetricsLog) -> None:
-        state = self.state
-        metrics.sync()
-        save_checkpoint(
-            self.out,
-            state.step,
-            {"optimizer": self.optimizer.state()} | ({"start": starts} if (starts := pissa_starts(self.model)) else {}),
-            {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.metadata.get("saved", True)},
-            self.identity,
-            keep_last=self.run.keep_last,
-            protect=() if state.best_step is None else (state.best_step,),
-            write_extra=self._write_adapter if self.run.method == "lora" else None,
-        )
-
-    def _write_adapter(self, staging: Path) -> None:
-        (staging / "adapter").mkdir()
-        write_adapter(self.model, staging / "adapter", template=self.template.source)
-
-    def require_same_run(self, saved: Checkpoint) -> list[str]:
-        """Notes on what differs without changing anything but rounding.
-
-        Raises:
-            UserError: ``checkpoint/changed`` when data, tokens, base or settings differ from the run's.
-        """
-        return require_same_run(saved.identity, self.identity)
-
-    def restore(self, saved: Checkpoint) -> None:
-        """Go on from a checkpoint; with another number of steps the schedule is that of the new number from here on.
-
-        Raises:
-            UserError: as ``require_same_run``; ``config/too-few-steps`` for fewer steps than are done.
-        """
-        notes = self.require_same_run(saved)
-        if self.total_steps < saved.step:
-            raise UserError(
-                "config/too-few-steps", "more steps are done than the run is to have", where="--steps or --epochs",
-                found=f"{self.total_steps} steps", expected=f"at least {saved.step}", fix="give more, or leave both away",
-            )  # fmt: skip
-        self.optimizer.load_state(saved.groups["optimizer"])
-        for name, start in pissa_starts(self.model).items():  # an SVD here may round otherwise than the first one did
-            start.data.copy_(saved.groups["start"][name])
-        for name, value in saved.state.items():
-            setattr(self.state, name, value)
-        self.state.saved_step = saved.step
-        if self.state.total_steps != self.total_steps:
-            before, self.state.total_steps = self.state.total_steps, self.total_steps
-            notes.append(
-                f"{before} steps before, {self.total_steps} now: the learning rate follows the new schedule from here on"
-            )
-            self.world.on_first(self._set_result_aside)
-        for note in notes:
-            self.log(note)
-
-    def _set_result_aside(self) -> None:
-        """A finished run that is given more steps keeps its first result under another name."""
-        target = self._target
-        if target.exists() and not self.is_done:
-            kept = target.with_name(f"{target.name}-step-{self.state.step}")
-            target.rename(kept)
-            sync_folder(self.out)
-            self.log(f"the result of step {self.state.step} is now {visible(kept)}")
-
-    @property
-    def _target(self) -> Path:
-        return self.out / ("adapter" if self.run.method == "lora" else "model")
-
     def _finish(self, stopped_by: int | None, began: float) -> TrainResult:
         state = self.state
         if stopped_by is not None:
@@ -448,31 +321,6 @@ class Trainer(ABC, Generic[Row]):
         if result.weights is not None:
             self.log(self._summary(result))
         return result
-
-    def _result(self) -> Path:
-        """The folder of the result; written now unless a finished run was resumed, which has nothing left to do."""
-        self.world.on_first(self._write_result)
-        return self._target
-
-    def _write_result(self) -> None:
-        target = self._target
-        if target.exists():
-            return
-        self._load_best()
-        if self.run.method == "lora":
-            save_adapter(self.model, target, template=self.template.source)
-        else:
-            save_model(self.model, self.tokenizer, target)
-
-    def _load_best(self) -> None:
-        """Go back to the best validated weights; without validation the last ones stay."""
-        best = self.state.best_step
-        if best is None or best == self.state.step:
-            return
-        try:
-            self.optimizer.load_state(load_step(self.out, best).groups["optimizer"])
-        except UserError as error:
-            self.log(f"{error}\nThe result is the last step's weights instead of the best.")
 
     def _summary(self, result: TrainResult) -> str:
         best = "" if result.eval_loss is None else f", {self.best_words(result.eval_loss)} at step {result.best_step}"
