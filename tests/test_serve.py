@@ -29,7 +29,9 @@ from tiny_folder import write_model
 import minisft
 from minisft.cli.main import main
 from minisft.common.errors import UserError
-from minisft.serving.batch import Batch
+from minisft.generation import Sampling
+from minisft.serving.batch import Batch, Job
+from minisft.serving.engine import Engine
 from minisft.serving.lanes import load_lanes, sharing_copy
 from minisft.serving.requests import ApiError, parse
 from minisft.serving.stops import TextUntilStop
@@ -99,7 +101,6 @@ def write_adapters(folder: Path) -> dict[str, str]:
 def make_shop(folder: Path, adapters: dict[str, str], **changes: int) -> Shop:
     from minisft.common.local_server import own_hosts
     from minisft.serving.app import Service, make_app
-    from minisft.serving.engine import Engine
 
     port = _free_port()
     limits = {"max_rows": 8, "max_waiting": 64, **changes}
@@ -478,6 +479,32 @@ def test_what_fails_in_the_engine_is_a_500_and_the_next_request_is_answered(smal
     assert status == 500
     assert "planted" not in body["error"]["message"]
     assert send(small, {"model": "model", "messages": ASK, "max_tokens": 1})[0] == 200
+
+
+def test_what_fails_in_one_model_leaves_the_others_rows(folder, capsys):
+    """``red`` fails while ``model`` writes, with one answer of ``red`` on its way and one that is joining."""
+    lanes, pieces = load_lanes(folder / "model", {"red": str(folder / "red")}), []
+    engine = Engine(lanes, 8, 8, print)
+
+    def job(name: str, prompt: list[int]) -> Job:
+        return Job(lanes[name], prompt, 1, 5, Sampling(), (), None, lambda piece: pieces.append((name, len(prompt), piece)))
+
+    def head(hidden):
+        raise RuntimeError("planted")
+
+    for asked in (job("model", [3, 4]), job("red", [3, 4])):
+        engine.submit(asked)
+    engine._turn()
+    lanes["red"].model.head = head
+    engine.submit(job("red", [5, 6, 7]))
+    for _ in range(4):
+        engine._turn()
+    of_red = [(size, piece is None) for name, size, piece in pieces if name == "red"]
+    assert sorted(of_red) == [(2, False), (2, True), (3, True)]
+    of_model = [piece for name, _, piece in pieces if name == "model"]
+    assert [piece.finish for piece in of_model] == [None, None, None, None, "length"]
+    assert engine.counts() == (0, 0)
+    assert capsys.readouterr().out == "requests failed: RuntimeError: planted\n"
 
 
 # --- fuzzed bodies

@@ -179,8 +179,8 @@ class Batch:
         self._logits_BV = self._logits_BV[torch.tensor(active, device=self._logits_BV.device)]
 
     def clear(self) -> list[Job]:
-        """Give up all rows; returns their jobs."""
-        jobs = list({id(row.job): row.job for row in self.rows}.values())
+        """Give up all rows; returns their jobs, one for each row."""
+        jobs = [row.job for row in self.rows]
         self.rows, self._cache = [], None
         return jobs
 

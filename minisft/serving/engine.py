@@ -6,10 +6,10 @@ there are free rows; models with rows take turns, a step each. Who finds the que
 
 from __future__ import annotations
 
+import contextlib
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from minisft.common.errors import visible
 from minisft.serving.batch import Batch, Job
@@ -89,14 +89,9 @@ class Engine:
 
     def _run(self) -> None:
         while not self._ended:
-            try:
-                self._turn()
-            except Exception as error:  # whatever one request causes, the others' server lives
-                self._log(f"requests failed: {type(error).__name__}: {visible(error)}")
-                self._fail_running()
-                self._joining = 0
-                time.sleep(IDLE_S)  # what fails at once would fail a thousand times a second
-        self._fail_running()
+            self._turn()
+        for batch in self._batches.values():
+            _fail(batch.clear())
         self._fail_waiting()
 
     def _turn(self) -> None:
@@ -104,25 +99,23 @@ class Engine:
         if self.stopping:
             self._fail_waiting()
         jobs = self._next_jobs()
-        by_lane: dict[str, list[Job]] = {}
-        for job in jobs:
-            by_lane.setdefault(job.lane.name, []).append(job)
         for name, batch in self._batches.items():
-            if name in by_lane:
-                self._admit(batch, by_lane[name])
+            joining = [job for job in jobs if job.lane.name == name]
+            with self._failing_alone(batch, joining):
+                batch.admit(joining)
         self._joining = 0
         for batch in self._batches.values():
-            if batch.rows:
+            with self._failing_alone(batch):
                 batch.step()
 
-    def _admit(self, batch: Batch, jobs: list[Job]) -> None:
+    @contextlib.contextmanager
+    def _failing_alone(self, batch: Batch, joining: Sequence[Job] = ()) -> Iterator[None]:
+        """An error within fails the rows of this model and those that are joining them, and no others."""
         try:
-            batch.admit(jobs)
-        except Exception:
-            for job in jobs:  # some of them are no rows yet
-                job.emit(None)
-                job.cancelled = True
-            raise
+            yield
+        except Exception as error:  # whatever one request causes, the server and the answers of other models live
+            self._log(f"requests failed: {type(error).__name__}: {visible(error)}")
+            _fail([*joining, *batch.clear()])
 
     def _next_jobs(self) -> list[Job]:
         """The first that wait, as many as fit; waits a moment when there is nothing at all to do."""
@@ -137,15 +130,15 @@ class Engine:
             self._joining = sum(job.num_choices for job in jobs)
             return jobs
 
-    def _fail_running(self) -> None:
-        for batch in self._batches.values():
-            for job in batch.clear():
-                if not job.cancelled:
-                    job.emit(None)
-
     def _fail_waiting(self) -> None:
         with self._changed:
             jobs = list(self._waiting)
             self._waiting.clear()
-        for job in jobs:
+        _fail(jobs)
+
+
+def _fail(jobs: Iterable[Job]) -> None:
+    """Tell those who wait, once each."""
+    for job in dict.fromkeys(jobs):
+        if not job.cancelled:
             job.emit(None)
