@@ -277,14 +277,14 @@ def _scored_tokens(
             if not active:
                 return
             if len(active) < len(rows):
-                active = _holes_filled(active)
+                active = holes_filled(active)
                 rows, tokens = [rows[r] for r in active], tokens[torch.tensor(active, device=tokens.device)]
                 cache.keep_(active)
             logits_BV = next_logits(tokens, cache)
 
 
-def _holes_filled(active: list[int]) -> list[int]:
-    """The same rows, each in its own place if there is one; the last ones fill the holes that others left."""
+def holes_filled(active: Sequence[int]) -> list[int]:
+    """The rows that stay, so that ``KVCache.keep_`` copies least: each in its place if there is one, the last in the holes."""
     staying = {row for row in active if row < len(active)}
     moving = iter(row for row in active if row >= len(active))
     return [row if row in staying else next(moving) for row in range(len(active))]

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from minisft.generation import Sampling, TextStream, read_prompts
+from minisft.generation import Sampling, TextStream, holes_filled, read_prompts
 from minisft.model import CausalLM, KVCache
 from minisft.native.decoder import next_logits_of
 from minisft.serving.lanes import Lane
@@ -140,8 +140,7 @@ class Batch:
             return
         chosen = self._choose()
         scores = [self._score(r, token) for r, token in enumerate(chosen)]
-        active = [r for r, row in enumerate(self.rows) if row.push(chosen[r], scores[r])]
-        self._keep(active)
+        active = self._keep([r for r, row in enumerate(self.rows) if row.push(chosen[r], scores[r])])
         if self._cache is None:
             return
         if int(self._cache.lengths.max()) >= self._cache.max_length:
@@ -166,17 +165,18 @@ class Batch:
         pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         return TokenScore(token, float(log_probs_V[token]), pairs)
 
-    def _keep(self, active: list[int]) -> None:
-        """Only these rows stay, in this order."""
+    def _keep(self, active: list[int]) -> list[int]:
+        """Only these rows stay; returns them in the order in which they now stand."""
         if len(active) == len(self.rows):
-            return
+            return active
+        active = holes_filled(active)
         self.rows = [self.rows[r] for r in active]
         if not active:
             self._cache = None
-            return
-        assert self._cache is not None
-        self._cache.keep_(active)  # row numbers rise, so no row goes where another one has yet to leave
-        self._logits_BV = self._logits_BV[torch.tensor(active, device=self._logits_BV.device)]
+        elif self._cache is not None:
+            self._cache.keep_(active)
+            self._logits_BV = self._logits_BV[torch.tensor(active, device=self._logits_BV.device)]
+        return active
 
     def clear(self) -> list[Job]:
         """Give up all rows; returns their jobs, one for each row."""
