@@ -53,7 +53,7 @@ class KVCache:
         return self.keys.shape[3]
 
     def select(self, rows: Tensor) -> KVCache:
-        """A cache of the given rows, in that order; a row may come several times (to score options)."""
+        """A cache of the given rows, in that order; a row may come several times."""
         chosen = object.__new__(KVCache)
         chosen.keys, chosen.values = self.keys[:, rows], self.values[:, rows]
         chosen.lengths = self.lengths[rows]

@@ -106,12 +106,12 @@ def test_option_log_probs_equal_one_pass_each(model, questions):
         assert log_probs == pytest.approx([slow_log_prob(model, prompt, option) for option in options], abs=1e-9)
 
 
-def test_the_tree_reads_each_beginning_once(model, monkeypatch):
+def test_a_prompt_is_read_once_for_all_its_options(model, monkeypatch):
     seen = []
     real = CausalLM.hidden
     monkeypatch.setattr(CausalLM, "hidden", lambda self, i, **kw: seen.append(tuple(i.shape)) or real(self, i, **kw))
-    option_log_probs(model, [([5, 6], [[1, 2, 3], [1, 2, 4], [1, 5], [7]])])
-    assert seen == [(1, 2), (1, 1), (1, 1)]  # the prompt, "1", "1 2"
+    option_log_probs(model, [(list(range(1, 10)), [[1, 2, 3], [1, 2, 4], [1, 5], [7]])])
+    assert seen == [(1, 8 + 4 + 4 + 3 + 2)]  # the prompt's last token stands before each option, which it predicts
 
 
 labels = ["card", "card_late", "cash", "pin"]

@@ -478,7 +478,7 @@ shared.say(
 # ## The same as the library
 #
 # `minisft.generation.generate` reads the prompt once, keeps keys and values of what it has read, and works on many prompts at a
-# time. `minisft.evaluation.multiple_choice.option_log_probs` scores many answers to one prompt, and reads the prompt and common prefixes once.
+# time. `minisft.evaluation.multiple_choice.option_log_probs` scores many answers to one prompt, and reads the prompt once.
 # Yours are ten lines and six. They agree: every token of every reply, and each log-probability up to rounding (the
 # library adds in another order).
 

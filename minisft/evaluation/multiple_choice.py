@@ -3,8 +3,8 @@
 Nothing is generated, so nothing has to be parsed. An option counts with its end of turn: "card" and "card_arrival" are
 then two different answers, and neither wins by being the other's prefix.
 
-The idea to take home: options share most of the work. The prompt runs once, and options that begin alike run together
-until they part.
+The idea to take home: options share most of the work. The prompt runs once; its options lie one behind the other after it,
+and none sees another.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from minisft.common.errors import UserError, visible
 from minisft.data.chat import Encoded
 from minisft.data.examples import Example, Message
-from minisft.generation import read_prompts
+from minisft.evaluation.plain_text import Continuation, log_probs
 from minisft.model import CausalLM
 
 Encode = Callable[[Example, Sequence[Message]], Encoded]
@@ -82,30 +80,18 @@ def _answer_end(encoded: Encoded) -> int:
     return max(i for i, supervised in enumerate(encoded.supervised) if supervised) + 1
 
 
-@torch.inference_mode()
 def option_log_probs(model: CausalLM, questions: Sequence[tuple[list[int], list[list[int]]]]) -> list[list[float]]:
     """log p(option | prompt) = sum_t log p(o_t | prompt, o_<t) for every option of every (prompt, options).
 
-    Each prompt runs once. Options are read level by level, as a tree: those that begin alike share a row of the batch
-    until they part, and each level's KV cache is picked from its parents'.
+    Args:
+        model: any.
+        questions: token ids of each prompt, at least one, and of its options.
 
-    Cost: one token for each distinct proper prefix of an option, after the prompts.
+    Returns:
+        natural logarithms, in the order of the options.
+
+    Cost: each prompt once and every option's tokens, all questions at once (those of unlike length apart).
     """
-    cache, hidden_ND = read_prompts(model, [prompt for prompt, _ in questions], max(len(o) for _, os in questions for o in os))
-    nodes: dict[tuple[int, ...], int] = {(q,): q for q in range(len(questions))}  # (question, ids so far) -> row
-    paths = [[(q, *option) for option in options] for q, (_, options) in enumerate(questions)]
-    totals = dict.fromkeys((path for options in paths for path in options), 0.0)
-    for depth in range(1, max(map(len, totals))):
-        active = [path for path in totals if len(path) > depth]
-        logits_NV = model.head(hidden_ND)
-        log_probs_NV = logits_NV.log_softmax(-1, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
-        picked = log_probs_NV[[nodes[path[:depth]] for path in active], [path[depth] for path in active]]
-        for path, log_prob in zip(active, picked.tolist(), strict=True):
-            totals[path] += log_prob
-        inner = list(dict.fromkeys(path[: depth + 1] for path in active if len(path) > depth + 1))
-        if inner:
-            cache = cache.select(torch.tensor([nodes[node[:-1]] for node in inner], device=hidden_ND.device))
-            tokens = torch.tensor([[node[-1]] for node in inner], device=hidden_ND.device)
-            hidden_ND = model.hidden(tokens, cache=cache)[:, 0]
-            nodes = {node: row for row, node in enumerate(inner)}
-    return [[totals[path] for path in options] for options in paths]
+    parts = [Continuation(prompt, option) for prompt, options in questions for option in options]
+    scores = iter(log_probs(model, parts, pad_id=0, batch_size=len(parts)))
+    return [[next(scores) for _ in options] for _, options in questions]
