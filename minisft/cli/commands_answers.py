@@ -28,22 +28,19 @@ if TYPE_CHECKING:
 
 def load_adapted(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, ChatTemplate]:
     """The model with its adapter, its tokenizer and its chat template, as the flags name them."""
-    import torch
-
-    from minisft.common.device import pick_device
+    from minisft.common.device import answering_dtype, pick_device
     from minisft.data.chat import resolve_template
     from minisft.formats import load_adapter_, load_model
+    from minisft.formats.adapter import saved_template
     from minisft.surgery import scale_adapters_
 
     device = pick_device(arguments.device)
-    in_fp32 = arguments.dtype == "fp32" or (arguments.dtype == "auto" and device.type == "cpu")
     quant = QuantConfig(arguments.quant, double_quant=arguments.double_quant) if arguments.quant != "none" else None
-    model, tokenizer = load_model(arguments.model, torch.float32 if in_fp32 else torch.bfloat16, device, quant)
+    model, tokenizer = load_model(arguments.model, answering_dtype(arguments.dtype, device), device, quant)
     choice = arguments.template
     if arguments.adapter is not None:
         load_adapter_(model, arguments.adapter)
-        saved = Path(arguments.adapter) / "chat_template.jinja"  # an adapter is used with the template it was trained with
-        choice = choice or (str(saved) if saved.is_file() else None)
+        choice = choice or saved_template(arguments.adapter)
     if arguments.scale != 1.0:
         scale_adapters_(model, arguments.scale)
     return model.eval(), tokenizer, resolve_template(tokenizer, choice)

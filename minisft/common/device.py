@@ -69,6 +69,11 @@ def pick_dtype(name: Literal["auto", "bf16", "fp32"], device: torch.device) -> L
     return "bf16" if has_bf16_instructions(device) else "fp32"
 
 
+def answering_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What a model is held in that is asked and not trained: ``auto`` is bf16 on a GPU and fp32 on a CPU."""
+    return torch.float32 if name == "fp32" or (name == "auto" and device.type == "cpu") else torch.bfloat16
+
+
 def has_bf16_instructions(device: torch.device) -> bool:
     """GPUs from compute capability 8.0 on, and CPUs with AVX512-BF16, AMX or Arm's BF16, multiply bf16 by themselves."""
     if device.type == "cuda":

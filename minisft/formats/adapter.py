@@ -124,6 +124,12 @@ def write_adapter(
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
 
+def saved_template(folder: str | Path) -> str | None:
+    """The path of the chat template that an adapter was trained with, to be used with it; None where its folder has none."""
+    path = Path(folder) / TEMPLATE_FILE
+    return str(path) if path.is_file() else None
+
+
 def _trained(path: str, adapter: Adapter) -> dict[str, torch.Tensor]:
     """What the adapter at ``path`` has learned, by the names in the file."""
     name_A, name_B = tensor_names(path, isinstance(adapter, LoRAEmbedding))

@@ -24,7 +24,7 @@ from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.effect import Target
 from minisft.formats import load_adapter_, load_model
-from minisft.formats.adapter import TEMPLATE_FILE, WEIGHTS_FILE, recorded_base, recorded_base_name
+from minisft.formats.adapter import WEIGHTS_FILE, recorded_base, recorded_base_name, saved_template
 from minisft.formats.adapter_tensors import repeated_weights
 from minisft.formats.lazy_weights import PIECE, In4Bits, Pieces, StoredModel, open_model, read_flat
 from minisft.formats.loading import EMBEDDING, HEAD, empty_model, expected_shapes
@@ -133,8 +133,7 @@ def _quantized_names(config: ModelConfig, quant: QuantConfig) -> frozenset[str]:
 
 def template_of(files: AdaptedFiles, tokenizer: Tokenizer) -> ChatTemplate:
     """An adapter is used with the template that it was trained with."""
-    saved = files.folder / TEMPLATE_FILE
-    return resolve_template(tokenizer, str(saved) if saved.is_file() else None)
+    return resolve_template(tokenizer, saved_template(files.folder))
 
 
 def recorded_quantization(folder: Path) -> QuantConfig | None:

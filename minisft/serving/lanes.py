@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from minisft.common.device import pick_device
+from minisft.common.device import answering_dtype, pick_device
 from minisft.config import QuantConfig
 from minisft.data.chat import resolve_template, stop_ids
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats import load_adapter_, load_model
-from minisft.formats.adapter import TEMPLATE_FILE
+from minisft.formats.adapter import saved_template
 from minisft.model import CausalLM
 from minisft.serving.settings import base_id
 
@@ -68,16 +67,13 @@ def load_lanes(
     Cost: the base once, and the adapters' own weights.
     """
     place = pick_device(device)
-    in_fp32 = dtype == "fp32" or (dtype == "auto" and place.type == "cpu")
-    base, tokenizer = load_model(model, torch.float32 if in_fp32 else torch.bfloat16, place, quant)
+    base, tokenizer = load_model(model, answering_dtype(dtype, place), place, quant)
     base.requires_grad_(False)
     lanes = {base_id(model): _lane(base_id(model), base.eval(), tokenizer, template)}
     for name, folder in adapters.items():
         adapted = sharing_copy(base)
         load_adapter_(adapted, folder)
-        saved = Path(folder) / TEMPLATE_FILE  # an adapter is used with the template it was trained with
-        chosen = template or (str(saved) if saved.is_file() else None)
-        lanes[name] = _lane(name, adapted.eval(), tokenizer, chosen)
+        lanes[name] = _lane(name, adapted.eval(), tokenizer, template or saved_template(folder))
     return lanes
 
 

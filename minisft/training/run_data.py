@@ -29,7 +29,7 @@ from minisft.data.sources import Source, parse_sources
 from minisft.data.template import ChatTemplate, current_time
 from minisft.data.token_rows import TokenRows, TokenWriter
 from minisft.data.tokenizer import Tokenizer
-from minisft.formats.adapter import TEMPLATE_FILE
+from minisft.formats.adapter import saved_template
 from minisft.quality.report import near_groups
 from minisft.training.identity import tokens_sha256
 from minisft.training.manifest import as_object
@@ -214,11 +214,10 @@ def template_choice(run: RunConfig, log: Callable[[str], None]) -> str | None:
     """``--template``, or else the one that the adapter of ``--init-adapter`` was trained with."""
     if run.template is not None or run.init_adapter is None:
         return run.template
-    saved = Path(run.init_adapter) / TEMPLATE_FILE
-    if not saved.is_file():
-        return None
-    log("chat template: the one that the adapter was trained with")
-    return str(saved)
+    saved = saved_template(run.init_adapter)
+    if saved is not None:
+        log("chat template: the one that the adapter was trained with")
+    return saved
 
 
 def _losses(encoded: EncodedDataset, use: str, limit: str) -> list[str]:
