@@ -22,7 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,7 +82,10 @@ ADAPTERS: dict[str, dict[str, object] | None] = {
     "r1, all linears": {"rank": 1},
     "full": None,
 }
-FACT_COUNTS, FACT_RATES = (32, 128, 512), {"lora": (3e-3, 1e-2), "full": (3e-4, 1e-3)}
+FACT_COUNTS, FACT_RATES = (32, 128, 512), {"lora": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3)}
+MOST_EXTRA_RATES = 5  # for a grid whose best rate is at an edge
+
+Asked = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def cells(seeds: tuple[int, ...] = SEEDS) -> Iterator[Cell]:
         yield from (Cell("P5", "forgetting", method, seed, of) for seed in seeds for method in USED[of])
     yield from (Cell("P5", "forgetting", arm, 0, "P2") for arm in ("full, lower rate", "r16, replay", "full, replay"))
     for of in ("P2", "P3"):
-        yield from (Cell("P6", "spectrum", method, 0, of) for method in ("r16", "full"))
+        yield from (Cell("P6", "spectrum", method, seed, of) for seed in seeds for method in ("r16", "full"))
 
 
 class Lab:
@@ -145,7 +148,8 @@ class Lab:
         rates = FULL_RATES if "full" in method else LORA_RATES
         return {
             **asdict(cell), "sizes": asdict(self.sizes), "tiny": self.tiny, "steps": self.steps, "batch": BATCH, "rates": rates,
-            "method": METHODS.get(method), "change": change, "scales": [SCALES, OTHER_SCALES], "fact rates": FACT_RATES,
+            "method": METHODS.get(method), "change": change, "scales": [SCALES, OTHER_SCALES],
+            "fact rates": [FACT_RATES, MOST_EXTRA_RATES],
             "adapter": ADAPTERS.get(cell.arm.partition("; ")[0]),
         }  # fmt: skip
 
@@ -234,12 +238,13 @@ def theory(lab: Lab, cell: Cell) -> dict[str, object]:
 
 
 def recall(lab: Lab, cell: Cell) -> dict[str, object]:
-    """P1: the most bits that an adapter was seen to hold, over the rates."""
+    """P1: the most bits that an adapter was seen to hold, over the rates, the best of which is inside of them."""
     arm, _, count = cell.arm.partition("; ")
     settings, base = ADAPTERS[arm], lab.own
     known = facts(256 + int(count), 1000 + cell.seed)[256:]  # another seed than the base's facts
-    found = []
-    for lr in FACT_RATES["full" if settings is None else "lora"]:
+    entropy = int(count) * BITS_A_FACT
+
+    def ask(lr: float) -> Asked:
         model, tokenizer = load_model(base)
         rows = encode_facts(tokenizer, known)
         before = recalled_bits(model, rows, tokenizer.pad_id)
@@ -247,12 +252,32 @@ def recall(lab: Lab, cell: Cell) -> dict[str, object]:
             apply_lora_(model, LoRAConfig(alpha=32.0, **settings), cell.seed)
         trained = num_parameters(model, trainable=True)
         learn(model, rows, lab.steps[1], 64, lr, cell.seed, tokenizer.pad_id)
-        found.append({"lr": lr, "bits": recalled_bits(model, rows, tokenizer.pad_id)})
-    best = max(found, key=lambda each: each["bits"])
+        return {"lr": lr, "bits": recalled_bits(model, rows, tokenizer.pad_id), "trained": trained, "before": before}
+
+    asked = most_bits(FACT_RATES["full" if settings is None else "lora"], ask, 0 if lab.tiny else MOST_EXTRA_RATES, entropy)
+    best = max(asked, key=lambda each: each["bits"])
     return {
-        "facts": int(count), "entropy": int(count) * BITS_A_FACT, "trained": trained, "before": before, "rates": found,
-        "lr": best["lr"], "bits": best["bits"],
+        "facts": int(count), "entropy": entropy, "trained": best["trained"], "before": best["before"],
+        "rates": [{"lr": each["lr"], "bits": each["bits"]} for each in asked], "lr": best["lr"], "bits": best["bits"],
+        "inside": inside(asked, entropy),
     }  # fmt: skip
+
+
+def most_bits(rates: Iterable[float], ask: Callable[[float], Asked], extra: int, entropy: float) -> list[Asked]:
+    """What each rate recalls, by rate; rates are added at the end where the best one is, at most ``extra``."""
+    found = [ask(lr) for lr in sorted(rates)]
+    for _ in range(extra):
+        if inside(found, entropy):
+            break
+        at_start = found[0]["bits"] > found[-1]["bits"]
+        found.insert(0 if at_start else len(found), ask(half_decade(found[0 if at_start else -1]["lr"], -1 if at_start else 1)))
+    return found
+
+
+def inside(found: Sequence[Asked], entropy: float) -> bool:
+    """Whether another rate beyond the ends cannot be expected to recall more: a better one lies between, or all is recalled."""
+    most = max(each["bits"] for each in found)
+    return most > 0.99 * entropy or most > max(found[0]["bits"], found[-1]["bits"])
 
 
 def tune(lab: Lab, cell: Cell) -> dict[str, object]:
@@ -260,7 +285,7 @@ def tune(lab: Lab, cell: Cell) -> dict[str, object]:
     rates = list(TINY_RATES if lab.tiny else FULL_RATES if "full" in cell.arm else LORA_RATES)
     run = lab.run_config(cell.experiment, cell.arm, 0)
     out = lab.root / cell.experiment / f"lr-{cell.arm}-{lab.key(cell)}".replace(" ", "-")
-    for _ in range(6):
+    for _ in range(1 + MOST_EXTRA_RATES):
         try:
             found = lr_find(
                 run, rates, 1.0 if lab.tiny else 0.25, out, log=note, callback=lambda c: note(f"{c.lr:g}: {c.loss}")

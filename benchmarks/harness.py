@@ -83,13 +83,16 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def bootstrap(table: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tuple[float, float, float]:
-    """A statistic of a (seeds, rows, ...) table and its 95 % interval: seeds and rows are drawn anew, 4 000 times."""
+    """A statistic of a (seeds, rows, ...) table and its 95 % interval: seeds and rows are drawn anew, 4 000 times.
+
+    A statistic that is not a number in one of the draws has no interval: nan.
+    """
     import numpy as np
 
     draw = np.random.default_rng(0)
     seeds, rows = table.shape[:2]
     drawn = [statistic(table[draw.integers(seeds, size=seeds)][:, draw.integers(rows, size=rows)]) for _ in range(4_000)]
-    low, high = np.nanquantile(drawn, (0.025, 0.975))
+    low, high = np.quantile(drawn, (0.025, 0.975))
     return statistic(table), float(low), float(high)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import exp_peft_full  # noqa: E402
 import peft_full_figures  # noqa: E402
 from peft_full_advice import LINES, NOT_RUN, advice, missing, section, written  # noqa: E402
-from peft_full_figures import Results  # noqa: E402
+from peft_full_figures import Results, claims  # noqa: E402
 
 
 def results(folder: Path, *rows: dict[str, object]) -> Results:
@@ -52,7 +54,7 @@ def test_figures_are_those_of_the_cells(tmp_path: Path, monkeypatch: pytest.Monk
         *({"experiment": "P3", "kind": "tune", "arm": arm, "seed": 0, "lr": lr, "bracket": [lr / 3, lr * 3], "curve": [],
            "steps": 10} for arm, lr in (("r16", 3e-3), ("full", 1e-4))),
         {"experiment": "P1", "kind": "facts", "arm": "r1, x; 32", "seed": 0, "trained": 200, "entropy": 531.5, "bits": 300.0,
-         "facts": 32},
+         "facts": 32, "inside": True},
     )  # fmt: skip
     by_line = dict(zip([what for what, _, _ in LINES], advice(found).splitlines()[2:], strict=True))
     far = next(line for what, line in by_line.items() if what.startswith("far data"))
@@ -63,6 +65,86 @@ def test_figures_are_those_of_the_cells(tmp_path: Path, monkeypatch: pytest.Monk
     text = section(found, tmp_path)
     assert "full learns more than LoRA r 16: cipher text, far | held |" in text
     assert "Without figures so far: " in text
+
+
+def verdicts(found: Results) -> dict[str, tuple[str, str]]:
+    """Claim -> verdict and figures."""
+    return {claim: (word, figures) for claim, word, figures in claims(found)}
+
+
+def test_a_share_of_a_gain_needs_a_gain(tmp_path: Path) -> None:
+    """Rank 16 loses 2 nats against the base and full loses 1: their ratio is 2, and says nothing."""
+    arms = (("full", 10.0), ("r16", 11.0))
+    found = results(tmp_path, *(run("P2", arm, seed, [loss, loss]) for arm, loss in arms for seed in range(3)))
+    word, figures = verdicts(found)["LoRA r 16 reaches 95 % of full: P2"]
+    assert word == "not shown here"
+    assert "does not surely beat the base" in figures
+    arms = (("full", 8.0), ("r16", 8.01))
+    found = results(tmp_path, *(run("P2", arm, seed, [loss, loss]) for arm, loss in arms for seed in range(3)))
+    word, figures = verdicts(found)["LoRA r 16 reaches 95 % of full: P2"]
+    assert (word, figures[:5]) == ("held", "99.0%")
+
+
+@pytest.mark.parametrize(
+    ("full", "word"),
+    [((40, 50, 60), "held"), ((4, 5, 6), "did not hold"), ((40, 5, 60), "not shown here"), ((40, 50), "not shown here")],
+)
+def test_what_has_no_interval_is_judged_by_every_seed_of_three(tmp_path: Path, full: tuple[int, ...], word: str) -> None:
+    """Spectra: rank 2 of LoRA's updates against full's, and 9 new directions against one more or fewer than that."""
+    common = {"experiment": "P6", "kind": "spectrum", "of": "P2"}
+    found = results(
+        tmp_path,
+        *({**common, "arm": "r16", "seed": seed, "ranks": [2, 2], "intruders": [4, 5]} for seed in range(3)),
+        *({**common, "arm": "full", "seed": seed, "ranks": [ranks], "intruders": [8 if ranks > 9 else 10]}
+          for seed, ranks in enumerate(full)),
+    )  # fmt: skip
+    said = verdicts(found)
+    assert said["full's update has 10 to 100 times LoRA's rank: P2"][0] == word
+    assert said["LoRA r 16 brings in more new large directions than full: P2"][0] == word
+
+
+@pytest.mark.parametrize(
+    ("bits", "inside", "word"),
+    [((200, 200, 250), True, "held"), ((50, 60, 70), True, "did not hold"), ((200, 60, 200), True, "not shown here"),
+     ((200, 200, 250), False, "not shown here"), ((200, 200), True, "not shown here")],
+)  # fmt: skip
+def test_a_capacity_needs_three_seeds_and_rates_with_an_optimum(
+    tmp_path: Path, bits: tuple[int, ...], inside: bool, word: str
+) -> None:
+    """200 parameters hold 0.5 to 2 bits each if 100 to 400 bits are recalled."""
+    common = {"experiment": "P1", "kind": "facts", "arm": "r1, x; 32", "trained": 200, "entropy": 531.5, "facts": 32}
+    rows = ({**common, "seed": seed, "bits": each, "inside": inside} for seed, each in enumerate(bits))
+    said = verdicts(results(tmp_path, *rows))
+    assert said["an adapter holds 0.5 to 2 bits a parameter: random facts, own small model"][0] == word
+
+
+def test_one_seed_of_rates_is_no_verdict(tmp_path: Path) -> None:
+    common = {"experiment": "P2", "kind": "tune", "seed": 0, "curve": [], "steps": 10}
+    rates = (("r1", 1e-3), ("r16", 1e-3), ("full", 1e-4))
+    said = verdicts(results(tmp_path, *({**common, "arm": arm, "lr": lr, "bracket": [lr / 3, lr * 3]} for arm, lr in rates)))
+    word, figures = said["LoRA's best rate is about ten times that of full: P2"]
+    assert word == "not shown here"
+    assert figures.startswith("10 (the grids leave 1.1 to 90 open)")
+    assert said["LoRA's best rate hardly depends on the rank: P2"][0] == "not shown here"
+
+
+@pytest.mark.parametrize(
+    ("best", "extra", "asked", "inside"),
+    [(3e-3, 5, [1e-3, 3e-3, 1e-2], True), (1e-1, 5, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1], True),
+     (1e-4, 5, [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2], True), (1e-1, 1, [1e-3, 3e-3, 1e-2, 3e-2], False)],
+)  # fmt: skip
+def test_the_rates_of_the_facts_go_on_until_the_best_one_lies_inside(
+    best: float, extra: int, asked: list[float], inside: bool
+) -> None:
+    """Bits fall with the number of rates of 1, 3, 10, ... between a rate and the best one."""
+
+    def ask(lr: float) -> dict[str, float]:
+        return {"lr": lr, "bits": 100 - abs(math.log10(lr / best))}
+
+    found = exp_peft_full.most_bits((1e-3, 3e-3, 1e-2), ask, extra, entropy=1000.0)
+    assert [each["lr"] for each in found] == asked
+    assert exp_peft_full.inside(found, 1000.0) is inside
+    assert len(exp_peft_full.most_bits((1e-3, 3e-3), ask, 5, entropy=90.0)) == 2  # all is recalled: nothing to look for
 
 
 def test_the_part_of_the_readme_is_replaced_and_nothing_else() -> None:
