@@ -1,8 +1,8 @@
 """A model's shape in llama.cpp's words: the keys, the names and the row order that ``gguf_file`` reads, written.
 
 Refused are models that llama.cpp would compute otherwise: a sliding window (its ``llama`` and ``qwen2`` ignore the key), an
-architecture without a name in ``ARCHITECTURE``, biases and head lengths that an architecture does not have there. The lengths
-of a head are always written: without them a reader divides hidden size by heads, which is wrong for Qwen3.
+architecture without a name in ``ARCHITECTURE``, biases, head lengths and stretched waves that one does not have there. The
+lengths of a head are always written: without them a reader divides hidden size by heads, which is wrong for Qwen3.
 
 Ref: llama.cpp, ``gguf-py/gguf/constants.py``.
 """
@@ -44,6 +44,9 @@ def architecture_of(config: ModelConfig, where: str) -> str:
     elif ARCHITECTURE[config.model_type] != "llama" and (config.o_bias or config.mlp_bias):
         what, found = "llama.cpp's form of this architecture has no such biases", "biases outside q, k and v"
         expected = "biases of q, k and v alone"
+    elif ARCHITECTURE[config.model_type] != "llama" and config.rope_scaling is not None:
+        what, found = "llama.cpp's form of this architecture has no such stretching of RoPE", "rope_type llama3"
+        expected = "rope_type default"
     elif config.model_type == "qwen2" and config.num_heads * config.head_dim != config.hidden_size:
         what, found = "llama.cpp's qwen2 has no head length of its own", f"{config.num_heads} heads of {config.head_dim}"
         expected = f"heads that make up the hidden size, {config.hidden_size}"
