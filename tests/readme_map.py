@@ -61,7 +61,7 @@ WHAT = {
     "selection": "which rows to train on: scores, diversity, budgets, every reason",
     "evaluation": "scores with intervals, paired tests, multiple choice, general ability, scale sweeps",
     "judging": "two models compared by rows, by people's votes, by A/B tests; feedback to rows",
-    "merging": "merges from files to files, their certificate, combining, checking",
+    "merging": "merges and exports from files to files, their certificate, combining, checking",
     "serving": "a model and its adapters behind OpenAI's HTTP interface",
     "quickstart": "the quickstart and its generated task",
 }

@@ -364,6 +364,8 @@ def test_the_command_writes_three_files(folders: dict[str, Path], tmp_path: Path
 REFUSED = {
     "a window": (("--model", "windowed"), 4, "model/no-gguf", "sliding_window to null"),
     "a head length": (("--model", "heads"), 4, "model/no-gguf", "hidden size, 32"),
+    "stretched waves": (("--model", "stretched"), 4, "model/no-gguf", "rope_type llama3"),
+    "another family": (("--model", "granite"), 4, "model/no-gguf", "convert_hf_to_gguf.py"),
     "dora": (("--adapter", "dora", "--adapter-only"), 4, "adapter/no-gguf", "leave --adapter-only away"),
     "a tied head": (("--adapter", "head", "--adapter-only"), 4, "adapter/no-gguf", "leave --adapter-only away"),
     "new tokens": (("--adapter", "tokens"), 4, "adapter/unsupported", "merge it with PEFT"),
@@ -384,6 +386,8 @@ def bad(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     window = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0, "layer_types": None}
     edited(folders["qwen2"], root / "windowed", "config.json", **window)
     tiny_folder.write_model(root / "heads", root / "scratch", replace(tiny.QWEN2, **SIZES))
+    tiny_folder.write_model(root / "stretched", root / "scratch-2", replace(MODELS["qwen3"], rope_scaling=ROPE))
+    tiny_folder.write_model(root / "granite", root / "scratch-3", replace(tiny.GRANITE, **SIZES))
     trained_adapter(folders["qwen2"], root / "dora", LoRAConfig(rank=2, alpha=3.0, use_dora=True))
     trained_adapter(folders["llama"], root / "head", LoRAConfig(rank=2, alpha=3.0, targets=("lm_head",)))
     edited(root / "dora", root / "tokens", "adapter_config.json", trainable_token_indices=[3, 4])
@@ -423,7 +427,7 @@ def test_a_switch_that_the_file_has_no_word_for_is_refused(kind: str) -> None:
         with pytest.raises(UserError, match="model/no-gguf"):
             architecture_of(replace(shape, **{name: not shape.qk_norm if name == "qk_norm" else value}), "m")
     if kind != "llama":
-        with pytest.raises(UserError, match="does not stretch RoPE"):
+        with pytest.raises(UserError, match="no such stretching of RoPE"):
             architecture_of(replace(shape, rope_scaling=ROPE), "m")
 
 

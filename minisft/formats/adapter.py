@@ -116,12 +116,34 @@ def write_adapter(
     tensors: dict[str, torch.Tensor] = {}
     for path, adapter in adapters.items():
         tensors |= _trained(path, adapter)
-    write_json(folder / CONFIG_FILE, adapter_config(model, adapters, base_name or (origin.name if origin else None)))
+    config = adapter_config(model, adapters, base_name or (origin.name if origin else None))
     started: dict[str, JSON] = {"init": PISSA_FACTS} if pissa_starts(model) else {}
-    write_json(folder / FACTS_FILE, {**(facts or {}), **started, "base": base})
+    raw = None if template is None else template.encode()
+    write_adapter_files(folder, config, tensors, {**(facts or {}), **started}, base, raw)
+
+
+def write_adapter_files(
+    folder: Path,
+    config: dict[str, JSON],
+    tensors: Mapping[str, torch.Tensor],
+    facts: Mapping[str, JSON],
+    base: Mapping[str, JSON] | None,
+    template: bytes | None,
+) -> None:
+    """The files of an adapter, into a folder that exists and that the caller makes durable.
+
+    Args:
+        folder, config, tensors: where, and the content of the two files that PEFT reads.
+        facts: further remarks for ``minisft.json``.
+        base: what is known of the base; without it there is no ``minisft.json``.
+        template: source of a chat template that is kept beside them.
+    """
+    write_json(folder / CONFIG_FILE, config)
+    if base is not None:
+        write_json(folder / FACTS_FILE, {**facts, "base": {**base}})
     write_safetensors(tensors, folder / WEIGHTS_FILE)
     if template is not None:
-        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+        (folder / TEMPLATE_FILE).write_bytes(template)
 
 
 def saved_template(folder: str | Path) -> str | None:
@@ -231,11 +253,17 @@ def recorded_base_name(folder: Path) -> str:
     Raises:
         UserError: no adapter there, or none named.
     """
-    path = config_path(folder)
-    name = read_json_object(path, "adapter/bad-config").get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise UserError("adapter/no-base-name", "the adapter does not name its base", where=visible(path), fix="give --model")
+    name = named_base(folder)
+    if name is None:
+        where = visible(config_path(folder))
+        raise UserError("adapter/no-base-name", "the adapter does not name its base", where=where, fix="give --model")
     return name
+
+
+def named_base(folder: Path) -> str | None:
+    """``recorded_base_name``, or None where the adapter's files name no base."""
+    name = read_json_object(config_path(folder), "adapter/bad-config").get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
 
 
 def _compare_quantization(before: object, now: object, folder: Path) -> None:

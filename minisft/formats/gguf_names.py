@@ -45,15 +45,15 @@ def architecture_of(config: ModelConfig, where: str) -> str:
     elif ARCHITECTURE[config.model_type] != "llama" and (config.o_bias or config.mlp_bias):
         what, found = "llama.cpp's form of this architecture has no such biases", "biases outside q, k and v"
         expected = "biases of q, k and v alone"
+    elif ARCHITECTURE[config.model_type] != "llama" and config.rope_scaling is not None:
+        what, found = "llama.cpp's form of this architecture has no such stretching of RoPE", "rope_type llama3"
+        expected = "rope_type default"
     elif config.model_type == "qwen2" and config.num_heads * config.head_dim != config.hidden_size:
         what, found = "llama.cpp's qwen2 has no head length of its own", f"{config.num_heads} heads of {config.head_dim}"
         expected = f"heads that make up the hidden size, {config.hidden_size}"
     elif config.qk_norm != (config.model_type == "qwen3"):
         what, found = "llama.cpp's form of this architecture has other norms of q and k", f"qk_norm {config.qk_norm}"
         expected = f"qk_norm {not config.qk_norm}"
-    elif ARCHITECTURE[config.model_type] != "llama" and config.rope_scaling is not None:
-        what, found = "llama.cpp's form of this architecture does not stretch RoPE", f"a factor of {config.rope_scaling.factor}"
-        expected = "rope_type default"
     elif config.switches:
         what, found = "llama.cpp's form of this architecture has no such switch", listing(config.switches)
         expected = "the switches of Llama, Mistral, Qwen2 and Qwen3"

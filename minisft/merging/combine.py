@@ -25,7 +25,14 @@ from minisft.common.atomic_files import disk_errors, staged_folder
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.config import LoRAConfig
-from minisft.formats.adapter import FACTS_FILE, TEMPLATE_FILE, WEIGHTS_FILE, recorded_base, recorded_base_name
+from minisft.formats.adapter import (
+    TEMPLATE_FILE,
+    WEIGHTS_FILE,
+    named_base,
+    recorded_base,
+    recorded_base_name,
+    write_adapter_files,
+)
 from minisft.formats.adapter_config import CONFIG_FILE, config_of_modules, read_adapter_config
 from minisft.formats.adapter_selection import run_patterns
 from minisft.formats.adapter_tensors import (
@@ -37,10 +44,9 @@ from minisft.formats.adapter_tensors import (
     stored_factors,
     tensor_names,
 )
-from minisft.formats.fields import write_json
 from minisft.formats.lazy_weights import PIECE, Pieces, open_model, read_flat
 from minisft.formats.loading import EMBEDDING, HEAD
-from minisft.formats.safetensors_file import Header, read_header, read_tensors, write_safetensors
+from minisft.formats.safetensors_file import Header, read_header, read_tensors
 from minisft.formats.source import file_sha256, regular_file, resolve
 from minisft.surgery import pattern_value
 
@@ -290,21 +296,18 @@ def combine_folders(adapters: Sequence[tuple[str | Path, float]], out: str | Pat
     weights = [weight for _, weight in adapters]
     base = _common_base(stored)
     combined = combine([(weight, adapter.updates) for weight, adapter in zip(weights, stored, strict=True)], rank)
-    tensors = _tensors(combined)
+    tensors = named_factors(combined.updates)
     facts: dict[str, JSON] = {"combined_from": _sources(stored, weights), "relative_error": combined.error}
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with disk_errors(Path(out), num_bytes), staged_folder(out) as staging:
-        write_json(staging / CONFIG_FILE, _config(stored, combined))
-        write_safetensors(tensors, staging / WEIGHTS_FILE)
-        if base is not None:
-            write_json(staging / FACTS_FILE, {**facts, "base": base})
-        _write_template(stored, staging)
+        write_adapter_files(staging, _config(stored, combined), tensors, facts, base, _template(stored))
     return combined
 
 
-def _tensors(combined: Combined) -> dict[str, Tensor]:
+def named_factors(updates: Mapping[str, Update]) -> dict[str, Tensor]:
+    """The factors by the names that they have in an adapter's file."""
     tensors: dict[str, Tensor] = {}
-    for path, update in combined.updates.items():
+    for path, update in updates.items():
         name_A, name_B = tensor_names(path, update.is_embedding)
         tensors |= {name_A: update.A, name_B: update.B}
     return tensors
@@ -328,17 +331,10 @@ def _config(stored: Sequence[StoredAdapter], combined: Combined) -> dict[str, JS
         {path: update.rank for path, update in combined.updates.items()},
         {path: update.alpha_for(use_rslora) for path, update in combined.updates.items()},
         names if isinstance(names, str) else [*names],
-        _base_name(stored[0].folder),
+        named_base(stored[0].folder),
         dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,
         use_rslora=use_rslora,
     )
-
-
-def _base_name(folder: Path) -> str | None:
-    try:
-        return recorded_base_name(folder)
-    except UserError:
-        return None  # the adapter does not name it
 
 
 def _common_base(stored: Sequence[StoredAdapter]) -> dict[str, JSON] | None:
@@ -357,7 +353,7 @@ def _common_base(stored: Sequence[StoredAdapter]) -> dict[str, JSON] | None:
             expected="one base",
             fix="combine adapters of one base, or merge each into its own",
         )
-    names = {str(_base_name(adapter.folder)) for adapter in stored}
+    names = {str(named_base(adapter.folder)) for adapter in stored}
     if len(names) > 1 and not all(records.get(adapter.folder, {}).get("fingerprint") for adapter in stored):
         warnings.warn(f"the adapters name different bases: {listing(sorted(names), 4)}", stacklevel=3)
     first, *others = records.values() or [{}]
@@ -367,11 +363,10 @@ def _common_base(stored: Sequence[StoredAdapter]) -> dict[str, JSON] | None:
     return typing.cast("dict[str, JSON]", dict(chosen)) if chosen else None
 
 
-def _write_template(stored: Sequence[StoredAdapter], folder: Path) -> None:
+def _template(stored: Sequence[StoredAdapter]) -> bytes | None:
     """The chat template that the adapters were trained with, if they agree on one."""
     found = [adapter.folder for adapter in stored if (adapter.folder / TEMPLATE_FILE).exists()]
     templates = {regular_file(place, TEMPLATE_FILE, "adapter/bad-file").read_bytes() for place in found}
-    if len(templates) == 1:
-        (folder / TEMPLATE_FILE).write_bytes(templates.pop())
-    elif templates:
+    if len(templates) > 1:
         warnings.warn("the adapters were trained with different chat templates; none is kept", stacklevel=4)
+    return templates.pop() if len(templates) == 1 else None

@@ -17,18 +17,14 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from minisft.common.atomic_files import disk_errors, require_new_folder, staged_folder
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
-from minisft.formats.adapter import FACTS_FILE, TEMPLATE_FILE, WEIGHTS_FILE, recorded_base, recorded_base_name
-from minisft.formats.adapter_config import CONFIG_FILE, config_of_modules
-from minisft.formats.adapter_tensors import tensor_names
-from minisft.formats.fields import write_json
-from minisft.formats.safetensors_file import write_safetensors
+from minisft.formats.adapter import TEMPLATE_FILE, WEIGHTS_FILE, named_base, recorded_base, write_adapter_files
+from minisft.formats.adapter_config import config_of_modules
 from minisft.formats.source import file_sha256, regular_file
-from minisft.merging.combine import Update, read_stored
+from minisft.merging.combine import Update, named_factors, read_stored
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be; 16 if it is not given
@@ -70,29 +66,26 @@ def export_peft(adapter: str | Path, out: str | Path, outtype: Literal["f32", "b
     stored = read_stored(folder)
     rank = max(update.rank for update in stored.updates.values())
     _check_rank(stored.updates, rank, folder)
-    tensors: dict[str, Tensor] = {}
-    for path, update in stored.updates.items():
-        name_A, name_B = tensor_names(path, update.is_embedding)
-        A, B = plain_factors(update, rank)
-        tensors |= {name_A: A.to(DTYPES[outtype]), name_B: B.to(DTYPES[outtype])}
-    paths = sorted(stored.updates)
-    config = config_of_modules(dict.fromkeys(paths, rank), dict.fromkeys(paths, float(rank)), [*paths], _base_name(folder))
+    plain = {path: plain_update(update, rank) for path, update in stored.updates.items()}
+    tensors = {name: factor.to(DTYPES[outtype]) for name, factor in named_factors(plain).items()}
+    paths = sorted(plain)
+    config = config_of_modules(dict.fromkeys(paths, rank), dict.fromkeys(paths, float(rank)), [*paths], named_base(folder))
+    facts: dict[str, JSON] = {"plain_form_of": {"adapter": str(folder), "sha256": file_sha256(folder / WEIGHTS_FILE)}}
+    recorded, template = recorded_base(folder), None
+    base = None if recorded is None else cast("dict[str, JSON]", recorded.values)
+    if (folder / TEMPLATE_FILE).exists():
+        template = regular_file(folder, TEMPLATE_FILE, "adapter/bad-file").read_bytes()
     with disk_errors(out, sum(t.numel() * t.element_size() for t in tensors.values())), staged_folder(out) as staging:
-        write_json(staging / CONFIG_FILE, config)
-        write_safetensors(tensors, staging / WEIGHTS_FILE)
-        _write_facts(folder, staging)
-        if (folder / TEMPLATE_FILE).exists():
-            source = regular_file(folder, TEMPLATE_FILE, "adapter/bad-file")
-            (staging / TEMPLATE_FILE).write_bytes(source.read_bytes())
+        write_adapter_files(staging, config, tensors, facts, base, template)
     return ExportedPEFT(out, len(paths), rank)
 
 
-def plain_factors(update: Update, rank: int) -> tuple[Tensor, Tensor]:
-    """A and scaling * B, filled up with zeros to ``rank``, fp32; B is rounded once, from fp64."""
+def plain_update(update: Update, rank: int) -> Update:
+    """A and scaling * B, filled up with zeros to ``rank``, fp32; B is rounded once, from fp64. The scaling is then 1."""
     missing = rank - update.rank
     A = F.pad(update.A.float(), (0, 0, 0, missing))
     B = F.pad((update.B.double() * update.scaling).float(), (0, missing))
-    return A, B
+    return Update(A, B, float(rank), is_embedding=update.is_embedding)
 
 
 def _check_rank(updates: Mapping[str, Update], rank: int, folder: Path) -> None:
@@ -103,18 +96,3 @@ def _check_rank(updates: Mapping[str, Update], rank: int, folder: Path) -> None:
                 found=f"rank {rank}", expected=f"at most {min(update.A.shape[1], update.B.shape[0])}",
                 fix="bring the largest rank down first: minisft combine --adapter DIR --rank R --out D, and export D",
             )  # fmt: skip
-
-
-def _base_name(folder: Path) -> str | None:
-    try:
-        return recorded_base_name(folder)
-    except UserError:
-        return None  # the adapter does not name it
-
-
-def _write_facts(folder: Path, staging: Path) -> None:
-    """What our own file says of the base, and where these factors come from."""
-    base = recorded_base(folder)
-    if base is not None:
-        facts: dict[str, JSON] = {"plain_form_of": {"adapter": str(folder), "sha256": file_sha256(folder / WEIGHTS_FILE)}}
-        write_json(staging / FACTS_FILE, {**facts, "base": cast("dict[str, JSON]", base.values)})

@@ -3,13 +3,15 @@
 Three things are compared for each prompt: whether llama.cpp makes as many tokens of the text and goes on from them as it does
 from the ids; whether its likeliest first tokens have our probabilities; and whether its greedy answer is ours. The first two
 decide. A file whose numbers are fp32 is held to the numbers; in other types llama.cpp rounds activations too, so there the
-divergence of the whole distribution is bounded. The idea to take home: texts can agree by luck, distributions do not.
+divergence of the whole distribution is bounded. llama.cpp's server adds up the vocabulary in fp32, one number after another,
+which makes all its probabilities too large by one factor; that is not the model's, and is taken out first. The idea to take
+home: texts can agree by luck, distributions do not.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +25,9 @@ from minisft.formats.source import file_sha256, resolve
 
 MAX_GOLDEN_BYTES = 2**26
 MAX_DIFFERENCE = 5e-4  # of a log-probability, where every number of the file is fp32
-# Of KL(ours || llama.cpp's) in nats, by the type of most numbers; a few times what SmolLM2 showed. Four bits: other types.
-MAX_KL = {"F32": 1e-5, "F16": 5e-4, "BF16": 2e-3, "Q8_0": 0.05}
+# Of KL(ours || llama.cpp's) in nats, by the type of most numbers. F32: what ``MAX_DIFFERENCE`` at every token comes to, since
+# KL(p || p e^-x) = sum p x^2 / 2 + O(x^3). The others: a few times what SmolLM2 showed. Four bits: other types.
+MAX_KL = {"F32": MAX_DIFFERENCE**2 / 2, "F16": 5e-4, "BF16": 2e-3, "Q8_0": 0.05}
 OTHER_KL = 0.1
 REST = 1e-6  # what the tokens that are not listed have at least: below, their share is rounding
 
@@ -106,7 +109,7 @@ def verify_gguf(file: str | Path, base: str | Path | None = None) -> GGUFVerific
     requests = [request for prompt in prompts for request in _requests(prompt)]
     context = max(len(prompt.ids) + len(prompt.answer_ids) for prompt in prompts) + 16
     answers = ask(model, requests, context, adapter)
-    found = _compare(prompts, answers, file_dtype(header))
+    found = _compare(prompts, answers, file_dtype(header), header.tensors["token_embd.weight"].shape[0])
     if not found.good:
         raise UserError(
             "numeric/not-this-model", "llama.cpp computes another model from the file", where=visible(path),
@@ -178,9 +181,11 @@ def _requests(prompt: Golden) -> list[dict[str, JSON]]:
     return [{**first, "prompt": ids}, {**first, "prompt": prompt.text}, {**whole, **asked}]
 
 
-def _compare(prompts: Sequence[Golden], answers: Sequence[dict[str, JSON]], stored_as: str) -> GGUFVerification:
+def _compare(
+    prompts: Sequence[Golden], answers: Sequence[dict[str, JSON]], stored_as: str, vocabulary: int
+) -> GGUFVerification:
     same_tokens = same_answers = 0
-    difference = kl = 0.0
+    found: list[tuple[float, float]] = []
     for number, prompt in enumerate(prompts):
         by_ids, by_text, whole = answers[3 * number : 3 * number + 3]
         theirs = _first(by_ids)
@@ -189,17 +194,39 @@ def _compare(prompts: Sequence[Golden], answers: Sequence[dict[str, JSON]], stor
         same_tokens += lengths == {str(len(prompt.ids))} and _first(by_text) == theirs
         same_answers += _text(whole).strip() == prompt.answer.strip()
         if theirs:
-            likeliest = prompt.first[: len(prompt.first) // 2]  # those after it may not be listed by both
-            difference = max(difference, *(abs(value - theirs.get(i, -math.inf)) for i, value in likeliest))
-            kl = max(kl, _divergence(prompt.first, theirs))
+            found.append(first_token(prompt.first, theirs, vocabulary))
+    difference, kl = (max(column) for column in zip(*found, strict=True)) if found else (math.inf, math.inf)
     return GGUFVerification(len(prompts), same_tokens, difference, kl, same_answers, stored_as)
 
 
-def _divergence(ours: Sequence[tuple[int, float]], theirs: dict[int, float]) -> float:
-    """KL over the tokens that both list, all others taken together as one: at most the divergence over the vocabulary."""
-    both = [(math.exp(value), math.exp(theirs[i])) for i, value in ours if i in theirs]
-    rest = [max(1 - math.fsum(column), REST) for column in zip(*both, strict=True)] if both else [1.0, REST]
-    return math.fsum(p * math.log(p / q) for p, q in [*both, (rest[0], rest[1])] if p > 0)
+def first_token(ours: Sequence[tuple[int, float]], theirs: Mapping[int, float], vocabulary: int) -> tuple[float, float]:
+    """How far llama.cpp's distribution of a token is from ours, but for the factor that its sum is off by.
+
+    A sum of V numbers in fp32, one after another, is off by a factor of at most 1 +- V 2^-24. Within that the factor is taken
+    that gives our tokens together the probability that they have with us.
+
+    Args:
+        ours: token and log-probability, the likeliest first.
+        theirs: log-probabilities of llama.cpp's likeliest; a token that is not among them has at most the least of them.
+        vocabulary: V.
+
+    Returns:
+        the largest difference of a log-probability among the likelier half of ``ours`` (those after it may not be listed by
+        both), and KL(ours || theirs) in nats, all tokens that we do not list taken together as one: at most the divergence
+        over the vocabulary.
+    """
+    unlisted = max(1 - math.fsum(map(math.exp, theirs.values())), REST)
+    least = min(*theirs.values(), math.log(unlisted / max(sum(i not in theirs for i, _ in ours), 1)))
+    pairs = [(value, theirs.get(i, least)) for i, value in ours]
+    P, Q = (math.fsum(map(math.exp, column)) for column in zip(*pairs, strict=True))
+    off = vocabulary * 2.0**-24
+    factor = min(max(Q / P, 1 - off), 1 + off)
+    pairs = [(p, q - math.log(factor)) for p, q in pairs]
+    difference = max(abs(p - q) for p, q in pairs[: len(pairs) // 2])
+    rest = (math.log(max(1 - P, REST)), math.log(max(1 - Q / factor, REST)))
+    # p log(p / q) - p + q: the same in sum, and no term is below 0, so rounding is of second order in each.
+    kl = math.fsum(math.exp(p) * (p - q + math.expm1(q - p)) for p, q in [*pairs, rest])
+    return difference, kl
 
 
 def _choice(answer: dict[str, JSON]) -> dict[str, JSON]:
