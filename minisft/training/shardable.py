@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from minisft.common.errors import UserError, visible
 from minisft.config import RunConfig
-from minisft.formats.foreign import foreign_type
+from minisft.formats.foreign_files import foreign_type
 from minisft.formats.source import resolve
 
 

@@ -1,8 +1,8 @@
 """The training loop: rows to batches, step, log, validate, save; then the result.
 
 ``Trainer`` is the loop, whatever is learned; its subclasses (``sft``, ``dpo_run``, ``grpo_run``) define what a row is, what its
-batches are and where the gradient comes from. ``Trainer.fit`` is the loop, on one screen. How a run comes about (its folder, its
-lock, its model and its rows) is ``train.py``'s business; what is saved, restored and written as the result is ``saved_run``'s.
+batches are and where the gradient comes from. ``Trainer.fit`` is the loop, on one screen. How a run comes about (folder,
+lock, model and rows) is ``train.py``'s business; what is saved, restored and written as the result is ``saved_run``'s.
 """
 
 from __future__ import annotations
