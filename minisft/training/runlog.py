@@ -257,7 +257,11 @@ class NoProgress(Progress):
         super().__init__(total, stream=io.StringIO())
 
     def update(self, step: int, loss: float, lr: float, tokens_per_s: float) -> None:
-        """Nothing."""
+        """Nothing.
+
+        Args:
+            step, loss, lr, tokens_per_s: not shown.
+        """
 
     def log(self, text: str) -> None:
         """Nothing."""
