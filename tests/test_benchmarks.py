@@ -94,6 +94,21 @@ def test_bench_wait_policy_measures_both_policies_alone_and_beside(tmp_path: Pat
         assert 0 < cell["tokens_per_s"]["median"] < math.inf
 
 
+@pytest.mark.exhaustive
+def test_bench_preference_steps_both_contestants_through_both_kinds(tmp_path: Path, smollm2_path: Path) -> None:
+    """The first losses of DPO, and entropy and length of GRPO's answers, have agreed, or the script would have stopped."""
+    pytest.importorskip("trl")
+    run("bench_preference.py", "--quick", "--out", str(tmp_path))
+    cells = {cell["kind"]: cell for cell in json.loads((tmp_path / "preference_speed.json").read_text())["cells"]}
+    assert {kind: set(cell["ratio"]) for kind, cell in cells.items()} == {
+        "dpo": {"tokens"},
+        "grpo": {"samples", "sampled_tokens"},
+    }
+    for cell in cells.values():
+        assert set(cell["peak_bytes"]) == set(cell["speed"]) == {"minisft", "trl+peft"}
+        assert all(0 < ratio["median"] < math.inf for ratio in cell["ratio"].values())
+
+
 @pytest.mark.slow
 def test_exp_judging_simulates_peeking_and_skips_what_needs_data(tmp_path: Path) -> None:
     printed = run("exp_judging.py", "c", "--quick", "--out", str(tmp_path))
