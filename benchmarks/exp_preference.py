@@ -7,9 +7,10 @@
 
 Each cell is one run, one JSON line in benchmarks/results/preference.jsonl, keyed by a hash of its settings; a cell that was
 stopped goes on from its last checkpoint. ``task``: share of held-out messages answered with the right JSON (Wilson interval);
-DPO cells add the held-out pairs that are ranked rightly and how far the chosen answers have moved. Pairs: the right JSON
-against a wrong answer that the SFT model sampled itself, or else the right one with one field changed. All DPO arms of a seed
-share one reference, which is checked by its hash. The cells that the claims rest on come first, for all seeds.
+``reward after ...``: mean reward of answers drawn to the same messages. DPO cells add the held-out pairs that are ranked
+rightly and how far the chosen answers have moved. Pairs: the right JSON against a wrong answer that the SFT model sampled
+itself, or else the right one with one field changed. All DPO arms of a seed share one reference, which is checked by its hash.
+The cells that the claims rest on come first, for all seeds.
 """
 
 from __future__ import annotations
@@ -56,11 +57,15 @@ TUNED = {"prompts_per_step": 8, "lr": 1e-4}
 GRPO_ARMS: dict[str, dict[str, object]] = {
     "grpo": {},
     "grpo 8 prompts": TUNED,
+    "grpo 8 prompts, 2e-4": {**TUNED, "lr": 2e-4},
     "grpo random reward": {},
     "grpo dr_grpo": {"loss": "dr_grpo"},
 }
 FIRST = ("sft", "dpo", "dpo+nll", "grpo 8 prompts", "grpo random reward")  # what the claims rest on
-CELLS = (*FIRST, "grpo", "dpo beta 0.01", "dpo beta 0.5", "grpo dr_grpo", "general pairs")
+ARMS = (*FIRST, "grpo 8 prompts, 2e-4", "grpo", "dpo beta 0.01", "dpo beta 0.5", "grpo dr_grpo", "general pairs")
+AFTER = "reward after "  # what GRPO is after: the mean reward of answers drawn at temperature 1, on held-out messages
+CELLS = (*ARMS, *(AFTER + arm for arm in ARMS if arm == "sft" or arm.startswith("grpo")))
+ANSWERS = 4  # drawn to each of the held-out messages
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,15 @@ class Lab:
         found = evaluate(model, tokenizer, resolve_template(tokenizer), examples, "json", max_new_tokens=48)
         return {"task": found.score, "task_interval": list(wilson(found.score, found.n)), "rows": found.n}
 
+    def drawn(self, adapter: Path) -> dict[str, object]:
+        """The mean reward of sampled answers to the held-out messages, and by message."""
+        rows = parcel_rows("test", self.sizes.test_rows, self.seed)
+        rewards = [
+            sum(json_match(text, row["messages"][-1]["content"]) for text in texts) / len(texts)
+            for row, texts in zip(rows, self._answers(rows, ANSWERS, adapter), strict=True)
+        ]
+        return {"reward": sum(rewards) / len(rewards), "rewards": rewards, "answers": ANSWERS}
+
     def pairs(self) -> tuple[Path, Path]:
         """Training and held-out pairs; written once."""
         paths, n = (self.folder / "pairs.jsonl", self.folder / "held_out_pairs.jsonl"), self.sizes.pairs
@@ -136,15 +150,22 @@ class Lab:
 
     def _wrong_answers(self, rows: list[dict]) -> list[str | None]:
         """A wrong answer that the SFT model samples to each message, None where its sample is right."""
+        answers = self._answers(rows, 1, self.adapter)
+        return [
+            None if json_match(text, row["messages"][-1]["content"]) else text
+            for [text], row in zip(answers, rows, strict=True)
+        ]
+
+    def _answers(self, rows: list[dict], each: int, adapter: Path) -> list[list[str]]:
+        """What a model with its adapter says to each message, drawn at temperature 1."""
         model, tokenizer = load_model(MODEL)
-        load_adapter_(model, self.adapter)
+        load_adapter_(model, adapter)
         template = resolve_template(tokenizer)
         eos = stop_ids(tokenizer, template)
         examples = read_dataset(write_rows(self.folder / "asked.jsonl", rows), keep_duplicates=True).examples
         prompts = [encode_chat(tokenizer, template, e.messages[:-1], add_generation_prompt=True).input_ids for e in examples]
-        groups = sample_groups(model, prompts, 1, max_new_tokens=48, eos_ids=eos, seed=self.seed)
-        texts = [tokenizer.decode([i for i in group[0].ids if i not in eos]) for group in groups]
-        return [None if json_match(t, e.messages[-1].content) else t for t, e in zip(texts, examples, strict=True)]
+        groups = sample_groups(model, prompts, each, max_new_tokens=48, eos_ids=eos, seed=self.seed)
+        return [[tokenizer.decode([i for i in answer.ids if i not in eos]) for answer in group] for group in groups]
 
     def general_pairs(self) -> tuple[Path, Path]:
         """The shortest pairs of the general collection, dealt by the seed: to train on, and held out."""
@@ -181,8 +202,13 @@ def one_field_changed(right: str, draw: random.Random) -> str:
 
 def run_cell(cell: str, lab: Lab) -> dict[str, object]:
     began = time.monotonic()
-    out = lab.folder / cell.replace(" ", "-").replace("+", "-")
-    if cell == "sft":
+    out = lab.folder / cell.removeprefix(AFTER).translate(str.maketrans(" +", "--", ","))
+    if cell.startswith(AFTER):
+        adapter = lab.adapter if cell == AFTER + "sft" else out / "adapter"
+        if not adapter.exists():
+            return {"skipped": f"needs the run {cell.removeprefix(AFTER)}"}
+        found = lab.drawn(adapter)
+    elif cell == "sft":
         found = lab.score(lab.adapter)
     elif cell in DPO_ARMS:
         found = _dpo(lab, out, lab.pairs(), lab.sizes.dpo_steps, init_adapter=str(lab.adapter), **DPO_ARMS[cell])
@@ -257,6 +283,8 @@ def _grpo(cell: str, lab: Lab, out: Path) -> dict[str, object]:
 
 
 def key_of(cell: str, seed: int, sizes: Sizes) -> str:
+    if cell.startswith(AFTER):
+        return settings_hash((cell, key_of(cell.removeprefix(AFTER), seed, sizes), ANSWERS))
     return settings_hash((cell, seed, asdict(sizes), SFT, DPO, GRPO, DPO_ARMS.get(cell) or GRPO_ARMS.get(cell)))
 
 
