@@ -58,11 +58,21 @@ GRPO_ARMS: dict[str, dict[str, object]] = {
     "grpo": {},
     "grpo 8 prompts": TUNED,
     "grpo 8 prompts, 2e-4": {**TUNED, "lr": 2e-4},
+    "grpo 8 prompts, 5e-4": {**TUNED, "lr": 5e-4},
     "grpo random reward": {},
     "grpo dr_grpo": {"loss": "dr_grpo"},
 }
 FIRST = ("sft", "dpo", "dpo+nll", "grpo 8 prompts", "grpo random reward")  # what the claims rest on
-ARMS = (*FIRST, "grpo 8 prompts, 2e-4", "grpo", "dpo beta 0.01", "dpo beta 0.5", "grpo dr_grpo", "general pairs")
+ARMS = (
+    *FIRST,
+    "grpo 8 prompts, 2e-4",
+    "grpo 8 prompts, 5e-4",
+    "grpo",
+    "dpo beta 0.01",
+    "dpo beta 0.5",
+    "grpo dr_grpo",
+    "general pairs",
+)
 AFTER = "reward after "  # what GRPO is after: the mean reward of answers drawn at temperature 1, on held-out messages
 CELLS = (*ARMS, *(AFTER + arm for arm in ARMS if arm == "sft" or arm.startswith("grpo")))
 ANSWERS = 4  # drawn to each of the held-out messages
