@@ -59,6 +59,7 @@ GRPO_ARMS: dict[str, dict[str, object]] = {
     "grpo 8 prompts": TUNED,
     "grpo 8 prompts, 2e-4": {**TUNED, "lr": 2e-4},
     "grpo 8 prompts, 5e-4": {**TUNED, "lr": 5e-4},
+    "grpo 60 steps, 2e-4": {**TUNED, "lr": 2e-4, "steps": 60},
     "grpo random reward": {},
     "grpo dr_grpo": {"loss": "dr_grpo"},
 }
@@ -272,10 +273,10 @@ def _grpo(cell: str, lab: Lab, out: Path) -> dict[str, object]:
     prompts = write_rows(lab.folder / "prompts.jsonl", rows[: lab.sizes.prompts])
     held_out = write_rows(lab.folder / "held_out_prompts.jsonl", rows[lab.sizes.prompts :])
     is_control = cell == "grpo random reward"
+    steps = lab.sizes.control_steps if is_control else lab.sizes.grpo_steps
     run = GRPOConfig(
         data=str(prompts), eval_data=str(held_out), init_adapter=str(lab.adapter), eval_every=10, save_every=5,
-        steps=lab.sizes.control_steps if is_control else lab.sizes.grpo_steps, reward="hash" if is_control else "json",
-        **(GRPO | GRPO_ARMS[cell]), **lab.settings(out),
+        reward="hash" if is_control else "json", **(GRPO | {"steps": steps} | GRPO_ARMS[cell]), **lab.settings(out),
     )  # fmt: skip
     result = grpo(run, reward=_by_hash if is_control else None, resume=out.exists())
     log = read_metrics(out / "metrics.jsonl")
