@@ -53,27 +53,17 @@ DPO_ARMS: dict[str, dict[str, object]] = {
     "dpo beta 0.01": {"beta": 0.01},
     "dpo beta 0.5": {"beta": 0.5},
 }
-TUNED = {"prompts_per_step": 8, "lr": 1e-4}
 GRPO_ARMS: dict[str, dict[str, object]] = {
-    "grpo": {},
-    "grpo 8 prompts": TUNED,
-    "grpo 8 prompts, 2e-4": {**TUNED, "lr": 2e-4},
-    "grpo 8 prompts, 5e-4": {**TUNED, "lr": 5e-4},
-    "grpo 60 steps, 2e-4": {**TUNED, "lr": 2e-4, "steps": 60},
+    "grpo 8 prompts, 2e-4": {"prompts_per_step": 8, "lr": 2e-4},
     "grpo random reward": {},
+    "grpo 8 prompts": {"prompts_per_step": 8, "lr": 1e-4},
+    "grpo 8 prompts, 5e-4": {"prompts_per_step": 8, "lr": 5e-4},
+    "grpo 60 steps, 2e-4": {"prompts_per_step": 8, "lr": 2e-4, "steps": 60},
+    "grpo": {},
     "grpo dr_grpo": {"loss": "dr_grpo"},
 }
-FIRST = ("sft", "dpo", "dpo+nll", "grpo 8 prompts", "grpo random reward")  # what the claims rest on
-ARMS = (
-    *FIRST,
-    "grpo 8 prompts, 2e-4",
-    "grpo 8 prompts, 5e-4",
-    "grpo",
-    "dpo beta 0.01",
-    "dpo beta 0.5",
-    "grpo dr_grpo",
-    "general pairs",
-)
+FIRST = ("sft", "dpo", "dpo+nll", "grpo 8 prompts, 2e-4", "grpo random reward")  # what the claims rest on
+ARMS = tuple(dict.fromkeys((*FIRST, *DPO_ARMS, *GRPO_ARMS, "general pairs")))
 AFTER = "reward after "  # what GRPO is after: the mean reward of answers drawn at temperature 1, on held-out messages
 CELLS = (*ARMS, *(AFTER + arm for arm in ARMS if arm == "sft" or arm.startswith("grpo")))
 ANSWERS = 4  # drawn to each of the held-out messages
