@@ -97,6 +97,22 @@ def shop(pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 GOOD = json.dumps(rows(1)[0])
 
 
+LONG = "a" * 300  # longer than a name may be on any common file system
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--model", LONG, "--data", "rows.jsonl", "--out", "out"],
+        ["train", "--out", LONG, "--resume"],
+        ["merge", "--adapter", LONG, "--out", "out"],
+    ],
+    ids=["model", "run", "adapter"],
+)
+def test_a_path_that_cannot_be_looked_up(shop: Shop, argv: list[object]) -> None:
+    shop.refused(2, "config/path", LONG[:100], argv=argv)
+
+
 # ---- data ----
 
 
