@@ -138,7 +138,7 @@ def merge_memory(quick: bool) -> dict[str, object]:
             folder = Path(place)
             adapter, shards = _write_base(folder, size, shard)
             began = time.monotonic()
-            command = [sys.executable, "-c", MERGING, str(Path(__file__).parent), str(adapter), str(folder / "out"), str(shard + MIB)]
+            command = [sys.executable, "-c", MERGING, str(Path(__file__).parent), str(adapter), str(folder / "out"), str(shard + 4 * MIB)]
             child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
             if child.returncode:
                 return {**found, "error": child.stderr[-1000:]}
@@ -181,10 +181,10 @@ def _write_base(folder: Path, size: int, shard: int) -> tuple[Path, int]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
-    save_model(model, tokenizer, folder / "base", max_shard_bytes=shard + MIB)
+    save_model(model, tokenizer, folder / "base", max_shard_bytes=shard + 4 * MIB)
     del model
     model, _ = load_model(folder / "base", torch.bfloat16)
-    apply_lora_(model, LoRAConfig(rank=8, alpha=16.0))
+    apply_lora_(model, LoRAConfig(rank=2, alpha=4.0))
     with torch.no_grad():
         for layer in lora_modules(model).values():
             layer.lora_B.normal_(std=0.02)
