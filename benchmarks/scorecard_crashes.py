@@ -1,4 +1,4 @@
-"""Lines 9 to 11 of the scorecard: a run killed at every step, a thousand kills while saving, every state that a crash may leave."""
+"""Lines 9 to 11 of the scorecard: a run killed at every step, a thousand kills while saving, every state after a crash."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def resume(quick: bool) -> dict[str, object]:
         folder = Path(name)
         shop = write_shop(folder)
 
-        def config(out: str, steps: int = num_steps):  # noqa: ANN202
-            return run_config(shop, folder / out, steps=steps, save_every=1, keep_last=3, eval_every=10, micro_batch_size=2, dropout=0.1)
+        def config(out: str, steps: int = num_steps):
+            return run_config(
+                shop, folder / out, steps=steps, save_every=1, keep_last=3, eval_every=10, micro_batch_size=2, dropout=0.1
+            )
 
         train(config("whole"), log=quiet)
         expected, log = digest(folder / "whole"), losses(folder / "whole")
@@ -74,7 +76,8 @@ def _killed_in_step(step: int, run: Callable[[], object]) -> bool:
 
 
 def kills(quick: bool) -> dict[str, object]:
-    """Line 10: a process that saves one checkpoint after the other, killed at random instants; then one that saves in place."""
+    """Line 10: a process that saves one checkpoint after the other, killed at random instants; then one that saves in"
+    " place."""
     use_tests()
     import test_checkpoint
 
@@ -142,10 +145,14 @@ def failing_runs(every: int = 1) -> tuple[int, list[str], int]:
             install(patch, Shim())
             coded = status == 0 or (status in (2, 5, 7) and "error[" in printed)
             if not coded or "Traceback" in printed:
-                problems.append(f"call {at} ({counting.ops[at].kind} {Path(counting.ops[at].path).name}): {status}: {printed[-300:]}")
+                problems.append(
+                    f"call {at} ({counting.ops[at].kind} {Path(counting.ops[at].path).name}): {status}: {printed[-300:]}"
+                )
             elif not _goes_on(shop, out):
                 lost += 1
-                problems.append(f"call {at} ({counting.ops[at].kind} {Path(counting.ops[at].path).name}): cannot be gone on with")
+                problems.append(
+                    f"call {at} ({counting.ops[at].kind} {Path(counting.ops[at].path).name}): cannot be gone on with"
+                )
             shutil.rmtree(out, ignore_errors=True)
     return len(calls), problems, lost
 

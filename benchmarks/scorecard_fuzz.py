@@ -1,7 +1,7 @@
-"""Line 14 of the scorecard: 20 000 hostile files of every format, read under a memory limit; only success or a coded error will do.
+"""Line 14 of the scorecard: 20 000 hostile files, read under a memory limit; only success or a coded error will do.
 
-Every file is read in a forked child whose address space may grow by 64 MiB and no more; the child tells of each as it is done with
-it, so a crash or a hang has a number too. ``python benchmarks/scorecard_fuzz.py FORMAT NUMBER`` reads one again.
+Every file is read in a forked child whose address space may grow by 64 MiB and no more; the child tells of each when it is
+done with it, so a crash or a hang has a number too. ``python benchmarks/scorecard_fuzz.py FORMAT NUMBER`` reads one again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ MEMORY_BYTES = 64 * 2**20
 HANG_S = 30.0  # of wall clock, on a machine that others use too
 A_CHILD = 500  # files that one child reads
 LOOPED = "ran longer than 2 s"
-CONFIGS = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
+CONFIGS = (
+    "config.json",
+    "adapter_config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "model.safetensors.index.json",
+)
 
 Reader = Callable[[random.Random, Path], None]
 
@@ -45,10 +51,10 @@ def readers(folder: Path) -> dict[str, Reader]:
     use_tests()
     with contextlib.suppress(ImportError):
         import pyarrow.parquet  # noqa: F401  # a library that is loaded late must not be loaded under the limit
-    from tiny_folder import TEMPLATE, write_model
-
     import torch
     from gguf import GGMLQuantizationType
+    from tiny_folder import TEMPLATE, write_model
+
     from minisft.common.errors import UserError
     from minisft.config import LoRAConfig, QuantConfig
     from minisft.data.chat import encode_chat
@@ -94,10 +100,14 @@ def readers(folder: Path) -> dict[str, Reader]:
 
     def read_json(draw: random.Random, into: Path) -> None:
         name = draw.choice(CONFIGS)
-        source = {"adapter_config.json": "adapter", "model.safetensors.index.json": "sharded"}.get(name, draw.choice(("good", "packed")))
+        source = {"adapter_config.json": "adapter", "model.safetensors.index.json": "sharded"}.get(
+            name, draw.choice(("good", "packed"))
+        )
         shutil.copytree(folder / source, into / "m")
         path = into / "m" / name
-        path.write_bytes(broken_bytes(draw, json_bytes(draw, mutated_json(draw, json.loads(path.read_bytes()), shallow=True)), 0.05))
+        path.write_bytes(
+            broken_bytes(draw, json_bytes(draw, mutated_json(draw, json.loads(path.read_bytes()), shallow=True)), 0.05)
+        )
         load_adapter_(copy.deepcopy(base), into / "m") if source == "adapter" else load_model(into / "m")
 
     def read_rows(draw: random.Random, into: Path) -> None:
@@ -138,12 +148,24 @@ def readers(folder: Path) -> dict[str, Reader]:
 
 
 SEED_ROWS: list[dict[str, object]] = [
-    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": True}]},
+    {
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "a", "train": True},
+        ]
+    },
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
     {"instruction": "r", "input": "i", "output": "b", "system": "s", "history": [["q", "a"]]},
     {"prompt": "q", "completion": "a"},
     {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
-    {"messages": [{"role": "user", "content": "<|im_end|>q"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}], "id": 7},
+    {
+        "messages": [
+            {"role": "user", "content": "<|im_end|>q"},
+            {"role": "assistant", "content": "a", "reasoning_content": "r"},
+        ],
+        "id": 7,
+    },
 ]
 
 
@@ -152,10 +174,12 @@ def _splitter(kind: str, pattern: str) -> dict[str, object]:
 
 
 SPLITTERS = [
-    *(_splitter("Split", pattern) for pattern in ("(a+)+$", "(?:(?:a*)*)*b", "\\p{L}+|\\p{N}", "(.*)\\1{9}x", "(?=(.*))*", "", "(", "x{1000000}")),
+    *(_splitter("Split", pattern) for pattern in ("(a+)+$", "(?:(?:a*)*)*b", "\\p{L}+|\\p{N}", "(.*)\\1{9}x", "(?=(.*))*", "",
+    "(", "x{1000000}")),
     {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}] * 500},
     {"type": "Whitespace"}, {"type": "FixedLength", "length": 0}, {"type": "Punctuation", "behavior": "MergedWithNext"},
-    {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}, {"type": "CharDelimiterSplit", "delimiter": ""},
+    {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}, {"type": "CharDelimiterSplit",
+    "delimiter": ""},
 ]  # fmt: skip
 
 

@@ -60,7 +60,8 @@ def unmerge(quick: bool) -> dict[str, object]:
 
 
 def peft_drift(cycles: int = 50) -> float | None:
-    """Percent of the numbers of a bf16 layer that are others after PEFT has merged and unmerged it so often; None without PEFT."""
+    """Percent of the numbers of a bf16 layer that are others after PEFT has merged and unmerged it so often; None without"
+    " PEFT."""
     try:
         import peft
     except ImportError:
@@ -127,7 +128,8 @@ def rss_anon() -> int:
 
 
 def merge_memory(quick: bool) -> dict[str, object]:
-    """Line 12: merge a bf16 base of 2 x 512 MiB and one of 256 MiB, each in a process of its own; then compare every number."""
+    """Line 12: merge a bf16 base of 2 x 512 MiB and one of 256 MiB, each in a process of its own; then compare every"
+    " number."""
     use_tests()
     shard = (32 if quick else 512) * MIB
     sizes = {"large": 2 * shard, "small": shard // 2}
@@ -138,8 +140,18 @@ def merge_memory(quick: bool) -> dict[str, object]:
             folder = Path(place)
             adapter, shards = _write_base(folder, size, shard)
             began = time.monotonic()
-            command = [sys.executable, "-c", MERGING, str(Path(__file__).parent), str(adapter), str(folder / "out"), str(shard + 4 * MIB)]
-            child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+            command = [
+                sys.executable,
+                "-c",
+                MERGING,
+                str(Path(__file__).parent),
+                str(adapter),
+                str(folder / "out"),
+                str(shard + 4 * MIB),
+            ]
+            child = subprocess.run(
+                command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
+            )
             if child.returncode:
                 return {**found, "error": child.stderr[-1000:]}
             found[f"{name} MiB"] = round(json.loads(child.stdout.splitlines()[-1]) / MIB, 1)
@@ -149,11 +161,17 @@ def merge_memory(quick: bool) -> dict[str, object]:
                 tensors += 1
                 differing += not same
     most, least = float(str(found["large MiB"])), float(str(found["small MiB"]))
-    return found | {"grown MiB": max(most, least), "difference MiB": round(abs(most - least), 1), "tensors": tensors, "differing": differing}
+    return found | {
+        "grown MiB": max(most, least),
+        "difference MiB": round(abs(most - least), 1),
+        "tensors": tensors,
+        "differing": differing,
+    }
 
 
 def _write_base(folder: Path, size: int, shard: int) -> tuple[Path, int]:
-    """A base in bf16 of about ``size`` bytes, in shards, and an adapter over all its linears; the adapter and how many shards."""
+    """A base in bf16 of about ``size`` bytes, in shards, and an adapter over all its linears; the adapter and how many"
+    " shards."""
     import tiny_folder
     import torch
 
@@ -237,7 +255,9 @@ def soak(quick: bool) -> dict[str, object]:
 
     with tempfile.TemporaryDirectory(prefix="minisft-scorecard-") as name:
         folder = Path(name)
-        run = run_config(write_shop(folder), folder / "run", steps=steps, save_every=20, eval_every=20, keep_last=2, log_every=100)
+        run = run_config(
+            write_shop(folder), folder / "run", steps=steps, save_every=20, eval_every=20, keep_last=2, log_every=100
+        )
         MetricsLog.append = append  # type: ignore[method-assign]
         try:
             train(run, log=quiet)

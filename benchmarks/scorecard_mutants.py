@@ -18,13 +18,46 @@ HOSTILE_TEXTS = (
     "<script>alert(1)</script>", "%s%n", "NaN", "٣", "nul\n\r", "__class__", "1" * 400,
 )  # fmt: skip
 HOSTILE_VALUES: tuple[object, ...] = (
-    None, True, False, 0, -1, 1, 2, 3, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, -(2**63),
-    0.0, -0.0, 0.5, 1e-320, 1e308, -1e308, float("nan"), float("inf"), 10**399, [], {}, [[]], [None] * 50, [0] * 2000, {"": {}},
+    None, True, False, 0, -1, 1, 2, 3, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**53, 2**62, 2**63 - 1, 2**63, 2**64,
+    -(2**63),
+    0.0, -0.0, 0.5, 1e-320, 1e308, -1e308, float("nan"), float("inf"), 10**399, [], {}, [[]], [None] * 50, [0] * 2000,
+    {"": {}},
     [-1, 2**63], *HOSTILE_TEXTS,
 )  # fmt: skip
 # Pieces of text that no JSON writer writes.
-RAW = (b"NaN", b"1e999", b'{"a":1,"a":2}', b"[" * 70 + b"]" * 70, b'"\\ud800"', b"\xff", b"9" * 5000, b"\x00", b"[" * 100_000, b'{"a":' * 70)
-NUMBERS = (0, 1, 2, 7, 9, 31, 32, 33, 2**8, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
+RAW = (
+    b"NaN",
+    b"1e999",
+    b'{"a":1,"a":2}',
+    b"[" * 70 + b"]" * 70,
+    b'"\\ud800"',
+    b"\xff",
+    b"9" * 5000,
+    b"\x00",
+    b"[" * 100_000,
+    b'{"a":' * 70,
+)
+NUMBERS = (
+    0,
+    1,
+    2,
+    7,
+    9,
+    31,
+    32,
+    33,
+    2**8,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**60,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+)
 
 
 # ---- JSON ----------------------------------------------------------------------------------------------------------------
@@ -114,7 +147,8 @@ def broken_bytes(draw: random.Random, raw: bytes, likely: float = 0.15) -> bytes
 
 
 def safetensors(draw: random.Random, seed: bytes) -> bytes:
-    """A header changed in one to three places over data that stays; sometimes another length, or a header that is still true."""
+    """A header changed in one to three places over data that stays; sometimes another length, or a header that is still"
+    " true."""
     length = int.from_bytes(seed[:8], "little")
     good = json.loads(seed[8 : 8 + length])
     if draw.random() < 0.3:
@@ -125,12 +159,18 @@ def safetensors(draw: random.Random, seed: bytes) -> bytes:
 
 
 def _true_header(draw: random.Random, header: dict[str, dict], data: bytes) -> bytes:
-    """Right by the format and wrong for the model: a dtype of the same size, a shape turned, names exchanged, other numbers."""
+    """Right by the format and wrong for the model: a dtype of the same size, a shape turned, names exchanged, other"
+    " numbers."""
     names = [name for name in header if name != "__metadata__"]
     first, second = header[draw.choice(names)], draw.choice(names)
     what = draw.randrange(4)
     if what == 0:
-        same = (("F32", "I32", "U32"), ("F16", "BF16", "I16", "U16"), ("U8", "I8", "BOOL", "F8_E4M3", "F8_E5M2"), ("F64", "I64", "U64"))
+        same = (
+            ("F32", "I32", "U32"),
+            ("F16", "BF16", "I16", "U16"),
+            ("U8", "I8", "BOOL", "F8_E4M3", "F8_E5M2"),
+            ("F64", "I64", "U64"),
+        )
         first["dtype"] = draw.choice(next(kinds for kinds in same if first["dtype"] in kinds))
     elif what == 1:
         first["shape"] = draw.choice((first["shape"][::-1], [*first["shape"], 1], [1, *first["shape"]]))
@@ -139,7 +179,9 @@ def _true_header(draw: random.Random, header: dict[str, dict], data: bytes) -> b
     changed = bytearray(data)
     for _ in range(draw.choice((0, 1, 40))):
         at = draw.randrange(len(changed))
-        changed[at : at + 4] = draw.choice((b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\xff" * 4, bytes(4), b'":,{'))[: len(changed) - at]
+        changed[at : at + 4] = draw.choice((b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\xff" * 4, bytes(4), b'":,{'))[
+            : len(changed) - at
+        ]
     raw = json.dumps(header).encode()
     return struct.pack("<Q", len(raw)) + raw + bytes(changed)
 
@@ -193,9 +235,13 @@ def gguf(draw: random.Random, keys: list[Key], tensors: list[tuple[str, list[int
             _change_tensor(draw, tensors)
         if not keys or not tensors:
             break
-    body = b"".join(_gguf_value(8, n) + struct.pack("<I", k) + (spoiled.get(i) or _gguf_value(k, v)) for i, (n, k, v) in enumerate(keys))
+    body = b"".join(
+        _gguf_value(8, n) + struct.pack("<I", k) + (spoiled.get(i) or _gguf_value(k, v)) for i, (n, k, v) in enumerate(keys)
+    )
     body += b"".join(_tensor(*tensor) for tensor in tensors)
-    magic, version = (b"GGUF", 3) if draw.random() < 0.98 else (draw.choice((b"GGML", b"PK\3\4")), draw.choice((0, 1, 2, 2**31)))
+    magic, version = (
+        (b"GGUF", 3) if draw.random() < 0.98 else (draw.choice((b"GGML", b"PK\3\4")), draw.choice((0, 1, 2, 2**31)))
+    )
     head = magic + struct.pack("<IQQ", version, counts.get("tensors", len(tensors)), counts.get("keys", len(keys))) + body
     return broken_bytes(draw, head + bytes(-len(head) % 32) + data)
 
@@ -228,13 +274,20 @@ def _change_tensor(draw: random.Random, tensors: list[tuple[str, list[int], int,
 # ---- templates and rows --------------------------------------------------------------------------------------------------
 
 TEMPLATE_PIECES = (
-    "{% for m in messages %}", "{% endfor %}", "{% if loop.first %}", "{% endif %}", "{{ m.content }}", "{{ messages[0]['role'] }}",
-    "{{ messages[9].content }}", "{{ 1 / 0 }}", "{{ 'x' * 10**9 }}", "{% set x = 'a' %}", "{% set ns = namespace(n=0) %}", "{{ x.__class__ }}",
-    "{% generation %}", "{% endgeneration %}", "{{ raise_exception('no') }}", "{% macro f(a) %}{{ f(a) }}{% endmacro %}{{ f(1) }}", "{{", "}}",
-    "{% include 'x' %}", "{{ ''|attr('__class__') }}", "{{ range(99999)|list|length }}", "{{ messages|tojson }}", "{{ strftime_now('%Y') }}",
-    "{{ lipsum() }}", "{{ 9**9**5 }}", "{{ ('x'|center(10**9)) }}", "{# ", " #}", "\x00", "\x1b[2J", "{% raw %}", "{{ undefined.a.b }}",
-    "{{ messages|map(attribute='content')|join }}", "{{ (1,2)|random }}", "{{ dict(a=1) }}", "{{ [[]]|sum(start=[]) }}", "{{ '%d' % 'a' }}",
-    "{{ messages[0].content[::-1] }}", "{{ caller() }}", "{% break %}", "{% continue %}", "{{ self }}", "{{ {}|items|list }}", "\ud800",
+    "{% for m in messages %}", "{% endfor %}", "{% if loop.first %}", "{% endif %}", "{{ m.content }}",
+    "{{ messages[0]['role'] }}",
+    "{{ messages[9].content }}", "{{ 1 / 0 }}", "{{ 'x' * 10**9 }}", "{% set x = 'a' %}", "{% set ns = namespace(n=0) %}",
+    "{{ x.__class__ }}",
+    "{% generation %}", "{% endgeneration %}", "{{ raise_exception('no') }}",
+    "{% macro f(a) %}{{ f(a) }}{% endmacro %}{{ f(1) }}", "{{", "}}",
+    "{% include 'x' %}", "{{ ''|attr('__class__') }}", "{{ range(99999)|list|length }}", "{{ messages|tojson }}",
+    "{{ strftime_now('%Y') }}",
+    "{{ lipsum() }}", "{{ 9**9**5 }}", "{{ ('x'|center(10**9)) }}", "{# ", " #}", "\x00", "\x1b[2J", "{% raw %}",
+    "{{ undefined.a.b }}",
+    "{{ messages|map(attribute='content')|join }}", "{{ (1,2)|random }}", "{{ dict(a=1) }}", "{{ [[]]|sum(start=[]) }}",
+    "{{ '%d' % 'a' }}",
+    "{{ messages[0].content[::-1] }}", "{{ caller() }}", "{% break %}", "{% continue %}", "{{ self }}", "{{ {}|items|list }}",
+    "\ud800",
 )  # fmt: skip
 
 

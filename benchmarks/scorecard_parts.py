@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 Measured = Mapping[str, object]
 COMPARE: dict[str, Callable[[float, float], bool]] = {"==": operator.eq, "<=": operator.le, ">=": operator.ge}
-CHECK = re.compile(r"(?P<name>[\w ()/-]+?) (?P<sign>==|<=|>=) (?P<limit>-?[\d.]+(?:e-?\d+)?)")
+CHECK = re.compile(r"(?P<name>[\w ()/%-]+?) (?P<sign>==|<=|>=) (?P<limit>-?[\d.]+(?:e-?\d+)?)")
 
 
 def use_tests() -> None:
@@ -82,15 +82,20 @@ def verdict(line: Line, measured: Measured) -> list[str]:
     return [problem for problem in problems if problem] + [str(failure) for failure in failures]
 
 
-def found_in(line: Line, measured: Measured) -> str:
-    """The words of the table; what is missing from ``measured`` shows as a question mark."""
+def in_words(form: str, measured: Measured) -> str:
+    """The words of the table with the numbers in them; what is missing from ``measured`` shows as a question mark."""
     numbers = {name: f"{value:,}" if isinstance(value, int) else value for name, value in measured.items()}
-    return line.says.format_map(_Known(numbers))
+    return form.format_map(_Known(numbers))
+
+
+class _Unknown:
+    def __format__(self, form: str) -> str:
+        return "?"
 
 
 class _Known(dict[str, object]):
-    def __missing__(self, key: str) -> str:
-        return "?"
+    def __missing__(self, key: str) -> object:
+        return _Unknown()
 
 
 # ---- tests as measurements ---------------------------------------------------------------------------------------------
@@ -107,6 +112,7 @@ class Tests:
     skipped: int
     examples: int  # drawn by Hypothesis and passed; those that an assumption ruled out are not counted
     properties: dict[str, float]
+    noted: tuple[tuple[str, float], ...]  # the same one by one
     names: tuple[str, ...]  # of the tests that passed
     failures: tuple[str, ...]
 
@@ -115,8 +121,14 @@ class Tests:
         counts = {"tests": self.passed, "failed": self.failed, "skipped": self.skipped, "examples": self.examples}
         return {**counts, **self.properties, "failures": list(self.failures), "quick": quick}
 
+    def most(self, name: str) -> float | None:
+        """The largest of the numbers that tests noted under ``name``."""
+        return max((value for noted, value in self.noted if noted == name), default=None)
 
-def run_tests(selected: Sequence[str], keyword: str = "", examples: int = 50, environment: Mapping[str, str] | None = None) -> Tests:
+
+def run_tests(
+    selected: Sequence[str], keyword: str = "", examples: int = 50, environment: Mapping[str, str] | None = None
+) -> Tests:
     """Run tests in a process of its own and count what they did.
 
     Args:
@@ -130,7 +142,8 @@ def run_tests(selected: Sequence[str], keyword: str = "", examples: int = 50, en
     with tempfile.TemporaryDirectory(prefix="minisft-scorecard-") as folder:
         report = Path(folder, "junit.xml")
         command = [
-            sys.executable, "-m", "pytest", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "-o", "addopts=",
+            sys.executable, "-m", "pytest", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "-o",
+            "addopts=",
             "-q", "--hypothesis-show-statistics", f"--junitxml={report}", f"--basetemp={folder}/tmp",
             *(["-k", keyword] if keyword else []), *(str(TESTS / name) for name in selected),
         ]  # fmt: skip
@@ -138,12 +151,14 @@ def run_tests(selected: Sequence[str], keyword: str = "", examples: int = 50, en
             command, cwd=ROOT, env=kept | dict(environment or {}), capture_output=True, text=True, errors="replace", check=False
         )
         if not report.exists():
-            return Tests(0, 1, 0, 0, {}, (), (f"pytest ended with {done.returncode}: {done.stdout[-1000:]}{done.stderr[-500:]}",))
+            return Tests(
+                0, 1, 0, 0, {}, (), (), (f"pytest ended with {done.returncode}: {done.stdout[-1000:]}{done.stderr[-500:]}",)
+            )
         return _counted(ElementTree.parse(report).getroot(), done.stdout, done.returncode)
 
 
 def _counted(root: ElementTree.Element, printed: str, status: int) -> Tests:
-    properties: Counter[str] = Counter()
+    noted: list[tuple[str, float]] = []
     passed: list[str] = []
     failures: list[str] = []
     skipped = 0
@@ -156,10 +171,13 @@ def _counted(root: ElementTree.Element, printed: str, status: int) -> Tests:
             skipped += 1
         else:
             passed.append(name)
-        for noted in case.iter("property"):
-            properties[noted.get("name", "")] += float(noted.get("value", "nan"))
+        for each in case.iter("property"):
+            noted.append((each.get("name", ""), float(each.get("value", "nan"))))
     if status not in (0, 1) or not (passed or failures):
         failures.append(f"pytest ended with {status}: {printed[-500:]}")
     examples = sum(int(good) for good, _ in EXAMPLES.findall(printed))
-    whole = {name: int(value) if value.is_integer() else value for name, value in properties.items()}
-    return Tests(len(passed), len(failures), skipped, examples, whole, tuple(passed), tuple(failures))
+    totals: Counter[str] = Counter()
+    for name, value in noted:
+        totals[name] += value  # type: ignore[assignment]
+    whole = {name: int(value) if float(value).is_integer() else value for name, value in totals.items()}
+    return Tests(len(passed), len(failures), skipped, examples, whole, tuple(noted), tuple(passed), tuple(failures))

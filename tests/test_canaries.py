@@ -1,4 +1,5 @@
-"""Canaries: what a hostile template, file name or text would do if it got through, tried for real and looked for afterwards."""
+"""Canaries: what a hostile template, file name or text would do if it got through, tried for real and looked for"
+" afterwards."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ INJECTIONS = [
     "{{ self._TemplateReference__context.cycler.__init__.__globals__.os.environ.CANARY }}",
     "{% for c in ''.__class__.__mro__[-1].__subclasses__() if c.__name__ == '_wrap_close' %}"
     "{{ c.__init__.__globals__.environ.CANARY }}{% endfor %}",
-    "{% for c in [].__class__.__base__.__subclasses__() if c.__name__ == 'Popen' %}{{ c('touch canary', shell=True).wait() }}{% endfor %}",
+    "{% for c in [].__class__.__base__.__subclasses__() if c.__name__ == 'Popen' %}{{ c('touch canary', shell=True).wait()"
+    " }}{% endfor %}",
     "{% for c in ''['__class__']['__mro__'][-1]['__subclasses__']() if c.__name__ == '_wrap_close' %}"
     "{{ c.__init__.__globals__['system']('touch canary') }}{% endfor %}",
     "{{ messages.__class__.__init__.__objclass__.__subclasses__() }}{{ lipsum.__globals__.os.environ.CANARY }}",
@@ -111,7 +113,9 @@ def test_the_same_payloads_work_without_the_sandbox(cage: Path, record_property:
 
 # ---- names of files --------------------------------------------------------------------------------------------------
 
-PIECES = st.sampled_from(["..", ".", "", "~", "a", "inside", "link", "/", "\0", "\\", "..\\", "outside", "%2e%2e", "\udcff", "x" * 300])
+PIECES = st.sampled_from(
+    ["..", ".", "", "~", "a", "inside", "link", "/", "\0", "\\", "..\\", "outside", "%2e%2e", "\udcff", "x" * 300]
+)
 
 
 @given(st.lists(PIECES, max_size=5).map("/".join) | st.lists(PIECES, max_size=4).map("".join) | st.text(max_size=9))
@@ -126,22 +130,25 @@ def test_no_name_leads_out_of_its_folder(tmp_path_factory: pytest.TempPathFactor
     try:
         found = regular_file(folder, name, "model/shard")
     except UserError as error:
-        assert not acts(str(error))
-        return
-    assert found.resolve() == folder / "inside"
+        said = str(error)
+    else:
+        said = ""
+        assert found.resolve() == folder / "inside"
+    assert not acts(said)
 
 
 # ---- markup and control characters -----------------------------------------------------------------------------------
 
 HOSTILE_TEXT = st.text(max_size=30) | st.lists(
-    st.sampled_from(["<script>", "</div>", "<img src=x onerror=a>", '"', "'", "<!--", "-->", "&lt;", "\x1b[2J", "\x9b", "\u202e", "]]>", "a",
+    st.sampled_from(["<script>", "</div>", "<img src=x onerror=a>", '"', "'", "<!--", "-->", "&lt;", "\x1b[2J", "\x9b",
+    "\u202e", "]]>", "a",
                      "</style>", "<svg onload=a>", "\x00", "\x07", "{{1}}", "javascript:", "`", "=", " ", "\u2028", "\ud800"]),
     max_size=6,
 ).map("".join)  # fmt: skip
 
 
 def acts(text: str) -> list[str]:
-    """The characters, but for line breaks, that a terminal or a page takes for an order: controls, lone surrogates, directions."""
+    """The characters, but for line breaks, that act on a terminal or a page: controls, lone surrogates, directions."""
     orders, directions = ("Cc", "Cs", "Zl", "Zp"), ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
     return [c for c in text if c != "\n" and (unicodedata.category(c) in orders or unicodedata.bidirectional(c) in directions)]
 
@@ -232,10 +239,12 @@ def test_no_command_asks_the_network(shop: Path, tmp_path: Path, network_calls: 
     adapter, answers = str(run / "adapter"), str(tmp_path / "answers")
     commands = [
         ["inspect", "--data", rows, "--model", model],
-        ["train", "--model", model, "--data", rows, "--out", str(run), "--steps", "2", "--batch-size", "2", "--rank", "2", "--dtype", "fp32"],
+        ["train", "--model", model, "--data", rows, "--out", str(run), "--steps", "2", "--batch-size", "2", "--rank", "2",
+        "--dtype", "fp32"],
         ["merge", "--adapter", adapter, "--out", str(tmp_path / "merged")],
         ["generate", "--model", str(tmp_path / "merged"), "--prompt", "hi", "--max-new-tokens", "2"],
-        ["eval", "--model", model, "--adapter", adapter, "--data", rows, "--metric", "exact_match", "--max-new-tokens", "2", "--out", answers],
+        ["eval", "--model", model, "--adapter", adapter, "--data", rows, "--metric", "exact_match", "--max-new-tokens", "2",
+        "--out", answers],
         ["plan", "--model", model, "--data", rows, "--rank", "2"],
     ]  # fmt: skip
     for words in commands:

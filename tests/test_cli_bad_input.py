@@ -538,6 +538,12 @@ def test_55_non_finite_loss(shop: Shop) -> None:
 # ---- the program itself ----
 
 
+def test_56_full_memory(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a step, with the error that PyTorch itself raises."""
+    monkeypatch.setattr("minisft.training.trainer.optimizer_step", lambda *_, **__: torch.empty(2**50))
+    shop.refused(7, "memory/host", "can't allocate memory", "--micro-batch-size", "--checkpointing", argv=shop.train())
+
+
 def test_no_traceback_without_debug_in_a_real_process(shop: Shop) -> None:
     argv = [sys.executable, "-m", "minisft.cli.main", *(str(x) for x in shop.train("--rank", "0"))]
     run = subprocess.run(argv, capture_output=True, text=True, timeout=120)
