@@ -6,6 +6,7 @@ right, so that the reader gets past the first check. Some bytes are flipped or c
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -77,7 +78,7 @@ def mutated_json(draw: random.Random, value: JSON, shallow: bool = False) -> JSO
         if shallow:
             everywhere = [p for p in everywhere if len(p) <= draw.choice((1, 1, 2, 9))] or everywhere
         if not everywhere:
-            return draw.choice(HOSTILE_VALUES)
+            return copy.deepcopy(draw.choice(HOSTILE_VALUES))
         *way, key = draw.choice(everywhere)
         owner = value
         for step in way:
@@ -90,7 +91,7 @@ def _change(draw: random.Random, owner: object, key: object) -> None:
     assert isinstance(owner, (dict, list))
     what = draw.randrange(12)
     if what < 3:
-        owner[key] = draw.choice(HOSTILE_VALUES)  # type: ignore[index]
+        owner[key] = copy.deepcopy(draw.choice(HOSTILE_VALUES))  # type: ignore[index]
     elif what >= 9:  # another value of its own type, which gets further
         owner[key] = _alike(draw, owner[key])  # type: ignore[index]
     elif what in (3, 4):

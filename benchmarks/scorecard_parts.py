@@ -84,8 +84,13 @@ def verdict(line: Line, measured: Measured) -> list[str]:
 
 def in_words(form: str, measured: Measured) -> str:
     """The words of the table with the numbers in them; what is missing from ``measured`` shows as a question mark."""
-    numbers = {name: f"{value:,}" if isinstance(value, int) else value for name, value in measured.items()}
+    numbers = {name: _Count(value) if isinstance(value, int) else value for name, value in measured.items()}
     return form.format_map(_Known(numbers))
+
+
+class _Count(int):
+    def __format__(self, form: str) -> str:
+        return format(int(self), form or ",")
 
 
 class _Unknown:
@@ -100,7 +105,7 @@ class _Known(dict[str, object]):
 
 # ---- tests as measurements ---------------------------------------------------------------------------------------------
 
-EXAMPLES = re.compile(r"during generate phase.*?(\d+) passing examples, (\d+) failing examples", re.S)
+EXAMPLES = re.compile(r"during generate phase.*?(\d+) passing(?: examples)?, (\d+) failing", re.S)
 
 
 @dataclass(frozen=True)
