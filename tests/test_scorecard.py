@@ -238,4 +238,3 @@ def test_examples_failures_and_notes_are_counted(tmp_path: Path, monkeypatch: py
     assert found.numbers(False)["kills"] == 7
     assert found.most("kills") == 4
     assert found.failures[0].startswith("test_a::test_wrong: ")
-    assert run_tests(["test_a.py"], "no_such_test").failures
