@@ -130,8 +130,8 @@ def run_lines(lines: Sequence[Line], folder: Path, quick: bool, jobs: int) -> di
 
 def told(number: int, entry: Mapping[str, object]) -> str:
     """A line for people: verdict, measured against target, and what was missed."""
-    text = f"{number:>2} {entry['verdict']:<7} {entry['seconds']:6.1f} s  {entry['test']}: {entry['found']}; target"
-    " {entry['target']}"
+    head = f"{number:>2} {entry['verdict']:<7} {entry['seconds']:6.1f} s"
+    text = f"{head}  {entry['test']}: {entry['found']}; target: {entry['target']}"
     missed = entry["missed"]
     assert isinstance(missed, list)
     return "\n".join([text, *(f"      missed: {what}" for what in missed)])

@@ -83,7 +83,9 @@ def test_a_planted_failure_makes_a_line_red(change: dict[str, object], missed: i
     entry = scorecard.result_of(LINE, {**GOOD, **change}, 1.0, quick=bool(change.get("quick")))
     assert len(entry["missed"]) == missed
     assert entry["verdict"] == ("missed" if missed else "met")
-    assert ("missed: " in scorecard.told(3, entry)) == bool(missed)
+    said = scorecard.told(3, entry)
+    assert ("missed: " in said) == bool(missed)
+    assert said.splitlines()[0].endswith("target: 0 lost")
     assert entry["commit"]
     assert entry["versions"]["torch"]
 
