@@ -188,7 +188,8 @@ LINES = (
     Line(
         1, "NF4 against bitsandbytes: Gaussian weights in three dtypes and every block size, ragged ends, every 16-bit number",
         "0 differing bytes", NONE, "{weights (millions)} million weights and {16-bit sweeps} sweeps: 0 differ", nf4_bits, 150,
-        "mean error within 7 sigma; comparison with torchao skipped (read)", ("weights (millions) >= 210", "16-bit sweeps >= 8"),
+        "mean error within 7 sigma; comparison with torchao skipped (read)",
+        ("weights (millions) >= 210", "16-bit sweeps >= 8"),
     ),
     Line(
         2, "laws of NF4: packing, order, error, idempotence, scaling, independent blocks, zeros, what is not finite",
