@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test test-fast test-thorough oracle-peft mutants lint format bench tutorials site clean
+.PHONY: help quickstart test test-fast test-thorough oracle-peft mutants lint format bench scorecard tutorials site clean
 
 help:
 	@echo "make quickstart     fine-tune a small pretrained model and see what it learned"
@@ -16,6 +16,7 @@ help:
 	@echo "make tutorials      run every tutorial page and write its notebook"
 	@echo "make site           the tutorials and the library's reference as a static site, in build/site"
 	@echo "make bench          measure training, generation and 4-bit work against transformers, PEFT and bitsandbytes"
+	@echo "make scorecard      hold each promise to its number: kills, crashes, hostile files, laws; 15 minutes"
 
 # torch first and alone: pip then has nothing to decide about its many builds.
 .venv/core: pyproject.toml constraints.txt
@@ -75,6 +76,9 @@ bench: .venv/dev
 	$(BIN)/python benchmarks/bench_nf4.py
 	$(BIN)/python benchmarks/bench_merge.py
 	$(BIN)/python benchmarks/bench_wait_policy.py
+
+scorecard: .venv/dev
+	$(BIN)/python benchmarks/scorecard.py
 
 tutorials: .venv/tutorials
 	$(BIN)/python tutorials/build.py

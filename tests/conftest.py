@@ -38,6 +38,7 @@ _common = {"derandomize": True, "deadline": None, "suppress_health_check": [Heal
 settings.register_profile("default", max_examples=50, **_common)
 settings.register_profile("thorough", max_examples=2000, **_common)
 settings.register_profile("fast", max_examples=10, **_common)
+settings.register_profile("counted", max_examples=int(os.environ.get("MINISFT_EXAMPLES", "1000")), **_common)  # the scorecard
 # Of another library it is enough to know that it breaks a law; the smallest case that does is not looked for.
 settings.register_profile("oracle", max_examples=100, phases=[Phase.generate], **_common)
 # A seeded bug has to be noticed and no more.

@@ -97,6 +97,22 @@ def shop(pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 GOOD = json.dumps(rows(1)[0])
 
 
+LONG = "a" * 300  # longer than a name may be on any common file system
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--model", LONG, "--data", "rows.jsonl", "--out", "out"],
+        ["train", "--out", LONG, "--resume"],
+        ["merge", "--adapter", LONG, "--out", "out"],
+    ],
+    ids=["model", "run", "adapter"],
+)
+def test_a_path_that_cannot_be_looked_up(shop: Shop, argv: list[object]) -> None:
+    shop.refused(2, "config/path", LONG[:100], argv=argv)
+
+
 # ---- data ----
 
 
@@ -520,6 +536,12 @@ def test_55_non_finite_loss(shop: Shop) -> None:
 
 
 # ---- the program itself ----
+
+
+def test_56_full_memory(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a step, with the error that PyTorch itself raises."""
+    monkeypatch.setattr("minisft.training.trainer.optimizer_step", lambda *_, **__: torch.empty(2**50))
+    shop.refused(7, "memory/host", "can't allocate memory", "--micro-batch-size", "--checkpointing", argv=shop.train())
 
 
 def test_no_traceback_without_debug_in_a_real_process(shop: Shop) -> None:

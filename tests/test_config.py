@@ -388,8 +388,9 @@ def test_read_toml(tmp_path):
         (b"rank = 1\nrank = 2", "config/bad-toml", "Cannot overwrite a value"),
         (b'model = "\xff"', "config/bad-toml", "can't decode byte 0xff"),
         (b"rank = " + b"[" * 100_000, "config/bad-toml", "recursion"),
+        (b'data = "a\\u0000b"', "config/bad-toml", "U+0000 in data"),
     ],
-    ids=["absent", "broken", "twice", "not-utf8", "deep"],
+    ids=["absent", "broken", "twice", "not-utf8", "deep", "null"],
 )
 def test_toml_that_cannot_be_read(tmp_path, content, code, expected):
     path = tmp_path / "run.toml"

@@ -433,7 +433,18 @@ def remap(folder: Path, name: str, shard: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "shard", ["../secret.safetensors", "/etc/passwd.safetensors", "gone.safetensors", "", 3, "sub/x.safetensors", "x.bin"]
+    "shard",
+    [
+        "../secret.safetensors",
+        "/etc/passwd.safetensors",
+        "gone.safetensors",
+        "",
+        3,
+        "sub/x.safetensors",
+        "x.bin",
+        f"{'x' * 300}.safetensors",
+    ],
+    ids=lambda shard: str(shard)[:20],
 )
 def test_an_index_may_name_only_files_in_its_folder(folder: Path, shard: object) -> None:
     save_file({"model.norm.weight": torch.ones(32)}, folder.parent / "secret.safetensors")

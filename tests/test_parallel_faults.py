@@ -203,12 +203,16 @@ def test_a_signal_to_one_process_stops_all_after_a_saved_step(shop: Path, tmp_pa
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_is_named_and_no_checkpoint_is_lost(shop: Path, tmp_path: Path, rank: int) -> None:
+def test_a_killed_process_is_named_and_no_checkpoint_is_lost(
+    shop: Path, tmp_path: Path, rank: int, record_property: Callable[[str, object], None]
+) -> None:
     out = tmp_path / "run"
     with running(shop, out, tmp_path / "printed") as group:
         acknowledged = max(int(path.name.split("-")[1]) for path in out.glob("checkpoints/step-*"))
         os.kill(group.pids[rank], signal.SIGKILL)
+        began = time.monotonic()
         statuses = group.wait()
+    record_property("seconds to end", time.monotonic() - began)
     assert statuses[rank] == -signal.SIGKILL
     assert statuses[1 - rank] == 7
     assert len(group.errors) == 1

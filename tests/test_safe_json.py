@@ -1,14 +1,16 @@
 """Foreign text: strict JSON, messages that cannot harm a terminal, and errors of one shape."""
 
 import json
+import tracemalloc
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minisft.common.errors import FAMILIES, UserError, listing, nearest, visible
-from minisft.common.safe_json import MAX_DEPTH, MAX_DIGITS, loads
+from minisft.common.safe_json import MAX_DEPTH, MAX_DIGITS, loads, read_at_most
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 documents = st.recursive(
@@ -82,6 +84,23 @@ def test_any_bytes_are_a_document_or_a_value_error(data):
         loads(data)
     except ValueError:
         return
+
+
+@pytest.mark.parametrize(("size", "limit", "found"), [(5, 10, 5), (10, 10, 10), (11, 10, 11), (5000, 10, 11), (0, 10, 0)])
+def test_a_file_is_read_up_to_one_byte_beyond_the_limit(tmp_path: Path, size: int, limit: int, found: int) -> None:
+    (tmp_path / "a").write_bytes(bytes(size))
+    with (tmp_path / "a").open("rb") as file:
+        assert read_at_most(file, limit) == bytes(found)
+
+
+def test_a_small_file_reserves_little_memory_whatever_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"{}")
+    tracemalloc.start()
+    with (tmp_path / "a").open("rb") as file:
+        read_at_most(file, 2**28)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
 
 
 # Messages

@@ -76,6 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away: not our error
         sys.stderr.close()
         return 141
+    except OSError as error:  # a path that cannot even be looked up: too long, a ring of links, a folder closed to us
+        if error.filename is None:
+            raise
+        return _report(_path_error(error), words)
 
 
 SEVERAL_PROCESSES = ("train", "dpo")  # what torchrun may start more than once
@@ -88,6 +92,11 @@ def _require_one_process(command: str | None) -> None:
             "config/one-process", f"{command} runs in one process", where="torchrun", found=f"WORLD_SIZE {number}",
             expected=" or ".join(SEVERAL_PROCESSES), fix="start it without torchrun",
         )  # fmt: skip
+
+
+def _path_error(error: OSError) -> UserError:
+    found, fix = error.strerror or type(error).__name__, "check the path and its permissions"
+    return UserError("config/path", "a path cannot be used", where=visible(error.filename), found=visible(found), fix=fix)
 
 
 def _memory_error(error: MemoryError | RuntimeError) -> UserError | None:

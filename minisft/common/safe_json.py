@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from typing import BinaryIO
 
 # What a JSON document can hold. (``object`` values are narrowed by the readers.)
 JSON = dict[str, "JSON"] | list["JSON"] | str | int | float | bool | None
 
 MAX_DEPTH = 64
 MAX_DIGITS = 400
+
+
+def read_at_most(file: BinaryIO, limit: int) -> bytes:
+    """What a regular file holds; of one beyond ``limit`` bytes ``limit + 1``, which tells that it is too large.
+
+    Reading sets aside as many bytes as it is asked for, whatever is there: so no more than the file has are asked for.
+    """
+    return file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
 
 
 def _no_duplicates(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:

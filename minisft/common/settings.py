@@ -174,7 +174,7 @@ def _typed(name: str, value: object, where: str, of: typing.Any) -> object:
 def read_toml(path: Path) -> dict[str, object]:
     """The flat ``key = value`` table of a ``--config`` file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             "config/no-file",
@@ -191,3 +191,8 @@ def read_toml(path: Path) -> dict[str, object]:
             found=visible(error),
             fix="write one key = value a line",
         ) from None
+    for key, value in document.items():
+        if any("\0" in text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)):
+            found, fix = f"U+0000 in {visible(key)}", "take the character out"
+            raise UserError("config/bad-toml", "no setting holds this character", where=visible(path), found=found, fix=fix)
+    return document

@@ -281,7 +281,7 @@ def _read_text(path: Path, limit: int) -> str | None:
     """A file's text, or None where there is no such file."""
     try:
         with path.open("rb") as file:
-            raw = file.read(limit + 1)
+            raw = safe_json.read_at_most(file, limit)
         if len(raw) > limit:
             raise UserError(
                 "tokenizer/too-large", "the file is too large", where=visible(path), expected=f"at most {limit} bytes"

@@ -111,7 +111,7 @@ def read_json_object(path: Path, code: str, limit: int = MAX_JSON_BYTES) -> dict
     """
     try:
         with path.open("rb") as file:
-            raw = file.read(limit + 1)
+            raw = safe_json.read_at_most(file, limit)
         value = safe_json.loads(raw) if len(raw) <= limit else None
     except (OSError, ValueError) as error:
         raise UserError(

@@ -180,7 +180,11 @@ def regular_file(folder: Path, name: str, code: str = "model/bad-file") -> Path:
             code, "a file name must not contain a path", where=visible(folder), found=visible(name), expected="a bare file name"
         )
     path, root = folder / name, folder.resolve()
-    if not path.exists():
+    try:
+        is_there = path.exists()
+    except OSError as error:  # a name that no file can have
+        raise UserError(code, "a file cannot be looked for", where=visible(path), found=visible(error.strerror)) from None
+    if not is_there:
         raise UserError(code, "a file is missing", where=visible(path))
     real = path.resolve()
     in_cache = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"

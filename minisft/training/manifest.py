@@ -130,7 +130,7 @@ def record(path: Path) -> FileRecord:
 def read_small(path: Path) -> bytes:
     """The content of a JSON file, at most ``MAX_JSON_BYTES``."""
     with path.open("rb") as file:
-        raw = file.read(MAX_JSON_BYTES + 1)
+        raw = safe_json.read_at_most(file, MAX_JSON_BYTES)
     if len(raw) > MAX_JSON_BYTES:
         raise UnusableError(f"{path.name} is larger than {MAX_JSON_BYTES:,} bytes")
     return raw
