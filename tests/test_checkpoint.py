@@ -643,7 +643,7 @@ def test_ten_kills_lose_nothing(ram: Path) -> None:
 @pytest.mark.slow
 def test_many_kills_lose_nothing(tmp_path: Path) -> None:
     """On the real disk; ``MINISFT_KILLS=1000`` for the scorecard."""
-    num_kills = int(os.environ.get("MINISFT_KILLS", "60"))
+    num_kills = int(os.environ.get("MINISFT_KILLS", "20"))
     assert _kill_many(tmp_path, num_kills) > num_kills
 
 
