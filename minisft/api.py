@@ -63,7 +63,7 @@ from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.loss import token_log_probs
 from minisft.merge_weights import merge, merge_, unmerge_
 from minisft.merging.certified import merge_and_certify, quantize_folder, verify_merge
-from minisft.merging.combine import combine_folders
+from minisft.merging.combine_files import combine_folders
 from minisft.merging.diff import diff_models
 from minisft.merging.export_gguf import export_gguf
 from minisft.merging.export_peft import export_peft

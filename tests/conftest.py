@@ -18,6 +18,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from minisft.training import lossplot, trainer
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
@@ -35,7 +37,7 @@ CHROMIUM_FLAGS = [
 torch.set_num_threads(1)  # pytest-xdist fills the cores; one thread a process also makes sums repeatable
 
 _common = {"derandomize": True, "deadline": None, "suppress_health_check": [HealthCheck.too_slow], "database": None}
-settings.register_profile("default", max_examples=50, **_common)
+settings.register_profile("default", max_examples=30, **_common)
 settings.register_profile("thorough", max_examples=2000, **_common)
 settings.register_profile("fast", max_examples=10, **_common)
 settings.register_profile("counted", max_examples=int(os.environ.get("MINISFT_EXAMPLES", "1000")), **_common)  # the scorecard
@@ -49,6 +51,41 @@ settings.load_profile(os.environ.get("MINISFT_HYPOTHESIS", "default"))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long ones first, so that two processes end together."""
     items.sort(key=lambda item: not any(item.iter_markers("slow")) and not any(item.iter_markers("smollm2")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """``fsync`` only asks whether its descriptor is open: no test cuts the power, and ``crashing.py`` proves the protocol.
+
+    Child processes keep the real one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
+# The picture of a run costs more than a run of a tiny model; test_runlog looks at pictures, and ``pictures`` gives them back.
+NO_PICTURE = b"\x89PNG\r\n\x1a\n"
+
+
+def _do_not_draw(metrics_path: Path, png_path: Path, title: str) -> None:
+    assert metrics_path.is_file()
+    assert title
+    png_path.write_bytes(NO_PICTURE)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures() -> Iterator[None]:
+    """Runs in this process draw no ``loss.png``; child processes do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "plot_loss", _do_not_draw)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw their ``loss.png`` after all."""
+    monkeypatch.setattr(trainer, "plot_loss", lossplot.plot_loss)
 
 
 @pytest.fixture(autouse=True)

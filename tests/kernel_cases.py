@@ -1,7 +1,8 @@
 """Every kernel against its PyTorch twin and against fp64. ``test_kernels.py`` runs this file under Triton's interpreter.
 
 On a machine with a GPU the same cases run compiled, bf16 included: ``pytest tests/kernel_cases.py``. The interpreter knows no
-correct bf16 (it cuts bits off instead of rounding), so there the dtypes are fp32 and fp16.
+correct bf16 (it cuts bits off instead of rounding), so there the dtypes are fp32 and fp16. Each configuration meets half of the
+shapes and each shape half of the configurations; ``-m ""`` runs them all.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -212,11 +214,19 @@ def check_product(got: Tensor, exact: Tensor, magnitude: Tensor, inner: int, twi
     assert error.square().mean().sqrt().item() <= 1.5 * yardstick + floor
 
 
+def crossed(shapes: Sequence[tuple[int, ...]], configs: Sequence[tuning.Config]) -> list[object]:
+    """Every shape with every configuration; as on a chess board, the dark squares are left to make test-thorough."""
+    return [
+        pytest.param(*shape, config, marks=[pytest.mark.exhaustive] if (i + j) % 2 else [])
+        for i, shape in enumerate(shapes)
+        for j, config in enumerate(configs)
+    ]
+
+
 SHAPES = [(1, 32), (21, 160), (9, 1056), (5, 2080)]  # (out_features, in_features)
 
 
-@pytest.mark.parametrize("config", MATVEC_CONFIGS)
-@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+@pytest.mark.parametrize(("outputs", "inputs", "config"), crossed(SHAPES, MATVEC_CONFIGS))
 def test_matvec(outputs: int, inputs: int, config: tuning.Config) -> None:
     for rows, dtype in enumerate([DTYPES[0], DTYPES[-1], DTYPES[0], DTYPES[1]], start=1):
         weight = quantized(outputs, inputs, nested=rows % 2 == 1, block_size=32 if rows == 2 else 64)
@@ -226,8 +236,10 @@ def test_matvec(outputs: int, inputs: int, config: tuning.Config) -> None:
         check_product(matvec(x, weight, config=config), exact, x.abs().double() @ dense.abs().double().T, inputs, twin)
 
 
-@pytest.mark.parametrize("config", SMALL_CONFIGS)
-@pytest.mark.parametrize(("rows", "outputs", "inputs", "block_size"), [(1, 5, 96, 64), (16, 70, 160, 32), (33, 70, 544, 4096)])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "block_size", "config"),
+    crossed([(1, 5, 96, 64), (16, 70, 160, 32), (33, 70, 544, 4096)], SMALL_CONFIGS),
+)
 def test_matmul_small(rows: int, outputs: int, inputs: int, block_size: int, config: tuning.Config) -> None:
     for dtype, nested in zip(DTYPES, (True, False, True), strict=False):
         weight, x = quantized(outputs, inputs, block_size=block_size, nested=nested), gaussian(rows, inputs, dtype=dtype)
@@ -237,8 +249,10 @@ def test_matmul_small(rows: int, outputs: int, inputs: int, block_size: int, con
         check_product(matmul_small(x, weight, config), exact, x.abs().double() @ dense.abs().double().T, inputs, twin)
 
 
-@pytest.mark.parametrize("config", BACKWARD_CONFIGS)
-@pytest.mark.parametrize(("rows", "outputs", "inputs", "block_size"), [(1, 5, 96, 64), (16, 160, 96, 32), (33, 301, 160, 4096)])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "block_size", "config"),
+    crossed([(1, 5, 96, 64), (16, 160, 96, 32), (33, 301, 160, 4096)], BACKWARD_CONFIGS),
+)
 def test_matmul_backward(rows: int, outputs: int, inputs: int, block_size: int, config: tuning.Config) -> None:
     for dtype, nested in zip(DTYPES, (True, False, True), strict=False):
         weight, grad = quantized(outputs, inputs, block_size=block_size, nested=nested), gaussian(rows, outputs, dtype=dtype)

@@ -7,11 +7,13 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import exp_peft_full
 import exp_preference
 from harness import add_cell, read_cells
 
@@ -24,6 +26,16 @@ def run(script: str, *arguments: str) -> str:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def run_here(
+    program: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
+    """The same in this process: starting one with PyTorch costs more than these programs do."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+    program()
+    return capsys.readouterr().out
 
 
 def test_a_cell_after_a_half_written_line_is_kept_and_all_others_too(tmp_path: Path) -> None:
@@ -122,7 +134,9 @@ def test_exp_judging_simulates_peeking_and_skips_what_needs_data(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_exp_peft_full_goes_on_where_it_stopped_and_draws_from_its_results(tmp_path: Path) -> None:
+def test_exp_peft_full_goes_on_where_it_stopped_and_draws_from_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two cells on a tiny model of its own; a broken last line of the results is a killed run's."""
     where = ("--out", str(tmp_path), "--root", str(tmp_path / "root"))
     chosen = ("--tiny", "--seeds", "0", "--cells", "P0", *where)
@@ -134,6 +148,6 @@ def test_exp_peft_full_goes_on_where_it_stopped_and_draws_from_its_results(tmp_p
     for spectrum in row["gaps"].values():
         assert all(reached >= bound - 1e-9 for reached, bound in zip(spectrum["reached"], spectrum["bound"], strict=True))
     file.write_text(lines[0] + "\n" + lines[0][:100])
-    assert run("exp_peft_full.py", "--list", *chosen).startswith("done  P0/theory")
-    assert "claim" in run("exp_peft_full.py", "--figures", *where)
+    assert run_here(exp_peft_full.main, monkeypatch, capsys, "--list", *chosen).startswith("done  P0/theory")
+    assert "claim" in run_here(exp_peft_full.main, monkeypatch, capsys, "--figures", *where)
     assert (tmp_path / "peft_full_p0.svg").is_file()

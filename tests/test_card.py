@@ -13,7 +13,8 @@ from tiny_folder import quiet, run_config, stopped_copy, write_shop
 from minisft.cli.main import main
 from minisft.common.errors import UserError
 from minisft.common.safe_json import JSON
-from minisft.training.card import read_records, write_card
+from minisft.training.card import write_card
+from minisft.training.card_records import read_records
 from minisft.training.runlog import read_metrics
 from minisft.training.train import train
 

@@ -20,7 +20,8 @@ from minisft.cli.main import main
 from minisft.common.errors import UserError
 from minisft.config import LoRAConfig
 from minisft.formats import load_adapter_, load_model, save_adapter
-from minisft.merging.combine import Combined, Update, add_updates, combine, combine_folders, lower_rank, read_stored
+from minisft.merging.combine import Combined, Update, add_updates, combine, lower_rank
+from minisft.merging.combine_files import combine_folders, read_stored
 from minisft.merging.streaming import merge_folder
 from minisft.merging.verify import verify
 from minisft.surgery import apply_lora_, lora_modules

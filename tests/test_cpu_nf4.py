@@ -583,11 +583,28 @@ def test_another_source_cpu_or_command_is_another_file(
 
 @pytest.mark.slow
 def test_two_at_once_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Path) -> None:
+    """The compiler is one that waits until both have called it, and then writes what the real one wrote."""
+    made = tmp_path / "made.so"
+    made.write_bytes(library_in(compiled).read_bytes()[: -cpu_build.DIGEST_BYTES])
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        f"""#!/bin/sh
+test "$1" = --version && exit
+for last; do :; done
+touch {tmp_path}/called.$$
+tries=0
+while [ $(ls {tmp_path} | grep -c called) -lt 2 ] && [ $tries -lt 1000 ]; do tries=$((tries + 1)); sleep 0.02; done
+cp {made} "$last"
+"""
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("MINISFT_CACHE", str(tmp_path / "new" / "folder"))
     with ThreadPoolExecutor(2) as pool:
         found = [future.result() for future in [pool.submit(load_anew) for _ in range(2)]]
     assert [native.reason for native in found] == ["", ""]
-    assert library_in(tmp_path / "new" / "folder").name == library_in(compiled).name
+    assert library_in(tmp_path / "new" / "folder").read_bytes() == library_in(compiled).read_bytes()
+    assert len(list(tmp_path.glob("called.*"))) == 2
 
 
 @pytest.mark.parametrize("mode", [0o720, 0o702])

@@ -77,10 +77,10 @@ def test_the_table_says_what_was_measured():
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_the_whole_tour(tmp_path, smollm2_path, monkeypatch):
-    monkeypatch.setattr("minisft.quickstart.run.general_rows", lambda: general_rows()[:12])  # of 60: each is read twice
+    monkeypatch.setattr("minisft.quickstart.run.general_rows", lambda: general_rows()[:4])  # of 60: each is read twice
     said: list[str] = []
-    tour = run_quickstart(tmp_path / "q", train_rows=16, test_rows=4, log=said.append)
-    assert tour.training.steps == 4
+    tour = run_quickstart(tmp_path / "q", train_rows=8, test_rows=2, log=said.append)
+    assert tour.training.steps == 2
     assert tour.before.task.score == 0
     assert (tmp_path / "q/run/adapter/adapter_model.safetensors").is_file()
     assert sorted(p.name for p in (tmp_path / "q/eval").glob("*.json")) == [

@@ -40,9 +40,8 @@ CPU = torch.device("cpu")
 FORMS = {
     "dense": ("dense", None),
     "nf4": ("dense", QuantConfig()),
-    "nf4, plain scales": ("dense", QuantConfig(double_quant=False)),
     "stored in 4 bits": ("packed", None),
-    "untied": ("untied", QuantConfig(block_size=32)),
+    "untied, plain scales": ("untied", QuantConfig(block_size=32, double_quant=False)),
 }
 
 CASES = [*((name, 2) for name in FORMS), ("nf4", 3)]  # three: shares of different sizes, and empty ones
@@ -124,7 +123,7 @@ def compute(models: dict[str, str], name: str, world: World) -> Found:
         share, same = share_bytes(model), fixed(model)
         whole = {key: tensor.clone() for key, tensor in gathered(model)}
     counts = num_parameters(model), weight_bytes(model)
-    made = trainer(model, world, "full" if name == "untied" else "none")
+    made = trainer(model, world, "full" if name.startswith("untied") else "none")
     if world.size > 1:
         made.model.hidden(made.batches(1)[0].input_ids)
         gc.collect()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisft.adapter import RowDraws, RowDropout
@@ -28,6 +28,7 @@ from minisft.step import (
 )
 
 LORA = LoRAConfig(rank=2, alpha=3.0)
+few = settings(max_examples=max(5, settings().max_examples // 6))  # of a law whose drawn number is only a seed
 
 
 def rows(lengths: list[int], seed: int = 0) -> list[Encoded]:
@@ -213,6 +214,7 @@ def test_dropout_follows_its_seed_and_leaves_the_global_generator_alone() -> Non
     assert torch.equal(torch.rand(3), undisturbed)
 
 
+@few
 @given(seed=st.integers(0, 99))
 def test_dropout_masks_belong_to_rows_however_they_lie(seed: int) -> None:
     model = tiny.build_with_lora(tiny.LLAMA, replace(LORA, dropout=0.5), torch.float64)

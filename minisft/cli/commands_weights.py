@@ -67,7 +67,7 @@ def combine_command(arguments: argparse.Namespace) -> int:
     """Write one adapter that is a weighted sum of several."""
     out, adapters = Path(arguments.out), [_weighted(word) for word in arguments.adapter]
     load_libraries()
-    from minisft.merging.combine import combine_folders
+    from minisft.merging.combine_files import combine_folders
 
     combined = combine_folders(adapters, out, arguments.rank)
     ranks = sorted({update.rank for update in combined.updates.values()})

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft.common.atomic_files import disk_errors, make_folder, require_unused, write_durably
+from minisft.common.colours import BLUE, GREY, ORANGE
 from minisft.common.errors import UserError
 from minisft.common.safe_json import JSON
 from minisft.evaluation.evaluate import EvalResult
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 REPORT, PLOT = "sweep.json", "sweep.svg"
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito, as in ``lossplot``
 
 Score = Callable[[CausalLM], EvalResult]
 At = Callable[[CausalLM, float], contextlib.AbstractContextManager[None]]
@@ -126,15 +126,15 @@ def draw(points: Sequence[Point]) -> bytes:
     with matplotlib.rc_context({"svg.hashsalt": "minisft", "svg.fonttype": "none"}):
         figure = Figure(figsize=(10, 4.6), layout="constrained")
         axes = figure.subplot_mosaic([["task", "against"], ["general", "against"]])
-        _draw_scores(axes["task"], scales, tasks, _BLUE, f"task, {tasks[0].metric}")
-        _draw_scores(axes["general"], scales, generals, _ORANGE, f"general, {generals[0].metric}")
+        _draw_scores(axes["task"], scales, tasks, BLUE, f"task, {tasks[0].metric}")
+        _draw_scores(axes["general"], scales, generals, ORANGE, f"general, {generals[0].metric}")
         axes["task"].sharex(axes["general"])
         axes["task"].tick_params(labelbottom=False)
         axes["general"].set_xlabel("scale of the update")
         _draw_against(axes["against"], scales, tasks, generals)
         for each in axes.values():
             each.spines[["top", "right"]].set_visible(False)
-            each.grid(color=_GREY, alpha=0.15, linewidth=0.6)
+            each.grid(color=GREY, alpha=0.15, linewidth=0.6)
         svg = io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return svg.getvalue()
@@ -152,7 +152,7 @@ def _draw_scores(axes: Axes, scales: Sequence[float], results: Sequence[EvalResu
 
 def _draw_against(axes: Axes, scales: Sequence[float], tasks: Sequence[EvalResult], generals: Sequence[EvalResult]) -> None:
     x, y = [result.score for result in generals], [result.score for result in tasks]
-    axes.plot(x, y, "o-", color=_GREY, linewidth=1.0, markersize=6)
+    axes.plot(x, y, "o-", color=GREY, linewidth=1.0, markersize=6)
     for i, (place, label) in enumerate(_labels(scales, x, y).items()):
         beside = (-6, 4) if i % 2 else (6, -12)  # neighbours may be close: to the left and to the right by turns
         axes.annotate(label, place, xytext=beside, textcoords="offset points", fontsize=9, ha="right" if i % 2 else "left")

@@ -29,7 +29,7 @@ MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 2**20
 DEFAULT_ALIGNMENT = 32
 
-_STRING, _ARRAY, _BOOL = 8, 9, 7
+STRING, ARRAY, BOOL = 8, 9, 7  # type ids of values
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}  # type id -> struct
 _SMALLEST_KEY = 8 + 4 + 1  # an empty name, a type, one byte
 _SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8  # an empty name, one dimension, a type, an offset
@@ -150,23 +150,23 @@ def _read(walk: _Walk, path: Path) -> GGUF:
 
 def _value(walk: _Walk, name: str) -> Scalar | list[Scalar]:
     kind = walk.number("I", f"the type of {name}")
-    if kind != _ARRAY:
+    if kind != ARRAY:
         return _items(walk, kind, 1, name)[0]
     kind = walk.number("I", f"the item type of {name}")
-    if kind == _ARRAY:
+    if kind == ARRAY:
         raise _HeaderError(f"{name} is an array of arrays", expected="an array of numbers or strings")
-    smallest = 8 if kind == _STRING else struct.calcsize("<" + _NUMBERS.get(kind, "B"))
+    smallest = 8 if kind == STRING else struct.calcsize("<" + _NUMBERS.get(kind, "B"))
     return _items(walk, kind, walk.count("Q", f"the length of {name}", smallest, MAX_ITEMS), name)
 
 
 def _items(walk: _Walk, kind: int, count: int, name: str) -> list[Scalar]:
-    if kind == _STRING:
+    if kind == STRING:
         return [walk.text(name) for _ in range(count)]
     if kind not in _NUMBERS:
-        raise _HeaderError(f"{name} has an unknown type", kind, f"{', '.join(map(str, _NUMBERS))}, {_STRING} or {_ARRAY}")
+        raise _HeaderError(f"{name} has an unknown type", kind, f"{', '.join(map(str, _NUMBERS))}, {STRING} or {ARRAY}")
     code = _NUMBERS[kind]
     numbers: list[Scalar] = list(struct.unpack(f"<{count}{code}", walk.take(count * struct.calcsize("<" + code), name)))
-    if kind != _BOOL:
+    if kind != BOOL:
         return numbers
     if not set(numbers) <= {0, 1}:
         raise _HeaderError(f"{name} is neither true nor false", max(numbers, key=int), "0 or 1")

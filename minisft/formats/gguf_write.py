@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from minisft.formats.gguf_header import DEFAULT_ALIGNMENT, MAGIC, Metadata, Scalar
+from minisft.formats.gguf_header import ARRAY, BOOL, DEFAULT_ALIGNMENT, MAGIC, STRING, Metadata, Scalar
 from minisft.formats.gguf_types import StoredType
 
 VERSION = 3
-_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_UINT32, _INT32, _FLOAT32 = 4, 5, 6
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,16 @@ def _value(value: Scalar | list[Scalar]) -> bytes:
         kind, raw = _scalar(value)
         return struct.pack("<I", kind) + raw
     if all(isinstance(item, str) for item in value):  # an empty list, too: of merges, which are strings
-        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(_text(str(item)) for item in value)
+        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(_text(str(item)) for item in value)
     numbers = [item for item in value if isinstance(item, int) and not isinstance(item, bool)]
     if len(numbers) < len(value):
         raise TypeError("an array of the metadata holds something other than strings or integers")
-    return struct.pack(f"<IIQ{len(numbers)}i", _ARRAY, _INT32, len(numbers), *numbers)
+    return struct.pack(f"<IIQ{len(numbers)}i", ARRAY, _INT32, len(numbers), *numbers)
 
 
 def _scalar(value: Scalar) -> tuple[int, bytes]:
     if isinstance(value, bool):
-        return _BOOL, struct.pack("<?", value)
+        return BOOL, struct.pack("<?", value)
     if isinstance(value, int):
         return _UINT32, struct.pack("<I", value)
-    return (_FLOAT32, struct.pack("<f", value)) if isinstance(value, float) else (_STRING, _text(value))
+    return (_FLOAT32, struct.pack("<f", value)) if isinstance(value, float) else (STRING, _text(value))

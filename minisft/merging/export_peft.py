@@ -24,7 +24,8 @@ from minisft.common.safe_json import JSON
 from minisft.formats.adapter import TEMPLATE_FILE, WEIGHTS_FILE, named_base, recorded_base, write_adapter_files
 from minisft.formats.adapter_config import config_of_modules
 from minisft.formats.source import file_sha256, regular_file
-from minisft.merging.combine import Update, named_factors, read_stored
+from minisft.merging.combine import Update
+from minisft.merging.combine_files import named_factors, read_stored
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be; 16 if it is not given

@@ -12,25 +12,25 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from minisft.common.colours import BLUE, GREEN, GREY, ORANGE
 from minisft.common.errors import visible
 from minisft.common.safe_json import JSON
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito, as in ``lossplot``
 # An axis, and the columns of the report that are drawn on it.
 _PANELS: dict[str, dict[str, str]] = {
-    "|D| / |W|": {"delta_ratio": _BLUE},
-    "fraction_lost": {"fraction_lost": _ORANGE},
-    "effect error": {"effect_error": _ORANGE},
-    "survival": {"survival": _GREEN},
+    "|D| / |W|": {"delta_ratio": BLUE},
+    "fraction_lost": {"fraction_lost": ORANGE},
+    "effect error": {"effect_error": ORANGE},
+    "survival": {"survival": GREEN},
 }
 _FITTED_PANELS: dict[str, dict[str, str]] = {
-    "|D| / |W|": {"delta_ratio": _BLUE},
-    "output error": {"plain_output_error": _GREY, "output_error": _ORANGE},
-    "codes moved": {"moved": _BLUE},
-    "survival": {"survival": _GREEN},
+    "|D| / |W|": {"delta_ratio": BLUE},
+    "output error": {"plain_output_error": GREY, "output_error": ORANGE},
+    "codes moved": {"moved": BLUE},
+    "survival": {"survival": GREEN},
 }
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -79,7 +79,7 @@ def _draw_panel(axes: Axes, columns: Mapping[str, Sequence[float]], colors: Mapp
     finite = [value for values in columns.values() for value in values if math.isfinite(value)]
     axes.set_ylim(min(0.0, *finite), 1.08 * max(0.0, *finite) or 1.0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=_GREY, alpha=0.15, linewidth=0.6)
+    axes.grid(color=GREY, alpha=0.15, linewidth=0.6)
     if len(columns) > 1:
         axes.legend(frameon=False, ncols=len(columns), loc="lower right", bbox_to_anchor=(1, 0.95), fontsize=9)
 
@@ -92,7 +92,7 @@ def page(report: Mapping[str, JSON], svg: str) -> str:
     head = f"<b>{_text(verdict['words'])}</b>: {_text(verdict['number'])} {_text(verdict['value'])}{_text(at)}"
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Merge report</title><style>{_STYLE}</style>\n'
-        f'<h1>Merge report</h1>\n<p class="verdict" style="border-color:{_GREEN if good else _ORANGE}">'
+        f'<h1>Merge report</h1>\n<p class="verdict" style="border-color:{GREEN if good else ORANGE}">'
         f"{head}, limit {_text(verdict['limit'])}</p>\n"
         + "".join(f"<h2>{title}</h2>\n{_pairs(report[key])}" for title, key in _SECTIONS)
         + f"<h2>Layers</h2>\n{_picture(svg)}\n{_layers(report['layers'])}</html>\n"

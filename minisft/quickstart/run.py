@@ -29,12 +29,12 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.evaluation.evaluate import EvalResult, Metric, evaluate, terminal_progress, write
 from minisft.evaluation.metrics import wilson
 from minisft.formats import load_adapter_, load_model
+from minisft.formats.source import SMOLLM2
 from minisft.model import CausalLM
 from minisft.quickstart.parcel_task import parcel_rows
 from minisft.training.runlog import duration
 from minisft.training.train import TrainResult, train
 
-MODEL = "smollm2-135m-instruct"
 TRAIN_ROWS = 400
 TEST_ROWS = 60
 BATCH_SIZE = 4  # more steps from the same rows
@@ -82,7 +82,7 @@ def run_quickstart(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         fix = "minisft quickstart --out another folder, or move this one away"
         raise UserError("config/out-exists", "the quickstart's folder is in use", where=visible(out), fix=fix)
-    model, tokenizer = load_model(MODEL)
+    model, tokenizer = load_model(SMOLLM2)
     log(f"1. Making the data: {train_rows} parcel messages to learn from, {test_rows} others to be tested on.")
     log(_sample(write_data(out / "data", seed, train_rows, test_rows)))
     log("2. Scoring the pretrained model.")
@@ -93,7 +93,7 @@ def run_quickstart(
     if training.weights is None:
         return None
     log("4. Scoring the pretrained model with the saved adapter.")
-    model, tokenizer = load_model(MODEL)
+    model, tokenizer = load_model(SMOLLM2)
     load_adapter_(model, training.weights)
     result = QuickstartResult(before, _scores(model, tokenizer, out, "after"), training, time.monotonic() - began)
     log(report(result, out))
@@ -103,7 +103,7 @@ def run_quickstart(
 def training_settings(out: Path, seed: int) -> RunConfig:
     """fp32, because most CPUs multiply bf16 slowly; two validations, because each costs as much as three steps."""
     return RunConfig(
-        model=MODEL,
+        model=SMOLLM2,
         data=str(out / "data" / "train.jsonl"),
         out=str(out / "run"),
         batch_size=BATCH_SIZE,
@@ -213,9 +213,9 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def next_commands(out: Path) -> list[str]:
     """Talk to it; have a number again; train on one's own data."""
     program = "minisft" if shutil.which("minisft") else os.path.relpath(Path(sys.executable).with_name("minisft"))
-    tuned = f"--model {MODEL} --adapter {out / 'run' / 'adapter'}"
+    tuned = f"--model {SMOLLM2} --adapter {out / 'run' / 'adapter'}"
     return [
         f"{program} chat {tuned}",
         f"{program} eval {tuned} --data {out / 'data' / 'test.jsonl'} --metric json --out {out / 'eval' / 'again.json'}",
-        f"{program} train --model {MODEL} --data YOUR_ROWS.jsonl --out runs/first",
+        f"{program} train --model {SMOLLM2} --data YOUR_ROWS.jsonl --out runs/first",
     ]

@@ -14,22 +14,17 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minisft.common.atomic_files import disk_errors, write_durably
 from minisft.common.errors import UserError, visible
-from minisft.common.safe_json import JSON, loads
-from minisft.common.settings import config_of
-from minisft.config import RunConfig
+from minisft.common.safe_json import JSON
 from minisft.formats.source import file_sha256
-from minisft.training.preference_config import DPOConfig, GRPOConfig
-from minisft.training.runlog import read_metrics
+from minisft.training.card_records import Records, read_object, read_records
 from minisft.training.task_metric import ROWS
 
 CARD = "README.md"
-KINDS: dict[str, type[RunConfig]] = {"dpo": DPOConfig, "grpo": GRPOConfig, "sft": RunConfig}
 SHOWN = ("method", "rank", "alpha", "targets", "quant", "schedule", "batch_size", "max_length", "dtype", "seed")  # always
 NOT_SHOWN = (
     "model", "data", "eval_data", "replay", "template", "init_adapter", "out", "reward", "lr", "steps", "epochs", "map",
@@ -41,30 +36,6 @@ COUNTED = {
     "rows": "rows", "tokens": "tokens", "supervised_tokens": "supervised tokens", "longest_row": "longest row in tokens",
     "median_row": "median row in tokens",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Records:
-    """What a finished run left behind.
-
-    Attributes:
-        kind: sft, dpo or grpo.
-        run: its settings.
-        data, env: ``data.json`` and ``env.json``.
-        metrics: the rows of ``metrics.jsonl``.
-        state: how far the run had come, from its newest checkpoint.
-        weights: the folder of the result.
-        base: what the adapter's files have about the base; None for a whole model.
-    """
-
-    kind: str
-    run: RunConfig
-    data: dict[str, JSON]
-    env: dict[str, JSON]
-    metrics: list[dict[str, JSON]]
-    state: dict[str, JSON]
-    weights: Path
-    base: dict[str, JSON] | None
 
 
 def write_card(
@@ -104,63 +75,10 @@ def write_card(
             "config/out-exists", "there is a card already", where=visible(path), found=f"{path.stat().st_size:,} bytes",
             expected="none", fix="--force replaces it",
         )  # fmt: skip
-    text = render(records, license_id, base_model, [(Path(name), _object(Path(name))) for name in results])
+    text = render(records, license_id, base_model, [(Path(name), read_object(Path(name))) for name in results])
     with disk_errors(path, len(text)):
         write_durably(path, text.encode("utf-8", "backslashreplace"))
     return path
-
-
-# ---- what the run recorded -----------------------------------------------------------------------------------------------
-
-
-def read_records(out: Path) -> Records:
-    """Read what a run recorded.
-
-    Args:
-        out: its folder.
-
-    Returns:
-        The records.
-
-    Raises:
-        UserError: ``checkpoint/no-result`` for a run without a result; a record that is damaged.
-    """
-    settings = _object(out / "config.json")
-    kind = next(
-        name
-        for name, config in KINDS.items()
-        if {f.name for f in dataclasses.fields(config)} - _run_fields() <= settings.keys()
-    )
-    run = config_of(KINDS[kind], dict(settings), visible(out / "config.json"))
-    weights = out / ("adapter" if run.method == "lora" else "model")
-    if not weights.is_dir():
-        raise UserError(
-            "checkpoint/no-result", "the run has no result yet", where=visible(out), found=f"no folder {weights.name}",
-            fix=f"finish it: minisft {'train' if kind == 'sft' else kind} --out {visible(out)} --resume",
-        )  # fmt: skip
-    states = sorted(out.glob("checkpoints/step-*/state.json"), key=lambda path: int(path.parent.name.removeprefix("step-")))
-    facts = weights / "minisft.json"
-    base = _object(facts).get("base") if run.method == "lora" and facts.exists() else None
-    return Records(
-        kind, run, _object(out / "data.json"), _object(out / "env.json"), read_metrics(out / "metrics.jsonl"),
-        _object(states[-1]) if states else {}, weights, base if isinstance(base, dict) else None,
-    )  # fmt: skip
-
-
-def _run_fields() -> set[str]:
-    return {field.name for field in dataclasses.fields(RunConfig)}
-
-
-def _object(path: Path) -> dict[str, JSON]:
-    """The JSON object in a file."""
-    try:
-        value = loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise UserError("checkpoint/bad-record", "a record cannot be read", where=visible(path), found=visible(why)) from None
-    if not isinstance(value, dict):
-        raise UserError("checkpoint/bad-record", "a record is no object", where=visible(path), found=type(value).__name__)
-    return value
 
 
 # ---- the text ---------------------------------------------------------------------------------------------------------------

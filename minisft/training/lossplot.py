@@ -1,7 +1,7 @@
 """The picture of a run: loss above, learning rate below, drawn from ``metrics.jsonl`` alone.
 
 matplotlib is imported only when a picture is made, and its global state (backend, current figure) is left alone. The same
-log gives the same bytes. Colours are Okabe and Ito's, which stay apart for colour-blind readers.
+log gives the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft.common.atomic_files import disk_errors, write_durably
+from minisft.common.colours import BLUE, GREEN, GREY, ORANGE
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.training.runlog import NONFINITE_SUFFIX, read_metrics
@@ -21,7 +22,6 @@ from minisft.training.runlog import NONFINITE_SUFFIX, read_metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 _SMOOTHING_SHARE = 40  # the average reaches one part in 40 of the run to either side
 _LARGEST_RADIUS = 100
 _FEW_POINTS = 40  # below this, single steps are marked
@@ -92,7 +92,7 @@ def _draw(training: _Series, validation: _Series, rates: _Series, title: str) ->
     _draw_rates(lower, rates)
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color=_GREY, alpha=0.15, linewidth=0.6)
+        axes.grid(color=GREY, alpha=0.15, linewidth=0.6)
         axes.margins(x=0.015)
     figure.align_ylabels()
     png = io.BytesIO()
@@ -104,15 +104,15 @@ def _draw_losses(axes: Axes, training: _Series, validation: _Series) -> None:
     radius = min(_LARGEST_RADIUS, len(training.values) // _SMOOTHING_SHARE)
     marker = "." if len(training.values) < _FEW_POINTS else ""
     axes.plot(
-        training.steps, training.values, color=_BLUE, alpha=0.35, linewidth=0.8, marker=marker, label="training, each step"
+        training.steps, training.values, color=BLUE, alpha=0.35, linewidth=0.8, marker=marker, label="training, each step"
     )
     if radius:
         label = f"training, mean of {2 * radius + 1} steps"
-        axes.plot(training.steps[radius:-radius], smooth(training.values, radius), color=_BLUE, linewidth=2, label=label)
+        axes.plot(training.steps[radius:-radius], smooth(training.values, radius), color=BLUE, linewidth=2, label=label)
     if validation.values:
         best = min(range(len(validation.values)), key=validation.values.__getitem__)
         label = f"validation (best {validation.values[best]:.3f} at step {validation.steps[best]:,})"
-        axes.plot(validation.steps, validation.values, "o-", color=_ORANGE, markersize=5, markeredgecolor="white", label=label)
+        axes.plot(validation.steps, validation.values, "o-", color=ORANGE, markersize=5, markeredgecolor="white", label=label)
     if training.nonfinite:
         edge = axes.get_xaxis_transform()  # x in steps, y as a share of the panel
         label = f"not finite, at {len(training.nonfinite)} step(s)"
@@ -122,7 +122,7 @@ def _draw_losses(axes: Axes, training: _Series, validation: _Series) -> None:
 def _draw_rates(axes: Axes, rates: _Series) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.plot(rates.steps, rates.values, color=_GREEN, linewidth=1.5)
+    axes.plot(rates.steps, rates.values, color=GREEN, linewidth=1.5)
     axes.set_ylim(0, 1.1 * max(rates.values, default=1.0))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))

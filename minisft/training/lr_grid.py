@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from minisft.common.checks import require
+from minisft.common.colours import BLUE, GREY, ORANGE
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 from minisft.config import RunConfig
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MIN_RATES = 3  # of two rates each lies at an edge
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito, as in ``lossplot``
 Curve = tuple[tuple[int, float], ...]
 
 
@@ -185,7 +185,7 @@ def draw(cells: Sequence[Cell], choice: Choice | None, title: str) -> bytes:
         figure.suptitle(visible(title), x=0.01, ha="left", fontsize=11, parse_math=False)
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(color=_GREY, alpha=0.15, linewidth=0.6)
+            axes.grid(color=GREY, alpha=0.15, linewidth=0.6)
         svg = io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return svg.getvalue()
@@ -194,13 +194,13 @@ def draw(cells: Sequence[Cell], choice: Choice | None, title: str) -> bytes:
 def _draw_losses(axes: Axes, ordered: Sequence[Cell], choice: Choice | None) -> None:
     done = [(cell.lr, cell.loss) for cell in ordered if cell.loss is not None]
     axes.set_xscale("log")
-    axes.plot([lr for lr, _ in done], [loss for _, loss in done], "o-", color=_BLUE, linewidth=1.4)
+    axes.plot([lr for lr, _ in done], [loss for _, loss in done], "o-", color=BLUE, linewidth=1.4)
     diverged = [cell.lr for cell in ordered if cell.loss is None]
     if diverged:
         axes.plot(diverged, [0.97] * len(diverged), "x", color="black", transform=axes.get_xaxis_transform(), label="diverged")
     if choice is not None:
-        axes.plot([choice.lr], [choice.loss], "o", color=_ORANGE, markersize=9, label=f"chosen: {choice.lr:g}")
-        axes.axvspan(*choice.bracket, color=_ORANGE, alpha=0.08, linewidth=0)
+        axes.plot([choice.lr], [choice.loss], "o", color=ORANGE, markersize=9, label=f"chosen: {choice.lr:g}")
+        axes.axvspan(*choice.bracket, color=ORANGE, alpha=0.08, linewidth=0)
     if diverged or choice is not None:
         axes.legend(frameon=False)
     axes.set_xlabel("peak learning rate")
@@ -212,7 +212,7 @@ def _draw_curves(axes: Axes, ordered: Sequence[Cell]) -> None:
         if cell.curve:
             shade = 0.25 + 0.75 * (i + 1) / len(ordered)
             steps, losses = zip(*cell.curve, strict=True)
-            axes.plot(steps, losses, ".-", color=_BLUE, alpha=shade, linewidth=1.2)
+            axes.plot(steps, losses, ".-", color=BLUE, alpha=shade, linewidth=1.2)
             axes.annotate(f"{cell.lr:g}", (steps[-1], losses[-1]), xytext=(4, 0), textcoords="offset points", fontsize=8)
     axes.set_xlabel("optimizer step")
     axes.margins(x=0.12)
