@@ -90,7 +90,23 @@ class RowDropout(nn.Dropout):
         return keep.div_(1 - self.p)
 
 
-class Adapter(nn.Module):
+class Fp32Parameters(nn.Module):
+    """A module whose own parameters stay fp32 when the model is converted; those of its children do not."""
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module, untyped upstream
+        """Move with the model, but stay fp32: ``model.to(bfloat16)`` must not round what trains."""
+        own = {name: p.data for name, p in self._parameters.items() if p is not None}
+        super()._apply(fn, recurse)
+        for name, before in own.items():
+            parameter = self._parameters[name]
+            assert parameter is not None
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = before.to(parameter.device)
+                parameter.grad = None  # it was rounded along
+        return self
+
+
+class Adapter(Fp32Parameters):
     """A frozen layer and its update; ``LoRALinear``, ``DoRALinear``, ``PiSSALinear`` and ``LoRAEmbedding`` are its kinds.
 
     Args:
@@ -123,18 +139,6 @@ class Adapter(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(rank, columns, dtype=master, device=device))
         self.lora_B = nn.Parameter(torch.zeros(rows, rank, dtype=master, device=device))
         self.enabled = True  # surgery.adapters_off turns it off for a while
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module, untyped upstream
-        """Move with the model, but stay fp32: ``model.to(bfloat16)`` must not round what trains."""
-        factors = {name: p.data for name, p in self._parameters.items() if p is not None}
-        super()._apply(fn, recurse)
-        for name, before in factors.items():
-            parameter = self._parameters[name]
-            assert parameter is not None
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = before.to(parameter.device)
-                parameter.grad = None  # it was rounded along
-        return self
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B as the layer multiplies by them and as they are saved: the update is scaling * B A."""
