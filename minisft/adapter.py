@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minisft.common.errors import UserError
+from minisft.common.fp32 import Fp32Parameters
 from minisft.common.seeds import generator
 from minisft.nf4_linear import NF4Linear
 
@@ -88,22 +89,6 @@ class RowDropout(nn.Dropout):
             draw = generator(draws.seed, "row", row, draws.layer, device=x.device)
             keep[begin:end].bernoulli_(1 - self.p, generator=draw)
         return keep.div_(1 - self.p)
-
-
-class Fp32Parameters(nn.Module):
-    """A module whose own parameters stay fp32 when the model is converted; those of its children do not."""
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module, untyped upstream
-        """Move with the model, but stay fp32: ``model.to(bfloat16)`` must not round what trains."""
-        own = {name: p.data for name, p in self._parameters.items() if p is not None}
-        super()._apply(fn, recurse)
-        for name, before in own.items():
-            parameter = self._parameters[name]
-            assert parameter is not None
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = before.to(parameter.device)
-                parameter.grad = None  # it was rounded along
-        return self
 
 
 class Adapter(Fp32Parameters):

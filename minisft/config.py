@@ -371,7 +371,7 @@ class RunConfig:
         if self.add_tokens is None:
             require(
                 self.train_tokens == "new", "--train-tokens all", "no tokens", "--add-tokens F with it",
-                "name the file of tokens, or leave --train-tokens away; --targets with embed_tokens trains an adapter on all rows",
+                "name the file of tokens, or leave it away; --targets with embed_tokens trains an adapter on all rows",
             )  # fmt: skip
             return
         require(

@@ -22,9 +22,10 @@ from minisft.common.errors import UserError, listing
 from minisft.config import RunConfig
 from minisft.loss import head_loss_sum
 from minisft.model import CausalLM
+from minisft.new_rows import set_fresh_rows_, train_rows_
 from minisft.optim import MasterAdamW
 from minisft.surgery import apply_lora_, lora_modules, lora_plus_ratios, train_fully_
-from minisft.trained_rows import row_modules, set_fresh_rows_, train_rows_
+from minisft.trained_rows import row_modules
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.nf4 import codebook
 from minisft.nf4_linear import NF4Linear
 from minisft.pissa import PiSSALinear
-from minisft.trained_rows import own_rows, row_modules
+from minisft.trained_rows import TrainedRows, own_rows, row_modules
 
 T = TypeVar("T")
 
@@ -423,7 +423,7 @@ def require_scalable(model: nn.Module) -> None:
     """Refuse trained rows, which take the place of rows and are no update that could be scaled: ``config/scaled-rows``."""
     if rows := own_rows(model):
         raise UserError(
-            "config/scaled-rows", "an adapter with trained tokens has one scale only", found=listing(rows, 3), expected="scale 1",
+            "config/scaled-rows", "trained tokens cannot be scaled", found=listing(rows, 3), expected="scale 1",
             fix="leave the scale at 1, or train without --add-tokens",
         )  # fmt: skip
 
@@ -431,7 +431,7 @@ def require_scalable(model: nn.Module) -> None:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Within this block the model is its base; rows that were added to its tables are the mean of the others."""
-    adapters = [*lora_modules(model).values(), *row_modules(model).values()]
+    adapters: list[Adapter | TrainedRows] = [*lora_modules(model).values(), *row_modules(model).values()]
     before = [adapter.enabled for adapter in adapters]
     try:
         for adapter in adapters:

@@ -1,11 +1,11 @@
 """Tokens that a run adds to its tokenizer: the file of ``--add-tokens``, and the tokenizer that knows them.
 
-One token a line, UTF-8; or, in a file that ends in ``.json``, a list of texts and of objects ``{"content": ..., "special": true}``.
-A plain token is one id wherever its text stands, in the rows too, and is shown in answers. A special one is a control token: one
-id where the chat template writes it, ordinary characters where the rows spell it out, hidden in answers, and an end of the answer
-if the template closes answers with it. Refused are texts that nobody means: empty in JSON, with control characters, white
-space at an end, twice. Texts that are one token already are passed over and reported. The one idea: what is one token is said by
-a list, never guessed.
+One token a line, UTF-8; or, in a file that ends in ``.json``, a list of texts and of objects with ``content`` and ``special``.
+A plain token is one id wherever its text stands, in the rows too, and is shown in answers. A special one is a control token:
+one id where the chat template writes it, ordinary characters where the rows spell it out, hidden in answers, and the end of an
+answer if the template closes answers with it. Refused are texts that nobody means: empty ones, control characters, white space
+at an end, the same twice. Texts that are one token already are passed over and reported. The one idea: what is one token is
+said by a list, never guessed.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def add_tokens(tokenizer: Tokenizer, tokens: Sequence[NewToken], where: str = ""
             expected="a new one", fix="leave --add-tokens away; --targets with embed_tokens and lm_head trains what is there",
         )  # fmt: skip
     extended = tokenizer.extended([AddedToken(t.content, special=t.special, normalized=False) for t in new])
-    if len(extended.new_ids) != len(new) or any(extended.encode(t.content, control=True) != [i] for t, i in zip(new, extended.new_ids, strict=True)):
+    if len(extended.new_ids) != len(new) or any(
+        extended.encode(t.content, control=True) != [i] for t, i in zip(new, extended.new_ids, strict=True)
+    ):
         raise UserError(
             "tokenizer/taken", "the vocabulary cannot take these tokens under ids of their own", where=where,
             found=listing((visible(token.content) for token in new), 6), expected="texts that no entry of the vocabulary has",
@@ -108,7 +110,9 @@ def _text(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
-            raise _error("the file is too large", path, None, f"over {MAX_BYTES:,} bytes", "a list of tokens", "give a shorter list")
+            raise _error(
+                "the file is too large", path, None, f"over {MAX_BYTES:,} bytes", "a list of tokens", "give a shorter list"
+            )
         return raw.decode("utf-8")
     except OSError as error:
         fix = "name a file with one token a line"
@@ -121,7 +125,9 @@ def _list(text: str, path: Path) -> list[safe_json.JSON]:
     try:
         value = safe_json.loads(text)
     except ValueError as error:
-        raise _error("the file is not JSON", path, None, visible(error), "a list", "correct it, or write one token a line") from None
+        raise _error(
+            "the file is not JSON", path, None, visible(error), "a list", "correct it, or write one token a line"
+        ) from None
     if not isinstance(value, list):
         raise _error("the file is no list", path, None, type(value).__name__, "a list of tokens", 'write ["<a>", "<b>"]')
     return value

@@ -169,6 +169,11 @@ class Tokenizer:
         made.notes, made.new_ids = self.notes, range(self.vocab_size, made.vocab_size)
         return made
 
+    def extends(self, base: Tokenizer) -> bool:
+        """Whether every token of ``base`` is here under the same id."""
+        own, theirs = (t._with_control.get_vocab(with_added_tokens=True) for t in (self, base))
+        return theirs.items() <= own.items()
+
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``, ``tokenizer_config.json``, ``special_tokens_map.json`` and ``chat_template.jinja``."""
         folder.mkdir(parents=True, exist_ok=True)
