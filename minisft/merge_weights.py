@@ -302,7 +302,7 @@ def _dense_layer(adapter: Adapter, weight: Tensor) -> nn.Module:
 
 
 def _dense_tables(modules: Mapping[str, TrainedRows], dtype: torch.dtype | None) -> dict[str, nn.Module]:
-    """Plain embedding and head with the trained rows in their places; tied ones share the table."""
+    """Plain embedding and head with the trained rows put in; tied ones share the table."""
     made: dict[str, nn.Module] = {}
     weights: dict[int, nn.Parameter] = {}
     for path, module in modules.items():

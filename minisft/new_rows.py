@@ -96,14 +96,14 @@ def wrap_rows_(model: CausalLM, ids: Mapping[str, Sequence[int]]) -> None:
         UserError: ``config/new-tokens``, for tables that have an adapter or cannot have such rows.
     """
     embedding, head = require_tables(model)
-    places = {path: torch.tensor(sorted(found), device=embedding.weight.device) for path, found in ids.items()}
+    rows_of = {path: torch.tensor(sorted(found), device=embedding.weight.device) for path, found in ids.items()}
     tied, training = head.weight is embedding.weight, model.training
-    if EMBEDDING in places:
-        model.model.embed_tokens = rows = EmbeddingRows(embedding, places[EMBEDDING]).train(training)
+    if EMBEDDING in rows_of:
+        model.model.embed_tokens = rows = EmbeddingRows(embedding, rows_of[EMBEDDING]).train(training)
         if tied:
-            model.lm_head = HeadRows(head, places[EMBEDDING], rows.rows).train(training)  # type: ignore[assignment]
-    if HEAD in places and not tied:
-        model.lm_head = HeadRows(head, places[HEAD]).train(training)  # type: ignore[assignment]
+            model.lm_head = HeadRows(head, rows_of[EMBEDDING], rows.rows).train(training)  # type: ignore[assignment]
+    if HEAD in rows_of and not tied:
+        model.lm_head = HeadRows(head, rows_of[HEAD]).train(training)  # type: ignore[assignment]
 
 
 def require_tables(model: CausalLM) -> tuple[nn.Embedding, nn.Linear]:

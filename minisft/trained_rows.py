@@ -20,7 +20,7 @@ from minisft.matmul import linear
 
 
 class TrainedRows(Fp32Parameters):
-    """A frozen table (V, D) with trained rows R (n, D), fp32 or wider, in the places ``ids`` (n,), ascending.
+    """A frozen table (V, D) with trained rows R (n, D), fp32 or wider, for ``ids`` (n,), ascending.
 
     Args:
         base: the table's module; it is frozen here.

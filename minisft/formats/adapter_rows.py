@@ -111,13 +111,16 @@ def grown_vocabulary(ids: RowIds, vocab_size: int, tied: bool, where: Path) -> i
 
 
 def read_rows_of(ids: RowIds, hidden_size: int, tied: bool, header: Header) -> dict[str, Tensor]:
-    """The rows of each table from the file, put in ascending order: (n, D), finite.
+    """The rows of each table from the file, put in ascending order: finite.
 
     Args:
         ids: what ``read_row_ids`` found.
         hidden_size: D.
         tied: a tied head has no tensor of its own.
         header: of ``adapter_model.safetensors``, whose names have been checked.
+
+    Returns:
+        EMBEDDING, HEAD -> rows, (n, D) in the dtype of the file.
 
     Raises:
         UserError: ``adapter/shape``, ``adapter/dtype``, ``adapter/non-finite``.

@@ -79,7 +79,7 @@ class AdaptedFiles:
         return In4Bits(name, dense, self.quant) if self.quant is not None and name in self.in_4_bits else dense
 
     def stored_weight(self, name: str) -> Pieces:
-        """The weight ``name`` as the files hold it, with the adapter's own rows in their places."""
+        """The weight ``name`` as the files hold it, with the adapter's own rows put in."""
         name = name if name in self.stored.open else EMBEDDING
         table, rows = self.stored.open[name](), self.rows.get(name.removesuffix(".weight"))
         return table if rows is None else WithRows(table, rows, (self.stored.config.vocab_size, *table.shape[1:]))
