@@ -226,11 +226,18 @@ def optimizer_of(model: CausalLM, parameters: Mapping[str, nn.Parameter], run: R
 
 
 def prepare_method(model: CausalLM, run: RunConfig, new_ids: Sequence[int] = ()) -> dict[str, nn.Parameter]:
-    """Make the model ready for the run's method; returns what is trained, by name.
+    """Make the model ready for the run's method.
 
     With ``run.init_adapter`` the adapters that the model brings are trained on; otherwise new ones are added. ``full`` trains
-    the layers of ``run.targets``, or every weight if none are named. ``new_ids`` are tokens of ``run.add_tokens``: their rows
-    (with ``train_tokens = "all"`` all rows) are trained beside the adapters.
+    the layers of ``run.targets``, or every weight if none are named.
+
+    Args:
+        model: changed in place.
+        run: the settings.
+        new_ids: tokens of ``run.add_tokens``: their rows, with ``train_tokens = "all"`` all rows, are trained beside adapters.
+
+    Returns:
+        What is trained, by name.
     """
     if run.method == "lora" and not (run.init_adapter and lora_modules(model)):
         apply_lora_(model, run.lora, run.seed)
