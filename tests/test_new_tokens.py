@@ -22,8 +22,9 @@ from minisft.common.errors import UserError
 from minisft.config import LoRAConfig
 from minisft.data.new_tokens import NewToken, add_tokens, read_tokens
 from minisft.formats import load_adapter_, load_model, load_tokenizer, save_adapter
-from minisft.formats.adapter_rows import rows_name
+from minisft.formats.adapter_rows import rows_name, saved_tokenizer
 from minisft.loss import head_loss_sum, token_log_probs
+from minisft.merging.base_and_adapter import open_adapted
 from minisft.new_rows import EMBEDDING, HEAD, NOISE, grow_, train_rows_, wrap_rows_
 from minisft.surgery import adapters_off, apply_lora_
 from minisft.trained_rows import EmbeddingRows, HeadRows, own_rows, row_modules
@@ -154,11 +155,6 @@ def test_peft_gives_the_same_logits_and_transformers_the_same_ids(shop: Path) ->
 @pytest.mark.parametrize(
     ("tied", "indices"),
     [(True, [9, 3, 250]), (False, [9, 3, 250]), (False, {"lm_head": [7, 1]}), (False, {"embed_tokens": [4], "lm_head": [7]})],
-        (True, [9, 3, 250]),
-        (False, [9, 3, 250]),
-        (False, {"lm_head": [7, 1]}),
-        (False, {"embed_tokens": [4], "lm_head": [7, 1]}),
-    ],
     ids=str,
 )
 def test_ours_loads_what_peft_trained(make: Callable[[bool], Path], tied: bool, indices: object, tmp_path: Path) -> None:
@@ -482,6 +478,36 @@ def test_another_tokenizer_beside_the_rows_is_refused(tied: Path, capsys: pytest
     (tmp_path / "a/special_tokens_map.json").unlink()
     assert main(["generate", "--model", str(tied / "model"), "--adapter", str(tmp_path / "a"), "--prompt", "a"]) == 4
     assert "error[adapter/tokenizer]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_with_rows_comes_back_whole(tied: bool, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", tmp_path / "scratch", replace(CONFIG, tie_word_embeddings=tied))
+    model, base = load_model(tmp_path / "model")
+    old = {path: model.get_submodule(path).weight.detach().clone() for path in (EMBEDDING, HEAD)}
+    tokenizer, _ = add_tokens(base, [NewToken("<a>"), NewToken("<b>")])
+    grow_(model, tokenizer.vocab_size)
+    apply_lora_(model, LoRAConfig(rank=2))
+    train_rows_(model, [3, OLD, OLD + 1], tokenizer.new_ids)
+    with torch.no_grad():
+        for module in own_rows(model).values():
+            module.rows.normal_()
+    save_adapter(model.eval(), tmp_path / "a", tokenizer=tokenizer)
+    again, _ = load_model(tmp_path / "model")
+    load_adapter_(again.eval(), tmp_path / "a")
+    ids = torch.tensor([[3, OLD, OLD + 1, 4]])
+    assert torch.equal(again(ids), model(ids))
+    assert saved_tokenizer(tmp_path / "a", base).encode("<b>") == [OLD + 1]
+    files = open_adapted(tmp_path / "a")  # what a merge reads
+    for path, module in own_rows(model).items():
+        expected = torch.cat([old[path], torch.zeros(2, CONFIG.hidden_size)])
+        expected[module.ids] = module.rows.detach()
+        pieces = files.stored_weight(f"{path}.weight")
+        assert pieces.shape == tuple(expected.shape)
+        flat = expected.flatten()
+        border, last = OLD * CONFIG.hidden_size, len(flat)
+        for begin, end in ((0, last), (45, 60), (border - 5, border + 5), (border + 3, last), (last - 1, last)):
+            assert torch.equal(pieces.read(begin, end), flat[begin:end])
 
 
 def test_rows_are_saved_with_a_tokenizer_or_not_at_all(tmp_path: Path) -> None:
