@@ -194,8 +194,8 @@ class RunConfig:
 
     model: str = flag("model folder, GGUF file, hub id or smollm2-135m-instruct", metavar="M")
     data: str | tuple[str, ...] = flag(
-        "training rows: JSONL, JSON, CSV, Parquet, hf:org/name[:config][@revision][#split]; several are read as one, or mixed by "
-        "their shares of an epoch's rows: a.jsonl:0.7 b.jsonl:0.3",
+        "training rows: JSONL, JSON, CSV, Parquet, hf:org/name[:config][@revision][#split]; several are read as one, or mixed "
+        "by their shares of an epoch's rows: a.jsonl:0.7 b.jsonl:0.3",
         metavar="F[:SHARE]",
     )
     out: str = flag("run folder: new, or with --resume the one to go on with", metavar="DIR")
