@@ -113,6 +113,9 @@ def trained_parameters(run: RunConfig, model: CausalLM, num_rows: int = 0) -> in
         run: the settings.
         model: of the base's shape, on the meta device; changed by ``full``.
         num_rows: trained rows of embedding and head, beside adapters.
+
+    Returns:
+        The count.
     """
     if run.method == "full":
         train_fully_(model, None if run.targets is None else run.lora.targets)

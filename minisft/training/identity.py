@@ -28,17 +28,7 @@ from minisft.formats.source import file_sha256
 from minisft.training.new_tokens import tokens_identity
 
 FORMAT = 3  # 1 compared names and memory settings, and knew nothing of tokens; 2 trained all weights whatever --targets said
-FILES = (
-    "model",
-    "data",
-    "eval_data",
-    "replay",
-    "template",
-    "init_adapter",
-    "reward",
-    "add_tokens",
-    "train_tokens",
-)  # compared by content
+FILES = ("model", "data", "eval_data", "replay", "template", "init_adapter", "reward", "add_tokens")  # compared by content
 WATCHING = ("out", "log_every", "keep_last", "save_every", "strict", "cache", "report", "parallel")  # decide nothing computed
 LENGTH = ("steps", "epochs")  # may be raised, see ``Trainer.restore``
 COMPUTE = ("micro_batch_size", "checkpointing", "device", "packing")
@@ -57,7 +47,7 @@ def run_identity(run: RunConfig, data: Mapping[str, JSON], base: str | None, dev
     Returns:
         JSON for ``require_same_run``.
     """
-    left_out = {*FILES, *WATCHING, *LENGTH, *COMPUTE}
+    left_out = {*FILES, *WATCHING, *LENGTH, *COMPUTE, "train_tokens"}  # this one is recorded with the tokens
     settings = {name: value for name, value in run.to_dict().items() if name not in left_out}
     settings |= {"lr": run.peak_lr, "replay_share": run.replay_share_or_default}
     compute: dict[str, JSON] = {
