@@ -75,6 +75,7 @@ FILES = {
     "README.md": CONFIGS,
     "en/b.jsonl": row("b1") + row("b2"),
     "en/a1.jsonl": row("a1"),
+    "en/aside/z.jsonl": row("another folder"),
     "en/deep/x/y.jsonl": row("held"),
     "de.csv": "prompt,completion\nsag,ja\n",
     "make.py": "raise SystemExit('a script was run')",
@@ -231,7 +232,7 @@ def test_with_a_network_only_what_is_missing_is_asked_for(cache: Path, monkeypat
     assert asked == [["test.jsonl", "README.md"]]
 
     def fail(*_: object, **__: object) -> None:
-        raise OSError("no route")
+        raise type("ConnectError", (Exception,), {})("no route")  # as httpx: no OSError
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
     with pytest.raises(UserError, match=r"data/download.*no route"):

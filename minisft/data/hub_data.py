@@ -269,7 +269,7 @@ def _download(asked: HubData) -> tuple[Path, Chosen]:
         return Path(found), chosen
     except UserError:
         raise
-    except (OSError, ValueError) as error:  # its HTTP and validation errors derive from these
+    except Exception as error:  # a listing passes on whatever the HTTP library raises, which is no OSError
         raise UserError(
             "data/download", "the data set is not in the cache, and the download failed", where=visible(f"{PREFIX}{repo}"),
             found=visible(error, 300), fix="check the name and the connection, or download it yourself and name the file",

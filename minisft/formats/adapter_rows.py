@@ -163,7 +163,7 @@ class RowsInFile:
             what = "a table has an adapter and trained rows"
             raise UserError("adapter/unsupported", what, where=visible(config_file), found=listing(both), fix=MERGE_THERE)
         if not isinstance(model, CausalLM) or type(model) is not CausalLM:
-            what, found = "an adapter with trained tokens needs a model of our own decoder", type(model).__name__
+            what, found = f"{KEY} needs a model of our own decoder", type(model).__name__
             raise UserError("adapter/unsupported", what, where=visible(config_file), found=found, fix=MERGE_THERE)
         require_tables(model)
         self.model, self.tied = model, model.config.tie_word_embeddings
