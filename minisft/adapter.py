@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minisft.common.errors import UserError
+from minisft.common.fp32 import Fp32Parameters
 from minisft.common.seeds import generator
 from minisft.nf4_linear import NF4Linear
 
@@ -90,7 +91,7 @@ class RowDropout(nn.Dropout):
         return keep.div_(1 - self.p)
 
 
-class Adapter(nn.Module):
+class Adapter(Fp32Parameters):
     """A frozen layer and its update; ``LoRALinear``, ``DoRALinear``, ``PiSSALinear`` and ``LoRAEmbedding`` are its kinds.
 
     Args:
@@ -123,18 +124,6 @@ class Adapter(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(rank, columns, dtype=master, device=device))
         self.lora_B = nn.Parameter(torch.zeros(rows, rank, dtype=master, device=device))
         self.enabled = True  # surgery.adapters_off turns it off for a while
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module, untyped upstream
-        """Move with the model, but stay fp32: ``model.to(bfloat16)`` must not round what trains."""
-        factors = {name: p.data for name, p in self._parameters.items() if p is not None}
-        super()._apply(fn, recurse)
-        for name, before in factors.items():
-            parameter = self._parameters[name]
-            assert parameter is not None
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = before.to(parameter.device)
-                parameter.grad = None  # it was rounded along
-        return self
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B as the layer multiplies by them and as they are saved: the update is scaling * B A."""

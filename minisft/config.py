@@ -194,8 +194,8 @@ class RunConfig:
 
     model: str = flag("model folder, GGUF file, hub id or smollm2-135m-instruct", metavar="M")
     data: str | tuple[str, ...] = flag(
-        "training rows: JSONL, JSON, CSV, Parquet; several files are read as one, or mixed by their shares of an epoch's rows: "
-        "a.jsonl:0.7 b.jsonl:0.3",
+        "training rows: JSONL, JSON, CSV, Parquet, hf:org/name[:config][@revision][#split]; several are read as one, or mixed "
+        "by their shares of an epoch's rows: a.jsonl:0.7 b.jsonl:0.3",
         metavar="F[:SHARE]",
     )
     out: str = flag("run folder: new, or with --resume the one to go on with", metavar="DIR")
@@ -245,6 +245,12 @@ class RunConfig:
         "how adapters start: default (they change nothing), or pissa (with the principal part of each weight; saved as plain "
         "LoRA of twice the rank)",
         "default",
+    )
+    add_tokens: str | None = flag(
+        "new tokens, one a line (or .json: a list): each gets a row in embedding and head, and goes with the adapter", None, "F"
+    )
+    train_tokens: Literal["new", "all"] = flag(
+        "with --add-tokens: which rows of embedding and head are trained beside the adapters; all makes large adapters", "new"
     )
     quant: Literal["none", "nf4"] = flag("quantize the frozen base to 4 bits and train adapters on it (QLoRA)", "none")
     double_quant: bool = flag("with --quant: store the scales of the 4-bit blocks in 8 bits too", True)
@@ -343,6 +349,7 @@ class RunConfig:
         )  # fmt: skip
         if self.method == "full":
             self._refuse_adapter_settings()
+        self._check_tokens()
         self._check_eval_metric()
         for name in self.report:
             require(name in TRACKERS, "--report", name, " or ".join(TRACKERS), nearest(name, TRACKERS))
@@ -359,6 +366,31 @@ class RunConfig:
         if isinstance(self.data, tuple) and len(self.data) == 1:
             object.__setattr__(self, "data", self.data[0])
         parse_sources(self.data)
+
+    def _check_tokens(self) -> None:
+        if self.add_tokens is None:
+            require(
+                self.train_tokens == "new", "--train-tokens all", "no tokens", "--add-tokens F with it",
+                "name the file of tokens, or leave it away; --targets with embed_tokens trains an adapter on all rows",
+            )  # fmt: skip
+            return
+        require(
+            self.init_adapter is None, "--add-tokens with --init-adapter", self.add_tokens, "one of them",
+            "leave --add-tokens away: an adapter brings its own tokens; or merge it, and add tokens to the merged model",
+        )  # fmt: skip
+        require(
+            self.parallel != "shard", "--add-tokens with --parallel shard", self.parallel, "replicate",
+            "--parallel replicate; --quant nf4 makes the base smaller",
+        )  # fmt: skip
+        is_full = self.method == "full"
+        require(
+            not is_full or self.targets is None, "--add-tokens with --method full and --targets", self.targets, "no --targets",
+            "leave --targets away, or new rows might never be trained; or leave --method away for adapters",
+        )  # fmt: skip
+        require(
+            not is_full or self.train_tokens == "new", "--train-tokens with --method full", self.train_tokens, "nothing",
+            "leave --train-tokens away: all weights are trained",
+        )  # fmt: skip
 
     def _check_eval_metric(self) -> None:
         metric = self.eval_metric

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minisft.common.autograd import Context
 from minisft.matmul import compute_dtype
+from minisft.trained_rows import HeadRows
 
 IGNORE_INDEX = -100
 CHUNK_ELEMENTS = 2**23  # logits alive at once: 32 MiB in fp32
@@ -35,10 +36,15 @@ def cross_entropy_sum(logits: Tensor, target_ids: Tensor) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Loss and gradient of a linear head in one pass, chunk by chunk: dL/dh = (softmax(h W^T) - onehot) W."""
+    """Loss and gradient of a linear head in one pass, chunk by chunk: dL/dh = (softmax(h W^T) - onehot) W.
+
+    With ``trained`` these rows (n, D) of W have a gradient, those of ``ids`` (n,): these columns of softmax - onehot, times h.
+    """
 
     @staticmethod
-    def forward(ctx: Context, hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
+    def forward(
+        ctx: Context, hidden: Tensor, weight: Tensor, target_ids: Tensor, trained: Tensor | None, ids: Tensor | None
+    ) -> Tensor:
         matmul_dtype = compute_dtype(hidden)
         precise = torch.promote_types(matmul_dtype, torch.float32)
         head_VD = weight.to(matmul_dtype)
@@ -46,6 +52,7 @@ class _HeadLoss(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=precise) if need_weight else None
+        grad_trained = None if trained is None else torch.zeros_like(trained, dtype=precise)
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
@@ -53,7 +60,7 @@ class _HeadLoss(torch.autograd.Function):
             logits = (h @ head_VD.T).to(precise)
             logsum = torch.logsumexp(logits, -1, keepdim=True)
             total += (logsum - logits.gather(1, targets)).sum()
-            if not (need_hidden or need_weight):
+            if not any(ctx.needs_input_grad):
                 continue
             grad_logits = logits.sub_(logsum).exp_()
             grad_logits.scatter_add_(1, targets, torch.full_like(logsum, -1))
@@ -61,18 +68,29 @@ class _HeadLoss(torch.autograd.Function):
                 grad_hidden[part] = (grad_logits.to(matmul_dtype) @ head_VD).to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight += (grad_logits.to(matmul_dtype).T @ h).to(precise)
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+            if grad_trained is not None:
+                grad_trained += (grad_logits[:, ids].to(matmul_dtype).T @ h).to(precise)
+        grads = zip((grad_weight, grad_trained), (weight, trained), strict=True)
+        ctx.save_for_backward(grad_hidden, *(None if g is None or p is None else g.to(p.dtype) for g, p in grads))
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
-            None,
-        )
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, None]:
+        grad_hidden, grad_weight, grad_trained = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return grad_hidden, grad_weight, None, grad_trained, None
+
+
+def _table_of(head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """W of a head that is W h and no more; its trained rows and which they are, if only some are trained. Else None."""
+    if isinstance(head, HeadRows):
+        if head.enabled:
+            return head.whole_weight(), head.rows if torch.is_grad_enabled() else None, head.ids
+        head = head.base
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        return None
+    # A Function cannot see no_grad from within.
+    return head.weight if torch.is_grad_enabled() else head.weight.detach(), None, None
 
 
 def head_loss_sum(hidden: Tensor, head: Callable[[Tensor], Tensor], target_ids: Tensor) -> Tensor:
@@ -92,9 +110,9 @@ def head_loss_sum(hidden: Tensor, head: Callable[[Tensor], Tensor], target_ids: 
     supervised = (target_ids.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, supervised)
     targets = target_ids.reshape(-1).index_select(0, supervised)
-    if isinstance(head, nn.Linear) and head.bias is None:
-        weight = head.weight if torch.is_grad_enabled() else head.weight.detach()  # a Function cannot see no_grad from within
-        return _HeadLoss.apply(rows, weight, targets)
+    if (table := _table_of(head)) is not None:
+        weight, trained, ids = table
+        return _HeadLoss.apply(rows, weight, targets, trained, ids)
     chunk = max(1, CHUNK_ELEMENTS // 2**16)
     parts = zip(rows.split(chunk), targets.split(chunk), strict=True)
     losses = [checkpoint(lambda h, t: cross_entropy_sum(head(h), t), h, t, use_reentrant=False) for h, t in parts]
@@ -104,23 +122,32 @@ def head_loss_sum(hidden: Tensor, head: Callable[[Tensor], Tensor], target_ids: 
 class _TokenLogProbs(torch.autograd.Function):
     """log softmax(h W^T / T) at the targets, chunk by chunk; backward computes each chunk's logits again.
 
-    dl_n/dh_n = (onehot(target_n) - softmax(h_n W^T / T)) W / T.
+    dl_n/dh_n = (onehot(target_n) - softmax(h_n W^T / T)) W / T. ``trained`` and ``ids`` as for ``_HeadLoss``.
     """
 
     @staticmethod
-    def forward(ctx: Context, hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float) -> Tensor:
+    def forward(
+        ctx: Context,
+        hidden: Tensor,
+        weight: Tensor,
+        target_ids: Tensor,
+        temperature: float,
+        trained: Tensor | None,
+        ids: Tensor | None,
+    ) -> Tensor:
         log_probs = [_chunk_log_probs(*chunk, weight, temperature)[0] for chunk in _chunks(hidden, weight, target_ids)]
-        ctx.save_for_backward(hidden, weight, target_ids, torch.tensor(temperature, dtype=torch.float64))
+        ctx.save_for_backward(hidden, weight, target_ids, torch.tensor(temperature, dtype=torch.float64), trained, ids)
         return torch.cat(log_probs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, weight, target_ids, saved_temperature = ctx.saved_tensors
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None, None]:
+        hidden, weight, target_ids, saved_temperature, trained, ids = ctx.saved_tensors
         temperature = saved_temperature.item()
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden: list[Tensor] = []
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if need_weight else None
+        grad_trained = None if trained is None else torch.zeros_like(trained, dtype=grad.dtype)
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for (h, targets), g in zip(_chunks(hidden, weight, target_ids), grad.split(rows), strict=True):
             _, logits, logsum = _chunk_log_probs(h, targets, weight, temperature)
@@ -132,10 +159,14 @@ class _TokenLogProbs(torch.autograd.Function):
                 grad_hidden.append((grad_logits.to(dtype) @ weight.to(dtype)).to(hidden.dtype))
             if grad_weight is not None:
                 grad_weight += (grad_logits.to(dtype).T @ h.to(dtype)).to(grad.dtype)
+            if grad_trained is not None:
+                grad_trained += (grad_logits[:, ids].to(dtype).T @ h.to(dtype)).to(grad.dtype)
         return (
             torch.cat(grad_hidden) if need_hidden else None,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None,
+            None,
+            None if grad_trained is None or trained is None else grad_trained.to(trained.dtype),
             None,
         )
 
@@ -174,9 +205,9 @@ def token_log_probs(hidden: Tensor, head: Callable[[Tensor], Tensor], target_ids
     scored = (target_ids.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, scored)
     targets = target_ids.reshape(-1).index_select(0, scored)
-    if isinstance(head, nn.Linear) and head.bias is None:
-        weight = head.weight if torch.is_grad_enabled() else head.weight.detach()
-        return _TokenLogProbs.apply(rows, weight, targets, temperature)
+    if (table := _table_of(head)) is not None:
+        weight, trained, ids = table
+        return _TokenLogProbs.apply(rows, weight, targets, temperature, trained, ids)
 
     def part(h: Tensor, t: Tensor) -> Tensor:
         logits = head(h)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,7 @@ from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight
 from minisft.nf4_linear import NF4Linear
 from minisft.surgery import lora_modules, quantization_of, replace_module
+from minisft.trained_rows import TrainedRows, row_modules
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
@@ -212,13 +213,15 @@ def _weights(
     original: Callable[[str], Tensor] | None,
 ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
     """Every weight of the merged model by its name, each a tensor of its own."""
-    inside = tuple(path + "." for path in merged)
+    inside = tuple(path + "." for path in (*merged, *row_modules(model)))
     for path, module in model.named_modules():
         if path.startswith(inside):
             continue
         name, bias = path + ".weight", getattr(getattr(module, "base", module), "bias", None)
         if path in merged:
             yield name, merged[path]
+        elif isinstance(module, TrainedRows):
+            yield name, rounded(name, module.merged_rows(module.base.weight.detach()), dtype, own=True)
         elif isinstance(module, NF4Linear):  # without an adapter; it goes the way of its neighbours
             if onto == "requantized":
                 yield name, copy.deepcopy(module.quantized)
@@ -238,7 +241,7 @@ def _weights(
 class _Kept:
     """What ``unmerge_`` puts back."""
 
-    adapters: dict[str, Adapter]
+    adapters: Mapping[str, Adapter | TrainedRows]
     config: ModelConfig | None
 
 
@@ -270,13 +273,15 @@ def merge_(model: nn.Module, dtype: torch.dtype | None = None) -> MergeReport:
         assert isinstance(weight, Tensor)
         layers[path] = _dense_layer(adapter, weight).train(adapter.training)
         reports.append(report)
+    rows = row_modules(model)
+    layers |= _dense_tables(rows, dtype)
     for path, layer in layers.items():
         replace_module(model, path, layer)
     config = None
     if isinstance(model, CausalLM) and model.config.tie_word_embeddings and splits_tie(adapters):
         config, model.config = model.config, dataclasses.replace(model.config, tie_word_embeddings=False)
     # A frozen value, not a module: it stays out of parameters, buffers and the state dict.
-    model._kept_by_merge = _Kept(adapters, config)  # type: ignore[assignment]  # nn.Module admits tensors and modules only
+    model._kept_by_merge = _Kept({**adapters, **rows}, config)  # type: ignore[assignment]  # nn.Module admits tensors and modules only
     return MergeReport("dequantized", tuple(reports))
 
 
@@ -294,6 +299,20 @@ def _dense_layer(adapter: Adapter, weight: Tensor) -> nn.Module:
     assert isinstance(adapter, LoRALinear)
     layer.register_parameter("bias", adapter.base.bias)
     return layer
+
+
+def _dense_tables(modules: Mapping[str, TrainedRows], dtype: torch.dtype | None) -> dict[str, nn.Module]:
+    """Plain embedding and head with the trained rows put in; tied ones share the table."""
+    made: dict[str, nn.Module] = {}
+    weights: dict[int, nn.Parameter] = {}
+    for path, module in modules.items():
+        table = module.base.weight.detach()
+        if id(module.rows) not in weights:
+            whole = rounded(f"{path}.weight", module.merged_rows(table), dtype or table.dtype, own=True)
+            weights[id(module.rows)] = nn.Parameter(whole, requires_grad=False)
+        made[path] = copy.copy(module.base).train(module.training)
+        made[path]._parameters = {**module.base._parameters, "weight": weights[id(module.rows)]}
+    return made
 
 
 def unmerge_(model: nn.Module) -> None:

@@ -22,8 +22,10 @@ from minisft.common.errors import UserError, listing
 from minisft.config import RunConfig
 from minisft.loss import head_loss_sum
 from minisft.model import CausalLM
+from minisft.new_rows import set_fresh_rows_, train_rows_
 from minisft.optim import MasterAdamW
 from minisft.surgery import apply_lora_, lora_modules, lora_plus_ratios, train_fully_
+from minisft.trained_rows import row_modules
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,7 @@ def optimizer_of(model: CausalLM, parameters: Mapping[str, nn.Parameter], run: R
         AdamW; with ``optim = "adamw8bit"`` all moments are in 8 bits but those of embeddings and of small tensors.
     """
     embeddings = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    embeddings |= {f"{path}.rows" for path in row_modules(model)}
     large = [name for name, p in parameters.items() if p.numel() >= MIN_NUMBERS and name not in embeddings]
     return MasterAdamW(
         parameters, betas=(run.beta1, run.beta2), weight_decay=run.weight_decay,
@@ -222,16 +225,28 @@ def optimizer_of(model: CausalLM, parameters: Mapping[str, nn.Parameter], run: R
     )  # fmt: skip
 
 
-def prepare_method(model: CausalLM, run: RunConfig) -> dict[str, nn.Parameter]:
-    """Make the model ready for the run's method; returns what is trained, by name.
+def prepare_method(model: CausalLM, run: RunConfig, new_ids: Sequence[int] = ()) -> dict[str, nn.Parameter]:
+    """Make the model ready for the run's method.
 
     With ``run.init_adapter`` the adapters that the model brings are trained on; otherwise new ones are added. ``full`` trains
     the layers of ``run.targets``, or every weight if none are named.
+
+    Args:
+        model: changed in place.
+        run: the settings.
+        new_ids: tokens of ``run.add_tokens``: their rows, with ``train_tokens = "all"`` all rows, are trained beside adapters.
+
+    Returns:
+        What is trained, by name.
     """
     if run.method == "lora" and not (run.init_adapter and lora_modules(model)):
         apply_lora_(model, run.lora, run.seed)
     elif run.method == "full":
         train_fully_(model, None if run.targets is None else run.lora.targets)
+    if new_ids and run.method == "full":
+        set_fresh_rows_(model, new_ids, run.seed)
+    elif new_ids:
+        train_rows_(model, range(model.config.vocab_size) if run.train_tokens == "all" else new_ids, new_ids, run.seed)
     set_checkpointing(model, run.checkpointing)
     model.train()
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -26,6 +26,7 @@ from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.nf4 import codebook
 from minisft.nf4_linear import NF4Linear
 from minisft.pissa import PiSSALinear
+from minisft.trained_rows import TrainedRows, own_rows, row_modules
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ def nf4_modules(model: nn.Module) -> dict[str, NF4Linear]:
 
 def require_no_adapters(model: nn.Module, fix: str = "load the base model again") -> None:
     """Refuse a model that has adapters: ``UserError``."""
-    if existing := lora_modules(model):
+    if existing := {**lora_modules(model), **row_modules(model)}:
         raise UserError("adapter/already-there", "the model already has adapters", found=listing(existing, 3), fix=fix)
 
 
@@ -411,15 +412,26 @@ def scale_adapters_(model: nn.Module, scale: float) -> None:
     adapters = lora_modules(model)
     if not adapters:
         raise UserError("adapter/none", "the model has no adapters to scale", fix="load one, or leave the scale at 1")
+    if scale != 1.0:
+        require_scalable(model)
     for adapter in adapters.values():
         adapter.scaling *= scale
         adapter.alpha *= scale
 
 
+def require_scalable(model: nn.Module) -> None:
+    """Refuse trained rows, which take the place of rows and are no update that could be scaled: ``config/scaled-rows``."""
+    if rows := own_rows(model):
+        raise UserError(
+            "config/scaled-rows", "trained tokens cannot be scaled", found=listing(rows, 3), expected="scale 1",
+            fix="leave the scale at 1, or train without --add-tokens",
+        )  # fmt: skip
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within this block the model is its base."""
-    adapters = lora_modules(model).values()
+    """Within this block the model is its base; rows that were added to its tables are the mean of the others."""
+    adapters: list[Adapter | TrainedRows] = [*lora_modules(model).values(), *row_modules(model).values()]
     before = [adapter.enabled for adapter in adapters]
     try:
         for adapter in adapters:

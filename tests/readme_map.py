@@ -34,6 +34,8 @@ WHAT = {
     "lora_fused": "LoRA's forward and backward with one pass over y",
     "dora": "LoRA with trained row lengths",
     "pissa": "LoRA started from the principal part of the weight",
+    "trained_rows": "a few trained rows over a frozen table: new tokens",
+    "new_rows": "new rows of embedding and head: where they start, which are trained",
     "surgery": "putting adapters and 4-bit layers into a model",
     "nf4": "4-bit numbers: the reference",
     "nf4_linear": "a frozen linear layer in 4 bits, and its gradient",

@@ -32,6 +32,7 @@ def load_adapted(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, Ch
     from minisft.data.chat import resolve_template
     from minisft.formats import load_adapter_, load_model
     from minisft.formats.adapter import saved_template
+    from minisft.formats.adapter_rows import saved_tokenizer
     from minisft.surgery import scale_adapters_
 
     device = pick_device(arguments.device)
@@ -40,7 +41,7 @@ def load_adapted(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, Ch
     choice = arguments.template
     if arguments.adapter is not None:
         load_adapter_(model, arguments.adapter)
-        choice = choice or saved_template(arguments.adapter)
+        choice, tokenizer = choice or saved_template(arguments.adapter), saved_tokenizer(arguments.adapter, tokenizer)
     if arguments.scale != 1.0:
         scale_adapters_(model, arguments.scale)
     return model.eval(), tokenizer, resolve_template(tokenizer, choice)

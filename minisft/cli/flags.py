@@ -28,8 +28,8 @@ from minisft.training.preference_config import UNUSED_BY_DPO, UNUSED_BY_GRPO, DP
 # The settings of a run that decide its memory, or what it learns from.
 PLANNED = (
     "model", "data", "eval_data", "map", "template", "turns", "max_length", "method", "init_adapter",
-    "rank", "dropout", "use_dora", "optim", "targets", "init", "quant", "double_quant", "batch_size",
-    "micro_batch_size", "dtype", "checkpointing", "device", "parallel",
+    "rank", "dropout", "use_dora", "optim", "targets", "init", "add_tokens", "train_tokens", "quant", "double_quant",
+    "batch_size", "micro_batch_size", "dtype", "checkpointing", "device", "parallel",
 )  # fmt: skip
 COUNTS = ("max_new_tokens", "limit", "batch_size", "micro_batch_size", "max_length", "rank", "world_size")
 METRICS = get_args(Metric)

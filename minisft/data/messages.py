@@ -16,7 +16,8 @@ from minisft.common.errors import UserError, listing, visible
 from minisft.common.seeds import derive_seed
 from minisft.data.examples import Example as Example
 from minisft.data.examples import Message as Message
-from minisft.data.json_rows import MAX_ROW_BYTES, RowFile
+from minisft.data.json_rows import MAX_ROW_BYTES
+from minisft.data.open_rows import open_rows
 from minisft.data.row_forms import TOKENS, Form, Row, detect, parse_mapping, read_example, unread_keys
 
 # The column that the metric ``choice`` reads.
@@ -55,7 +56,8 @@ def read_dataset(
     """Read a data file; the rows keep their order.
 
     Args:
-        path: ``.jsonl`` (one object a line; blank lines are skipped) or a JSON array of objects.
+        path: ``.jsonl`` (one object a line; blank lines are skipped), a JSON array, CSV, Parquet, or ``hf:org/name`` on the
+            hub.
         mapping: ``FIELD=COLUMN`` pairs, for instance ``prompt=question``.
         max_row_bytes: longest line accepted.
         keep_duplicates: keep exact copies (evaluation scores every row of a file); they are counted in any case.
@@ -68,7 +70,7 @@ def read_dataset(
     Raises:
         UserError: ``data/...`` with file and line; ``config/bad-map``.
     """
-    source = RowFile(Path(path), max_row_bytes)
+    source = open_rows(path, max_row_bytes)
     columns = parse_mapping(mapping)
     form: Form | None = None
     examples: list[Example] = []

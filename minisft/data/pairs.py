@@ -16,7 +16,7 @@ from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.data.columns import parse_mapping, require_text
 from minisft.data.examples import Message
-from minisft.data.json_rows import MAX_ROW_BYTES, RowFile
+from minisft.data.open_rows import open_rows
 from minisft.data.row_forms import turns_of
 
 FIELDS = ("prompt", "chosen", "rejected", "conversations", "system")
@@ -67,7 +67,7 @@ def read_pairs(path: str | Path, mapping: Sequence[str] = ()) -> PairDataset:
     Raises:
         UserError: ``data/...`` with file and line; ``config/bad-map``.
     """
-    source, columns = RowFile(Path(path), MAX_ROW_BYTES), parse_mapping(mapping, FIELDS, "chosen=better rejected=worse")
+    source, columns = open_rows(path), parse_mapping(mapping, FIELDS, "chosen=better rejected=worse")
     form: str | None = None
     pairs: list[Pair] = []
     seen: set[tuple[object, ...]] = set()

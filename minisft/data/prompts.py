@@ -14,7 +14,7 @@ from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.data.columns import parse_mapping, require_text
 from minisft.data.examples import Message
-from minisft.data.json_rows import MAX_ROW_BYTES, RowFile
+from minisft.data.open_rows import open_rows
 from minisft.data.row_forms import turns_of
 
 EXPECTED = "messages, conversations, prompt or instruction"
@@ -64,7 +64,7 @@ def read_prompts(path: str | Path, mapping: Sequence[str] = (), needs_answer: bo
     Raises:
         UserError: ``data/...`` with file and line; ``config/bad-map``.
     """
-    source, columns = RowFile(Path(path), MAX_ROW_BYTES), parse_mapping(mapping, FIELDS, "prompt=question completion=answer")
+    source, columns = open_rows(path), parse_mapping(mapping, FIELDS, "prompt=question completion=answer")
     found: dict[tuple[tuple[Message, ...], str | None], Prompt] = {}
     rows = 0
     for number, where, values in source.rows():

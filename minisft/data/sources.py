@@ -1,7 +1,8 @@
 """The files that a run learns from: ``rows.jsonl``, or several of them, each with its share of an epoch: ``a.jsonl:0.7``.
 
-A name that is a file is that file, whatever colons it has; otherwise a number behind the last colon is a weight. It refuses
-weights that are no positive number, weights for some of the files only, and a file that is named twice.
+A name that is a file is that file, whatever colons it has; otherwise a number behind the last colon is a weight.
+``hf:org/name`` is a data set of the hub (``hub_data``), whose configuration can be a number only with a ``#split`` behind it.
+It refuses weights that are no positive number, weights for some of the files only, and a file that is named twice.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minisft.common.errors import UserError, listing, visible
+from minisft.data.hub_data import is_hub, parse_hub
 
 _EXAMPLE = "--data a.jsonl:0.7 b.jsonl:0.3"
 
@@ -56,7 +58,12 @@ def parse_sources(data: str | Sequence[str]) -> tuple[Source, ...]:
 
 def _parse(entry: str) -> Source:
     path, colon, number = entry.rpartition(":")
-    if not (colon and path) or Path(entry).exists():
+    if is_hub(entry):
+        name, weight = (path, _number(number)) if colon and path != "hf" else (entry, None)
+        parse_hub(entry if weight is None else name)
+        if weight is None:
+            return Source(entry)
+    elif not (colon and path) or Path(entry).exists():
         return Source(entry)
     try:
         weight = float(number)
@@ -67,6 +74,13 @@ def _parse(entry: str) -> Source:
     if not (math.isfinite(weight) and weight > 0):
         raise _bad_weight(entry, number)
     return Source(path, weight)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _bad_weight(entry: str, number: str) -> UserError:

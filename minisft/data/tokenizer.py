@@ -66,13 +66,16 @@ class Tokenizer:
         chat_template: Jinja2 source, or None.
         added_ids: ids of the tokens beside the vocabulary proper: control tokens and others like ``<think>``.
         notes: choices made for want of a setting, to be reported.
+        new_ids: ids of the tokens that a run has added; empty for a tokenizer as it was read.
     """
+
+    new_ids: range = range(0)
 
     def __init__(self, backend: tokenizers.Tokenizer, special: SpecialTokens, chat_template: str | None) -> None:
         # The post-processor adds bos and trims spaces off offsets; templates write bos, and masks need true offsets.
         self._post_processor = backend.post_processor
         backend.post_processor = None
-        self._with_control = backend
+        self._with_control, self._special = backend, special
         self._text_only = _without_control_tokens(backend)
         added = backend.get_added_tokens_decoder()
         self.special_tokens: dict[str, int] = {token.content: i for i, token in sorted(added.items()) if token.special}
@@ -155,6 +158,21 @@ class Tokenizer:
             expected=f"ids below {num_rows}",
             fix="take the tokenizer that came with this model",
         )
+
+    def extended(self, tokens: Sequence[tokenizers.AddedToken]) -> Tokenizer:
+        """A tokenizer that knows more tokens; special names, ends and template are this one's."""
+        backend = tokenizers.Tokenizer.from_str(self._with_control.to_str())
+        backend.add_tokens(list(tokens))
+        if self._post_processor is not None:
+            backend.post_processor = self._post_processor
+        made = Tokenizer(backend, self._special, self.chat_template)
+        made.notes, made.new_ids = self.notes, range(self.vocab_size, made.vocab_size)
+        return made
+
+    def extends(self, base: Tokenizer) -> bool:
+        """Whether every token of ``base`` is here under the same id."""
+        own, theirs = (t._with_control.get_vocab(with_added_tokens=True) for t in (self, base))
+        return theirs.items() <= own.items()
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``, ``tokenizer_config.json``, ``special_tokens_map.json`` and ``chat_template.jinja``."""

@@ -28,7 +28,7 @@ from minisft.common.errors import UserError
 from minisft.common.safe_json import JSON
 from minisft.evaluation.evaluate import EvalResult
 from minisft.model import CausalLM
-from minisft.surgery import lora_modules, scale_adapters_
+from minisft.surgery import lora_modules, require_scalable, scale_adapters_
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,9 +91,11 @@ def sweep(
         one point a scale, those that failed included.
 
     Raises:
-        UserError: a target that is in use, the disk.
+        UserError: a target that is in use, the disk; ``config/scaled-rows`` for trained tokens, which have no scale.
     """
     out = Path(out)
+    if at is scaled:
+        require_scalable(model)
     require_unused(out)
     points: list[Point] = []
     with disk_errors(out):

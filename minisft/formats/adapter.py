@@ -19,11 +19,13 @@ from torch import nn
 
 from minisft.adapter import Adapter
 from minisft.common.atomic_files import disk_errors, staged_folder
-from minisft.common.errors import UserError, visible
+from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.config import LoRAConfig
+from minisft.data.tokenizer import Tokenizer
 from minisft.dora import DoRALinear
 from minisft.formats.adapter_config import CONFIG_FILE, adapter_config, config_path, needs_patterns, read_adapter_config
+from minisft.formats.adapter_rows import KEY, RowsInFile, indices_of, rows_of, write_tokenizer
 from minisft.formats.adapter_selection import run_patterns
 from minisft.formats.adapter_tensors import (
     Factors,
@@ -68,6 +70,7 @@ def save_adapter(
     fingerprint: str | None = None,
     facts: Mapping[str, JSON] | None = None,
     template: str | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write the adapters of ``model`` as a folder that PEFT loads; it appears whole or not at all.
 
@@ -78,14 +81,15 @@ def save_adapter(
         fingerprint: of the base (``formats.fingerprint``); by default that of the files the model came from.
         facts: further remarks for ``minisft.json``.
         template: source of the chat template that the adapter was trained with, kept beside it.
+        tokenizer: kept beside trained rows (``trained_rows``), which are nothing without it.
 
     Raises:
-        UserError: no adapters, a target that is in use, a disk that is full.
+        UserError: no adapters, trained rows without a tokenizer, a target that is in use, a disk that is full.
     """
     trained = [p for path, adapter in lora_modules(model).items() for p in _trained(path, adapter).values()]
-    num_bytes = sum(p.numel() * p.element_size() for p in trained)
+    num_bytes = sum(p.numel() * p.element_size() for p in (*trained, *rows_of(model).values()))
     with disk_errors(Path(folder), num_bytes), staged_folder(folder) as staging:
-        write_adapter(model, staging, base_name, fingerprint, facts, template)
+        write_adapter(model, staging, base_name, fingerprint, facts, template, tokenizer)
 
 
 def write_adapter(
@@ -95,14 +99,15 @@ def write_adapter(
     fingerprint: str | None = None,
     facts: Mapping[str, JSON] | None = None,
     template: str | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """``save_adapter`` into a folder that exists and that the caller makes durable (part of a checkpoint).
 
     Args:
-        model, folder, base_name, fingerprint, facts, template: as for ``save_adapter``.
+        model, folder, base_name, fingerprint, facts, template, tokenizer: as for ``save_adapter``.
 
     Raises:
-        UserError: ``adapter/none``, for a model without adapters.
+        UserError: ``adapter/none``, for a model without adapters; ``adapter/no-tokenizer``.
     """
     adapters = lora_modules(model)
     if not adapters:
@@ -116,10 +121,18 @@ def write_adapter(
     tensors: dict[str, torch.Tensor] = {}
     for path, adapter in adapters.items():
         tensors |= _trained(path, adapter)
-    config = adapter_config(model, adapters, base_name or (origin.name if origin else None))
+    rows = rows_of(model)
+    if rows and tokenizer is None:
+        fix = "give the tokenizer: save_adapter(model, folder, tokenizer=tokenizer)"
+        raise UserError(
+            "adapter/no-tokenizer", "trained tokens are saved with their tokenizer", found=listing(rows, 2), fix=fix
+        )
+    config = adapter_config(model, adapters, base_name or (origin.name if origin else None)) | {KEY: indices_of(model)}
     started: dict[str, JSON] = {"init": PISSA_FACTS} if pissa_starts(model) else {}
     raw = None if template is None else template.encode()
-    write_adapter_files(folder, config, tensors, {**(facts or {}), **started}, base, raw)
+    if rows and tokenizer is not None:
+        write_tokenizer(folder, tokenizer)
+    write_adapter_files(folder, config, tensors | rows, {**(facts or {}), **started}, base, raw)
 
 
 def write_adapter_files(
@@ -184,12 +197,16 @@ def load_adapter_(model: nn.Module, folder: str | Path, allow_other_base: bool =
     header = read_header(regular_file(folder, WEIGHTS_FILE, "adapter/no-weights"), "adapter")
     targets = _resolve_safely(model, config, folder)
     factors = {path: factors_of(model.get_submodule(path), path, rank, config.use_dora) for path, (rank, _) in targets.items()}
-    _check_tensors(model, factors, header)
+    rows = RowsInFile(model, config_path(folder), [*targets])
+    _check_tensors(model, factors, header, rows.names)
+    row_tensors = rows.read(header)
     trained_on = recorded_base(folder)
     if trained_on is not None and not allow_other_base:
         _check_base(model, trained_on, folder)
     tensors = read_factors(factors, header)
+    rows.grow_()
     paths = apply_lora_(model, config)
+    rows.put_(row_tensors)
     with torch.no_grad():
         for path, adapter in lora_modules(model).items():
             for name, parameter in _trained(path, adapter).items():
@@ -220,10 +237,10 @@ def _resolve(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[int, float
     }
 
 
-def _check_tensors(model: nn.Module, factors: Mapping[str, Factors], header: Header) -> None:
+def _check_tensors(model: nn.Module, factors: Mapping[str, Factors], header: Header, rows: list[str]) -> None:
     """Every module has its tensors, of the right shapes, and what else is there are weights of the base, unchanged."""
     repeated = {name: base for name, base in repeated_weights(header).items() if _has_weight(model, base)}
-    check_names({name for factor in factors.values() for name in factor.names}, header, repeated)
+    check_names({*rows, *(name for factor in factors.values() for name in factor.names)}, header, repeated)
     for path, factor in factors.items():
         check_shapes(path, factor, header)
     for name, stored in read_tensors(header, list(repeated), "adapter"):

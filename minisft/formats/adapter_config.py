@@ -48,6 +48,7 @@ _READ = {
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
+    "trainable_token_indices",  # see ``adapter_rows``
 }
 # Keys that do not touch the arithmetic, at any value.
 _REMARKS = {

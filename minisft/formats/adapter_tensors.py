@@ -222,7 +222,17 @@ def _shape(name: str, num_dimensions: int, header: Header) -> tuple[int, ...]:
 
 def read_factors(factors: Mapping[str, Factors], header: Header) -> dict[str, Tensor]:
     """All tensors by name, finite; says so when some of them make no difference."""
-    names = [name for factor in factors.values() for name in factor.names]
+    tensors = finite_tensors([name for factor in factors.values() for name in factor.names], header)
+    products = {path: factor.names for path, factor in factors.items() if len(factor.names) == 2}  # lengths act by themselves
+    idle = [path for path, names in products.items() if not all(tensors[name].any() for name in names)]
+    if idle:
+        share = f"no effect in {len(idle)} of {len(factors)} modules, a factor is all zero"
+        warnings.warn(f"{visible(header.path)}: {share}: {listing(idle, 3)}", stacklevel=3)
+    return tensors
+
+
+def finite_tensors(names: list[str], header: Header) -> dict[str, Tensor]:
+    """Tensors of the file by name; ``adapter/non-finite`` for a number that is none."""
     tensors = {name: tensor.clone() for name, tensor in read_tensors(header, names, "adapter")}
     for name, tensor in tensors.items():
         bad = ~torch.isfinite(tensor)
@@ -235,9 +245,4 @@ def read_factors(factors: Mapping[str, Factors], header: Header) -> dict[str, Te
                 found=f"{int(bad.sum())} of {bad.numel()}, the first at {first}",
                 fix="take an earlier checkpoint, from before the training diverged",
             )
-    products = {path: factor.names for path, factor in factors.items() if len(factor.names) == 2}  # lengths act by themselves
-    idle = [path for path, names in products.items() if not all(tensors[name].any() for name in names)]
-    if idle:
-        share = f"no effect in {len(idle)} of {len(factors)} modules, a factor is all zero"
-        warnings.warn(f"{visible(header.path)}: {share}: {listing(idle, 3)}", stacklevel=3)
     return tensors

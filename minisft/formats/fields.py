@@ -11,7 +11,7 @@ from minisft.common import safe_json
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
 
-MAX_JSON_BYTES = 2**20
+MAX_JSON_BYTES = 2**23  # an adapter that trains all rows of a large vocabulary lists them
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from minisft.formats.safetensors_file import DTYPES, Header
 from minisft.formats.source import Source
 from minisft.kernels import cpu_nf4
 from minisft.nf4 import QuantizedWeight, codebook, decode_absmax, quantize_absmax
+from minisft.trained_rows import TrainedRows
 
 PIECE = 2**18  # numbers held at a time: 1 MiB in fp32, so that a dozen temporaries of that size stay small
 
@@ -257,6 +258,35 @@ class In4Bits:
         q = cpu_nf4.quantize(self.dense.read(first, last), size, False, self.quant.levels, name=self.name)
         piece = _blocks(q, q.packed, self.scales, first, last)
         return cpu_nf4.dequantize(piece, torch.float32)[begin - first : end - first]
+
+
+@dataclass(frozen=True)
+class WithRows:
+    """A table of ``shape[0]`` rows, some of them from an adapter, the others as the file holds them.
+
+    Args:
+        table: (V, D), as stored; rows beyond it are all from the adapter.
+        rows: its rows; pieces have the wider dtype of both.
+        shape: (V or more, D).
+    """
+
+    table: Pieces
+    rows: TrainedRows
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What each number of the table is stored as."""
+        return self.table.dtype
+
+    def read(self, begin: int, end: int) -> Tensor:
+        """The range [begin, end) of the flat tensor."""
+        columns = self.shape[1]
+        first, last = _around(begin, end, math.prod(self.shape), columns)
+        length = math.prod(self.table.shape)
+        stored = self.table.read(min(first, length), min(last, length)) if first < length else torch.empty(0, dtype=self.dtype)
+        numbers = F.pad(stored, (0, last - first - len(stored))).view(-1, columns)
+        return self.rows.merged_rows(numbers, first // columns).view(-1)[begin - first : end - first]
 
 
 # ---- whole models ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,10 +23,12 @@ from minisft.data.chat import resolve_template
 from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.effect import Target
-from minisft.formats import load_adapter_, load_model
+from minisft.formats import load_adapter_, load_model, load_tokenizer
 from minisft.formats.adapter import WEIGHTS_FILE, recorded_base, recorded_base_name, saved_template
+from minisft.formats.adapter_config import config_path
+from minisft.formats.adapter_rows import grown_vocabulary, read_row_ids, saved_tokenizer
 from minisft.formats.adapter_tensors import repeated_weights
-from minisft.formats.lazy_weights import PIECE, In4Bits, Pieces, StoredModel, open_model, read_flat
+from minisft.formats.lazy_weights import PIECE, In4Bits, Pieces, StoredModel, WithRows, open_model, read_flat
 from minisft.formats.loading import EMBEDDING, HEAD, empty_model, expected_shapes
 from minisft.formats.safetensors_file import read_header
 from minisft.formats.source import Origin, file_sha256, regular_file, resolve, set_origin_
@@ -34,6 +36,7 @@ from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight, codebook
 from minisft.nf4_linear import NF4Linear
 from minisft.surgery import lora_modules, quantization_targets, replace_module, scale_adapters_
+from minisft.trained_rows import TrainedRows, own_rows
 
 MARK = "minisft_adapter"  # in the headers of merged weights: sha256 of the adapter's weights
 ROW_STEP = 16  # a multiple of what matrix products are cut into, so that a few rows get the bits of the whole product
@@ -50,6 +53,7 @@ class AdaptedFiles:
         in_4_bits: names of those weights.
         folder, scale: of the adapter, and a further factor on its updates.
         digest: sha256 of the adapter's weights.
+        rows: trained rows of embedding and head, by path; ``stored`` has the vocabulary that they need.
     """
 
     folder: Path
@@ -59,6 +63,7 @@ class AdaptedFiles:
     quant: QuantConfig | None
     in_4_bits: frozenset[str]
     digest: str
+    rows: dict[str, TrainedRows] = field(default_factory=dict)
 
     @property
     def held(self) -> str:
@@ -74,8 +79,10 @@ class AdaptedFiles:
         return In4Bits(name, dense, self.quant) if self.quant is not None and name in self.in_4_bits else dense
 
     def stored_weight(self, name: str) -> Pieces:
-        """The weight ``name`` as the files hold it."""
-        return self.stored.open[name if name in self.stored.open else EMBEDDING]()
+        """The weight ``name`` as the files hold it, with the adapter's own rows put in."""
+        name = name if name in self.stored.open else EMBEDDING
+        table, rows = self.stored.open[name](), self.rows.get(name.removesuffix(".weight"))
+        return table if rows is None else WithRows(table, rows, (self.stored.config.vocab_size, *table.shape[1:]))
 
 
 def open_adapted(adapter: str | Path, model: str | None = None, scale: float = 1.0) -> AdaptedFiles:
@@ -93,7 +100,7 @@ def open_adapted(adapter: str | Path, model: str | None = None, scale: float = 1
         UserError: no such base, everything that ``load_adapter_`` refuses, or a base into which this adapter is merged.
     """
     folder = Path(adapter)
-    stored = open_model(resolve(model or recorded_base_name(folder)))
+    stored = _with_new_rows(open_model(resolve(model or recorded_base_name(folder))), folder)
     quant = recorded_quantization(folder) if not stored.in_4_bits else None
     in_4_bits = frozenset() if quant is None else _quantized_names(stored.config, quant)
     digest = file_sha256(regular_file(folder, WEIGHTS_FILE, "adapter/no-weights"))
@@ -108,7 +115,7 @@ def open_adapted(adapter: str | Path, model: str | None = None, scale: float = 1
     placeholder = _placeholder(stored, quant, in_4_bits, _repeated(folder))
     load_adapter_(placeholder, folder)
     scale_adapters_(placeholder, scale)
-    return AdaptedFiles(folder, scale, stored, lora_modules(placeholder), quant, in_4_bits, digest)
+    return AdaptedFiles(folder, scale, stored, lora_modules(placeholder), quant, in_4_bits, digest, own_rows(placeholder))
 
 
 def load_unmerged(files: AdaptedFiles, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, Tokenizer]:
@@ -116,7 +123,20 @@ def load_unmerged(files: AdaptedFiles, dtype: torch.dtype = torch.float32) -> tu
     model, tokenizer = load_model(files.stored.source.path, dtype, quant=files.quant)
     load_adapter_(model, files.folder)
     scale_adapters_(model, files.scale)
-    return model, tokenizer
+    return model, saved_tokenizer(files.folder, tokenizer)
+
+
+def _with_new_rows(stored: StoredModel, folder: Path) -> StoredModel:
+    """The base with the vocabulary that the adapter's tokens need."""
+    config = stored.config
+    ids = read_row_ids(config_path(folder))
+    size = grown_vocabulary(ids, config.vocab_size, config.tie_word_embeddings, folder)
+    return dataclasses.replace(stored, config=dataclasses.replace(config, vocab_size=size))
+
+
+def tokenizer_of(files: AdaptedFiles) -> Tokenizer:
+    """The base's tokenizer, or the one that an adapter with new tokens brings."""
+    return saved_tokenizer(files.folder, load_tokenizer(files.stored.source.path))
 
 
 def held_in_4_bits(files: AdaptedFiles) -> AdaptedFiles:

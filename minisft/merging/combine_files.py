@@ -27,7 +27,8 @@ from minisft.formats.adapter import (
     recorded_base_name,
     write_adapter_files,
 )
-from minisft.formats.adapter_config import CONFIG_FILE, config_of_modules, read_adapter_config
+from minisft.formats.adapter_config import CONFIG_FILE, config_of_modules, config_path, read_adapter_config
+from minisft.formats.adapter_rows import read_row_ids
 from minisft.formats.adapter_selection import run_patterns
 from minisft.formats.adapter_tensors import (
     Factors,
@@ -62,6 +63,12 @@ def read_stored(folder: str | Path) -> StoredAdapter:
         UserError: what ``load_adapter_`` refuses about the files themselves; DoRA.
     """
     folder = Path(folder)
+    if rows := read_row_ids(config_path(folder)):
+        raise UserError(
+            "adapter/tokens", "an adapter with trained tokens is no sum of updates", where=visible(folder),
+            found=f"trained rows in {listing(rows)}", expected="plain LoRA",
+            fix="merge it into its base (minisft merge) and use the merged model",
+        )  # fmt: skip
     if read_adapter_config(folder).use_dora:
         raise UserError(
             "adapter/dora",

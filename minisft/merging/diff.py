@@ -21,7 +21,7 @@ from torch import Tensor
 from minisft.adapter import Adapter
 from minisft.common.atomic_files import disk_errors, make_folder, write_durably
 from minisft.common.checks import check_comparison
-from minisft.common.errors import UserError, visible
+from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
 from minisft.formats.adapter_config import CONFIG_FILE
 from minisft.formats.lazy_weights import Pieces, read_rows
@@ -136,6 +136,12 @@ def _model_pairs(a: str | Path, b: str | Path) -> dict[str, Opened]:
 
 def _adapter_pairs(a: str, b: Path) -> dict[str, Opened]:
     files = open_adapted(b, a)
+    if files.rows:
+        raise UserError(
+            "adapter/tokens", "trained tokens are no update of a layer, so there is nothing to compare them with",
+            where=visible(b), found=f"trained rows in {listing(files.rows)}", expected="plain LoRA or DoRA",
+            fix="compare an adapter that was trained without --add-tokens",
+        )  # fmt: skip
     names = list(expected_shapes(empty_model(files.stored.config)))
     names += [f"{path}.weight" for path in files.adapters if f"{path}.weight" not in names]  # a head that is tied no longer
 

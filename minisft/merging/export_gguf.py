@@ -40,7 +40,7 @@ from minisft.formats.lazy_weights import StoredModel, open_model, read_flat, rea
 from minisft.formats.loading import empty_model, expected_shapes
 from minisft.formats.source import resolve
 from minisft.merge_weights import merged_weight, splits_tie
-from minisft.merging.base_and_adapter import AdaptedFiles, load_unmerged, open_adapted, row_ranges, template_of
+from minisft.merging.base_and_adapter import AdaptedFiles, load_unmerged, open_adapted, row_ranges, template_of, tokenizer_of
 from minisft.merging.certificate import Verdict, compare_models, judge
 from minisft.merging.export_lora import lora_keys, lora_tensors
 from minisft.merging.golden import golden
@@ -152,7 +152,7 @@ def _open(model: str | None, adapter: str | Path | None) -> _Source:
     files = None if adapter is None else open_adapted(adapter, model)
     stored = open_model(resolve(str(model))) if files is None else files.stored
     architecture = architecture_of(stored.config, visible(stored.source.name))
-    tokenizer = load_tokenizer(stored.source.path)
+    tokenizer = load_tokenizer(stored.source.path) if files is None else tokenizer_of(files)
     tokenizer.check_embedding(stored.config.vocab_size)
     template = _template(tokenizer, files)
     config = stored.config

@@ -38,6 +38,8 @@ def lora_tensors(files: AdaptedFiles) -> dict[str, Tensor]:
     """
     if dora := [path for path, adapter in files.adapters.items() if isinstance(adapter, DoRALinear)]:
         raise _refusal(files, "DoRA has no form in a GGUF adapter file", listing(map(visible, dora), 3))
+    if files.rows:
+        raise _refusal(files, "new tokens have no form in a GGUF adapter file", listing(files.rows, 2))
     if files.stored.config.tie_word_embeddings and splits_tie(files.adapters):
         raise _refusal(files, "the adapter is on one side of a tied head, which is one tensor in a GGUF file", "tied weights")
     found: dict[str, Tensor] = {}

@@ -24,7 +24,6 @@ from minisft.common.atomic_files import FileRecord, disk_errors, require_space, 
 from minisft.common.checks import check_calibration
 from minisft.common.errors import visible
 from minisft.effect import Effect, LayerReport, MergeReport, Target
-from minisft.formats import load_tokenizer
 from minisft.formats.adapter import TEMPLATE_FILE
 from minisft.formats.base_settings import folder_of, kept_config, not_kept, replace_template
 from minisft.formats.hf_config import write_config
@@ -34,7 +33,7 @@ from minisft.formats.loading import HEAD, empty_model, expected_shapes
 from minisft.formats.shard_writer import MAX_SHARD_BYTES, TensorSpec, write_shards
 from minisft.formats.source import regular_file
 from minisft.merge_weights import merged_weight, rounded, splits_tie
-from minisft.merging.base_and_adapter import MARK, AdaptedFiles, check_onto, open_adapted, row_ranges
+from minisft.merging.base_and_adapter import MARK, AdaptedFiles, check_onto, open_adapted, row_ranges, tokenizer_of
 from minisft.merging.compensate import CompensationReport
 from minisft.merging.four_bits import write_compensated, write_requantized
 
@@ -210,7 +209,7 @@ def _write_dense(
 ) -> tuple[MergeReport, dict[str, FileRecord], tuple[str, ...]]:
     dtype = next(iter(specs.values())).dtype
     config = dataclasses.replace(files.stored.config, tie_word_embeddings=HEAD not in specs)
-    tokenizer = load_tokenizer(files.stored.source.path)
+    tokenizer = tokenizer_of(files)
     tokenizer.check_embedding(config.vocab_size)
     base = folder_of(files.stored.source.path)
     ids = tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id

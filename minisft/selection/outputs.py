@@ -14,7 +14,7 @@ from pathlib import Path
 from minisft.common.atomic_files import make_folder, replace_durably, write_durably
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
-from minisft.data.json_rows import MAX_ROW_BYTES, RowFile
+from minisft.data.open_rows import HubRows, open_rows
 from minisft.selection.report import selection_page, to_json
 from minisft.selection.score_file import to_line, write_scores
 from minisft.selection.scores import RowScore
@@ -87,8 +87,8 @@ def _plain_scores(chosen: Selection) -> Iterator[bytes]:
 
 def picked_lines(path: Path, rows: set[int]) -> Iterator[bytes]:
     """The lines of a JSON lines file with these numbers, as they are; rows of another form as JSON lines."""
-    source = RowFile(path, MAX_ROW_BYTES)
-    if not source.has_lines:
+    source = open_rows(path)
+    if isinstance(source, HubRows) or not source.has_lines:
         for number, _, values in source.rows():
             if number in rows:
                 yield json.dumps(values, ensure_ascii=False).encode() + b"\n"

@@ -16,6 +16,7 @@ from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats import load_adapter_, load_model
 from minisft.formats.adapter import saved_template
+from minisft.formats.adapter_rows import saved_tokenizer
 from minisft.model import CausalLM
 from minisft.serving.settings import base_id
 
@@ -27,7 +28,7 @@ class Lane:
     Attributes:
         name: what clients call it.
         model: the decoder, in ``eval`` mode.
-        tokenizer: the base's.
+        tokenizer: the base's, or that of an adapter with tokens of its own.
         template: the chat template; None for a base model without one, which only continues text.
         eos_ids: tokens that end an answer.
     """
@@ -73,7 +74,7 @@ def load_lanes(
     for name, folder in adapters.items():
         adapted = sharing_copy(base)
         load_adapter_(adapted, folder)
-        lanes[name] = _lane(name, adapted.eval(), tokenizer, template or saved_template(folder))
+        lanes[name] = _lane(name, adapted.eval(), saved_tokenizer(folder, tokenizer), template or saved_template(folder))
     return lanes
 
 

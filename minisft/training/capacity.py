@@ -22,13 +22,13 @@ from minisft.common.safe_json import JSON
 from minisft.config import LoRAConfig, RunConfig
 from minisft.data.chat import Encoded
 from minisft.data.tokenizer import Tokenizer
-from minisft.formats import load_tokenizer
 from minisft.formats.loading import empty_model
 from minisft.formats.source import resolve
 from minisft.model import CausalLM
 from minisft.surgery import match_targets, num_parameters, pattern_value, train_fully_
 from minisft.training.init_adapter import with_adapter_settings
-from minisft.training.plan import read_shape
+from minisft.training.new_tokens import tokenizer_of_run
+from minisft.training.plan import shape_of_run
 from minisft.training.run_data import prepare_data
 
 BITS_A_PARAMETER = 2.0
@@ -87,15 +87,15 @@ def capacity(run: RunConfig) -> Capacity:
 
     Cost: the rows are read and encoded once.
     """
-    shape = read_shape(resolve(run.model), run.quantization)
+    shape = shape_of_run(run, resolve(run.model))
     model = empty_model(shape.config)
-    trained = trained_parameters(run, model)
+    trained = trained_parameters(run, model, len(shape.row_ids))
     found = Capacity(run.method, trained, BITS_A_PARAMETER * trained)
     if not run.data:
         return found
     context = shape.config.max_position_embeddings
     run = replace(run, dtype=pick_dtype(run.dtype, pick_device(run.device)), max_length=min(run.max_length, context))
-    tokenizer = load_tokenizer(run.model)
+    tokenizer, _ = tokenizer_of_run(run)
     _, data = prepare_data(run, tokenizer, lambda text: None, None, context)
     tokens = sum(sum(row.supervised) for row in data.train)
     return replace(
@@ -104,7 +104,7 @@ def capacity(run: RunConfig) -> Capacity:
     )  # fmt: skip
 
 
-def trained_parameters(run: RunConfig, model: CausalLM) -> int:
+def trained_parameters(run: RunConfig, model: CausalLM, num_rows: int = 0) -> int:
     """How many numbers a run trains.
 
     Adapters: sum over layers of rank * (in + out), and out more with DoRA; full: the targets, or everything.
@@ -112,12 +112,18 @@ def trained_parameters(run: RunConfig, model: CausalLM) -> int:
     Args:
         run: the settings.
         model: of the base's shape, on the meta device; changed by ``full``.
+        num_rows: trained rows of embedding and head, beside adapters.
+
+    Returns:
+        The count.
     """
     if run.method == "full":
         train_fully_(model, None if run.targets is None else run.lora.targets)
         return num_parameters(model, trainable=True)
     config = with_adapter_settings(run, model)[1] if run.init_adapter is not None else run.lora
-    return sum(_adapter_parameters(config, path, tuple(_weight(model, path))) for path in match_targets(model, config.targets))
+    rows = num_rows * model.config.hidden_size * (1 if model.config.tie_word_embeddings else 2)
+    targets = match_targets(model, config.targets)
+    return rows + sum(_adapter_parameters(config, path, tuple(_weight(model, path))) for path in targets)
 
 
 def _weight(model: CausalLM, path: str) -> Sequence[int]:

@@ -29,6 +29,7 @@ SHOWN = ("method", "rank", "alpha", "targets", "quant", "schedule", "batch_size"
 NOT_SHOWN = (
     "model", "data", "eval_data", "replay", "template", "init_adapter", "out", "reward", "lr", "steps", "epochs", "map",
     "report", "cache", "log_every", "keep_last", "save_every", "device", "micro_batch_size", "checkpointing", "strict",
+    "add_tokens",
 )  # fmt: skip
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")

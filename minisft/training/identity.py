@@ -25,9 +25,10 @@ from minisft.data.token_rows import TokenRows
 from minisft.formats.adapter import WEIGHTS_FILE
 from minisft.formats.adapter_config import CONFIG_FILE
 from minisft.formats.source import file_sha256
+from minisft.training.new_tokens import tokens_identity
 
 FORMAT = 3  # 1 compared names and memory settings, and knew nothing of tokens; 2 trained all weights whatever --targets said
-FILES = ("model", "data", "eval_data", "replay", "template", "init_adapter", "reward")  # compared by content
+FILES = ("model", "data", "eval_data", "replay", "template", "init_adapter", "reward", "add_tokens")  # compared by content
 WATCHING = ("out", "log_every", "keep_last", "save_every", "strict", "cache", "report", "parallel")  # decide nothing computed
 LENGTH = ("steps", "epochs")  # may be raised, see ``Trainer.restore``
 COMPUTE = ("micro_batch_size", "checkpointing", "device", "packing")
@@ -46,7 +47,7 @@ def run_identity(run: RunConfig, data: Mapping[str, JSON], base: str | None, dev
     Returns:
         JSON for ``require_same_run``.
     """
-    left_out = {*FILES, *WATCHING, *LENGTH, *COMPUTE}
+    left_out = {*FILES, *WATCHING, *LENGTH, *COMPUTE, "train_tokens"}  # this one is recorded with the tokens
     settings = {name: value for name, value in run.to_dict().items() if name not in left_out}
     settings |= {"lr": run.peak_lr, "replay_share": run.replay_share_or_default}
     compute: dict[str, JSON] = {
@@ -58,7 +59,7 @@ def run_identity(run: RunConfig, data: Mapping[str, JSON], base: str | None, dev
     init_adapter = adapter_sha256(Path(run.init_adapter)) if run.init_adapter else None
     dropout: dict[str, JSON] = {"dropout": "by row"} if run.dropout else {}  # older runs drew their masks by micro-batch
     found: dict[str, JSON] = {"format": FORMAT, "config": settings, "compute": compute, "base": base}
-    return found | {"init_adapter": init_adapter, **dropout, **data}
+    return found | {"init_adapter": init_adapter, **dropout, **tokens_identity(run), **data}
 
 
 def require_same_run(saved: Mapping[str, JSON], current: Mapping[str, JSON]) -> list[str]:

@@ -32,12 +32,13 @@ from minisft.config import RunConfig
 from minisft.data.chat import Encoded
 from minisft.data.template import ChatTemplate, current_time
 from minisft.data.tokenizer import Tokenizer
-from minisft.formats import context_length, fingerprint, load_tokenizer
+from minisft.formats import context_length, fingerprint
 from minisft.model import CausalLM
 from minisft.parallel.world import World
 from minisft.surgery import num_parameters
 from minisft.training.identity import run_identity
 from minisft.training.lr_grid import Cell, Choice, Curve, check_search, choose, draw, no_validation
+from minisft.training.new_tokens import tokenizer_of_run
 from minisft.training.run_data import RunData, prepare_data
 from minisft.training.sft import SFTTrainer
 from minisft.training.stop_signal import StopSignal
@@ -162,7 +163,7 @@ class _Search:
         if not path.is_file():
             write_durably(path, (json.dumps({"began": current_time().isoformat()}) + "\n").encode())
         began = datetime.datetime.fromisoformat(str(_read_object(path)["began"]))
-        return prepare_data(self.run, load_tokenizer(self.run.model), log, began, context)
+        return prepare_data(self.run, tokenizer_of_run(self.run)[0], log, began, context)
 
     def cell_run(self, lr: float) -> RunConfig:
         """The settings of one cell: the run with another rate, a share of its steps and few validations."""

@@ -48,6 +48,7 @@ class Shape:
     config: ModelConfig
     tensors: Mapping[str, tuple[int, ...]]
     in_4_bits: Mapping[str, QuantConfig]
+    row_ids: Sequence[int] = ()  # rows of embedding and head that are trained beside the adapters
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _peak_by_phase(run: RunConfig, shape: Shape, device: torch.device, num_layer
     the gradients exist (activations count most), after that (gradients count most), and the update.
     """
     model, placeholders = _fake_model(run, shape, device, num_layers)
-    parameters = prepare_method(model, run)
+    parameters = prepare_method(model, run, shape.row_ids)
     optimizer = optimizer_of(model, parameters, run)
     batch, tracker = full_batch(run, device), MemoryTracker()
     with tracker:

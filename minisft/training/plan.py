@@ -37,6 +37,7 @@ from minisft.step import prepare_method, train_step
 from minisft.surgery import quantization_targets
 from minisft.training.init_adapter import with_adapter_settings
 from minisft.training.memory_estimate import Shape, Step, estimate_step, full_batch
+from minisft.training.new_tokens import rows_of_run
 from minisft.training.shard_plan import ShareBytes, share_bytes_of
 from minisft.training.shardable import require_shardable
 
@@ -158,7 +159,7 @@ def plan(run: RunConfig, world_size: int = 1) -> Bill:
     device, source = pick_device(run.device), resolve(run.model)
     run = replace(_of_one_process(run, world_size), dtype=pick_dtype(run.dtype, device))
     libraries = _process_bytes(run) if device.type == "cpu" else 0
-    shape = read_shape(source, run.quantization)
+    shape = shape_of_run(run, source)
     run = _with_init_adapter(run, shape)
     run = replace(run, max_length=min(run.max_length, shape.config.max_position_embeddings))  # as the run itself
     if shape.in_4_bits and run.method == "full":
@@ -269,6 +270,22 @@ def read_shape(source: Source, quant: QuantConfig | None) -> Shape:
     model = empty_model(config)
     chosen = {} if quant is None else {f"{path}.weight": quant for path in quantization_targets(model, quant)}
     return Shape(config, expected_shapes(model), chosen | stored)
+
+
+def shape_of_run(run: RunConfig, source: Source) -> Shape:
+    """``read_shape``, with the rows that new tokens need.
+
+    Args:
+        run: the settings.
+        source: the model that ``run.model`` names.
+
+    Raises:
+        UserError: what ``read_shape`` and ``rows_of_run`` refuse.
+    """
+    shape = read_shape(source, run.quantization)
+    size, row_ids = rows_of_run(run, shape.config)
+    config = replace(shape.config, vocab_size=size)
+    return Shape(config, expected_shapes(empty_model(config)), shape.in_4_bits, row_ids)
 
 
 # ---- this process ----------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from minisft.common.seeds import derive_seed
 from minisft.config import RunConfig
 from minisft.data.chat import Encoded
 from minisft.data.encoding import encode_dataset
-from minisft.data.json_rows import MAX_ROW_BYTES, RowFile
 from minisft.data.messages import read_dataset
+from minisft.data.open_rows import open_rows
 from minisft.data.template import ChatTemplate
 from minisft.data.token_rows import TokenRows
 from minisft.data.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ def read_replay(run: RunConfig, tokenizer: Tokenizer, template: ChatTemplate, da
     """
     if run.replay is None:
         return None
-    is_text = _is_text(Path(run.replay))
+    is_text = _is_text(run.replay)
     rows, sha256, form = _texts(run, tokenizer) if is_text else _chats(run, tokenizer, template)
     if sha256 in data_sha256:
         raise UserError(
@@ -101,15 +101,15 @@ def validated_too(replay: Replay, validation: Sequence[Encoded]) -> str:
     return f"warning: {both} rows to replay are validated on too: the validation loss is too good" if both else ""
 
 
-def _is_text(path: Path) -> bool:
+def _is_text(path: str | Path) -> bool:
     """Whether the file's first row is plain text: a column ``text`` and none that a chat would have."""
-    first = next(iter(RowFile(path, MAX_ROW_BYTES).rows()), None)
+    first = next(iter(open_rows(path).rows()), None)
     chats = ("messages", "conversations", "instruction", "prompt", "completion")
     return first is not None and TEXT in first[2] and not any(name in first[2] for name in chats)
 
 
 def _texts(run: RunConfig, tokenizer: Tokenizer) -> tuple[tuple[Encoded, ...], str, str]:
-    source, rows = RowFile(Path(str(run.replay)), MAX_ROW_BYTES), []
+    source, rows = open_rows(str(run.replay)), []
     for number, where, values in source.rows():
         text = values.get(TEXT)
         if not isinstance(text, str) or not text.strip():

@@ -74,7 +74,7 @@ class SavedRun(Generic[Row]):
         self.world = world
         self.out = Path(run.out)
         self.device = model.device
-        parameters = prepare_method(model, run)
+        parameters = prepare_method(model, run, tokenizer.new_ids)
         self.optimizer = optimizer_of(model, parameters, run)
         self.total_steps = data.total_steps(run)
         self.state = RunState(self.total_steps)
@@ -116,7 +116,7 @@ class SavedRun(Generic[Row]):
 
     def _write_adapter(self, staging: Path) -> None:
         (staging / "adapter").mkdir()
-        write_adapter(self.model, staging / "adapter", template=self.template.source)
+        write_adapter(self.model, staging / "adapter", template=self.template.source, tokenizer=self.tokenizer)
 
     def require_same_run(self, saved: Checkpoint) -> list[str]:
         """Notes on what differs without changing anything but rounding.
@@ -177,7 +177,7 @@ class SavedRun(Generic[Row]):
             return
         self._load_best()
         if self.run.method == "lora":
-            save_adapter(self.model, target, template=self.template.source)
+            save_adapter(self.model, target, template=self.template.source, tokenizer=self.tokenizer)
         else:
             save_model(self.model, self.tokenizer, target)
 

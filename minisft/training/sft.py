@@ -16,6 +16,7 @@ from minisft.common.seeds import derive_seed
 from minisft.data.chat import Encoded
 from minisft.data.token_rows import longest_rows
 from minisft.step import accumulate_gradients, validation_sums
+from minisft.training.new_tokens import unused_tokens
 from minisft.training.replay import mixed_rows
 from minisft.training.runlog import peak_memory_bytes
 from minisft.training.task_metric import TaskMetric, read_task
@@ -45,7 +46,7 @@ class SFTTrainer(Trainer[Encoded]):
             notes = untrained_tokens_of(self.run.model, self.tokenizer, itertools.chain(*self._sets))
         else:
             notes = untrained_tokens(self.model, self.tokenizer, *self._sets)
-        for note in notes:
+        for note in (*notes, *unused_tokens(self.tokenizer, self._sets)):
             self.log(note)
 
     def step_rows(self, step: int) -> list[Encoded]:

@@ -34,6 +34,7 @@ from minisft.training.checkpoint import Checkpoint, RunLock, load_latest
 from minisft.training.dry_run import dry_run as try_run
 from minisft.training.dry_run import log_plan, require_new_run
 from minisft.training.init_adapter import load_init_adapter_, with_adapter_settings
+from minisft.training.new_tokens import with_new_tokens_
 from minisft.training.reporters import require_trackers
 from minisft.training.run_data import Row, RunData, environment, prepare_data
 from minisft.training.several import check_start, check_world
@@ -119,6 +120,7 @@ def run_training(
             saved = _newest(out, log)
         model, tokenizer = _load(run, device, world)
         _check_quantized(run, model, device, log)
+        tokenizer = with_new_tokens_(run, model, tokenizer, log)
         run = replace(_with_init_adapter(run, model, log), max_length=min(run.max_length, model.config.max_position_embeddings))
         template, data = prepare(run, model, tokenizer, log, _began(saved, world))
         trainer = make_trainer(run, model, tokenizer, template, data, log, world)

@@ -20,6 +20,7 @@ from minisft.formats.lazy_weights import open_model, read_rows
 from minisft.formats.loading import EMBEDDING, HEAD
 from minisft.formats.source import resolve
 from minisft.model import CausalLM
+from minisft.trained_rows import TrainedRows
 
 ReadRow = Callable[[int], Tensor]  # token id -> its row, in any dtype
 
@@ -65,6 +66,8 @@ def untrained_tokens_of(path: str, tokenizer: Tokenizer, rows: Iterable[Encoded]
 
 def _frozen_rows(module: nn.Module) -> ReadRow | None:
     """Reads rows of a matrix that the run does not train; None where it does, or where its weight is no plain matrix."""
+    if isinstance(module, TrainedRows):
+        return module.row
     weight = getattr(getattr(module, "base", module), "weight", None)
     if any(parameter.requires_grad for parameter in module.parameters()) or not isinstance(weight, Tensor):
         return None
