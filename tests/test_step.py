@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisft.adapter import RowDraws, RowDropout
 from minisft import lora_fused
+from minisft.adapter import RowDraws, RowDropout
 from minisft.batching import Batch, micro_batches, step_rows
 from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig, RunConfig
