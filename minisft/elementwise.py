@@ -23,7 +23,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if can_use_native(x, weight):
+    if weight.shape == x.shape[-1:] and can_use_native(x, weight):
         return cpu_elementwise.rms_norm(x, weight, eps)
     x_sum = x.to(_sum_dtype(x.dtype))
     rstd = torch.rsqrt(x_sum.square().mean(-1, keepdim=True) + eps)
@@ -41,7 +41,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rstd = ctx.saved_tensors
-        if not ctx.needs_input_grad[1] and can_use_native(x, weight, grad):
+        if not ctx.needs_input_grad[1] and weight.shape == x.shape[-1:] and can_use_native(x, weight, grad):
             return cpu_elementwise.rms_norm_backward(grad, x, weight, rstd), None, None
         dtype = _sum_dtype(x.dtype)
         normed = x.to(dtype) * rstd
@@ -73,7 +73,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, turn: float = 1.0) -> Tensor:
-    if x.ndim == 3 and x.shape[0] == cos.shape[0] and can_use_native(x, cos, sin):
+    if x.ndim == 3 and cos.shape == sin.shape == (len(x), 1, x.shape[2] // 2) and can_use_native(x, cos, sin):
         return cpu_elementwise.rotate(x, cos, sin, turn)
     half, sin = x.shape[-1] // 2, sin * turn
     first, second = x[..., :half], x[..., half:]
@@ -112,7 +112,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    if can_use_native(gate, up):
+    if gate.shape == up.shape and can_use_native(gate, up):
         return cpu_elementwise.swiglu(gate, up)
     return torch.nn.functional.silu(gate).mul_(up)
 
@@ -127,7 +127,7 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        if can_use_native(gate, up, grad):
+        if gate.shape == up.shape and can_use_native(gate, up, grad):
             return cpu_elementwise.swiglu_backward(grad, gate, up)
         grad_up = torch.nn.functional.silu(gate).mul_(grad)
         grad_gate = torch.ops.aten.silu_backward(grad * up, gate)

@@ -161,6 +161,18 @@ def test_what_is_left_to_pytorch(which: str, monkeypatch: pytest.MonkeyPatch) ->
         assert float((a - b).abs().max() / b.abs().max()) < (0.02 if which == "bf16" else 1e-6)
 
 
+def test_sizes_that_do_not_fit_are_pytorchs_to_refuse() -> None:
+    x = fp32(6, 4, 8, seed=0)
+    for function in (
+        lambda: rms_norm(x, torch.ones(7), 1e-5),
+        lambda: swiglu(x, x[:, :3]),
+        lambda: rotate(x, torch.ones(5, 1, 4), torch.ones(5, 1, 4)),
+        lambda: matmul.narrow(x[0], torch.ones(2, 7)),
+    ):
+        with pytest.raises(RuntimeError, match=r"size|shape"):
+            function()
+
+
 def test_a_gradient_with_gaps_is_the_same() -> None:
     gate, up = fp32(8, 12, seed=0).requires_grad_(), fp32(8, 12, seed=1).requires_grad_()
     upstream = fp32(12, 8, seed=2).T
