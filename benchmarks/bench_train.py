@@ -8,18 +8,21 @@
 Rank 16 on every linear but the head, batches of 8 rows, AdamW, clipping; a tenth of the tokens is supervised. Tokens are
 counted without padding; a beginning that all rows share counts in every row, also where it is computed only once. All start
 from the same weights and must report the same loss on the first batch before anything is timed.
+After that each says how much of a step its matrix products need at the machine's own rate (``gemm_share.py``).
 Results go to benchmarks/results: train_fp32.json and .svg, train_nf4_bf16.json and .svg, or train.json for two dtypes at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import gemm_share
 import torch
 from harness import Worker, out_folder, peak_rss_bytes, provenance, save, serve, spread
 
@@ -157,6 +160,9 @@ def worker(contestant: str, dtype: str, quant: str, model_folder: str, rows_path
         trainer = Minisft(model_folder, dtype, quant, contestant, data["rows"], data["pad_id"])
 
     def work(command: dict) -> dict:
+        if "share_rounds" in command:
+            step = functools.partial(trainer.step, command["first"], command["count"])
+            return gemm_share.measure(step, command["share_rounds"], narrow=RANK)
         began = time.perf_counter()
         loss = trainer.step(command["first"], command["count"])
         return {"seconds": time.perf_counter() - began, "loss": loss, "peak_bytes": peak_rss_bytes()}
@@ -187,6 +193,7 @@ def compare(dtype: str, quant: str, malloc: str, folder: Path, rows_path: Path, 
         if step == 0:
             assert all(abs(loss / losses[peer] - 1) < tolerance for loss in losses.values()), f"different losses: {losses}"
         print(f"  {dtype} {malloc} step {step}: {losses}", file=sys.stderr, flush=True)
+    shares = {name: contestant.ask(first=0, count=count, share_rounds=rounds) for name, contestant in workers.items()}
     for contestant in workers.values():
         contestant.close()
     return [
@@ -199,6 +206,9 @@ def compare(dtype: str, quant: str, malloc: str, folder: Path, rows_path: Path, 
             "speed_ratio": spread([p / s for p, s in zip(seconds[peer], seconds[name], strict=True)]),
             "peak_bytes": peaks[name],
             "memory_ratio": peaks[name] / peaks[peer],
+            "gemm_share": spread(shares[name]["shares"]),
+            "gflops": shares[name]["gflops"],
+            "machine_gflops_per_s": shares[name]["gflops_per_s"],
         }
         for name in workers
     ]
@@ -283,7 +293,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(
             f"{cell['dtype']} {cell['malloc']:8} {cell['contestant']:31} {cell['tokens_per_s']['median']:8.1f} tokens/s  "
             f"x{speed['median']:.2f} ({speed['q1']:.2f} to {speed['q3']:.2f})  "
-            f"{cell['peak_bytes'] / 1e9:.2f} GB  x{cell['memory_ratio']:.2f}"
+            f"{cell['peak_bytes'] / 1e9:.2f} GB  x{cell['memory_ratio']:.2f}  "
+            f"{cell['gemm_share']['median']:.0%} of {cell['machine_gflops_per_s']:.0f} GFLOP/s"
         )
 
 

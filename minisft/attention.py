@@ -31,10 +31,10 @@ class Segments:
 
     Attributes:
         positions: (B, T) int64, 0 at the start of each segment, or P after a common prefix; 0 for padding.
-        take: (S * L,) int64: flat batch index of the token at each place of the grid; 0 where the grid is empty.
+        take: (S * L,) int64: flat batch index of the token at each place of the grid. Places without one hold their segment's
+            first token once more: it stands to the right of all real ones, so nobody sees it, and no gradient comes back.
         put: (N,) int64: flat grid place of each token; 0 for padding.
-        empty: (S, L, 1, 1) bool: positions of the grid without a token; None when there are none.
-        padding: (N, 1, 1) bool: tokens without a place; None when there are none, or when nothing moves.
+        padding: (N, 1, 1) bool: tokens without a place; None when there are none.
         shape: (S, L).
         trivial: the batch already is the grid, so nothing has to move.
         prefix_length: P, the tokens at the front of each batch row that all its other segments continue. They are in no grid:
@@ -46,7 +46,6 @@ class Segments:
     positions: Tensor
     take: Tensor
     put: Tensor
-    empty: Tensor | None
     padding: Tensor | None
     shape: tuple[int, int]
     trivial: bool
@@ -74,10 +73,8 @@ class Segments:
         place = torch.where(real, index - first[segment.clamp(min=0)], 0) if len(first) else torch.zeros_like(index)
         S, L = max(len(first), 1), int(place.max()) + 1
         put = torch.where(real, segment * L + place, 0)
-        take = torch.zeros(S * L, dtype=torch.int64)
+        take = (first if len(first) else index[:1]).repeat_interleave(L)
         take[put[real]] = index[real]
-        empty = torch.ones(S * L, dtype=torch.bool)
-        empty[put[real]] = False
         device = segment_ids.device
         trivial = (S, L) == (B, T) and bool((put == index)[real].all())  # right padding leaves every token in its place
         positions = torch.cat((torch.arange(prefix_length).expand(B, -1), prefix_length + place.view(B, T)), 1)
@@ -85,8 +82,7 @@ class Segments:
             positions=positions.to(device),
             take=take.to(device),
             put=put.to(device),
-            empty=empty.view(S, L, 1, 1).to(device) if bool(empty.any()) else None,
-            padding=None if trivial or bool(real.all()) else (~real).view(-1, 1, 1).to(device),
+            padding=None if bool(real.all()) else (~real).view(-1, 1, 1).to(device),
             shape=(S, L),
             trivial=trivial,
             prefix_length=prefix_length,
@@ -95,19 +91,15 @@ class Segments:
         )
 
     def to_grid(self, flat: Tensor) -> Tensor:
-        """(N, heads, E) -> (S, L, heads, E), zero at empty positions."""
+        """(N, heads, E) -> (S, L, heads, E); where the grid is empty anything finite."""
         grid = flat if self.trivial else flat.index_select(0, self.take)
-        return self._only_real(grid.view(*self.shape, *flat.shape[1:]))
+        return grid.view(*self.shape, *flat.shape[1:])
 
     def from_grid(self, grid: Tensor) -> Tensor:
         """(S, L, heads, E) -> (N, heads, E), zero at padding."""
-        flat = self._only_real(grid).reshape(-1, *grid.shape[2:])
+        flat = grid.reshape(-1, *grid.shape[2:])
         flat = flat if self.trivial else flat.index_select(0, self.put)
-        return flat if self.padding is None else flat.masked_fill(self.padding, 0)
-
-    def _only_real(self, grid: Tensor) -> Tensor:
-        """Zeros at empty positions, also in the gradient that comes back through them."""
-        return grid if self.empty is None else grid.masked_fill(self.empty, 0)
+        return flat if self.padding is None else flat.masked_fill(self.padding, 0)  # in the gradient that comes back too
 
 
 def _hidden_keys(L: int, C: int, window: int | None, device: torch.device) -> Tensor:

@@ -2,7 +2,8 @@
 
 Written with plain operators, autograd would keep every intermediate (the squared input, the sigmoid, the rotated half)
 until backward. Each of these is cheap to compute again, so only the inputs are kept, most of which are alive anyway. Where
-no gradient is wanted the function is called by itself: generation makes hundreds of these calls a token.
+no gradient is wanted the function is called by itself: generation makes hundreds of these calls a token. Large fp32 tensors
+on a CPU go to ``kernels.cpu_elementwise``, which does in one pass over memory what the operators here do in several.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minisft.common.autograd import Context
+from minisft.kernels import cpu_elementwise
+from minisft.kernels.cpu_elementwise import can_use_native
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,6 +23,8 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if weight.shape == x.shape[-1:] and can_use_native(x, weight):
+        return cpu_elementwise.rms_norm(x, weight, eps)
     x_sum = x.to(_sum_dtype(x.dtype))
     rstd = torch.rsqrt(x_sum.square().mean(-1, keepdim=True) + eps)
     return weight * (x_sum * rstd).to(x.dtype), rstd
@@ -36,6 +41,8 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rstd = ctx.saved_tensors
+        if not ctx.needs_input_grad[1] and weight.shape == x.shape[-1:] and can_use_native(x, weight, grad):
+            return cpu_elementwise.rms_norm_backward(grad, x, weight, rstd), None, None
         dtype = _sum_dtype(x.dtype)
         normed = x.to(dtype) * rstd
         grad_x = grad_weight = None
@@ -65,8 +72,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _normed(x, weight, eps)[0]
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, turn: float = 1.0) -> Tensor:
+    if x.ndim == 3 and cos.shape == sin.shape == (len(x), 1, x.shape[2] // 2) and can_use_native(x, cos, sin):
+        return cpu_elementwise.rotate(x, cos, sin, turn)
+    half, sin = x.shape[-1] // 2, sin * turn
     first, second = x[..., :half], x[..., half:]
     out = torch.empty_like(x)
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
@@ -84,7 +93,7 @@ class _Rotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None  # the inverse of a rotation turns the other way
+        return _turn(grad, cos, sin, -1.0), None, None  # the inverse of a rotation turns the other way
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -103,6 +112,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    if gate.shape == up.shape and can_use_native(gate, up):
+        return cpu_elementwise.swiglu(gate, up)
     return torch.nn.functional.silu(gate).mul_(up)
 
 
@@ -116,6 +127,8 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        if gate.shape == up.shape and can_use_native(gate, up, grad):
+            return cpu_elementwise.swiglu_backward(grad, gate, up)
         grad_up = torch.nn.functional.silu(gate).mul_(grad)
         grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
         return grad_gate, grad_up

@@ -148,8 +148,12 @@ class Attention(nn.Module):
         # attention.attend multiplies by 1 / sqrt(E); what else is wanted multiplies q
         self.q_scale = 1.0 if config.attention_multiplier is None else config.attention_multiplier * math.sqrt(E)
 
-    def forward(self, x_ND: Tensor, context: _Context) -> Tensor:
-        q, k, v = (proj(x_ND).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x_ND: Tensor, context: _Context, only: Tensor | None = None) -> Tensor:
+        N, x_only = len(x_ND), _rows(x_ND, only)
+        inputs = ((self.q_proj, x_only), (self.k_proj, x_ND), (self.v_proj, x_ND))
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj, x in inputs)
+        if only is not None:  # a query for each token is what attention takes; nobody reads what comes of the zeros
+            q = q.new_zeros(N, *q.shape[1:]).index_copy(0, only, q)
         if self.qk_norm:
             q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
         if self.has_rope:
@@ -167,7 +171,11 @@ class Attention(nn.Module):
             )
             seen = slice(None), slice(None), slice(context.end)
             out = attend_cached(q.view(B, T, -1, self.head_dim), keys[seen], values[seen], context.attn_masks[self.window])
-        return self.o_proj(out.reshape(x_ND.shape[0], -1))
+        return self.o_proj(_rows(out.reshape(N, -1), only))
+
+
+def _rows(x: Tensor, only: Tensor | None) -> Tensor:
+    return x if only is None else x.index_select(0, only)
 
 
 def _normed(x: Tensor, norm: RMSNorm) -> Tensor:
@@ -209,9 +217,10 @@ class Layer(nn.Module):
         for name in filter(None, self.norm_names):
             self.add_module(name, RMSNorm(config.hidden_size, config))
 
-    def forward(self, x_ND: Tensor, context: _Context, wrap_mlp: Wrap) -> Tensor:
+    def forward(self, x_ND: Tensor, context: _Context, wrap_mlp: Wrap, only: Tensor | None = None) -> Tensor:
         before, after, before_mlp, after_mlp = (getattr(self, name) if name else _unchanged for name in self.norm_names)
-        x_ND = x_ND.add(after(self.self_attn(before(x_ND), context)), alpha=self.multiplier)
+        attended = self.self_attn(before(x_ND), context, only)
+        x_ND = _rows(x_ND, only).add(after(attended), alpha=self.multiplier)
         return x_ND.add(after_mlp(wrap_mlp(self.mlp, before_mlp(x_ND))), alpha=self.multiplier)
 
 
@@ -306,6 +315,7 @@ class CausalLM(nn.Module):
         cache: KVCache | None = None,
         prefix_length: int = 0,
         noise: Tensor | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -313,9 +323,11 @@ class CausalLM(nn.Module):
             input_ids, segment_ids, cache: as in ``forward``.
             prefix_length: the first so many tokens of each row are a segment that all its others continue.
             noise: (B, T, D), added to the embeddings; None for none.
+            only: (n,) int64, the flat positions that are asked for; None for all. Of the others the last layer computes keys
+                and values, which is all that anybody reads of them there.
 
         Returns:
-            (B, T, D) in the model's dtype.
+            (B, T, D) in the model's dtype, or (n, D).
         """
         B, T = input_ids.shape
         context = self._context(input_ids, segment_ids, cache, prefix_length)
@@ -325,8 +337,9 @@ class CausalLM(nn.Module):
         if noise is not None:
             x_ND = x_ND + noise.view(-1, noise.shape[-1]).to(x_ND.dtype)
         for layer in self.model.layers:
-            x_ND = self.wrap_layer(layer, x_ND, context, self.wrap_mlp)
-        return self.model.norm(x_ND).view(B, T, -1)
+            x_ND = self.wrap_layer(layer, x_ND, context, self.wrap_mlp, only if layer is self.model.layers[-1] else None)
+        hidden = self.model.norm(x_ND)
+        return hidden if only is not None else hidden.view(B, T, -1)
 
     def _context(self, input_ids: Tensor, segment_ids: Tensor | None, cache: KVCache | None, prefix_length: int) -> _Context:
         T = input_ids.shape[1]

@@ -20,7 +20,7 @@ from minisft.adapter import RowDraws
 from minisft.batching import Batch, row_pieces
 from minisft.common.errors import UserError, listing
 from minisft.config import RunConfig
-from minisft.loss import head_loss_sum
+from minisft.loss import IGNORE_INDEX, head_loss_sum
 from minisft.model import CausalLM
 from minisft.new_rows import set_fresh_rows_, train_rows_
 from minisft.optim import MasterAdamW
@@ -39,10 +39,31 @@ class StepResult:
     skipped: bool
 
 
+def supervised_hidden(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What a loss needs of a batch, and no more: the last layer computes only positions that have a target.
+
+    Args:
+        model: the decoder. While one of its adapters drops out, all positions are computed: masks belong to whole rows.
+        batch: on the model's device.
+
+    Returns:
+        (n, D) hidden states and (n,) int64 targets of the supervised positions, in their order in ``target_ids``.
+    """
+    supervised = (batch.target_ids.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    drops_out = any(m.p > 0 and m.training for m in model.modules() if isinstance(m, nn.Dropout))
+    hidden = model.hidden(
+        batch.input_ids, segment_ids=batch.segment_ids, prefix_length=batch.prefix_length, noise=batch.noise,
+        only=None if drops_out else supervised,
+    )  # fmt: skip
+    if drops_out:
+        hidden = hidden.flatten(0, 1).index_select(0, supervised)
+    return hidden, batch.target_ids.flatten().index_select(0, supervised)
+
+
 def batch_loss_sum(model: CausalLM, batch: Batch) -> Tensor:
     """Summed cross-entropy over the batch's supervised tokens."""
-    hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=batch.prefix_length, noise=batch.noise)
-    return head_loss_sum(hidden, model.loss_head, batch.target_ids)
+    hidden, target_ids = supervised_hidden(model, batch)
+    return head_loss_sum(hidden, model.loss_head, target_ids)
 
 
 def accumulate_gradients(

@@ -50,9 +50,9 @@ FRONT = ["__init__", "api", "__main__"]
 # A folder is one place, and so is a flat file.
 LEVELS = (
     "adam_8bit common optim preference schedule",
-    "config data elementwise nf4",
+    "config data nf4",
     "kernels quality",
-    "effect matmul",
+    "effect elementwise matmul",
     "attention loss nf4_linear trained_rows",
     "adapter batching dora lora lora_fused model new_rows pissa",
     "generation native step surgery",

@@ -11,11 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import exp_peft_full
 import exp_preference
+import gemm_share
 from harness import add_cell, read_cells
+
+from minisft.lora import LoRALinear
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -57,6 +61,15 @@ def test_the_preference_results_belong_to_the_settings_of_today() -> None:
     keys = {row["key"]: (row["cell"], row["seed"]) for row in map(json.loads, lines)}
     assert len(keys) == len(lines) >= 9
     assert keys == {exp_preference.key_of(*cell, exp_preference.Sizes()): cell for cell in keys.values()}
+
+
+def test_the_products_of_a_step_are_counted_both_ways_and_narrow_ones_are_not() -> None:
+    layer = LoRALinear(torch.nn.Linear(64, 96), rank=4, alpha=8.0)
+    x = torch.randn(32, 64, requires_grad=True)
+    found = gemm_share.measure(lambda: layer(x).sum().backward(), rounds=2, narrow=4, repeats=1)
+    assert found["gflops"] == 2 * (2 * 32 * 64 * 96) / 1e9  # x W^T and grad W; the weight is frozen
+    assert all(share > 0 for share in found["shares"])
+    assert len(found["shares"]) == 2
 
 
 @pytest.mark.exhaustive

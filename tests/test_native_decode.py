@@ -419,8 +419,9 @@ def run_again(folder: Path, options: str, environment: dict[str, str]) -> str:
     environment = {**kept, "MINISFT_CACHE": str(folder), **environment}
     compiler = environment.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
     environment["CXX"] = f"{compiler} {options}"
-    chosen = "family or lengths or same_bits or full_cache"
-    command = [sys.executable, "-m", "pytest", __file__, "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
+    chosen = "family or lengths or same_bits or full_cache or rms_norm or swiglu or rotate or narrow"
+    files = [__file__, str(Path(__file__).with_name("test_cpu_elementwise.py"))]
+    command = [sys.executable, "-m", "pytest", *files, "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     assert "skipped" not in run.stdout, run.stdout[-2000:]

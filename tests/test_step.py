@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import tiny
@@ -10,11 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisft import lora_fused
 from minisft.adapter import RowDraws, RowDropout
-from minisft.batching import micro_batches, step_rows
+from minisft.batching import Batch, micro_batches, step_rows
 from minisft.common.errors import UserError
-from minisft.config import LoRAConfig, RunConfig
+from minisft.config import LoRAConfig, ModelConfig, QuantConfig, RunConfig
 from minisft.data.chat import Encoded
+from minisft.loss import cross_entropy_sum
 from minisft.model import CausalLM
 from minisft.optim import MasterAdamW
 from minisft.step import (
@@ -26,6 +29,7 @@ from minisft.step import (
     train_step,
     validation_loss,
 )
+from minisft.surgery import apply_lora_, lora_modules, quantize_
 
 LORA = LoRAConfig(rank=2, alpha=3.0)
 few = settings(max_examples=max(5, settings().max_examples // 6))  # of a law whose drawn number is only a seed
@@ -116,6 +120,84 @@ def test_recomputation_saves_memory(kind: str) -> None:
         return sum(seen.values())
 
     assert saved_bytes(kind) < 0.85 * saved_bytes("none")
+
+
+# ---- only what is needed ----
+
+
+def ready_for(kind: str, config: ModelConfig) -> CausalLM:
+    """A random model in fp64, made ready for a method; adapters are random in both factors."""
+    model = tiny.build(config)
+    if kind == "nf4":
+        quantize_(model, QuantConfig(block_size=32))
+    if kind == "full":
+        return model
+    apply_lora_(model, replace(LORA, use_dora=kind == "dora"))
+    for path, layer in lora_modules(model).items():
+        for factor in (layer.lora_A, layer.lora_B):
+            factor.data = tiny.randn(*factor.shape, seed=len(path), dtype=factor.dtype) * 0.4
+    return model
+
+
+def by_the_plain_path(model: CausalLM, batch: Batch) -> torch.Tensor:
+    hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=batch.prefix_length)
+    return cross_entropy_sum(model.head(hidden).flatten(0, 1), batch.target_ids.flatten())
+
+
+EVERY_FAMILY = {**tiny.FAMILIES, **tiny.SWITCHED_FAMILIES}
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [("lora", name) for name in EVERY_FAMILY]
+    + [(kind, name) for kind in ("dora", "nf4", "full") for name in ("qwen3", "gemma3")],
+)
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_the_last_layer_computes_targets_alone_and_no_gradient_changes(kind: str, family: str, layout: str) -> None:
+    model, data = ready_for(kind, EVERY_FAMILY[family]), rows([9, 2, 6, 7, 5])
+    data[2] = replace(data[2], supervised=[False, True, False, True, False, False])  # targets with gaps, none at the end
+    if layout == "shared":
+        data = [replace(row, input_ids=[1, 2, 3, *row.input_ids], supervised=[False] * 3 + row.supervised) for row in data]
+    (batch,) = batches(data, 5, layout != "padded", layout == "shared")
+    assert bool(batch.prefix_length) == (layout == "shared")
+    plain = by_the_plain_path(model, batch)
+    plain.backward()
+    expected = tiny.gradients(model)
+    seen: list[int] = []
+    last = model.model.layers[-1]
+    for block in (last.self_attn.q_proj, last.self_attn.o_proj, last.mlp):
+        block.register_forward_hook(lambda _, inputs, output: seen.append(len(inputs[0])))
+    for checkpointing in ("none", "selective", "full"):
+        set_checkpointing(model, checkpointing)
+        loss = batch_loss_sum(model, batch)
+        assert seen == [batch.num_targets] * 3
+        loss.backward()
+        tiny.assert_close(loss, plain)
+        tiny.assert_same(tiny.gradients(model), expected)
+        seen.clear()
+
+
+def test_the_last_layer_computes_all_rows_while_an_adapter_drops_out() -> None:
+    model = tiny.build_with_lora(tiny.LLAMA, replace(LORA, dropout=0.5), torch.float64)
+    (batch,) = batches(rows([9, 4]), 2)
+    seen: list[int] = []
+    model.model.layers[-1].mlp.register_forward_hook(lambda _, inputs, output: seen.append(len(inputs[0])))
+    batch_loss_sum(model, batch)
+    batch_loss_sum(model.eval(), batch)
+    assert seen == [18, batch.num_targets]
+
+
+@pytest.mark.parametrize("kind", ["lora", "nf4"])
+def test_no_gradient_goes_below_the_first_adapter(kind: str) -> None:
+    """What enters the first layer's q, k and v depends on nothing that is trained: no product with their weights is made."""
+    model, inputs = ready_for(kind, replace(tiny.LLAMA, num_layers=1)), {}
+    for name, layer in lora_modules(model).items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name.rpartition(".")[2]: args[0]}))
+    with mock.patch.object(lora_fused, "frozen_linear_t", wraps=lora_fused.frozen_linear_t) as product:
+        batch_loss_sum(model, batches(rows([6, 5]), 2)[0]).backward()
+    needed = {name for name, x in inputs.items() if x.requires_grad}
+    assert needed == {"o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert product.call_count == len(needed)
 
 
 def run(**changes: object) -> RunConfig:

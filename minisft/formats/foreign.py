@@ -109,15 +109,22 @@ class ForeignLM(CausalLM):
         cache: KVCache | None = None,
         prefix_length: int = 0,
         noise: Tensor | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
-            input_ids, segment_ids, cache, prefix_length, noise: as in ``CausalLM.hidden``; a cache is a ``TokenCache``.
+            input_ids, segment_ids, cache, prefix_length, noise, only: as in ``CausalLM.hidden``; a cache is a ``TokenCache``.
 
         Returns:
-            (B, T, D) in the model's dtype.
+            (B, T, D) in the model's dtype, or (n, D).
         """
+        hidden = self._all_hidden(input_ids, segment_ids, cache, prefix_length, noise)
+        return hidden if only is None else hidden.flatten(0, 1).index_select(0, only)
+
+    def _all_hidden(
+        self, input_ids: Tensor, segment_ids: Tensor | None, cache: KVCache | None, prefix_length: int, noise: Tensor | None
+    ) -> Tensor:
         if cache is not None:
             assert isinstance(cache, TokenCache)
             return self._continued(input_ids, segment_ids, cache)

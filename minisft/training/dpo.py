@@ -19,6 +19,7 @@ from minisft.generation import no_dropout
 from minisft.loss import IGNORE_INDEX, token_log_probs
 from minisft.model import CausalLM
 from minisft.preference import DPOLoss, dpo_loss
+from minisft.step import supervised_hidden
 
 # TRL's names for the fields of ``PairStats`` after the loss; the last one is ours.
 METRICS = (
@@ -129,8 +130,8 @@ def answer_log_probs(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     Returns:
         (2 P,) sums over each answer's tokens, in fp32 at least, and (2 P,) how many tokens each has.
     """
-    hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=batch.prefix_length)
-    log_probs = token_log_probs(hidden, model.loss_head, batch.target_ids)
+    hidden, target_ids = supervised_hidden(model, batch)
+    log_probs = token_log_probs(hidden, model.loss_head, target_ids)
     first = 2 if batch.prefix_length else 1
     num_pairs = batch.segment_ids.shape[0]
     pair = torch.arange(num_pairs, device=log_probs.device)[:, None]

@@ -20,6 +20,7 @@ from minisft.generation import Sampled, no_dropout
 from minisft.loss import token_log_probs
 from minisft.model import CausalLM
 from minisft.preference import Advantage, GRPOLoss, advantages, answer_weights, grpo_token_losses, kl_estimate
+from minisft.step import supervised_hidden
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ def group_log_probs(model: CausalLM, batch: Batch, temperature: float) -> Tensor
     Returns:
         (N,) in fp32 at least, answer after answer.
     """
-    hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=batch.prefix_length)
-    return token_log_probs(hidden, model.loss_head, batch.target_ids, temperature)
+    hidden, target_ids = supervised_hidden(model, batch)
+    return token_log_probs(hidden, model.loss_head, target_ids, temperature)
 
 
 def group_gradients(model: CausalLM, groups: Sequence[Group], settings: GRPOSettings) -> GRPOStats:

@@ -1,0 +1,90 @@
+"""How much of a step's time its matrix products need at the rate at which this machine multiplies: 1 is nothing beside them.
+
+    share = seconds of the products alone / seconds of the step
+
+The products are those that the step makes, with their shapes and layouts, each timed by itself on matrices of its own, in
+turns with the step and in the same process. Products with a side of ``narrow`` or less (adapters) do not count: they are work
+beside the model's own. Multiplying less for the same step makes it faster and leaves the share as it is.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
+Product = tuple[Layout, Layout, torch.dtype]
+OPERANDS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # the position of the first matrix
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products that are made while it is active, backward too."""
+
+    def __init__(self, narrow: int) -> None:
+        super().__init__()
+        self.narrow = narrow
+        self.made: Counter[Product] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Callable, types: object, args: Sequence = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        first = OPERANDS.get(func._schema.name)
+        if first is not None:
+            a, b = args[first : first + 2]
+            if min(*a.shape, b.shape[1]) > self.narrow:
+                self.made[_layout(a), _layout(b), a.dtype] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _layout(matrix: Tensor) -> Layout:
+    return tuple(matrix.shape), matrix.stride()
+
+
+def flops(product: Product) -> int:
+    """2 M K N."""
+    ((rows, inner), _), ((_, columns), _), _ = product
+    return 2 * rows * inner * columns
+
+
+def seconds_of(product: Product, repeats: int) -> float:
+    """The median time of one such product, its result written over the one before."""
+    a, b = (torch.empty_strided(*layout, dtype=product[2]).fill_(0.5) for layout in product[:2])
+    out = a @ b
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        torch.mm(a, b, out=out)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def measure(step: Callable[[], object], rounds: int, narrow: int, repeats: int = 5) -> dict[str, object]:
+    """The share of a step, again and again.
+
+    Args:
+        step: one training step, always of the same rows.
+        rounds: how often the step and its products are timed, in turns.
+        narrow: products with a side of so many or fewer do not count.
+        repeats: of each product in a round.
+
+    Returns:
+        ``shares``, one a round; the step's ``gflops`` (counted, in units of 1e9) and the machine's ``gflops_per_s``.
+    """
+    with Products(narrow) as products:
+        step()
+    total = sum(flops(product) * count for product, count in products.made.items()) / 1e9
+    shares, rates = [], []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        step()
+        whole = time.perf_counter() - began
+        alone = sum(seconds_of(product, repeats) * count for product, count in products.made.items())
+        shares.append(alone / whole)
+        rates.append(total / alone)
+    return {"shares": shares, "gflops": total, "gflops_per_s": statistics.median(rates)}

@@ -1,0 +1,154 @@
+// What stands between the matrix products of a training step, each in one pass over memory: norms, SwiGLU, RoPE, and LoRA's products
+// with a few columns.
+//
+// The references are the formulas in PyTorch of minisft/elementwise.py and lora_fused.py. Between two large products a step is limited
+// by memory: PyTorch reads and writes an activation once for each operator, this once for each function. All numbers are fp32, rows
+// lie one behind the other without gaps, and every row is computed by one thread in one order: the bits depend on neither the number
+// of threads nor the other rows. Python checks every size, dtype and layout before it calls: nothing is checked here.
+
+#include "cpu_lanes.h"
+
+namespace {
+
+// LANES numbers, and what is left of a row: so that a loop's body is written once for both.
+struct Whole {
+    Floats load(const float* from) const { return ::load<Floats>(from); }
+    void store(float* to, Floats v) const { put(to, v); }
+};
+struct Rest {
+    int64_t bytes;
+    Floats load(const float* from) const { return load_some<Floats>(from, bytes); }
+    void store(float* to, Floats v) const { memcpy(to, &v, bytes); }
+};
+
+// Calls each(k, lanes) for k = 0, LANES, ... < length.
+template <class Each>
+inline void vectors(int64_t length, Each each) {
+    int64_t k = 0;
+    for (; k + LANES <= length; k += LANES) each(k, Whole{});
+    if (k < length) each(k, Rest{4 * (length - k)});
+}
+
+inline Floats sigmoid(Floats x) { return 1.0f / (exponential(-x) + 1.0f); }
+
+constexpr int64_t SPAN = 4096;  // numbers that a thread takes at a time where there are no rows
+
+template <class Each>
+inline void spans(int64_t length, int threads, Each each) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t begin = 0; begin < length; begin += SPAN)
+        vectors(length - begin < SPAN ? length - begin : SPAN, [&](int64_t k, auto lanes) { each(begin + k, lanes); });
+}
+
+// ROWS rows of x times RANKS rows of a: y[row][rank] = x_row . a_rank.
+template <int ROWS, int RANKS>
+inline void narrow_tile(const float* x, const float* a, int64_t in, int64_t rank, float* y) {
+    Floats sums[ROWS][RANKS] = {};
+    vectors(in, [&](int64_t k, auto lanes) {
+        Floats columns[RANKS];
+        for (int r = 0; r < RANKS; ++r) columns[r] = lanes.load(a + r * in + k);
+        for (int row = 0; row < ROWS; ++row) {
+            const Floats numbers = lanes.load(x + row * in + k);
+            for (int r = 0; r < RANKS; ++r) sums[row][r] = multiply_add(numbers, columns[r], sums[row][r]);
+        }
+    });
+    for (int row = 0; row < ROWS; ++row)
+        for (int r = 0; r < RANKS; ++r) y[row * rank + r] = sum(sums[row][r]);
+}
+
+template <int ROWS>
+inline void narrow_rows(const float* x, const float* a, int64_t in, int64_t rank, float* y) {
+    int64_t r = 0;
+    for (; r + 4 <= rank; r += 4) narrow_tile<ROWS, 4>(x, a + r * in, in, rank, y + r);
+    for (; r < rank; ++r) narrow_tile<ROWS, 1>(x, a + r * in, in, rank, y + r);
+}
+
+constexpr int ROWS_AT_ONCE = LANES == 16 ? 5 : 2;  // with 4 ranks: sums that fit in the registers
+
+}  // namespace
+
+extern "C" {
+
+// y = weight * (x rstd), rstd = 1 / sqrt(mean(x^2) + eps); rstd (rows,) is kept for backward.
+void rms_norm(const float* x, const float* weight, float* y, float* rstd, int64_t rows, int64_t size, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* from = x + row * size;
+        float* to = y + row * size;
+        Floats squares = {};
+        vectors(size, [&](int64_t k, auto lanes) {
+            const Floats numbers = lanes.load(from + k);
+            squares = multiply_add(numbers, numbers, squares);
+        });
+        const float r = rstd[row] = 1.0f / __builtin_sqrtf(sum(squares) / float(size) + eps);
+        vectors(size, [&](int64_t k, auto lanes) { lanes.store(to + k, lanes.load(weight + k) * (lanes.load(from + k) * r)); });
+    }
+}
+
+// grad_x = rstd (g - n mean(g n)), with g = grad weight and n = x rstd.
+void rms_norm_backward(const float* grad, const float* x, const float* weight, const float* rstd, float* grad_x, int64_t rows,
+                       int64_t size, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        const float *g = grad + row * size, *from = x + row * size, r = rstd[row];
+        float* to = grad_x + row * size;
+        Floats products = {};
+        vectors(size, [&](int64_t k, auto lanes) {
+            products = multiply_add(lanes.load(g + k) * lanes.load(weight + k), lanes.load(from + k) * r, products);
+        });
+        const float mean = sum(products) / float(size);
+        vectors(size, [&](int64_t k, auto lanes) {
+            const Floats normed = lanes.load(from + k) * r;
+            lanes.store(to + k, r * (lanes.load(g + k) * lanes.load(weight + k) - normed * mean));
+        });
+    }
+}
+
+// y = silu(gate) up
+void swiglu(const float* gate, const float* up, float* y, int64_t length, int threads) {
+    spans(length, threads, [=](int64_t k, auto lanes) {
+        const Floats g = lanes.load(gate + k);
+        lanes.store(y + k, g * sigmoid(g) * lanes.load(up + k));
+    });
+}
+
+// grad_up = grad silu(gate); grad_gate = grad up silu'(gate), silu'(g) = s + g s (1 - s) with s = sigmoid(g).
+void swiglu_backward(const float* grad, const float* gate, const float* up, float* grad_gate, float* grad_up, int64_t length,
+                     int threads) {
+    spans(length, threads, [=](int64_t k, auto lanes) {
+        const Floats d = lanes.load(grad + k), g = lanes.load(gate + k), s = sigmoid(g), silu = g * s;
+        lanes.store(grad_up + k, d * silu);
+        lanes.store(grad_gate + k, d * lanes.load(up + k) * multiply_add(silu, 1.0f - s, s));
+    });
+}
+
+// y: each pair (x_i, x_{i + half}) of a head turned by its token's angle; turn is 1, or -1 to turn back.
+void rotate(const float* x, const float* cos, const float* sin, float* y, int64_t tokens, int64_t heads, int64_t half, float turn,
+            int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t token = 0; token < tokens; ++token)
+        for (int64_t head = 0; head < heads; ++head) {
+            const float* first = x + (token * heads + head) * 2 * half;
+            float* to = y + (token * heads + head) * 2 * half;
+            vectors(half, [&](int64_t i, auto lanes) {
+                const Floats a = lanes.load(first + i), b = lanes.load(first + half + i);
+                const Floats c = lanes.load(cos + token * half + i), s = lanes.load(sin + token * half + i) * turn;
+                lanes.store(to + i, a * c - b * s);
+                lanes.store(to + half + i, b * c + a * s);
+            });
+        }
+}
+
+// y (rows, rank) = x (rows, in) a^T for a (rank, in), a rank of a few columns.
+void narrow(const float* x, const float* a, float* y, int64_t rows, int64_t in, int64_t rank, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE) {
+        if (row + ROWS_AT_ONCE <= rows) {
+            narrow_rows<ROWS_AT_ONCE>(x + row * in, a, in, rank, y + row * rank);
+        } else {
+            for (int64_t last = row; last < rows; ++last) narrow_rows<1>(x + last * in, a, in, rank, y + last * rank);
+        }
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,184 @@
+"""Norms, SwiGLU, RoPE and narrow products in one pass: fp32 against fp64, within bounds that follow from their roundings.
+
+``e`` is half the distance from 1 to the next fp32 number. A sum of k terms is off by at most k e of the sum of their sizes, in
+whatever order it is taken; each other operation adds one e, and e^x at most 4.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_cpu_nf4 import needs_native, threads
+from tiny import randn
+from torch import Tensor
+
+from minisft import elementwise, lora_fused, matmul
+from minisft.elementwise import rms_norm, rotate, swiglu
+from minisft.kernels import cpu_elementwise, cpu_nf4
+
+e = 2.0**-24
+COUNTS = st.integers(1, 2)
+ROWS = st.integers(1, 7)
+SEEDS = st.integers(0, 99)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tensors_too():
+    needs_native()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_elementwise, "MIN_NUMBERS", 1)
+        yield
+
+
+def fp32(*shape: int, seed: int) -> Tensor:
+    return randn(*shape, seed=seed, dtype=torch.float32)
+
+
+def gradients(y: Tensor, upstream: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
+
+
+def assert_within(found: Tensor, exact: Tensor, bound: Tensor) -> None:
+    assert found.dtype == torch.float32
+    assert bool(((found.double() - exact).abs() <= bound * (1 + 2**-7) + 1e-37).all())
+
+
+@given(ROWS, st.integers(1, 70), st.booleans(), COUNTS, SEEDS)
+def test_rms_norm(rows: int, size: int, trained: bool, count: int, seed: int) -> None:
+    x, weight, upstream = fp32(rows, size, seed=seed), fp32(size, seed=seed + 1), fp32(rows, size, seed=seed + 2)
+    inputs = [x.requires_grad_(), *([weight.requires_grad_()] if trained else [])]
+    with threads(count):
+        y, grad_x, *_ = gradients(rms_norm(x, weight, 1e-5), upstream, *inputs)
+    x, w, g = x.detach().double(), weight.detach().double(), upstream.double()
+    r = (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    assert_within(y, w * x * r, (size / 2 + 8) * e * (w * x * r).abs())
+    n, gw = x * r, g * w
+    exact = r * (gw - n * (gw * n).mean(-1, keepdim=True))
+    # rstd, which is off by (size / 2 + 4) e, comes three times, and there is one more sum
+    assert_within(grad_x, exact, (2.5 * size + 24) * e * r * (gw.abs() + n.abs() * (gw * n).abs().mean(-1, keepdim=True)))
+
+
+@given(ROWS, st.integers(1, 70), st.sampled_from([1.0, 20.0]), COUNTS, SEEDS)
+def test_swiglu(rows: int, size: int, scale: float, count: int, seed: int) -> None:
+    gate, up, upstream = fp32(rows, size, seed=seed) * scale, fp32(rows, size, seed=seed + 1), fp32(rows, size, seed=seed + 2)
+    with threads(count):
+        y, grad_gate, grad_up = gradients(swiglu(gate.requires_grad_(), up.requires_grad_()), upstream, gate, up)
+    g, u, d = gate.detach().double(), up.detach().double(), upstream.double()
+    s = torch.sigmoid(g)
+    assert_within(y, g * s * u, 9 * e * (g * s * u).abs())
+    assert_within(grad_up, d * g * s, 9 * e * (d * g * s).abs())
+    assert_within(grad_gate, d * u * (s + g * s * (1 - s)), 14 * e * (d * u).abs() * (s + (g * s).abs()))
+
+
+def test_swiglu_of_extreme_gates() -> None:
+    gate = torch.tensor([-3e38, -200.0, -89.0, -0.0, 0.0, 89.0, 3e38, float("nan")]).requires_grad_()
+    up = torch.ones(8)
+    y, grad = gradients(swiglu(gate, up), up, gate)
+    assert y[1:3].abs().max() <= 2e-36  # e^-89 and less: the exponent ends at 88
+    assert (y[3:5].tolist(), y[5:7].tolist()) == ([0.0, 0.0], gate[5:7].tolist())
+    assert grad[3:7].tolist() == [0.5, 0.5, 1.0, 1.0]
+    assert y[7].isnan()
+    assert grad[7].isnan()
+    assert torch.isfinite(y[:7]).all()
+
+
+@given(ROWS, st.integers(1, 3), st.integers(1, 40), COUNTS, SEEDS)
+def test_rotate(rows: int, heads: int, half: int, count: int, seed: int) -> None:
+    x, upstream = fp32(rows, heads, 2 * half, seed=seed), fp32(rows, heads, 2 * half, seed=seed + 2)
+    angle = fp32(rows, 1, half, seed=seed + 1)
+    cos, sin = angle.cos(), angle.sin()
+    with threads(count):
+        y, grad = gradients(rotate(x.requires_grad_(), cos, sin), upstream, x)
+    for found, v, turn in ((y, x.detach().double(), 1), (grad, upstream.double(), -1)):
+        a, b = v.chunk(2, -1)
+        c, s = cos.double(), sin.double() * turn
+        exact, sizes = (
+            torch.cat((a * c - b * s, b * c + a * s), -1),
+            torch.cat(((a * c).abs() + (b * s).abs(), (b * c).abs() + (a * s).abs()), -1),
+        )
+        assert_within(found, exact, 2 * e * sizes)
+
+
+@given(st.integers(1, 13), st.integers(1, 70), st.integers(1, cpu_elementwise.MAX_RANK), COUNTS, SEEDS)
+def test_narrow(rows: int, size: int, rank: int, count: int, seed: int) -> None:
+    x, factor = fp32(rows, size, seed=seed), fp32(rank, size, seed=seed + 1)
+    with threads(count):
+        found = matmul.narrow(x, factor)
+    assert_within(found, x.double() @ factor.double().T, (size + 2) * e * (x.double().abs() @ factor.double().T.abs()))
+
+
+def test_an_adapter_multiplies_by_it_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[int, ...]] = []
+    narrow = cpu_elementwise.narrow
+    monkeypatch.setattr(cpu_elementwise, "narrow", lambda x, factor: called.append(tuple(factor.shape)) or narrow(x, factor))
+    base = matmul.Linear(40, 24, bias=False).requires_grad_(False)
+    one = [fp32(20, 40, seed=0), fp32(3, 40, seed=1), fp32(24, 3, seed=2)]
+    upstream = fp32(20, 24, seed=3)
+    x, A, B = (t.clone().requires_grad_() for t in one)
+    found = gradients(lora_fused.adapted_linear(x, A, B, base, 0.5), upstream, x, A, B)
+    assert called == [(3, 40), (3, 24)]
+    x, A, B = (t.double().requires_grad_() for t in one)
+    exact = gradients(x @ base.weight.double().T + 0.5 * x @ A.T @ B.T, upstream.double(), x, A, B)
+    for a, b in zip(found, exact, strict=True):
+        assert float((a - b).abs().max() / b.abs().max()) < 1e-6
+
+
+def test_bits_depend_on_neither_threads_nor_other_rows() -> None:
+    x, gate, weight, factor = fp32(700, 36, seed=0), fp32(700, 36, seed=1), fp32(36, seed=2), fp32(5, 36, seed=3)
+    functions = {
+        "rms_norm": lambda rows: rms_norm(x[rows], weight, 1e-5),
+        "swiglu": lambda rows: swiglu(gate[rows], x[rows]),
+        "narrow": lambda rows: matmul.narrow(x[rows], factor),
+    }
+    for name, function in functions.items():
+        with threads(1):
+            whole = function(slice(None))
+            assert all(torch.equal(function(slice(i, i + 1))[0], whole[i]) for i in (0, 1, 699)), name
+        with threads(2):
+            assert torch.equal(function(slice(None)), whole), name
+
+
+@pytest.mark.parametrize("which", ["bf16", "fp64", "gaps", "small", "no library"])
+def test_what_is_left_to_pytorch(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_elementwise, "_call", lambda *_: pytest.fail("the C++ was called"))
+    x = fp32(6, 40, seed=0)
+    x = {"bf16": x.bfloat16(), "fp64": x.double(), "gaps": x[:, ::2]}.get(which, x)
+    if which == "small":
+        monkeypatch.setattr(cpu_elementwise, "MIN_NUMBERS", x.numel() + 1)
+    if which == "no library":
+        monkeypatch.setattr(cpu_nf4, "library", lambda: None)
+    weight = torch.ones(x.shape[1], dtype=x.dtype)
+    found = [rms_norm(x, weight, 1e-5), swiglu(x, x), matmul.narrow(x, x[:3])]
+    exact = x.double()
+    expected = [
+        exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt(),
+        exact * exact * exact.sigmoid(),
+        exact @ exact[:3].T,
+    ]
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).abs().max() / b.abs().max()) < (0.02 if which == "bf16" else 1e-6)
+
+
+def test_sizes_that_do_not_fit_are_pytorchs_to_refuse() -> None:
+    x = fp32(6, 4, 8, seed=0)
+    for function in (
+        lambda: rms_norm(x, torch.ones(7), 1e-5),
+        lambda: swiglu(x, x[:, :3]),
+        lambda: rotate(x, torch.ones(5, 1, 4), torch.ones(5, 1, 4)),
+        lambda: matmul.narrow(x[0], torch.ones(2, 7)),
+    ):
+        with pytest.raises(RuntimeError, match=r"size|shape"):
+            function()
+
+
+def test_a_gradient_with_gaps_is_the_same() -> None:
+    gate, up = fp32(8, 12, seed=0).requires_grad_(), fp32(8, 12, seed=1).requires_grad_()
+    upstream = fp32(12, 8, seed=2).T
+    for function in (swiglu, lambda x, _: rms_norm(x, torch.ones(12), 1e-5)):
+        y = function(gate, up)
+        ours = torch.autograd.grad(y, gate, upstream, retain_graph=True)[0]
+        packed = torch.autograd.grad(y, gate, upstream.contiguous())[0]
+        assert float((ours - packed).abs().max()) <= 16 * e * float(packed.abs().max())
+    assert elementwise.can_use_native(gate.detach())
