@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from harness import RESULTS, add_cell, provenance, read_cells, save_svg, settings_hash, write_rows
@@ -43,6 +44,9 @@ from minisft.training.preference import dpo, grpo
 from minisft.training.preference_config import DPOConfig, GRPOConfig
 from minisft.training.runlog import read_metrics
 from minisft.training.train import train
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MODEL = "smollm2-135m-instruct"
 FILE = RESULTS / "preference.jsonl"
@@ -303,10 +307,10 @@ def figures(path: Path) -> None:
     """Task score by arm with intervals; pairs right and chosen change beside it."""
     from matplotlib.figure import Figure
 
-    rows = list(done(path).values())
+    rows = sorted(done(path).values(), key=lambda row: row["seed"])
     names = [cell for cell in CELLS if any(r["cell"] == cell and "task" in r for r in rows)]
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(14, 4.8), layout="constrained")
+    left, right, drawn = figure.subplots(1, 3, width_ratios=(3, 2, 2))
     for y, name in enumerate(names):
         for k, row in enumerate(r for r in rows if r["cell"] == name):
             low, high = row["task_interval"]
@@ -314,19 +318,29 @@ def figures(path: Path) -> None:
             left.plot([row["task"]], [y + 0.15 * k], "o", color="tab:blue")
     left.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1), xlabel="right JSON on held-out messages, 95 % intervals")
     left.invert_yaxis()
-    for row in (r for r in rows if "chosen_change" in r):
-        right.plot([row["chosen_change"]], [row["pairs_right"]], "o", color="tab:blue")
-        right.annotate(
-            row["cell"],
-            (row["chosen_change"], row["pairs_right"]),
-            fontsize=7,
-            xytext=(0, 5),
-            textcoords="offset points",
-            ha="center",
-        )
+    for name in (*DPO_ARMS, "general pairs"):
+        if points := [(r["chosen_change"], r["pairs_right"]) for r in rows if r["cell"] == name]:
+            right.plot(*zip(*points, strict=True), "o", label=name)
+    right.legend(loc="lower right")
     right.margins(x=0.15)
     right.set(xlabel="change of the chosen answer, nats a token", ylabel="held-out pairs ranked rightly", ylim=(0, 1.05))
+    _rewards(drawn, rows)
     save_svg(figure, path.with_suffix(".svg"))
+
+
+def _rewards(axes: Axes, rows: list[dict]) -> None:
+    """From the SFT model to each run of GRPO that started from it: mean reward of drawn answers."""
+    found = {(r["cell"].removeprefix(AFTER), r["seed"]): r["reward"] for r in rows if r["cell"].startswith(AFTER)}
+    arms = [arm for arm in ARMS if arm != "sft" and any(arm == name for name, _ in found)]
+    for y, arm in enumerate(arms):
+        for k, seed in enumerate(sorted(seed for name, seed in found if name == arm and ("sft", seed) in found)):
+            place = [y + 0.15 * k] * 2
+            axes.plot([found["sft", seed], found[arm, seed]], place, color="tab:gray")
+            axes.plot([found["sft", seed]], place[:1], "o", color="white", markeredgecolor="tab:blue")
+            axes.plot([found[arm, seed]], place[:1], "o", color="tab:blue")
+    axes.set(yticks=range(len(arms)), yticklabels=arms, xlim=(0, 1))
+    axes.set_xlabel("mean reward of drawn answers\nopen: after SFT; full: after GRPO")
+    axes.invert_yaxis()
 
 
 def main() -> None:
