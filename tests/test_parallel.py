@@ -81,7 +81,9 @@ def trainer(case: Case, world: World = ALONE) -> SFTTrainer:
     if case.in_4_bits:
         quantize_(model, QuantConfig(block_size=64))
     data = RunData(case.rows, rows([4, 9, 6, 3, 12]), {}, {})
-    made = SFTTrainer(run, model, SimpleNamespace(pad_id=0), SimpleNamespace(source=""), data, lambda text: None, world)
+    made = SFTTrainer(
+        run, model, SimpleNamespace(pad_id=0, new_ids=()), SimpleNamespace(source=""), data, lambda text: None, world
+    )
     draw = torch.Generator().manual_seed(7)
     for adapter in lora_modules(model).values():  # as if trained for a while: at B = 0 the other factor has no gradient
         for factor in (adapter.lora_A, adapter.lora_B):
@@ -187,7 +189,9 @@ def dpo(world: World, out: str) -> tuple[float, dict[str, Tensor], tuple[float, 
     run = DPOConfig("m", "d", out, batch_size=5, steps=9, rank=2, alpha=3.0, lr=1e-2, rpo_alpha=0.3)
     model = tiny.build(tiny.LLAMA)
     data = RunData(pairs[:5], pairs[3:], {}, {})
-    made = DPOTrainer(run, model, SimpleNamespace(pad_id=0), SimpleNamespace(source=""), data, lambda text: None, world)
+    made = DPOTrainer(
+        run, model, SimpleNamespace(pad_id=0, new_ids=()), SimpleNamespace(source=""), data, lambda text: None, world
+    )
     made.prepare()
     draw = torch.Generator().manual_seed(7)
     for adapter in lora_modules(model).values():  # after the reference, so that pairs have margins

@@ -80,7 +80,9 @@ def trainer(model: object, world: World, checkpointing: str) -> SFTTrainer:
         checkpointing=checkpointing, targets=("all-linear",), parallel="shard" if world.size > 1 else "auto",
     )  # fmt: skip
     data = RunData(rows(RAGGED[:5]), rows([4, 9, 6]), {}, {})
-    made = SFTTrainer(run, model, SimpleNamespace(pad_id=0), SimpleNamespace(source=""), data, lambda text: None, world)
+    made = SFTTrainer(
+        run, model, SimpleNamespace(pad_id=0, new_ids=()), SimpleNamespace(source=""), data, lambda text: None, world
+    )
     draw = torch.Generator().manual_seed(7)
     for adapter in lora_modules(model).values():
         for factor in (adapter.lora_A, adapter.lora_B):
