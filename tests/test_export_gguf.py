@@ -368,7 +368,7 @@ REFUSED = {
     "another family": (("--model", "granite"), 4, "model/no-gguf", "convert_hf_to_gguf.py"),
     "dora": (("--adapter", "dora", "--adapter-only"), 4, "adapter/no-gguf", "leave --adapter-only away"),
     "a tied head": (("--adapter", "head", "--adapter-only"), 4, "adapter/no-gguf", "leave --adapter-only away"),
-    "new tokens": (("--adapter", "tokens"), 4, "adapter/unsupported", "merge it with PEFT"),
+    "tokens without rows": (("--adapter", "tokens"), 4, "adapter/missing-tensor", "trainable_tokens_delta"),
     "another rule": (("--model", "spaces"), 4, "tokenizer/no-gguf-rule", "convert_hf_to_gguf.py"),
     "another vocabulary": (("--model", "wordpiece"), 4, "tokenizer/no-gguf-model", "convert_hf_to_gguf.py"),
     "too large for f16": (("--model", "large", "--no-check"), 6, "numeric/export-not-finite", "--outtype bf16"),

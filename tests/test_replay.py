@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_folder import digest, losses, quiet, rows, run_config, stopped_copy, write_shop
 
@@ -63,6 +63,7 @@ def test_a_mixture_s_rows_come_in_the_order_that_they_have_without_replay(
 
 
 @given(st.floats(0.01, 5), st.integers(1, 60), st.integers(1, 9), st.fractions(0, Fraction(9, 10), max_denominator=20))
+@example(1.0, 1, 1, Fraction(1, 2))  # two steps once, of which the first had the only row
 def test_epochs_count_the_run_s_own_rows(epochs: float, n: int, batch: int, share: Fraction) -> None:
     steps = steps_of_epochs(epochs, n, batch, share)
     own = [s * batch - num_replayed(s, batch, share) for s in (steps - 1, steps)]

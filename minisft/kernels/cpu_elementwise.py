@@ -97,7 +97,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of ``swiglu`` for gate and up: grad up silu'(gate), and grad silu(gate)."""
+    """The gradients of ``swiglu`` for gate and up: grad up silu'(gate), and grad silu(gate).
+
+    Args:
+        grad, gate, up: fp32, contiguous, of one shape.
+
+    Returns:
+        Two tensors of that shape.
+    """
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate)
     _call("swiglu_backward", grad, gate, up, grad_gate, grad_up, gate.numel())
     return grad_gate, grad_up

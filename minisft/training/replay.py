@@ -164,7 +164,8 @@ def steps_of_epochs(epochs: float, num_rows: int, batch_size: int, share: Fracti
     Returns:
         At least 1.
     """
-    steps = max(1, math.floor(epochs * num_rows / (batch_size * (1 - share))))
+    # Own rows of s steps: ceil(s * batch_size * (1 - share)), so less than one row before the end is enough.
+    steps = max(1, math.floor((epochs * num_rows - 1) / (batch_size * (1 - share))))
     while steps * batch_size - num_replayed(steps, batch_size, share) < epochs * num_rows:
         steps += 1
     return steps
