@@ -37,6 +37,7 @@ from minisft.data.chat import encode_chat, resolve_template
 from minisft.data.messages import read_dataset
 from minisft.evaluation.evaluate import evaluate
 from minisft.evaluation.metrics import json_match, wilson
+from minisft.evaluation.statistics import bootstrap_mean
 from minisft.formats import load_adapter_, load_model
 from minisft.generation import sample_groups
 from minisft.quickstart.parcel_task import INTENTS, parcel_rows
@@ -75,7 +76,7 @@ ANSWERS = 4  # drawn to each of the held-out messages
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; one core does the cells of ``FIRST`` in about 20 minutes a seed."""
+    """How much of everything; one core does the cells of ``FIRST`` in about 35 minutes a seed."""
 
     sft_steps: int = 32  # of 4 rows: about 70 % right
     test_rows: int = 100
@@ -329,15 +330,18 @@ def figures(path: Path) -> None:
 
 
 def _rewards(axes: Axes, rows: list[dict]) -> None:
-    """From the SFT model to each run of GRPO that started from it: mean reward of drawn answers."""
-    found = {(r["cell"].removeprefix(AFTER), r["seed"]): r["reward"] for r in rows if r["cell"].startswith(AFTER)}
+    """From the SFT model to each run of GRPO that started from it: mean reward of drawn answers; the gains are printed."""
+    found = {(r["cell"].removeprefix(AFTER), r["seed"]): r for r in rows if r["cell"].startswith(AFTER)}
     arms = [arm for arm in ARMS if arm != "sft" and any(arm == name for name, _ in found)]
     for y, arm in enumerate(arms):
-        for k, seed in enumerate(sorted(seed for name, seed in found if name == arm and ("sft", seed) in found)):
+        for k, seed in enumerate(seed for name, seed in found if name == arm and ("sft", seed) in found):
+            before, after = found["sft", seed], found[arm, seed]
             place = [y + 0.15 * k] * 2
-            axes.plot([found["sft", seed], found[arm, seed]], place, color="tab:gray")
-            axes.plot([found["sft", seed]], place[:1], "o", color="white", markeredgecolor="tab:blue")
-            axes.plot([found[arm, seed]], place[:1], "o", color="tab:blue")
+            axes.plot([before["reward"], after["reward"]], place, color="tab:gray")
+            axes.plot([before["reward"]], place[:1], "o", color="white", markeredgecolor="tab:blue")
+            axes.plot([after["reward"]], place[:1], "o", color="tab:blue")
+            gain = bootstrap_mean([b - a for a, b in zip(before["rewards"], after["rewards"], strict=True)])
+            print(f"{arm}, seed {seed}: reward {gain.estimate:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}), paired by message")
     axes.set(yticks=range(len(arms)), yticklabels=arms, xlim=(0, 1))
     axes.set_xlabel("mean reward of drawn answers\nopen: after SFT; full: after GRPO")
     axes.invert_yaxis()
