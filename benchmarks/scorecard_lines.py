@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from typing import Any
 
 import scorecard_crashes
 import scorecard_fuzz
@@ -56,10 +57,10 @@ def merge_rounded(quick: bool) -> dict[str, object]:
 
 def _sum(*parts: dict[str, object]) -> dict[str, object]:
     """The numbers of several runs of tests, added."""
-    total: dict[str, object] = {}
+    total: dict[str, Any] = {}
     for part in parts:
         for name, value in part.items():
-            total[name] = value if name == "quick" else total[name] + value if name in total else value  # type: ignore[operator]
+            total[name] = value if name == "quick" else total[name] + value if name in total else value
     return total
 
 

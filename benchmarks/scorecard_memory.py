@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 from scorecard_parts import ROOT, use_tests
 
@@ -258,11 +259,8 @@ def soak(quick: bool) -> dict[str, object]:
         run = run_config(
             write_shop(folder), folder / "run", steps=steps, save_every=20, eval_every=20, keep_last=2, log_every=100
         )
-        MetricsLog.append = append  # type: ignore[method-assign]
-        try:
+        with patch.object(MetricsLog, "append", append):
             train(run, log=quiet)
-        finally:
-            MetricsLog.append = real  # type: ignore[method-assign]
     (before, files, threads), (after, more_files, more_threads) = seen
     return {
         "steps": steps - WARM_UP, "saves": (steps - WARM_UP) // 20, "grown KiB": (after - before) // 1024,

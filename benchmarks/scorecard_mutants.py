@@ -12,6 +12,7 @@ import random
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 JSON = object
 HOSTILE_TEXTS = (
@@ -82,34 +83,38 @@ def mutated_json(draw: random.Random, value: JSON, shallow: bool = False) -> JSO
         *way, key = draw.choice(everywhere)
         owner = value
         for step in way:
-            owner = owner[step]  # type: ignore[index]
-        _change(draw, owner, key)
+            owner = _inside(owner)[step]
+        _change(draw, _inside(owner), key)
     return value
 
 
-def _change(draw: random.Random, owner: object, key: object) -> None:
-    assert isinstance(owner, (dict, list))
-    what = draw.randrange(12)
+def _inside(value: JSON) -> dict[object, JSON]:
+    """What stands in an object by its keys, or in a list by its indices: both are changed in one way."""
+    assert isinstance(value, (dict, list))
+    return cast("dict[object, JSON]", value)
+
+
+def _change(draw: random.Random, owner: dict[object, JSON], key: object) -> None:
+    what, value = draw.randrange(12), owner[key]
     if what < 3:
-        owner[key] = copy.deepcopy(draw.choice(HOSTILE_VALUES))  # type: ignore[index]
+        owner[key] = copy.deepcopy(draw.choice(HOSTILE_VALUES))
     elif what >= 9:  # another value of its own type, which gets further
-        owner[key] = _alike(draw, owner[key])  # type: ignore[index]
+        owner[key] = _alike(draw, value)
     elif what in (3, 4):
-        del owner[key]  # type: ignore[arg-type]
-    elif what == 5 and isinstance(owner[key], (int, float)):  # type: ignore[index]
-        owner[key] = owner[key] * draw.choice((-1, 0, 2, 1000)) + draw.choice((-1, 0, 1, 0.5))  # type: ignore[index]
-    elif what == 6 and isinstance(owner, dict):
+        del owner[key]
+    elif what == 5 and isinstance(value, (int, float)):
+        owner[key] = value * draw.choice((-1, 0, 2, 1000)) + draw.choice((-1, 0, 1, 0.5))
+    elif what == 6 and isinstance(owner, dict):  # a list has no keys to give
         owner[draw.choice(HOSTILE_TEXTS)] = owner.pop(key)
     elif what == 7:
-        owner[key] = [owner[key]] * draw.choice((1, 2, 50))  # type: ignore[index]
+        owner[key] = [value] * draw.choice((1, 2, 50))
     else:
-        nested = owner[key]  # type: ignore[index]
         for _ in range(draw.choice((1, 3, 70))):
-            nested = {"a": nested} if draw.random() < 0.5 else [nested]
-        owner[key] = nested  # type: ignore[index]
+            value = {"a": value} if draw.random() < 0.5 else [value]
+        owner[key] = value
 
 
-def _alike(draw: random.Random, value: object) -> object:
+def _alike(draw: random.Random, value: JSON) -> JSON:
     if isinstance(value, bool) or value is None:
         return draw.choice((True, False, None))
     if isinstance(value, int):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,8 +181,8 @@ def _counted(root: ElementTree.Element, printed: str, status: int) -> Tests:
     if status not in (0, 1) or not (passed or failures):
         failures.append(f"pytest ended with {status}: {printed[-500:]}")
     examples = sum(int(good) for good, _ in EXAMPLES.findall(printed))
-    totals: Counter[str] = Counter()
+    totals: defaultdict[str, float] = defaultdict(float)
     for name, value in noted:
-        totals[name] += value  # type: ignore[assignment]
-    whole = {name: int(value) if float(value).is_integer() else value for name, value in totals.items()}
+        totals[name] += value
+    whole = {name: int(value) if value.is_integer() else value for name, value in totals.items()}
     return Tests(len(passed), len(failures), skipped, examples, whole, tuple(noted), tuple(passed), tuple(failures))
