@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,19 +53,25 @@ def flops(product: Product) -> int:
     return 2 * rows * inner * columns
 
 
-def seconds_of(product: Product, repeats: int) -> float:
+def seconds_of(product: Product, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """The median time of one such product, its result written over the one before."""
     a, b = (torch.empty_strided(*layout, dtype=product[2]).fill_(0.5) for layout in product[:2])
     out = a @ b
     times = []
     for _ in range(repeats):
-        began = time.perf_counter()
+        began = clock()
         torch.mm(a, b, out=out)
-        times.append(time.perf_counter() - began)
+        times.append(clock() - began)
     return statistics.median(times)
 
 
-def measure(step: Callable[[], object], rounds: int, narrow: int, repeats: int = 5) -> dict[str, object]:
+def measure(
+    step: Callable[[], object],
+    rounds: int,
+    narrow: int,
+    repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     """The share of a step, again and again.
 
     Args:
@@ -72,6 +79,7 @@ def measure(step: Callable[[], object], rounds: int, narrow: int, repeats: int =
         rounds: how often the step and its products are timed, in turns.
         narrow: products with a side of so many or fewer do not count.
         repeats: of each product in a round.
+        clock: what is measured; ``time.process_time`` where other work runs beside.
 
     Returns:
         ``shares``, one a round; the step's ``gflops`` (counted, in units of 1e9) and the machine's ``gflops_per_s``.
@@ -81,10 +89,10 @@ def measure(step: Callable[[], object], rounds: int, narrow: int, repeats: int =
     total = sum(flops(product) * count for product, count in products.made.items()) / 1e9
     shares, rates = [], []
     for _ in range(rounds):
-        began = time.perf_counter()
+        began = clock()
         step()
-        whole = time.perf_counter() - began
-        alone = sum(seconds_of(product, repeats) * count for product, count in products.made.items())
+        whole = clock() - began
+        alone = sum(seconds_of(product, repeats, clock) * count for product, count in products.made.items())
         shares.append(alone / whole)
         rates.append(total / alone)
     return {"shares": shares, "gflops": total, "gflops_per_s": statistics.median(rates)}

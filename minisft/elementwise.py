@@ -75,11 +75,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, turn: float = 1.0) -> Tensor:
     if x.ndim == 3 and cos.shape == sin.shape == (len(x), 1, x.shape[2] // 2) and can_use_native(x, cos, sin):
         return cpu_elementwise.rotate(x, cos, sin, turn)
-    half, sin = x.shape[-1] // 2, sin * turn
+    half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
     out = torch.empty_like(x)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-turn)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=turn)
     return out
 
 

@@ -53,15 +53,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not any(item.iter_markers("slow")) and not any(item.iter_markers("smollm2")))
 
 
+FSYNC = os.fsync
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_waiting_for_the_disk() -> Iterator[None]:
     """``fsync`` only asks whether its descriptor is open: no test cuts the power, and ``crashing.py`` proves the protocol.
 
-    Child processes keep the real one.
+    Programs that a test starts keep the real one, and so do forked children where a test asks for ``syncing``.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)
         yield
+
+
+@pytest.fixture
+def syncing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``fsync`` waits for the disk after all."""
+    monkeypatch.setattr(os, "fsync", FSYNC)
 
 
 # The picture of a run costs more than a run of a tiny model; test_runlog looks at pictures, and ``pictures`` gives them back.

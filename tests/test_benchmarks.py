@@ -73,6 +73,16 @@ def test_the_products_of_a_step_are_counted_both_ways_and_narrow_ones_are_not() 
 
 
 @pytest.mark.exhaustive
+@pytest.mark.smollm2
+@pytest.mark.usefixtures("smollm2_path")
+def test_bench_step_times_a_step_its_products_and_its_functions() -> None:
+    printed = run("bench_step.py", "--steps", "1", "--rounds", "1")
+    assert "'least'" in printed
+    assert " GFLOP at " in printed
+    assert run("bench_step.py", "--functions").count(" us by PyTorch, ") == 10
+
+
+@pytest.mark.exhaustive
 def test_bench_nf4_measures_every_case_and_writes_results_and_plot(tmp_path: Path) -> None:
     for oracle in ("bitsandbytes", "peft", "matplotlib"):
         pytest.importorskip(oracle)

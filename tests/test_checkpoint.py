@@ -667,6 +667,7 @@ def test_ten_kills_lose_nothing(ram: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("syncing")
 def test_many_kills_lose_nothing(tmp_path: Path) -> None:
     """On the real disk; ``benchmarks/scorecard.py --lines 10`` kills a thousand times."""
     assert _is_harmless(kill_many(tmp_path, 20))

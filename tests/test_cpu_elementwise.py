@@ -161,6 +161,19 @@ def test_what_is_left_to_pytorch(which: str, monkeypatch: pytest.MonkeyPatch) ->
         assert float((a - b).abs().max() / b.abs().max()) < (0.02 if which == "bf16" else 1e-6)
 
 
+def test_a_number_less_or_a_column_more_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    call = cpu_elementwise._call
+    monkeypatch.setattr(cpu_elementwise, "_call", lambda name, *arguments: called.append(name) or call(name, *arguments))
+    monkeypatch.setattr(cpu_elementwise, "MIN_NUMBERS", 80)
+    swiglu(fp32(79, seed=0), fp32(79, seed=1))
+    matmul.narrow(fp32(2, 40, seed=0), fp32(cpu_elementwise.MAX_RANK + 1, 40, seed=1))
+    assert called == []
+    swiglu(fp32(80, seed=0), fp32(80, seed=1))
+    matmul.narrow(fp32(2, 40, seed=0), fp32(cpu_elementwise.MAX_RANK, 40, seed=1))
+    assert called == ["swiglu", "narrow"]
+
+
 def test_sizes_that_do_not_fit_are_pytorchs_to_refuse() -> None:
     x = fp32(6, 4, 8, seed=0)
     for function in (

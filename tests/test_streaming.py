@@ -347,8 +347,8 @@ from minisft.merging.streaming import merge_folder
 def kib(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 
-for adapter in sys.argv[1:]:
-    before = kib("VmRSS:")
+before = kib("VmRSS:")
+for adapter in sys.argv[1:]:  # what the first one needs once, and keeps, counts in both
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark falls to what is there now
     merge_folder(adapter, adapter + "-merged")
     print(kib("VmHWM:") - before)

@@ -33,7 +33,7 @@ from minisft.common.user_cache import cache_folder, is_private
 
 _HERE = Path(__file__).parent
 SOURCES = [_HERE / name for name in ("cpu_nf4.cpp", "cpu_decode.cpp", "cpu_elementwise.cpp")]
-HEADERS = [_HERE / "cpu_lanes.h", _HERE / "cpu_products.h"]
+HEADERS = [_HERE / name for name in ("cpu_lanes.h", "cpu_products.h", "cpu_elementwise.h")]
 # -ffp-contract=off: a fused multiply-add has other bits. -fno-math-errno: a square root is an instruction, no call.
 # -nodefaultlibs: no C++ runtime, no second OpenMP runtime.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-exceptions", "-fno-math-errno", "-Wno-psabi"]

@@ -10,6 +10,7 @@
 // what other threads wrote there is a barrier. What is cheap (norms) each thread computes for itself instead of waiting for it.
 // Python checks every size, dtype and layout before it calls: nothing is checked here.
 
+#include "cpu_elementwise.h"
 #include "cpu_products.h"
 
 #if defined(_OPENMP)
@@ -54,50 +55,16 @@ struct Step {
     int32_t embedding_kind, cache_kind, threads;
 };
 
-// ---- elementwise -----------------------------------------------------------------------------------------------------------
-
-// Calls each(k, lanes of a + k) for all numbers; those beyond the end are zero.
-template <class Each>
-inline void vectors(const float* a, int64_t length, Each each) {
-    int64_t k = 0;
-    for (; k + LANES <= length; k += LANES) each(k, load<Floats>(a + k));
-    if (k < length) each(k, load_some<Floats>(a + k, 4 * (length - k)));
-}
-
-inline void put_some(float* out, Floats v, int64_t length) { memcpy(out, &v, 4 * (length < LANES ? length : LANES)); }
-
-// out = weight * x / sqrt(mean(x^2) + eps); out may be x.
-void rms_norm(const float* x, const float* weight, int64_t length, float eps, float* out) {
-    const float rstd = 1.0f / __builtin_sqrtf(dot(x, x, length) / length + eps);
-    for (int64_t k = 0; k < length; ++k) out[k] = weight[k] * (x[k] * rstd);
-}
-
-// gate = silu(gate) * up
-void swiglu(float* gate, const float* up, int64_t length) {
-    vectors(gate, length, [&](int64_t k, Floats g) {
-        const Floats u = k + LANES <= length ? load<Floats>(up + k) : load_some<Floats>(up + k, 4 * (length - k));
-        put_some(gate + k, g / (exponential(-g) + 1.0f) * u, length - k);
-    });
-}
-
-// RoPE: (x_i, x_{i + E / 2}) turned by its angle, in place.
-void rotate(float* x, const float* cos, const float* sin, int64_t E) {
-    for (int64_t i = 0; i < E / 2; ++i) {
-        const float first = x[i], second = x[i + E / 2];
-        x[i] = first * cos[i] - second * sin[i];
-        x[i + E / 2] = second * cos[i] + first * sin[i];
-    }
-}
+// ---- softmax ---------------------------------------------------------------------------------------------------------------
 
 // scores = exp(scores - max); returns their sum.
 float softmax(float* scores, int64_t length) {
     float most = scores[0];
     for (int64_t c = 1; c < length; ++c) most = scores[c] > most ? scores[c] : most;
     Floats total = {};
-    vectors(scores, length, [&](int64_t c, Floats s) {
-        const Floats weights = exponential(s - most);
-        put_some(scores + c, weights, length - c);
-        total += c + LANES <= length ? weights : load_some<Floats>(&weights, 4 * (length - c));
+    vectors(length, [&](int64_t c, auto lanes) {
+        lanes.store(scores + c, exponential(lanes.load(scores + c) - most));
+        total += lanes.load(scores + c);  // beyond the end there are zeros
     });
     return sum(total);
 }
@@ -193,16 +160,16 @@ struct Worker {
 
     // (R, D) of every row, for this thread alone.
     void norm(const float* weight) {
-        for (int64_t row = 0; row < s.rows; ++row) rms_norm(x + row * s.D, weight, s.D, s.eps, normed + row * s.D);
+        for (int64_t row = 0; row < s.rows; ++row) norm_row(x + row * s.D, weight, s.D, s.eps, normed + row * s.D);
     }
 
     // -- attention --
 
     // A head of q or k: its norm if there is one, and RoPE.
     void prepare(const float* head, const float* weight, int64_t position, float* out) {
-        if (weight) rms_norm(head, weight, s.E, s.eps, out);
+        if (weight) norm_row(head, weight, s.E, s.eps, out);
         else memcpy(out, head, 4 * s.E);
-        rotate(out, s.cos + position * (s.E / 2), s.sin + position * (s.E / 2), s.E);
+        turn_row(out, s.cos + position * (s.E / 2), s.sin + position * (s.E / 2), s.E / 2, 1.0f, out);
     }
 
     // softmax(q k^T / sqrt(E)) v of one head of one row. The first head of each group writes the new key and value; the others of
@@ -287,7 +254,7 @@ struct Worker {
 #pragma omp for schedule(static)
         for (int64_t column = 0; column < s.rows * s.I; column += COLUMNS_PER_TASK) {
             const int64_t rest = s.rows * s.I - column;
-            swiglu(gate + column, up + column, rest < COLUMNS_PER_TASK ? rest : COLUMNS_PER_TASK);
+            gate_row(gate + column, up + column, rest < COLUMNS_PER_TASK ? rest : COLUMNS_PER_TASK, gate + column);
         }
         linears(gate, {Output{layer.down, x, s.D}}, true);
 #pragma omp barrier

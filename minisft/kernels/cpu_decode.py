@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from minisft.kernels import cpu_nf4
+from minisft.kernels.cpu_matmul import COLUMNS
 from minisft.nf4 import QuantizedWeight
 
 MAX_ROWS = 16  # rows of a step; more of them go to the BLAS, which reads each weight once for all rows
-COLUMNS = 16  # a row of dense weights is read in groups of 16
-PACKED_COLUMNS = 32  # and one of 4-bit weights in groups of 32
+PACKED_COLUMNS = 32  # a row of 4-bit weights is read in groups of 32, a dense one in groups of COLUMNS
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 NF4 = 2
-_PLAIN = (Tensor, torch.nn.Parameter)  # another subclass may have no memory to read
 
 
 class Unsupported(Exception):  # noqa: N818  # no error: the readable model takes over
@@ -88,7 +87,7 @@ class Pointers:
         Raises:
             Unsupported: another dtype, device or layout.
         """
-        require(type(tensor) in _PLAIN and tensor.is_cpu, f"{what} is not on the CPU")
+        require(type(tensor) in cpu_nf4.TENSORS and tensor.is_cpu, f"{what} is not on the CPU")
         require(tensor.dtype in dtypes, f"{what} is {str(tensor.dtype).removeprefix('torch.')}")
         require(tensor.is_contiguous(), f"{what} is not contiguous")
         self._kept.append(tensor)

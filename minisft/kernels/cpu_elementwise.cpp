@@ -6,38 +6,19 @@
 // lie one behind the other without gaps, and every row is computed by one thread in one order: the bits depend on neither the number
 // of threads nor the other rows. Python checks every size, dtype and layout before it calls: nothing is checked here.
 
-#include "cpu_lanes.h"
+#include "cpu_elementwise.h"
 
 namespace {
-
-// LANES numbers, and what is left of a row: so that a loop's body is written once for both.
-struct Whole {
-    Floats load(const float* from) const { return ::load<Floats>(from); }
-    void store(float* to, Floats v) const { put(to, v); }
-};
-struct Rest {
-    int64_t bytes;
-    Floats load(const float* from) const { return load_some<Floats>(from, bytes); }
-    void store(float* to, Floats v) const { memcpy(to, &v, bytes); }
-};
-
-// Calls each(k, lanes) for k = 0, LANES, ... < length.
-template <class Each>
-inline void vectors(int64_t length, Each each) {
-    int64_t k = 0;
-    for (; k + LANES <= length; k += LANES) each(k, Whole{});
-    if (k < length) each(k, Rest{4 * (length - k)});
-}
 
 inline Floats sigmoid(Floats x) { return 1.0f / (exponential(-x) + 1.0f); }
 
 constexpr int64_t SPAN = 4096;  // numbers that a thread takes at a time where there are no rows
 
+// Calls each(begin, length) for one span after the other.
 template <class Each>
 inline void spans(int64_t length, int threads, Each each) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t begin = 0; begin < length; begin += SPAN)
-        vectors(length - begin < SPAN ? length - begin : SPAN, [&](int64_t k, auto lanes) { each(begin + k, lanes); });
+    for (int64_t begin = 0; begin < length; begin += SPAN) each(begin, length - begin < SPAN ? length - begin : SPAN);
 }
 
 // ROWS rows of x times RANKS rows of a: y[row][rank] = x_row . a_rank.
@@ -72,17 +53,7 @@ extern "C" {
 // y = weight * (x rstd), rstd = 1 / sqrt(mean(x^2) + eps); rstd (rows,) is kept for backward.
 void rms_norm(const float* x, const float* weight, float* y, float* rstd, int64_t rows, int64_t size, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-        const float* from = x + row * size;
-        float* to = y + row * size;
-        Floats squares = {};
-        vectors(size, [&](int64_t k, auto lanes) {
-            const Floats numbers = lanes.load(from + k);
-            squares = multiply_add(numbers, numbers, squares);
-        });
-        const float r = rstd[row] = 1.0f / __builtin_sqrtf(sum(squares) / float(size) + eps);
-        vectors(size, [&](int64_t k, auto lanes) { lanes.store(to + k, lanes.load(weight + k) * (lanes.load(from + k) * r)); });
-    }
+    for (int64_t row = 0; row < rows; ++row) rstd[row] = norm_row(x + row * size, weight, size, eps, y + row * size);
 }
 
 // grad_x = rstd (g - n mean(g n)), with g = grad weight and n = x rstd.
@@ -106,19 +77,19 @@ void rms_norm_backward(const float* grad, const float* x, const float* weight, c
 
 // y = silu(gate) up
 void swiglu(const float* gate, const float* up, float* y, int64_t length, int threads) {
-    spans(length, threads, [=](int64_t k, auto lanes) {
-        const Floats g = lanes.load(gate + k);
-        lanes.store(y + k, g * sigmoid(g) * lanes.load(up + k));
-    });
+    spans(length, threads, [=](int64_t begin, int64_t count) { gate_row(gate + begin, up + begin, count, y + begin); });
 }
 
 // grad_up = grad silu(gate); grad_gate = grad up silu'(gate), silu'(g) = s + g s (1 - s) with s = sigmoid(g).
 void swiglu_backward(const float* grad, const float* gate, const float* up, float* grad_gate, float* grad_up, int64_t length,
                      int threads) {
-    spans(length, threads, [=](int64_t k, auto lanes) {
-        const Floats d = lanes.load(grad + k), g = lanes.load(gate + k), s = sigmoid(g), silu = g * s;
-        lanes.store(grad_up + k, d * silu);
-        lanes.store(grad_gate + k, d * lanes.load(up + k) * multiply_add(silu, 1.0f - s, s));
+    spans(length, threads, [=](int64_t begin, int64_t count) {
+        vectors(count, [=](int64_t i, auto lanes) {
+            const int64_t k = begin + i;
+            const Floats d = lanes.load(grad + k), g = lanes.load(gate + k), s = sigmoid(g), silu = g * s;
+            lanes.store(grad_up + k, d * silu);
+            lanes.store(grad_gate + k, d * lanes.load(up + k) * multiply_add(silu, 1.0f - s, s));
+        });
     });
 }
 
@@ -127,16 +98,8 @@ void rotate(const float* x, const float* cos, const float* sin, float* y, int64_
             int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t token = 0; token < tokens; ++token)
-        for (int64_t head = 0; head < heads; ++head) {
-            const float* first = x + (token * heads + head) * 2 * half;
-            float* to = y + (token * heads + head) * 2 * half;
-            vectors(half, [&](int64_t i, auto lanes) {
-                const Floats a = lanes.load(first + i), b = lanes.load(first + half + i);
-                const Floats c = lanes.load(cos + token * half + i), s = lanes.load(sin + token * half + i) * turn;
-                lanes.store(to + i, a * c - b * s);
-                lanes.store(to + half + i, b * c + a * s);
-            });
-        }
+        for (int64_t head = token * heads; head < (token + 1) * heads; ++head)
+            turn_row(x + head * 2 * half, cos + token * half, sin + token * half, half, turn, y + head * 2 * half);
 }
 
 // y (rows, rank) = x (rows, in) a^T for a (rank, in), a rank of a few columns.

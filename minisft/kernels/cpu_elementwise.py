@@ -13,9 +13,8 @@ from torch import Tensor
 
 from minisft.kernels import cpu_nf4
 
-MIN_NUMBERS = 2**13  # of a tensor; for fewer, asking takes longer than PyTorch's passes
-MAX_RANK = 16  # columns of a narrow product; for more, the BLAS is as fast (measured: ``benchmarks/LOG.md``)
-_PLAIN = (Tensor, torch.nn.Parameter)  # another subclass may have no memory to read
+MIN_NUMBERS = 2**13  # of a tensor; for fewer, asking takes longer than PyTorch's SwiGLU or narrow product
+MAX_RANK = 16  # columns of a narrow product; at 32, the BLAS is faster (measured: ``benchmarks/LOG.md``)
 
 # The parameters of each function: pointers to fp32, sizes, a float, the number of threads.
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}
@@ -41,11 +40,8 @@ def can_use_native(first: Tensor, *others: Tensor) -> bool:
     """
     if first.numel() < MIN_NUMBERS or not first.is_cpu or torch.compiler.is_compiling():
         return False
-    return all(map(_is_plain, (first, *others))) and cpu_nf4.library() is not None
-
-
-def _is_plain(t: Tensor) -> bool:
-    return t.dtype == torch.float32 and t.is_cpu and type(t) in _PLAIN and t.is_contiguous()
+    plain = all(t.dtype == torch.float32 and cpu_nf4.has_numbers(t) for t in (first, *others))
+    return plain and cpu_nf4.library() is not None
 
 
 def _call(name: str, *arguments: Tensor | int | float) -> None:

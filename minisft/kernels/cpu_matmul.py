@@ -22,7 +22,6 @@ MAX_ROWS = 16  # measured on AVX2: at 32, decoding the weight once and the dense
 MAX_DENSE_ROWS = {torch.float32: 8, torch.bfloat16: 16}
 MIN_DENSE_SIZE = 2**16  # weights: a smaller layer pays more for the call than it wins
 COLUMNS = 16  # a row of weights is read in groups of 16
-_PLAIN = (Tensor, torch.nn.Parameter)  # another subclass may have no memory to read
 _Function = Callable[..., object]  # one of the library's
 
 
@@ -71,7 +70,7 @@ def can_use_native(
     if in_features < 1 or in_features % COLUMNS or x.shape[-1:] != (in_features,) or x.dtype not in cpu_nf4.FLOATS:
         return False
     num_rows = x.numel() // in_features
-    if not 0 < num_rows <= MAX_ROWS or not x.is_cpu or type(x) not in _PLAIN or torch.compiler.is_compiling():
+    if not 0 < num_rows <= MAX_ROWS or not x.is_cpu or type(x) not in cpu_nf4.TENSORS or torch.compiler.is_compiling():
         return False
     if cpu_nf4.library() is None or (factors is not None and not _are_plain(*factors)):
         return False
@@ -82,12 +81,12 @@ def can_use_native(
 
 def _is_fast_dense(dtype: torch.dtype, num_rows: int, weight: Tensor) -> bool:
     most = MAX_DENSE_ROWS.get(weight.dtype, 0)
-    plain = type(weight) in _PLAIN and weight.is_cpu and weight.is_contiguous()
-    return num_rows <= most and weight.numel() >= MIN_DENSE_SIZE and plain and dtype in (torch.float32, weight.dtype)
+    large = weight.numel() >= MIN_DENSE_SIZE
+    return num_rows <= most and large and cpu_nf4.has_numbers(weight) and dtype in (torch.float32, weight.dtype)
 
 
 def _are_plain(lora_A: Tensor, lora_B: Tensor) -> bool:
-    plain = lora_A.is_cpu and lora_B.is_cpu and lora_A.is_contiguous() and lora_B.is_contiguous()
+    plain = cpu_nf4.has_numbers(lora_A) and cpu_nf4.has_numbers(lora_B)
     return plain and lora_A.dtype == lora_B.dtype == torch.float32 and lora_B.shape[1] == lora_A.shape[0]
 
 

@@ -20,6 +20,7 @@ from minisft.kernels.workspace import borrowed
 from minisft.nf4 import CHUNK, NESTED_BLOCK_SIZE, QuantizedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+TENSORS = (Tensor, torch.nn.Parameter)  # another subclass may have no memory to read
 
 
 class _Weight(ctypes.Structure):
@@ -80,6 +81,11 @@ def _gives_our_bits() -> bool:
     _code_with(library, weight, q.block_size, q.levels, packed, absmax)
     _dequantize_with(library, nested, dense)
     return torch.equal(packed, q.packed) and torch.equal(absmax, q.absmax) and torch.equal(dense, nf4.dequantize(nested))
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether C++ may read this tensor: one with memory, on the CPU and without gaps."""
+    return type(tensor) in TENSORS and tensor.is_cpu and tensor.is_contiguous()
 
 
 def is_plain(q: QuantizedWeight) -> bool:

@@ -1,0 +1,95 @@
+"""CPU seconds of a training step by itself, of its functions, and how much of it its products need: to compare two trees.
+
+    PYTHONPATH=OLD OMP_NUM_THREADS=1 python benchmarks/bench_step.py; PYTHONPATH=NEW OMP_NUM_THREADS=1 python ...
+
+in turns: other work on the machine slows CPU time down too, but less. SmolLM2-135M, fp32, LoRA of rank 16, 8 rows packed
+whole. The functions are timed twice, in one pass each and as PyTorch's operators. Nothing is kept; what was found stands in
+LOG.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import gemm_share
+import torch
+from bench_train import BANKING77, BATCH_SIZE, RANK, Minisft, make_rows
+from harness import spread
+
+NUM_TOKENS, D, WIDE, HEADS = 662, 576, 1536, 9  # of SmolLM2, and of eight rows of Banking77
+
+
+def seconds(work: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Median, quartiles and least of the CPU seconds of ``repeats`` calls, after one that is not counted."""
+    work()
+    times = []
+    for _ in range(repeats):
+        began = time.process_time()
+        work()
+        times.append(time.process_time() - began)
+    return {**spread(times), "least": min(times)}
+
+
+def functions() -> dict[str, Callable[[], object]]:
+    """What stands between the products, forward and with its backward."""
+    from minisft import elementwise, matmul
+
+    x, gate, up, weight = (torch.randn(*size) for size in ((NUM_TOKENS, D), (NUM_TOKENS, WIDE), (NUM_TOKENS, WIDE), (D,)))
+    q, angle = torch.randn(NUM_TOKENS, HEADS, D // HEADS), torch.randn(NUM_TOKENS, 1, D // HEADS // 2)
+    found: dict[str, Callable[[], object]] = {}
+    for name, function, inputs in (
+        ("norm", lambda x: elementwise.rms_norm(x, weight, 1e-5), [x]),
+        ("SwiGLU", elementwise.swiglu, [gate, up]),
+        ("RoPE", lambda q: elementwise.rotate(q, angle, angle), [q]),
+    ):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        y = function(*leaves)
+        found[name] = torch.no_grad()(functools.partial(function, *inputs))
+        found[f"{name}, its backward"] = functools.partial(
+            torch.autograd.grad, y, leaves, torch.randn_like(y), retain_graph=True
+        )
+    for rank in (8, 16):
+        found |= {
+            f"x A^T of rank {rank} over {tensor.shape[1]}": functools.partial(
+                matmul.narrow, tensor, torch.randn(rank, tensor.shape[1])
+            )
+            for tensor in (x, up)
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=0, help="of the share of its products; 0 for none")
+    parser.add_argument("--functions", action="store_true", help="time the functions instead")
+    arguments = parser.parse_args()
+    if arguments.functions:
+        from minisft.kernels import cpu_elementwise
+
+        usual = cpu_elementwise.MIN_NUMBERS
+        for name, work in functions().items():
+            cpu_elementwise.MIN_NUMBERS = 2**62
+            plain = seconds(work, 50)["median"]
+            cpu_elementwise.MIN_NUMBERS = usual
+            print(f"{name:35} {1e6 * plain:6.0f} us by PyTorch, {1e6 * seconds(work, 50)['median']:6.0f} us")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_rows(BANKING77 if BANKING77.exists() else None, BATCH_SIZE, ["fp32"], Path(folder))
+        data = json.loads(path.read_text())
+        trainer = Minisft(f"{folder}/fp32", "fp32", "none", "minisft packed, each row whole", data["rows"], data["pad_id"])
+    step = functools.partial(trainer.step, 0, BATCH_SIZE)
+    print("seconds of a step", seconds(step, arguments.steps))
+    if arguments.rounds:
+        found = gemm_share.measure(step, arguments.rounds, narrow=RANK, clock=time.process_time)
+        print("share", spread(found["shares"]), f"{found['gflops']:.1f} GFLOP at {found['gflops_per_s']:.0f} GFLOP/s")
+
+
+if __name__ == "__main__":
+    main()
