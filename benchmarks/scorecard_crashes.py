@@ -76,8 +76,10 @@ def _killed_in_step(step: int, run: Callable[[], object]) -> bool:
 
 
 def kills(quick: bool) -> dict[str, object]:
-    """Line 10: a process that saves one checkpoint after the other, killed at random instants; then one that saves in"
-    " place."""
+    """Line 10: a process that saves one checkpoint after the other, killed at random instants; then a control.
+
+    The control saves in place, with nothing staged.
+    """
     use_tests()
     import test_checkpoint
 

@@ -14,7 +14,7 @@ from typing import Any
 import scorecard_crashes
 import scorecard_fuzz
 import scorecard_memory
-from scorecard_parts import ROOT, TESTS, Line, Tests, run_tests
+from scorecard_parts import ROOT, TESTS, Line, run_tests
 
 NONE = ("failed == 0", "skipped == 0")
 
@@ -311,6 +311,3 @@ LINES = (
         two_processes, 90, "known hangs (read)",
     ),
 )  # fmt: skip
-
-
-__all__ = ["LINES", "MUTANTS", "Tests", "bad_inputs_of"]

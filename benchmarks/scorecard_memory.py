@@ -61,8 +61,7 @@ def unmerge(quick: bool) -> dict[str, object]:
 
 
 def peft_drift(cycles: int = 50) -> float | None:
-    """Percent of the numbers of a bf16 layer that are others after PEFT has merged and unmerged it so often; None without"
-    " PEFT."""
+    """Percent of the numbers of a bf16 layer that are others after ``cycles`` of PEFT's merging; None without it."""
     try:
         import peft
     except ImportError:
@@ -129,8 +128,7 @@ def rss_anon() -> int:
 
 
 def merge_memory(quick: bool) -> dict[str, object]:
-    """Line 12: merge a bf16 base of 2 x 512 MiB and one of 256 MiB, each in a process of its own; then compare every"
-    " number."""
+    """Line 12: merge a bf16 base of 2 x 512 MiB and one of 256 MiB, each in its own process; compare every number."""
     use_tests()
     shard = (32 if quick else 512) * MIB
     sizes = {"large": 2 * shard, "small": shard // 2}
@@ -171,8 +169,7 @@ def merge_memory(quick: bool) -> dict[str, object]:
 
 
 def _write_base(folder: Path, size: int, shard: int) -> tuple[Path, int]:
-    """A base in bf16 of about ``size`` bytes, in shards, and an adapter over all its linears; the adapter and how many"
-    " shards."""
+    """A base in bf16 of about ``size`` bytes, in shards, and an adapter over all its linears; the adapter, and how many."""
     import tiny_folder
     import torch
 

@@ -10,7 +10,7 @@ import copy
 import json
 import random
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -153,8 +153,7 @@ def broken_bytes(draw: random.Random, raw: bytes, likely: float = 0.15) -> bytes
 
 
 def safetensors(draw: random.Random, seed: bytes) -> bytes:
-    """A header changed in one to three places over data that stays; sometimes another length, or a header that is still"
-    " true."""
+    """A header changed in one to three places over data that stays; or another length, or a header still true."""
     length = int.from_bytes(seed[:8], "little")
     good = json.loads(seed[8 : 8 + length])
     if draw.random() < 0.3:
@@ -165,8 +164,7 @@ def safetensors(draw: random.Random, seed: bytes) -> bytes:
 
 
 def _true_header(draw: random.Random, header: dict[str, dict], data: bytes) -> bytes:
-    """Right by the format and wrong for the model: a dtype of the same size, a shape turned, names exchanged, other"
-    " numbers."""
+    """Right by the format and wrong for the model: a dtype of the same size, a shape turned, another name or numbers."""
     names = [name for name in header if name != "__metadata__"]
     first, second = header[draw.choice(names)], draw.choice(names)
     what = draw.randrange(4)
@@ -322,6 +320,3 @@ def rows(draw: random.Random, seeds: list[dict[str, object]]) -> bytes:
 def written(path: Path, raw: bytes) -> Path:
     path.write_bytes(raw)
     return path
-
-
-Reader = Callable[[random.Random], object]

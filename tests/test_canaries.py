@@ -1,5 +1,4 @@
-"""Canaries: what a hostile template, file name or text would do if it got through, tried for real and looked for"
-" afterwards."""
+"""Canaries: what a hostile template, file name or text would do if it got through, tried and looked for."""
 
 from __future__ import annotations
 
