@@ -314,6 +314,7 @@ def hostile_files(quick: bool) -> dict[str, object]:
         "refused": sum(one.refused for one in every), "faults": sum(len(one.faults) for one in every),
         "longest s": max(one.longest_s for one in every), "stopped": sum(one.stopped for one in every),
         "longest stopped s": max(one.longest_stopped_s for one in every),
+        "formats": sum(bool(one.read and one.refused) for one in every),  # of which some were read and some refused
         "by format": {kind: {"files": one.files, "read": one.read, "refused": dict(one.codes)} for kind, one in found.items()},
         "failures": [fault for one in every for fault in one.faults][:20], "quick": quick,
     }  # fmt: skip

@@ -16,7 +16,7 @@ import scorecard_fuzz
 import scorecard_memory
 from scorecard_parts import ROOT, TESTS, Line, run_tests
 
-NONE = ("failed == 0", "skipped == 0")
+NONE = ("failed == 0", "skipped == 0", "tests >= 1")
 
 
 def few(examples: int, quick: bool) -> int:
@@ -212,7 +212,7 @@ LINES = (
     Line(
         5, "merge and unmerge, 1,000 times for each of nine bases; a merge that fails in its last module",
         "not one bit changes",
-        ("changed == 0", "half merged == 0"),
+        ("changed == 0", "half merged == 0", "bases >= 9"),
         "{bases} bases, {cycles} cycles each: {changed} changed, {half merged} half merged",
         scorecard_memory.unmerge, 90,
         "PEFT, bf16, 50 cycles, measured in the same run: {peft drift %} % of the weights are others",
@@ -238,22 +238,23 @@ LINES = (
     ),
     Line(
         9, "kill -9 inside each optimizer step of a 40-step run with dropout, resume, compare weights, optimizer, log",
-        "40 of 40 the same bits", ("missed == 0",), "{identical} of {kills}", scorecard_crashes.resume, 90,
+        "40 of 40 the same bits", ("missed == 0", "kills >= 4"), "{identical} of {kills}", scorecard_crashes.resume, 90,
         "torchtune: loss 1e-5 at an epoch's end; none at every step (read)", ("kills >= 40",),
     ),
     Line(
         10, "kill -9 at 1,000 random instants of saving back to back; the same against a writer without staging",
         "0 acknowledged checkpoints lost, 0 invalid; the control fails at least 30 %", ("lost == 0", "invalid == 0",
-        "control % >= 30"),
+        "acknowledged >= 1", "control % >= 30"),
         "{kills} kills, {acknowledged} checkpoints: {lost} lost, {invalid} invalid; control fails {control %} %",
         scorecard_crashes.kills,
         175, "none in LLM trainers (read); writing in place, as HF Trainer does: 62 of 100 unusable (noted)",
-        ("kills >= 1000",),
+        ("kills >= 1000", "acknowledged >= 1000"),
     ),
     Line(
         11, "every state that a crash or power cut may leave of a save; ENOSPC and EIO at every call of a save and of a"
         " run; flips; cuts",
-        "all load old or new bit for bit; every flip noticed; 0 tracebacks", (*NONE, "tracebacks == 0", "lost == 0"),
+        "all load old or new bit for bit; every flip noticed; 0 tracebacks", (*NONE, "tracebacks == 0", "lost == 0",
+        "failing runs >= 1"),
         "{states} states, {failed calls} failed calls, {failing runs} failing runs, {flips} flips, {truncations} cuts:"
         " {failed} wrong,"
         " {tracebacks} tracebacks", scorecard_crashes.crash_states, 120, "none (read)",
@@ -262,14 +263,14 @@ LINES = (
     Line(
         12, "memory of a merge from files to files: a bf16 base of 2 x 512 MiB against one of 256 MiB, its adapter included",
         "at most 64 MiB, and 8 MiB between the two; every number that of the merge in memory",
-        ("grown MiB <= 64", "difference MiB <= 8", "differing == 0"),
+        ("grown MiB <= 64", "difference MiB <= 8", "differing == 0", "tensors >= 1", "large shards >= 2"),
         "{large MiB} and {small MiB} MiB; {differing} of {tensors} tensors differ", scorecard_memory.merge_memory, 100,
         "the whole model or a whole shard (read)",
     ),
     Line(
         13, "3,000 steps beyond 200 of warm-up, with saves and evaluations",
         "at most 1 MiB more memory, no more files or threads",
-        ("grown KiB <= 1024", "files == 0", "threads == 0"),
+        ("grown KiB <= 1024", "files == 0", "threads == 0", "steps >= 50"),
         "{steps} steps, {saves} saves: {grown KiB} KiB, {files} files, {threads} threads", scorecard_memory.soak, 90,
         "none (read)",
         ("steps >= 3000",),
@@ -278,7 +279,7 @@ LINES = (
         14, "20,000 hostile files (safetensors, GGUF, JSON, JSONL, tokenizer, template), mutated by their structure, 64 MiB"
         " of memory each",
         "read or refused with a code; at most 2 s each (a template's own trial is stopped after 2 s)",
-        ("faults == 0", "longest s <= 2", "longest stopped s <= 2.5"),
+        ("faults == 0", "formats == 6", "longest s <= 2", "longest stopped s <= 2.5"),
         "{files} files: {read} read, {refused} refused, {faults} faults; longest {longest s:.2f} s, {stopped} stopped at 2 s",
         scorecard_fuzz.hostile_files, 170,
         "gguf's own reader on 13 hostile files: 1 hang, 7 internal exceptions, 1 accepted, 4 clear errors (noted)",
@@ -300,7 +301,8 @@ LINES = (
         ("injections >= 30", "control escapes >= 20"),
     ),
     Line(
-        17, "40 known bugs, planted one at a time", "each noticed by the test that is named for it", ("alive == 0",),
+        17, "40 known bugs, planted one at a time", "each noticed by the test that is named for it",
+        ("alive == 0", "killed >= 2"),
         "{killed} of {planted}", seeded_bugs, 160, "none (read)", ("planted >= 40",),
     ),
     Line(
@@ -308,6 +310,6 @@ LINES = (
         "the survivor ends within 30 s and names the rank; the step is skipped by all; the same bits on resume",
         (*NONE, "seconds to end <= 30"),
         "{tests} tests, {failed} fail; the survivor ended after {seconds to end:.1f} s at most",
-        two_processes, 90, "known hangs (read)",
+        two_processes, 90, "known hangs (read)", ("tests >= 16",),
     ),
 )  # fmt: skip

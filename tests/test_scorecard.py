@@ -41,6 +41,9 @@ def test_there_are_eighteen_lines_and_every_target_is_a_comparison() -> None:
         checks = [Check.of(text) for text in (*line.checks, *line.sizes)]
         assert checks, line.number
         assert len(verdict(line, {})) == len(checks)  # nothing measured: every one of them is missed
+        nothing = {check.name: 0 for check in checks}  # no test ran, no file was read: nothing went wrong either
+        assert verdict(line, nothing), line.number
+        assert verdict(line, nothing | {"quick": True}), line.number
 
 
 @pytest.mark.parametrize(
