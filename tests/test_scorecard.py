@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import mutants
 import scorecard
 import scorecard_fuzz
+import scorecard_lines
 import scorecard_mutants
+import scorecard_parts
 from scorecard_lines import MUTANTS, bad_inputs_of
 from scorecard_parts import Check, Line, in_words, run_tests, verdict
 
@@ -97,6 +99,15 @@ def test_what_is_absent_is_said_and_is_neither_met_nor_missed() -> None:
     entry = scorecard.result_of(LINE, {"absent": "no GPU"}, 1.0, quick=False)
     assert (entry["verdict"], entry["found"], entry["missed"]) == ("not run here", "no GPU", [])
     assert in_words(LINE.says, {"kills": 1000}) == "1,000 kills, ? lost, ? s"
+
+
+def test_an_absent_library_hides_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    skipped = scorecard_parts.Tests(1, 0, 1, 0, {}, (), (), ())
+    failed = scorecard_parts.Tests(0, 1, 0, 0, {}, (), (), ("other ids",))
+    monkeypatch.setattr(scorecard_lines, "run_tests", lambda files, keyword: skipped)
+    assert "absent" in scorecard_lines.cross_tools(quick=False)
+    monkeypatch.setattr(scorecard_lines, "run_tests", lambda files, keyword: failed if files == ["test_chat.py"] else skipped)
+    assert scorecard_lines.cross_tools(quick=False)["failures"] == ["other ids"]
 
 
 def _measured_in_a_child(monkeypatch: pytest.MonkeyPatch, code: str) -> dict:
