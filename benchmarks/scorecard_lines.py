@@ -261,7 +261,8 @@ LINES = (
         ("states >= 100", "flips >= 1000", "truncations >= 1000", "failing runs >= 80"),
     ),
     Line(
-        12, "memory of a merge from files to files: a bf16 base of 2 x 512 MiB against one of 256 MiB, its adapter included",
+        12, "memory of a merge from files to files: a bf16 base of 2 x 512 MiB against one of 256 MiB,"
+        " its adapter of rank 2 included: that is held whole and grows with rank and layers, so a small one shows the merge",
         "at most 64 MiB, and 8 MiB between the two; every number that of the merge in memory",
         ("grown MiB <= 64", "difference MiB <= 8", "differing == 0", "tensors >= 1", "large shards >= 2"),
         "{large MiB} and {small MiB} MiB; {differing} of {tensors} tensors differ", scorecard_memory.merge_memory, 100,
