@@ -226,7 +226,7 @@ def network_calls() -> Iterator[list[str]]:
     global _calls
     if not hasattr(sys, "_minisft_watched"):
         sys.addaudithook(_watch)  # stays for the process: it can only be told not to listen
-        sys._minisft_watched = True  # type: ignore[attr-defined]
+        sys._minisft_watched = True  # type: ignore[attr-defined]  # a mark of ours, which sys does not have
     _calls = []
     yield _calls
     _calls = None
