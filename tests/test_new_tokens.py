@@ -320,13 +320,15 @@ def test_the_loss_and_its_gradient_are_those_of_a_dense_table(tied: bool, count:
     with torch.no_grad():
         dense.model.embed_tokens.weight.copy_(whole[EMBEDDING])
         dense.lm_head.weight.copy_(whole[HEAD])
-    for each in (model, dense):
-        hidden = each.hidden(batch)
-        weights = tiny.randn(7, seed=4)
-        loss = head_loss_sum(hidden, each.loss_head, targets) + token_log_probs(hidden, each.loss_head, targets, 0.7) @ weights
-        (loss + each(batch).square().sum()).backward()  # the head as a module, too
-        each.loss = loss.detach()
-    tiny.assert_close(model.loss, dense.loss)
+    weights, scored = tiny.randn(7, seed=4), targets != -100
+    hidden = model.hidden(batch)
+    loss = head_loss_sum(hidden, model.loss_head, targets) + token_log_probs(hidden, model.loss_head, targets, 0.7) @ weights
+    logits = dense(batch)[scored]  # from here it is PyTorch's own: a dense head in our loss would share its gradient's code
+    expected, at_07 = ((logits / t).log_softmax(-1).gather(1, targets[scored][:, None])[:, 0] for t in (1.0, 0.7))
+    expected = at_07 @ weights - expected.sum()
+    for each, total in ((model, loss), (dense, expected)):
+        (total + each(batch).square().sum()).backward()  # the head as a module, too
+    tiny.assert_close(loss, expected)
     for path, module in own_rows(model).items():
         assert module.base.weight.grad is None
         tiny.assert_close(module.rows.grad, dense.get_submodule(path).weight.grad[module.ids], name=path)
