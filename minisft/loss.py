@@ -38,21 +38,22 @@ def cross_entropy_sum(logits: Tensor, target_ids: Tensor) -> Tensor:
 class _HeadLoss(torch.autograd.Function):
     """Loss and gradient of a linear head in one pass, chunk by chunk: dL/dh = (softmax(h W^T) - onehot) W.
 
-    With ``trained`` these rows (n, D) of W have a gradient, those of ``ids`` (n,): these columns of softmax - onehot, times h.
+    ``weight`` is W without a gradient. ``trained`` (n, D) are its rows ``ids`` (n,), or W without ``ids``: if they need a
+    gradient, it is these columns of softmax - onehot, transposed, times h.
     """
 
     @staticmethod
     def forward(
-        ctx: Context, hidden: Tensor, weight: Tensor, target_ids: Tensor, trained: Tensor | None, ids: Tensor | None
+        ctx: Context, hidden: Tensor, weight: Tensor, target_ids: Tensor, trained: Tensor, ids: Tensor | None
     ) -> Tensor:
         matmul_dtype = compute_dtype(hidden)
         precise = torch.promote_types(matmul_dtype, torch.float32)
         head_VD = weight.to(matmul_dtype)
         total = torch.zeros((), dtype=precise, device=hidden.device)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_hidden, _, _, need_trained, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=precise) if need_weight else None
-        grad_trained = None if trained is None else torch.zeros_like(trained, dtype=precise)
+        grad_trained = torch.zeros_like(trained, dtype=precise) if need_trained else None
+        columns = slice(None) if ids is None else ids
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
@@ -66,31 +67,29 @@ class _HeadLoss(torch.autograd.Function):
             grad_logits.scatter_add_(1, targets, torch.full_like(logsum, -1))
             if grad_hidden is not None:
                 grad_hidden[part] = (grad_logits.to(matmul_dtype) @ head_VD).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight += (grad_logits.to(matmul_dtype).T @ h).to(precise)
             if grad_trained is not None:
-                grad_trained += (grad_logits[:, ids].to(matmul_dtype).T @ h).to(precise)
-        grads = zip((grad_weight, grad_trained), (weight, trained), strict=True)
-        ctx.save_for_backward(grad_hidden, *(None if g is None or p is None else g.to(p.dtype) for g, p in grads))
+                grad_trained += (grad_logits[:, columns].to(matmul_dtype).T @ h).to(precise)
+        ctx.save_for_backward(grad_hidden, None if grad_trained is None else grad_trained.to(trained.dtype))
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, None]:
-        grad_hidden, grad_weight, grad_trained = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return grad_hidden, grad_weight, None, grad_trained, None
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+        grad_hidden, grad_trained = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return grad_hidden, None, None, grad_trained, None
 
 
-def _table_of(head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """W of a head that is W h and no more; its trained rows and which they are, if only some are trained. Else None."""
-    if isinstance(head, HeadRows):
-        if head.enabled:
-            return head.whole_weight(), head.rows if torch.is_grad_enabled() else None, head.ids
-        head = head.base
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        return None
+def _table_of(head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """``weight``, ``trained`` and ``ids`` (see ``_HeadLoss``) of a head that is W h and no more. Else None."""
+    if isinstance(head, HeadRows) and head.enabled:
+        weight, trained, ids = head.whole_weight(), head.rows, head.ids
+    else:
+        dense = head.base if isinstance(head, HeadRows) else head
+        if not isinstance(dense, nn.Linear) or dense.bias is not None:
+            return None
+        weight, trained, ids = dense.weight.detach(), dense.weight, None
     # A Function cannot see no_grad from within.
-    return head.weight if torch.is_grad_enabled() else head.weight.detach(), None, None
+    return weight, trained if torch.is_grad_enabled() else trained.detach(), ids
 
 
 def head_loss_sum(hidden: Tensor, head: Callable[[Tensor], Tensor], target_ids: Tensor) -> Tensor:
@@ -132,7 +131,7 @@ class _TokenLogProbs(torch.autograd.Function):
         weight: Tensor,
         target_ids: Tensor,
         temperature: float,
-        trained: Tensor | None,
+        trained: Tensor,
         ids: Tensor | None,
     ) -> Tensor:
         log_probs = [_chunk_log_probs(*chunk, weight, temperature)[0] for chunk in _chunks(hidden, weight, target_ids)]
@@ -141,13 +140,13 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None, None]:
         hidden, weight, target_ids, saved_temperature, trained, ids = ctx.saved_tensors
         temperature = saved_temperature.item()
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_hidden, _, _, _, need_trained, _ = ctx.needs_input_grad
         grad_hidden: list[Tensor] = []
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if need_weight else None
-        grad_trained = None if trained is None else torch.zeros_like(trained, dtype=grad.dtype)
+        grad_trained = torch.zeros_like(trained, dtype=grad.dtype) if need_trained else None
+        columns = slice(None) if ids is None else ids
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for (h, targets), g in zip(_chunks(hidden, weight, target_ids), grad.split(rows), strict=True):
             _, logits, logsum = _chunk_log_probs(h, targets, weight, temperature)
@@ -157,16 +156,14 @@ class _TokenLogProbs(torch.autograd.Function):
             dtype = compute_dtype(hidden)
             if need_hidden:
                 grad_hidden.append((grad_logits.to(dtype) @ weight.to(dtype)).to(hidden.dtype))
-            if grad_weight is not None:
-                grad_weight += (grad_logits.to(dtype).T @ h.to(dtype)).to(grad.dtype)
             if grad_trained is not None:
-                grad_trained += (grad_logits[:, ids].to(dtype).T @ h.to(dtype)).to(grad.dtype)
+                grad_trained += (grad_logits[:, columns].to(dtype).T @ h.to(dtype)).to(grad.dtype)
         return (
             torch.cat(grad_hidden) if need_hidden else None,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
             None,
             None,
-            None if grad_trained is None or trained is None else grad_trained.to(trained.dtype),
+            None,
+            None if grad_trained is None else grad_trained.to(trained.dtype),
             None,
         )
 

@@ -186,6 +186,11 @@ def test_entries_are_taken_apart_and_weighed() -> None:
             "hf:org/name",
             "data/hub-incomplete",
         ),
+        (
+            {"de/train-00001-of-00002.jsonl": row("a"), "en/train-00000-of-00002.jsonl": row("b")},
+            "hf:org/name",
+            "data/hub-incomplete.*no de/train-00000-of-00002",
+        ),
         ({"README.md": "---\n- [\n---\n", "a.jsonl": row("a")}, "hf:org/name", "data/hub-readme"),
         (
             {"validation.jsonl": row("a"), "test.jsonl": row("a")},

@@ -6,7 +6,7 @@ import functools
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from minisft.data.new_tokens import NewToken, add_tokens, read_tokens
 from minisft.formats import load_adapter_, load_model, load_tokenizer, save_adapter
 from minisft.formats.adapter_rows import rows_name, saved_tokenizer
 from minisft.loss import head_loss_sum, token_log_probs
+from minisft.merging import certificate
 from minisft.merging.base_and_adapter import open_adapted
 from minisft.new_rows import EMBEDDING, HEAD, NOISE, grow_, train_rows_, wrap_rows_
 from minisft.surgery import adapters_off, apply_lora_
@@ -46,6 +47,19 @@ def write_shop(folder: Path, tied: bool) -> Path:
 def train(shop: Path, out: str, *more: str, steps: int = 4) -> int:
     named = ("--model", shop / "model", "--data", shop / "rows.jsonl", "--out", shop / out, "--steps", steps, *FIXED, *more)
     return main(["train", *map(str, named)])
+
+
+def _do_not_draw(layers: Sequence[object]) -> bytes:
+    assert layers
+    return b"<svg/>"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures_of_merges() -> Iterator[None]:
+    """Merges are compared and certified here, but not drawn, which costs more than a tiny merge (test_certificate does)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificate, "draw_layers", _do_not_draw)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -320,13 +334,15 @@ def test_the_loss_and_its_gradient_are_those_of_a_dense_table(tied: bool, count:
     with torch.no_grad():
         dense.model.embed_tokens.weight.copy_(whole[EMBEDDING])
         dense.lm_head.weight.copy_(whole[HEAD])
-    for each in (model, dense):
-        hidden = each.hidden(batch)
-        weights = tiny.randn(7, seed=4)
-        loss = head_loss_sum(hidden, each.loss_head, targets) + token_log_probs(hidden, each.loss_head, targets, 0.7) @ weights
-        (loss + each(batch).square().sum()).backward()  # the head as a module, too
-        each.loss = loss.detach()
-    tiny.assert_close(model.loss, dense.loss)
+    weights, scored = tiny.randn(7, seed=4), targets != -100
+    hidden = model.hidden(batch)
+    loss = head_loss_sum(hidden, model.loss_head, targets) + token_log_probs(hidden, model.loss_head, targets, 0.7) @ weights
+    logits = dense(batch)[scored]  # from here it is PyTorch's own: a dense head in our loss would share its gradient's code
+    expected, at_07 = ((logits / t).log_softmax(-1).gather(1, targets[scored][:, None])[:, 0] for t in (1.0, 0.7))
+    expected = at_07 @ weights - expected.sum()
+    for each, total in ((model, loss), (dense, expected)):
+        (total + each(batch).square().sum()).backward()  # the head as a module, too
+    tiny.assert_close(loss, expected)
     for path, module in own_rows(model).items():
         assert module.base.weight.grad is None
         tiny.assert_close(module.rows.grad, dense.get_submodule(path).weight.grad[module.ids], name=path)

@@ -196,10 +196,11 @@ def _split_of(name: str) -> str | None:
 
 def _require_all_shards(names: Sequence[str], where: str) -> None:
     """A shard that is not there would make a smaller data set without a word."""
-    wanted = {(match[1], int(match[3])) for name in names if (match := _SHARD.fullmatch(name))}
-    there = {(match[1], int(match[3]), int(match[2])) for name in names if (match := _SHARD.fullmatch(name))}
-    for stem, count in sorted(wanted):
-        if missing := [i for i in range(count) if (stem, count, i) not in there]:
+    there: dict[tuple[str, int], set[int]] = {}  # by folder and stem: each folder has its own
+    for match in filter(None, map(_SHARD.fullmatch, names)):
+        there.setdefault((match.string[: match.start(2) - 1], int(match[3])), set()).add(int(match[2]))
+    for (stem, count), found in sorted(there.items()):
+        if missing := [i for i in range(count) if i not in found]:
             raise UserError(
                 "data/hub-incomplete", f"{len(missing)} of {count} files are missing", where=where,
                 found=f"no {visible(stem)}-{missing[0]:05d}-of-{count:05d}",

@@ -82,8 +82,9 @@ def add_tokens(tokenizer: Tokenizer, tokens: Sequence[NewToken], where: str = ""
         UserError: ``tokenizer/no-new-token`` when all of them are one token already; ``tokenizer/taken`` for a text under which
             the vocabulary keeps something else.
     """
-    known = [token for token in tokens if len(tokenizer.encode(token.content, control=True)) == 1]
-    new = [token for token in tokens if token not in known]
+    known, new = list[NewToken](), list[NewToken]()
+    for token in tokens:
+        (known if len(tokenizer.encode(token.content, control=True)) == 1 else new).append(token)
     shown = listing((visible(token.content) for token in known), 6)
     if not new:
         raise UserError(
