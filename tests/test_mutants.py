@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import mutants
 import pytest
-from mutants import ROOT, Mutant
+from forking import OTHER_PACKAGE
+from mutants import ROOT, Mutant, Runners
 
 MUTANTS = {mutant.name: mutant for mutant in mutants.read_mutants()}
 FOUR_BITS = ("minisft/nf4", "minisft/kernels/")
@@ -55,7 +57,7 @@ def test_no_bug_is_listed_twice_and_at_least_fifteen_are_about_four_bits() -> No
         (2, "ERROR tests/test_x.py\n1 error in 0.1s\n", "BROKEN"),
         (4, "ERROR: not found: tests/test_x.py::test_z\n", "BROKEN"),
         (5, "no tests ran in 0.1s\n", "BROKEN"),
-        (mutants.OTHER_PACKAGE, "", "BROKEN"),
+        (OTHER_PACKAGE, "", "BROKEN"),
         (-11, "", "BROKEN"),
     ],
 )
@@ -78,6 +80,12 @@ def test_an_unknown_name_is_refused() -> None:
         mutants.chosen_mutants(["no-such-bug"])
 
 
+@pytest.fixture(scope="module")
+def runners() -> Iterator[Runners]:
+    with Runners(1, ["torch"]) as started:
+        yield started
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("new", "limit_s", "verdict"),
@@ -85,16 +93,20 @@ def test_an_unknown_name_is_refused() -> None:
         ("return peak * (step - 1) / warmup_steps", 60.0, "killed"),
         ("return peak * step / (1 + warmup_steps)", 60.0, "SURVIVED"),
         ("return peak * step / (warmup_steps + 1) + 0 * sum(1 for _ in iter(int, 1))", 4.0, "hung"),
+        ("return peak * step / (warmup_steps - 1)", 60.0, "killed"),  # after one that hung, too
     ],
 )
-def test_a_planted_bug_gets_its_verdict(monkeypatch: pytest.MonkeyPatch, new: str, limit_s: float, verdict: str) -> None:
+def test_a_planted_bug_gets_its_verdict(
+    monkeypatch: pytest.MonkeyPatch, runners: Runners, new: str, limit_s: float, verdict: str
+) -> None:
     monkeypatch.setattr(mutants, "MUTANT_LIMIT_S", limit_s)
     mutant = MUTANTS["schedule-first-step-at-zero"]
-    outcome = mutants.try_mutant(replace(mutant, new=new), ROOT)
+    with mutants.compiled_copy() as clean:
+        outcome = mutants.try_mutant(replace(mutant, new=new), clean, runners)
     assert outcome.verdict == verdict, outcome.reason
     assert (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1  # the working tree is never touched
 
 
-def test_a_child_that_would_import_another_package_is_refused(tmp_path: Path) -> None:
-    status, _ = mutants.run_tests(tmp_path, ["tests/test_schedule.py"], 60.0)
-    assert status == mutants.OTHER_PACKAGE
+def test_a_child_that_would_import_another_package_is_refused(tmp_path: Path, runners: Runners) -> None:
+    status, _ = runners.run(tmp_path, ["tests/test_schedule.py"], 60.0)
+    assert status == OTHER_PACKAGE
