@@ -33,11 +33,13 @@ class Texts:
         self.cumulative = np.cumsum(weight / weight.sum())
         self.draw = np.random.default_rng(seed)
         self.block: list[int] = []
+        self.taken = 0  # of the block
 
     def take(self, count: int) -> list[str]:
-        if len(self.block) < count:
-            self.block = np.searchsorted(self.cumulative, self.draw.random(1 << 16)).tolist()
-        taken, self.block = self.block[:count], self.block[count:]
+        if len(self.block) - self.taken < count:
+            self.block, self.taken = np.searchsorted(self.cumulative, self.draw.random(1 << 16)).tolist(), 0
+        taken = self.block[self.taken : self.taken + count]
+        self.taken += count
         return [self.words[min(i, len(self.words) - 1)] for i in taken]
 
     def prose(self, num_sentences: int) -> str:
