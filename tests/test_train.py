@@ -26,6 +26,7 @@ from minisft.common import device
 from minisft.common.errors import UserError
 from minisft.config import RunConfig
 from minisft.formats import load_adapter_, load_model
+from minisft.kernels import cpu_nf4
 from minisft.training.runlog import read_metrics
 from minisft.training.train import train
 
@@ -46,6 +47,7 @@ def test_a_run_writes_what_it_promises(shop: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     said: list[str] = []
     result = train(config(shop, out), log=said.append)
+    assert f"arithmetic on this CPU: {cpu_nf4.path()}" in said
     assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == [
         "adapter", "checkpoints", "config.json", "data.json", "env.json", "loss.png", "metrics.jsonl",
     ]  # fmt: skip

@@ -119,7 +119,9 @@ def run_training(
             _lock(out, lock, world)
             saved = _newest(out, log)
         model, tokenizer = _load(run, device, world)
-        _check_quantized(run, model, device, log)
+        _check_quantized(run, model, log)
+        if device.type == "cpu" and (run.dtype == "fp32" or nf4_modules(model)):  # what the native code computes
+            log(f"arithmetic on this CPU: {cpu_nf4.path()}")
         tokenizer = with_new_tokens_(run, model, tokenizer, log)
         run = replace(_with_init_adapter(run, model, log), max_length=min(run.max_length, model.config.max_position_embeddings))
         template, data = prepare(run, model, tokenizer, log, _began(saved, world))
@@ -187,7 +189,7 @@ def _began(saved: Checkpoint | None, world: World) -> datetime.datetime | None:
     return None
 
 
-def _check_quantized(run: RunConfig, model: CausalLM, device: torch.device, log: Callable[[str], None]) -> None:
+def _check_quantized(run: RunConfig, model: CausalLM, log: Callable[[str], None]) -> None:
     """Report a base in 4 bits, and refuse to train it in full."""
     quantized = nf4_modules(model)
     if not quantized:
@@ -199,8 +201,6 @@ def _check_quantized(run: RunConfig, model: CausalLM, device: torch.device, log:
         )  # fmt: skip
     dense, stored = weight_bytes(model, DTYPES[run.dtype]), weight_bytes(model)
     log(f"base: {len(quantized)} linears in 4 bits, {stored:,} bytes instead of {dense:,} in {run.dtype}")
-    if device.type == "cpu":
-        log(f"4-bit arithmetic on this CPU: {cpu_nf4.path()}")
 
 
 def _checked_out(run: RunConfig, resume: bool) -> Path:
