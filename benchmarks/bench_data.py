@@ -2,6 +2,7 @@
 
     python benchmarks/bench_data.py                      # 300 000 rows: about half an hour on two cores
     python benchmarks/bench_data.py --rows 20000 --out build/bench
+    python benchmarks/bench_data.py --only train         # one part anew; the others stay in the results file
 
 The pool (``data_pool.py``) is the same bytes for the same number of rows. Each command is a process of its own; seconds, CPU
 seconds (of all threads) and peak memory are the whole process's. Peers: datasketch's MinHash and LSH on the same shingles of
@@ -38,25 +39,21 @@ def measured(*command: object) -> dict:
     return cell
 
 
-def commands(pool: Path, test: Path, folder: Path) -> dict[str, dict]:
-    """Our own commands on the whole pool."""
-    report = ("inspect", "--data", pool, "--quality", "--against", test, "--out", folder / "report")
-    pick = (
-        "select",
-        "--data",
-        pool,
-        "--out",
-        folder / "picked.jsonl",
-        "--dedup",
-        "near",
-        "--drop-defects",
-        "--score",
-        "length",
-    )
-    cells = {"inspect --quality --against": measured(*report), "select --dedup near --drop-defects": measured(*pick)}
+def inspect(pool: Path, test: Path, folder: Path) -> dict:
+    return measured("inspect", "--data", pool, "--quality", "--against", test, "--out", folder / "report")
+
+
+def select(pool: Path, folder: Path) -> dict:
+    out = folder / "picked.jsonl"
+    return measured("select", "--data", pool, "--out", out, "--dedup", "near", "--drop-defects", "--score", "length")
+
+
+def train(pool: Path, folder: Path) -> dict[str, dict]:
+    """A run of one step, before and after its rows are kept."""
     os.environ["MINISFT_CACHE"] = str(folder / "cache")  # empty at first
-    for name in ("train, first step", "train, first step, from the cache"):
-        run = ("train", "--model", MODEL, "--data", pool, "--out", folder / name.replace(", ", "-").replace(" ", "-"))
+    cells = {}
+    for name in ("first", "from the cache"):
+        run = ("train", "--model", MODEL, "--data", pool, "--out", folder / name.replace(" ", "-"))
         cells[name] = measured(*run, "--steps", 1, "--batch-size", 1, "--max-length", 512, "--validation-share", 0)
     return cells
 
@@ -137,24 +134,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=300_000)
     parser.add_argument("--out", type=Path, default=None, help="folder of the results file")
-    parser.add_argument("--only", choices=("commands", "near", "tokens"), default=None)
+    parser.add_argument("--only", choices=("inspect", "select", "train", "near", "tokens"), nargs="+")
     given = parser.parse_args()
-    result = provenance() | {"rows": given.rows}
+    out = out_folder(given.out, given.rows < 300_000)
+    path = out / "data.json"
+    result = json.loads(path.read_text()) if given.only and path.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pool, test = folder / "pool.jsonl", folder / "test.jsonl"
         write_pool(pool, test, given.rows)
-        result["pool_bytes"] = pool.stat().st_size
         parts = {
-            "commands": lambda: commands(pool, test, folder),
+            "inspect": lambda: inspect(pool, test, folder),
+            "select": lambda: select(pool, folder),
+            "train": lambda: train(pool, folder),
             "near": lambda: near_copies(pool),
             "tokens": lambda: tokens(pool),
         }
-        for part, run in parts.items():
-            if given.only in (None, part):
-                result[part] = run()
-                print(json.dumps({part: result[part]}, indent=1), flush=True)
-    print(save("data", result, out_folder(given.out, given.rows < 300_000)))
+        facts = {"rows": given.rows, "pool_bytes": pool.stat().st_size}
+        for part in given.only or parts:
+            result[part] = parts[part]() | {"pool": facts} | provenance()
+            print(json.dumps({part: result[part]}, indent=1), flush=True)
+            save("data", result, out)  # each as it comes: the whole takes half an hour
+    print(path)
 
 
 if __name__ == "__main__":

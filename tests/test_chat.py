@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from texts import CONTROL, GENERATION, LLAMA3, byte_tokenizer, smollm2_tokenizer
 
 from minisft.common.errors import UserError
-from minisft.data.chat import Encoded, Turns, encode_chat, fit, resolve_template, stop_ids
+from minisft.data.chat import Encoded, Turns, _flags, _flags_by_lookup, encode_chat, fit, resolve_template, stop_ids
 from minisft.data.encoding import encode_dataset
 from minisft.data.messages import Example, Message
 from minisft.data.template import ChatTemplate
-from minisft.data.tokenizer import Tokenizer
+from minisft.data.tokenizer import SpecialTokens, Tokenizer
 
 END = "<|im_end|>"
 NAMES = {"bos_token": "<|im_start|>", "eos_token": END}
@@ -70,6 +72,37 @@ def test_the_token_on_the_border_is_a_target() -> None:
     encoded = encode_chat(byte_tokenizer(), TEMPLATES["plain"], chat)
     assert targets(encoded) == f" yes{END}"
     assert (encoded.straddling, text_of(encoded)) == (1, f"Answer: yes{END}")
+
+
+def lowering_tokenizer() -> Tokenizer:
+    """Takes spaces away, makes one character of two and lowers what is left: offsets have gaps."""
+    backend = tokenizers.Tokenizer.from_str(byte_tokenizer().definition)
+    steps = [tokenizers.normalizers.NFC(), tokenizers.normalizers.Replace(" ", ""), tokenizers.normalizers.Lowercase()]
+    backend.normalizer = tokenizers.normalizers.Sequence(steps)
+    return Tokenizer(backend, SpecialTokens(NAMES, (2,), None, False), None)
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, lowering_tokenizer])
+@given(data=st.data())
+def test_tokens_at_the_ends_of_spans_are_those_of_all_offsets(make: Callable[[], Tokenizer], data: st.DataObject) -> None:
+    text = "".join(data.draw(st.lists(st.sampled_from([*"aéÅ中e\u0301 yes:\n", "\U0001f600", " yes", END]), min_size=1)))
+    places = st.integers(0, len(text))
+    ends = sorted(data.draw(st.lists(st.tuples(places, places).map(sorted).map(tuple), max_size=3)))
+    spans = [span for i, span in enumerate(ends) if not i or span[0] >= ends[i - 1][1]]
+    tokenized = make().tokenized(text)
+    inside = [[a < end and b > start for start, end in spans] for a, b in tokenized.offsets]
+    outside = [
+        any(i and (a < start or b > end) for i, (start, end) in zip(row, spans, strict=True))
+        for row, (a, b) in zip(inside, tokenized.offsets, strict=True)
+    ]
+    expected = [any(row) for row in inside], sum(outside)
+    if all(start < end for start, end in spans):
+        assert _flags(tokenized.offsets, spans) == expected
+    looked_up = _flags_by_lookup(tokenized, spans)
+    if looked_up is None:
+        assert make is lowering_tokenizer or any(start == end for start, end in spans)
+    else:
+        assert looked_up == expected
 
 
 def test_padding_equal_to_the_end_token_hides_nothing() -> None:

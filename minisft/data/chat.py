@@ -15,8 +15,10 @@ model that is not taught to stop does not stop.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import cast
 
 from minisft.common.errors import UserError
 from minisft.data.answer_spans import loses_reasoning, render_with_answers
@@ -26,7 +28,7 @@ from minisft.data.special_tokens import Span, SpecialTokenText
 from minisft.data.template import ChatTemplate
 from minisft.data.template import Turns as Turns
 from minisft.data.template import resolve_template as resolve_template
-from minisft.data.tokenizer import Tokenizer
+from minisft.data.tokenizer import Tokenized, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def encode_chat(
     )
     if prepared.encoded is not None:
         return prepared.encoded
-    return finish(tokenizer, prepared, *tokenizer.encode_with_offsets(prepared.text, control=True))
+    return finish(tokenizer, prepared, tokenizer.tokenized(prepared.text))
 
 
 @dataclass(frozen=True)
@@ -157,21 +159,20 @@ def prepare(
             if written != all_seen or hidden.reveal(masked) != text:
                 text = hidden.reveal(masked)
                 ids, offsets = _encode_by_chunks(tokenizer, written, text)
-                encoded = _flag(ids, offsets, masked_spans, row, max(0, len(all_seen) - len(written)))
+                encoded = _encoded(ids, _flags(offsets, masked_spans), row, max(0, len(all_seen) - len(written)))
     lost = not add_generation_prompt and loses_reasoning(messages, turns, text)
     if encoded is not None and lost:
         encoded = replace(encoded, loses_reasoning=True)
     return Prepared(text, spans, own, row, where, lost, encoded)
 
 
-def finish(tokenizer: Tokenizer, prepared: Prepared, ids: list[int], offsets: list[Span]) -> Encoded:
+def finish(tokenizer: Tokenizer, prepared: Prepared, tokenized: Tokenized) -> Encoded:
     """The second half of ``encode_chat``: flag the answers' tokens.
 
     Args:
         tokenizer: the model's.
         prepared: from ``prepare``.
-        ids: the tokens of its text, control tokens read as such.
-        offsets: their characters.
+        tokenized: its text, control tokens read as such.
 
     Returns:
         The chat as tokens.
@@ -179,13 +180,16 @@ def finish(tokenizer: Tokenizer, prepared: Prepared, ids: list[int], offsets: li
     Raises:
         UserError: ``tokenizer/control-from-text``.
     """
-    injected, own = 0, prepared.own
+    ids, injected, own = tokenized.ids, 0, prepared.own
     if own is not None and (seen := _num_special(tokenizer, ids)) != len(own):
         # A normalizer made a special token out of other characters: cut the text ourselves.
         with _located(prepared.where):
             ids, offsets = _encode_by_chunks(tokenizer, own, prepared.text)
         injected = max(0, seen - _num_special(tokenizer, ids))
-    encoded = _flag(ids, offsets, prepared.spans, prepared.row, injected)
+        flags = _flags(offsets, prepared.spans)
+    else:
+        flags = _flags_by_lookup(tokenized, prepared.spans) or _flags(tokenized.offsets, prepared.spans)
+    encoded = _encoded(ids, flags, prepared.row, injected)
     return replace(encoded, loses_reasoning=True) if prepared.loses_reasoning else encoded
 
 
@@ -222,17 +226,50 @@ def _encode_by_chunks(tokenizer: Tokenizer, own: list[Span], text: str) -> tuple
     return ids, offsets
 
 
-def _flag(ids: list[int], offsets: list[Span], spans: list[Span], row: int, injected: int) -> Encoded:
-    supervised = [False] * len(ids)
+def _flags(offsets: Sequence[Span], spans: Sequence[Span]) -> tuple[list[bool], int]:
+    """Which tokens reach into one of the spans, and how many of them reach out of it too."""
+    supervised = [False] * len(offsets)
     straddling = 0
     token = 0
     for start, end in spans:
-        while token < len(ids) and offsets[token][1] <= start:
+        while token < len(offsets) and offsets[token][1] <= start:
             token += 1
-        while token < len(ids) and offsets[token][0] < end:
+        while token < len(offsets) and offsets[token][0] < end:
             supervised[token] = offsets[token][1] > start
             straddling += offsets[token][0] < start or offsets[token][1] > end
             token += 1
+    return supervised, straddling
+
+
+def _flags_by_lookup(tokenized: Tokenized, spans: Sequence[Span]) -> tuple[list[bool], int] | None:
+    """``_flags`` without a list of all offsets, which takes longest: the library finds the tokens at the ends of a span.
+
+    None where it does not: for an empty span, or a character that a normalizer took away.
+    """
+    count, chars = len(tokenized), cast("Callable[[int], Span]", tokenized.token_to_chars)
+    supervised = [False] * count
+    straddling = after = 0
+    for start, end in spans:
+        first = tokenized.char_to_token(start)
+        last = tokenized.char_to_token(end - 1) if start < end else None
+        if first is None or last is None:
+            return None
+        first, after = max(first, after), last + 1  # one token may lie on two borders
+        while after < count and chars(after)[0] < end:  # the other bytes of the last character
+            after += 1
+        supervised[first:after] = [True] * (after - first)
+        straddling += _num_outside(chars, range(first, after), start, end)
+    return supervised, straddling
+
+
+def _num_outside(chars: Callable[[int], Span], tokens: range, start: int, end: int) -> int:
+    """How many of these tokens reach out of [start, end): the first and the last of them may."""
+    at_start = sum(1 for _ in takewhile(lambda i: chars(i)[0] < start, tokens))
+    return at_start + sum(1 for _ in takewhile(lambda i: chars(i)[1] > end, reversed(tokens[at_start:])))
+
+
+def _encoded(ids: list[int], flags: tuple[list[bool], int], row: int, injected: int) -> Encoded:
+    supervised, straddling = flags
     prompt_length = supervised.index(True) if True in supervised else len(ids)
     return Encoded(ids, supervised, row, injected, prompt_length, straddling)
 

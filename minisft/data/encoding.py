@@ -111,7 +111,7 @@ def encode_dataset(
         if encoded.loses_reasoning:
             lost_reasoning.append(example.row)
         fitted = fit(encoded, max_length)
-        if not encoded.num_targets:
+        if encoded.prompt_length == length:  # no target
             untrained.append(example.row)
         elif fitted is None:
             too_long.append(example.row)
@@ -190,8 +190,7 @@ def _finished(tokenizer: Tokenizer, prepared: Sequence[Prepared], started: Futur
         if each.encoded is not None:
             yield each.encoded
         else:
-            encoding = next(encodings)
-            yield finish(tokenizer, each, encoding.ids, encoding.offsets)
+            yield finish(tokenizer, each, next(encodings))
 
 
 def _too_long(where: str, found: int, limit: int, context: int | None) -> UserError:

@@ -106,8 +106,8 @@ class Tokenizer:
                 data could inject it.
         """
         if control:
-            encoding = self._with_control.encode(text, add_special_tokens=False)
-            return encoding.ids, encoding.offsets
+            tokenized = self.tokenized(text)
+            return tokenized.ids, tokenized.offsets
         encoding = self._text_only.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         if not self.control_ids.isdisjoint(ids):
@@ -121,8 +121,12 @@ class Tokenizer:
                 )
         return ids, encoding.offsets
 
+    def tokenized(self, text: str) -> Tokenized:
+        """The library's own result for a text, control tokens read as such."""
+        return self._with_control.encode(text, add_special_tokens=False)
+
     def encode_batch(self, texts: Sequence[str]) -> list[Tokenized]:
-        """``encode_with_offsets(text, control=True)`` of each text, in the library's own threads."""
+        """``tokenized`` of each text, in the library's own threads."""
         return self._with_control.encode_batch(list(texts), add_special_tokens=False)
 
     @property
