@@ -86,7 +86,7 @@ CROSS = {
     "adapters": ("test_formats_adapter.py", "peft_loads_ours or ours_loads_peft"),
     "models": ("test_formats_hf.py", "logits_equal_transformers"),
     "merged": ("equivalence/test_families.py", "transformers_loads_the_merge"),
-    "chats": ("test_chat.py", "a_thousand_chats"),
+    "chats": ("test_chat.py", "have_transformers_ids"),
     "templates": ("test_template.py", "rendering_equals"),
 }
 

@@ -92,7 +92,8 @@ from minisft.merging.streaming import merge_folder
 import torch
 torch.set_num_threads(1)
 with watched() as memory:
-    merge_folder(sys.argv[2], sys.argv[3], max_shard_bytes=int(sys.argv[4]))
+    for number in range(int(sys.argv[5])):
+        merge_folder(sys.argv[2], f"{sys.argv[3]}-{number}", max_shard_bytes=int(sys.argv[4]))
 print(json.dumps(memory.grown))
 """
 
@@ -128,7 +129,11 @@ def rss_anon() -> int:
 
 
 def merge_memory(quick: bool) -> dict[str, object]:
-    """Line 12: merge a bf16 base of 2 x 512 MiB and one of 256 MiB, each in its own process; compare every number."""
+    """Line 12: merge a bf16 base of 2 x 512 MiB and one of 256 MiB, each in its own process; compare every number.
+
+    The smaller is merged four times, so that as many bytes go by while memory is sampled: a peak is short, and a sample of a
+    busy machine may miss it.
+    """
     use_tests()
     shard = (32 if quick else 512) * MIB
     sizes = {"large": 2 * shard, "small": shard // 2}
@@ -147,6 +152,7 @@ def merge_memory(quick: bool) -> dict[str, object]:
                 str(adapter),
                 str(folder / "out"),
                 str(shard + 4 * MIB),
+                str(sizes["large"] // size),
             ]
             child = subprocess.run(
                 command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
@@ -156,7 +162,7 @@ def merge_memory(quick: bool) -> dict[str, object]:
             found[f"{name} MiB"] = round(json.loads(child.stdout.splitlines()[-1]) / MIB, 1)
             found[f"{name} s"] = round(time.monotonic() - began, 1)
             found[f"{name} shards"] = shards
-            for same in _compared(folder / "base", adapter, folder / "out"):
+            for same in _compared(folder / "base", adapter, folder / "out-0"):
                 tensors += 1
                 differing += not same
     most, least = float(str(found["large MiB"])), float(str(found["small MiB"]))

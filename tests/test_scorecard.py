@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -108,6 +109,26 @@ def test_an_absent_library_hides_no_failure(monkeypatch: pytest.MonkeyPatch) -> 
     assert "absent" in scorecard_lines.cross_tools(quick=False)
     monkeypatch.setattr(scorecard_lines, "run_tests", lambda files, keyword: failed if files == ["test_chat.py"] else skipped)
     assert scorecard_lines.cross_tools(quick=False)["failures"] == ["other ids"]
+
+
+def test_every_keyword_chooses_tests_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], str]] = []
+
+    def run(files: list[str], keyword: str = "", *_: object, **__: object) -> scorecard_parts.Tests:
+        asked.append((files, keyword))
+        return scorecard_parts.Tests(1, 0, 0, 0, {}, (), (), ())
+
+    monkeypatch.setattr(scorecard_lines, "run_tests", run)
+    for line in scorecard.LINES:
+        if line.measure.__module__ == "scorecard_lines" and line.measure is not scorecard_lines.seeded_bugs:
+            line.measure(False)
+    assert len(asked) > 10
+    for files, keyword in asked:
+        texts = [(Path(__file__).parent / file.partition("::")[0]).read_text() for file in files]
+        names = [name for text in texts for name in re.findall(r"def (test_\w+)", text)]
+        assert all(name in names for name in (file.partition("::")[2] for file in files) if name)
+        for word in (word.partition(" and not ")[0].strip() for word in keyword.split(" or ")):
+            assert any(word in name for name in names), f"{files}: {word}"
 
 
 def _measured_in_a_child(monkeypatch: pytest.MonkeyPatch, code: str) -> dict:
