@@ -16,13 +16,14 @@ from test_parallel_faults import start
 from tiny_folder import digest, losses, stopped_copy, write_shop
 
 from minisft.cli.main import main
+from minisft.parallel import launch
 from minisft.training.checkpoint import load_latest
 from minisft.training.grpo_run import SAMPLES
 
 pytestmark = pytest.mark.slow
 
 REWARDS = """
-import math, os, signal
+import math, os, signal, time
 
 calls = 0
 
@@ -40,6 +41,9 @@ def raises(answer, row):
 
 def dies(answer, row):
     return on_rank_1(answer, row, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+def sleeps(answer, row):
+    return on_rank_1(answer, row, lambda: time.sleep(100))
 
 def mute(answer, row):
     return on_rank_1(answer, row, lambda: math.nan)
@@ -144,6 +148,23 @@ def test_a_reward_that_fails_on_one_process_ends_all_and_names_it(
     saved = load_latest(out)
     assert saved is not None
     assert {json.loads(line)["step"] for line in (out / SAMPLES).read_text().splitlines()} == set(range(1, saved.step + 1))
+
+
+@pytest.mark.exhaustive
+def test_a_reward_that_does_not_return_ends_the_run(shop: Path, whole: dict[int, Path], tmp_path: Path) -> None:
+    def hurry(rank: int) -> None:
+        launch.TIMEOUT_S = 6.0
+
+    out = tmp_path / "run"
+    group = start(2, tmp_path / "printed", lambda rank: flags(shop, out, *SHORT, reward="sleeps"), hurry)
+    status = os.waitstatus_to_exitcode(os.waitpid(group.pids[0], 0)[1])
+    os.kill(group.pids[1], signal.SIGKILL)  # as torchrun does
+    os.waitpid(group.pids[1], 0)
+    assert status == 7
+    [error] = group.errors
+    assert error.startswith("error[process/late]")
+    assert "rank 0 of 2; found waited for 0.1 minutes" in error
+    assert load_latest(out) is not None
 
 
 @pytest.mark.exhaustive
