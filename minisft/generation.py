@@ -191,6 +191,7 @@ def sample_groups(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[Sampled]]:
     """Sample several answers to each prompt from the whole distribution, and note what each token's probability was.
 
@@ -205,6 +206,7 @@ def sample_groups(
         temperature: > 0.
         seed: answer g of prompt i is a function of (seed, i, g), whatever else is in the batch (but for rounding).
         batch_size: answers computed at once; a group may be cut by it.
+        numbers: i of each prompt where ``prompts`` are a part of some; by default 0, 1, ...
 
     Returns:
         A group of ``num_answers`` for each prompt, in order.
@@ -219,13 +221,14 @@ def sample_groups(
     _require_positive("max_new_tokens", max_new_tokens)
     _check_prompts(model, prompts)
     sampling = Sampling(temperature, seed=seed)
-    jobs = [(i, g) for i in range(len(prompts)) for g in range(num_answers)]
-    found: dict[int, list[tuple[int, float, float]]] = {job: [] for job in range(len(jobs))}
+    numbered = zip(range(len(prompts)) if numbers is None else numbers, prompts, strict=True)
+    jobs = [(i * num_answers + g, prompt) for i, prompt in numbered for g in range(num_answers)]
+    found: dict[int, list[tuple[int, float, float]]] = {job: [] for job, _ in jobs}
     for start in range(0, len(jobs), batch_size):
-        batch = {job: prompts[jobs[job][0]] for job in range(start, min(start + batch_size, len(jobs)))}
+        batch = dict(jobs[start : start + batch_size])
         for job, token, log_prob, entropy in _scored_tokens(model, batch, max_new_tokens, eos_ids, sampling):
             found[job].append((token, log_prob, entropy))
-    answers = [_sampled(found[job]) for job in range(len(jobs))]
+    answers = [_sampled(found[job]) for job, _ in jobs]
     return [answers[i * num_answers : (i + 1) * num_answers] for i in range(len(prompts))]
 
 

@@ -308,6 +308,8 @@ def test_a_sample_does_not_depend_on_the_batch(model):
     groups = [sample_groups(model, prompts, 4, batch_size=size, **settings) for size in (1, 3, 12)]
     ids = [[[answer.ids for answer in group] for group in found] for found in groups]
     assert ids[0] == ids[1] == ids[2]
+    some = sample_groups(model, [prompts[2], prompts[0]], 4, numbers=[2, 0], **settings)  # a part, which keeps its numbers
+    assert [[answer.ids for answer in group] for group in some] == [ids[0][2], ids[0][0]]
     assert len({tuple(answer) for answer in ids[0][0]}) > 1  # the answers of a group are draws of their own
     assert ids[0] != [[a.ids for a in g] for g in sample_groups(model, prompts, 4, **{**settings, "seed": 9})]
 

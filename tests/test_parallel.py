@@ -179,6 +179,7 @@ def test_one_process_runs_no_collective(monkeypatch: pytest.MonkeyPatch) -> None
     done: list[int] = []
     ALONE.on_first(lambda: done.append(1))
     ALONE.require_same_weights({"a": torch.ones(2)}, 1)
+    assert ALONE.from_all("x") == ["x"]
     assert (done, ALONE.from_first("x"), ALONE.differing({"a": b"1"}), ALONE.any_signal(15)) == ([1], "x", None, 15)
 
 
@@ -238,6 +239,7 @@ def test_the_processes_agree_on_everything_that_decides() -> None:
             "signal": [world.any_signal(15 if last else None), world.any_signal(None)],
             "text": world.from_first("ü" * 300 if world.is_first else "") == "ü" * 300,
             "empty": world.from_first(""),
+            "texts": [world.from_all("ü" * world.rank), world.from_all("")],
             "failed": refusal(lambda: world.on_first(fails)),
             "start": refusal(lambda: world.require_same_start({"data": b"1", "base": b"2" if last else b"3"})),
             "diverged": refusal(lambda: world.require_same_weights(weights, 7)),
@@ -249,6 +251,7 @@ def test_the_processes_agree_on_everything_that_decides() -> None:
     assert found[0]["signal"] == [15, None]
     assert found[0]["text"]
     assert found[0]["empty"] == ""
+    assert found[0]["texts"] == [["", "ü", "üü"], ["", "", ""]]
     assert found[0]["failed"] == "error[disk/full] the disk is full: out; fix: free some space"
     assert "config/other-start" in found[0]["start"]
     assert "base; found rank 2" in found[0]["start"]

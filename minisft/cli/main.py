@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         return _report(_path_error(error), words)
 
 
-SEVERAL_PROCESSES = ("train", "dpo")  # what torchrun may start more than once
+SEVERAL_PROCESSES = ("train", "dpo", "grpo")  # what torchrun may start more than once
 
 
 def _require_one_process(command: str | None) -> None:

@@ -98,7 +98,7 @@ def joined(device: str = "auto") -> Iterator[World]:
 
     Raises:
         UserError: what the block raises, marked as reported in all processes but one; ``process/lost`` where another
-            process ended; ``process/missing`` where one has not come.
+            process ended; ``process/late`` where one keeps the others waiting; ``process/missing`` where one has not come.
     """
     place = read_place(os.environ)
     from minisft.parallel.world import ALONE, World
@@ -121,7 +121,7 @@ def joined(device: str = "auto") -> Iterator[World]:
             raise
         raise told from error
     except RuntimeError as error:
-        lost = _lost(world, store)
+        lost = _lost(world, store) or _late(world, error)
         if lost is None:
             raise
         raise lost from error
@@ -222,6 +222,19 @@ def _lost(world: World, store: Store) -> UserError | None:
             return _silent(error)
     error.reported = False
     return error
+
+
+def _late(world: World, error: RuntimeError) -> UserError | None:
+    """Why a collective failed though all are there: one has kept the others waiting. None for anything else."""
+    if "timed out" not in str(error).lower():
+        return None
+    late = UserError(
+        "process/late", "another process of the run does not answer", where=f"rank {world.rank} of {world.size}",
+        found=f"waited for {TIMEOUT_S / 60:g} minutes", expected="all processes to take part in each step",
+        fix="look at what the others do (a reward that does not return, a disk); go on with --resume",
+    )  # fmt: skip
+    late.reported = False
+    return late
 
 
 def _gone(world: World, store: Store) -> str | None:

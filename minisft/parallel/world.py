@@ -163,6 +163,23 @@ class World:
             dist.broadcast(data, 0)
         return bytes(data.tolist()).decode()
 
+    def from_all(self, text: str) -> list[str]:
+        """Every process's ``text``, by rank, in every process.
+
+        Cost: two all-gathers: of the lengths, and of all texts, each as long as the longest.
+        """
+        if self.size == 1:
+            return [text]
+        import torch.distributed as dist
+
+        raw = text.encode()
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(raw)]))
+        mine = torch.frombuffer(bytearray(raw.ljust(max(1, *map(int, lengths)))), dtype=torch.uint8)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(found, mine)
+        return [data[: int(length)].numpy().tobytes().decode() for data, length in zip(found, lengths, strict=True)]
+
     def differing(self, facts: Mapping[str, bytes]) -> tuple[str, int] | None:
         """The first fact that is not the same everywhere, and the first process whose it is; None if all are.
 

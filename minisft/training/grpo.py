@@ -67,16 +67,37 @@ class GRPOStats:
     Attributes:
         loss: the loss; about -mean advantage, so near 0 whatever is learned.
         ratio_error: largest |log pi - log pi_old|: what was scored against what was sampled.
-        clip_share: share of tokens whose ratio left the clip range.
-        kl: mean of the KL estimate in nats a token; 0 without a KL term.
-        num_tokens: sampled tokens in the loss.
+        num_clipped: tokens whose ratio left the clip range.
+        kl_sum: the KL estimates of all tokens, in nats; 0 without a KL term.
+        num_scored: tokens that were computed; those of groups that teach nothing are not.
+        num_tokens: sampled tokens in the loss of the whole step.
     """
 
     loss: float
     ratio_error: float
-    clip_share: float
-    kl: float
+    num_clipped: float
+    kl_sum: float
+    num_scored: int
     num_tokens: int
+
+    @property
+    def clip_share(self) -> float:
+        """Share of tokens whose ratio left the clip range."""
+        return self.num_clipped / max(self.num_scored, 1)
+
+    @property
+    def kl(self) -> float:
+        """Mean of the KL estimate in nats a token."""
+        return self.kl_sum / max(self.num_scored, 1)
+
+    @classmethod
+    def of_all(cls, parts: Sequence[GRPOStats]) -> GRPOStats:
+        """What a step saw whose groups were computed in parts."""
+        return cls(
+            sum(part.loss for part in parts), max(part.ratio_error for part in parts),
+            sum(part.num_clipped for part in parts), sum(part.kl_sum for part in parts),
+            sum(part.num_scored for part in parts), parts[0].num_tokens,
+        )  # fmt: skip
 
 
 def group_batch(prompt: Sequence[int], answers: Sequence[Sampled], row: int, pad_id: int) -> Batch:
@@ -138,7 +159,9 @@ def group_log_probs(model: CausalLM, batch: Batch, temperature: float) -> Tensor
     return token_log_probs(hidden, model.loss_head, target_ids, temperature)
 
 
-def group_gradients(model: CausalLM, groups: Sequence[Group], settings: GRPOSettings) -> GRPOStats:
+def group_gradients(
+    model: CausalLM, groups: Sequence[Group], settings: GRPOSettings, other_lengths: Sequence[int] = ()
+) -> GRPOStats:
     """Backward through every group of an optimizer step.
 
     The denominators count all answers of the step. A group whose advantages are all 0 has a gradient of exactly 0 and is not
@@ -146,20 +169,21 @@ def group_gradients(model: CausalLM, groups: Sequence[Group], settings: GRPOSett
 
     Args:
         model: the decoder.
-        groups: the step's groups.
+        groups: the step's groups, or a part of them.
         settings: the loss.
+        other_lengths: tokens of each answer that counts in the step's other groups, where ``groups`` are a part.
 
     Returns:
-        What the update saw; no gradient at all where no answer counts.
+        What the update saw, or this part of it; no gradient at all where no answer counts.
     """
     counted = [group.lengths[group.counted] for group in groups]
-    all_lengths = torch.cat(counted)
+    all_lengths = torch.cat([*counted, torch.tensor(other_lengths, dtype=torch.int64)])
     if not len(all_lengths):
-        return GRPOStats(0.0, 0.0, 0.0, 0.0, 0)
+        return GRPOStats(0.0, 0.0, 0.0, 0.0, 0, 0)
     step_weights = answer_weights(all_lengths, settings.loss, settings.max_new_tokens)
     totals = torch.zeros(3, dtype=torch.float64)
     ratio_error, scored = 0.0, 0
-    for group, weights in zip(groups, step_weights.split([len(n) for n in counted]), strict=True):
+    for group, weights in zip(groups, step_weights.split([*map(len, counted), len(other_lengths)]), strict=False):
         A = advantages(torch.where(group.counted, group.rewards, torch.nan), settings.advantage)
         if not (A.any() or settings.beta):
             continue
@@ -168,7 +192,7 @@ def group_gradients(model: CausalLM, groups: Sequence[Group], settings: GRPOSett
         totals += found
         ratio_error, scored = max(ratio_error, error), scored + int(group.lengths.sum())
     loss_sum, clipped, kl = totals.tolist()
-    return GRPOStats(loss_sum, ratio_error, clipped / max(scored, 1), kl / max(scored, 1), int(all_lengths.sum()))
+    return GRPOStats(loss_sum, ratio_error, clipped, kl, scored, int(all_lengths.sum()))
 
 
 def _one_group(

@@ -57,6 +57,8 @@ def grpo(
 ) -> TrainResult:
     """Train a model on its own sampled answers and their rewards, in the folder ``run.out``.
 
+    Under ``torchrun`` the processes share each step's prompts, and the first writes; what is sampled and learned is the same.
+
     Args:
         run: the settings; each is a flag of ``minisft grpo``.
         reward: ``f(answer, row) -> float`` instead of the one that ``run.reward`` names; then ``run.reward`` is its name only.
@@ -72,7 +74,6 @@ def grpo(
 
     Ref: Shao et al. 2024, arXiv:2402.03300.
     """
-    judge = load_reward(run.reward) if reward is None else Reward(run.reward, reward)
 
     def prepare(
         run: GRPOConfig, model: CausalLM, tokenizer: Tokenizer, log: Log, began: datetime.datetime | None
@@ -80,4 +81,5 @@ def grpo(
         return prepare_prompts(run, judge, model.config.max_position_embeddings, tokenizer, log, began)
 
     with joined(run.device) as world:
+        judge = load_reward(run.reward) if reward is None else Reward(run.reward, reward)
         return run_training(run, prepare, functools.partial(GRPOTrainer, reward=judge), resume, log, dry_run, world)

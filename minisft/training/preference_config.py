@@ -82,6 +82,9 @@ class GRPOConfig(RunConfig):
     )
     dropout: float = flag("only 0: answers are sampled without dropout", 0.0, "P")
     lr: float | None = flag("peak learning rate (default 1e-5 for lora, 1e-6 for full)", None)
+    parallel: Literal["auto", "replicate", "shard"] = flag(
+        "on several processes (torchrun): the whole base in each, the prompts divided; shard is refused", "auto"
+    )
     reward: str = flag(
         "what pays an answer: exact_match, json, regex:PATTERN or FILE.py:function, called as f(answer, row)", "", "R"
     )

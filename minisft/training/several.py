@@ -12,6 +12,7 @@ from minisft.common.settings import flag_name
 from minisft.config import RunConfig
 from minisft.parallel.threads import num_cores, set_threads
 from minisft.parallel.world import World, raw_bytes
+from minisft.training.preference_config import GRPOConfig
 from minisft.training.run_data import Row
 from minisft.training.shardable import require_shardable
 from minisft.training.trainer import Log, Trainer
@@ -48,8 +49,8 @@ def check_world(run: RunConfig, world: World, dry_run: bool, log: Log) -> None:
     if world.local_size > cores and not torch.cuda.is_available():
         log(f"warning: {world.local_size} processes on {cores} cores are slower than {cores}; the result is the same")
     if world.size > run.batch_size:
-        where = flag_name("batch_size")
-        log(f"warning: a step has {run.batch_size} rows ({where}) for {world.size} processes; some have none")
+        what, where = ("prompts", "prompts_per_step") if isinstance(run, GRPOConfig) else ("rows", "batch_size")
+        log(f"warning: a step has {run.batch_size} {what} ({flag_name(where)}) for {world.size} processes; some have none")
 
 
 def check_start(trainer: Trainer[Row]) -> None:
