@@ -275,14 +275,11 @@ def test_shares_are_those_of_torch_chunk(length: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"use_dora": True}, "--use-dora"),
-        ({"init": "pissa"}, "--init pissa"),
         ({"method": "full"}, "--method full"),
-        ({"init_adapter": "a"}, "--init-adapter"),
         ({"eval_metric": "f1"}, "--eval-metric"),
     ],
 )
-def test_what_needs_whole_weights_is_refused(settings: dict[str, object], named: str) -> None:
+def test_what_cannot_be_done_in_shares_is_refused(settings: dict[str, object], named: str) -> None:
     run = RunConfig("m", "d", "o", parallel="shard", **settings)
     with pytest.raises(UserError, match=f"config/shard.*found {named}"):
         check_world(run, World(0, 2, 0, 2), dry_run=False, log=print)

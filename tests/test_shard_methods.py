@@ -1,0 +1,160 @@
+"""What is trained on a shared base beside plain LoRA: two and three processes compute what one does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import torch.distributed.device_mesh
+import torch.distributed.fsdp  # here, so that the forked processes need not import it
+import torch.distributed.tensor
+from ranks import on_ranks
+from test_parallel import RAGGED, rows
+from tiny_folder import CONFIG, write_model
+from torch import Tensor
+
+from minisft.common.errors import UserError
+from minisft.config import LoRAConfig, QuantConfig, RunConfig
+from minisft.formats import load_model, save_adapter
+from minisft.model import CausalLM
+from minisft.parallel.shard import load_sharded
+from minisft.parallel.world import ALONE, World
+from minisft.surgery import apply_lora_, lora_modules
+from minisft.training.init_adapter import load_init_adapter_, with_adapter_settings
+from minisft.training.run_data import RunData
+from minisft.training.sft import SFTTrainer
+from minisft.training.shardable import require_shardable
+
+CPU = torch.device("cpu")
+SIZES = (2, 3)  # three: shares of different sizes, and empty ones
+TOKENIZER = SimpleNamespace(pad_id=0, new_ids=())
+TEMPLATE = SimpleNamespace(source="")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a tied head, one without, and an adapter of the first."""
+    folder = tmp_path_factory.mktemp("shard")
+    write_model(folder / "tied", folder / "scratch")
+    write_model(folder / "untied", folder / "scratch-2", replace(CONFIG, tie_word_embeddings=False))
+    model, _ = load_model(str(folder / "tied"), torch.float64)
+    apply_lora_(model, LoRAConfig(rank=3, alpha=5.0, targets=("q_proj", "up_proj", "embed_tokens"), use_rslora=True))
+    fill_(model)
+    save_adapter(model, folder / "adapter")
+    return folder
+
+
+def fill_(model: CausalLM) -> None:
+    """Adapters as after some training: at B = 0 the other factor has no gradient."""
+    draw = torch.Generator().manual_seed(7)
+    for adapter in lora_modules(model).values():
+        for factor in (adapter.lora_A, adapter.lora_B):
+            factor.data = factor + 0.3 * torch.randn(factor.shape, generator=draw, dtype=torch.float64).to(factor.dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how its base is held, and what is trained."""
+
+    model: str = "tied"
+    quant: QuantConfig | None = None
+    settings: dict[str, object] = field(default_factory=lambda: {"rank": 2, "alpha": 3.0})
+
+
+LORA = {"rank": 2, "alpha": 3.0}
+CASES = {
+    "an adapter to start from": Case(settings={"init_adapter": "adapter"}),
+    "dora": Case(settings={**LORA, "use_dora": True}),
+    "dora, 4 bits": Case("untied", QuantConfig(block_size=32), {**LORA, "use_dora": True, "checkpointing": "full"}),
+    "pissa": Case("untied", settings={**LORA, "init": "pissa", "dropout": 0.2}),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one process knows after the backward of a step, and after two steps."""
+
+    start: dict[str, Tensor]
+    loss: float
+    norm: float
+    gradients: dict[str, Tensor]
+    losses: list[float]
+    validation: float
+    trained: dict[str, Tensor]
+
+
+def load(shop: Path, case: Case, run: RunConfig, world: World) -> CausalLM:
+    path = str(shop / case.model)
+    if world.size == 1:
+        return load_model(path, torch.float64, quant=case.quant)[0]
+    return load_sharded(path, torch.float64, CPU, case.quant, world)[0]
+
+
+def trainer(shop: Path, case: Case, world: World) -> SFTTrainer:
+    settings = dict(case.settings)
+    if "init_adapter" in settings:
+        settings["init_adapter"] = str(shop / "adapter")
+    run = RunConfig(
+        "m", "d", "o", batch_size=5, micro_batch_size=1, steps=9, lr=1e-2, clip=0.5,
+        parallel="shard" if world.size > 1 else "auto", **settings,
+    )  # fmt: skip
+    model = load(shop, case, run, world)
+    if run.init_adapter is not None:
+        run, _ = with_adapter_settings(run, model)
+        load_init_adapter_(model, run)
+    data = RunData(rows(RAGGED[:5]), rows([4, 9, 6]), {}, {})
+    return SFTTrainer(run, model, TOKENIZER, TEMPLATE, data, lambda text: None, world)
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def compute(shop: Path, case: Case, world: World) -> Found:
+    made = trainer(shop, case, world)
+    start = copies(made.optimizer.parameters)
+    if "init_adapter" not in case.settings:
+        fill_(made.model)
+    loss = made._summed_gradients(1, made.batches(1))
+    norm = made.optimizer.grad_norm()
+    gradients = copies({name: p.grad for name, p in made.optimizer.parameters.items()})
+    made.optimizer.zero_grad()
+    losses = [made.step(step, made.batches(step), 1e-2).loss for step in (2, 3)]
+    validation = made.evaluate()[0]
+    return Found(start, loss, norm, gradients, losses, validation, copies(made.optimizer.parameters))
+
+
+@pytest.fixture(scope="module")
+def found(shop: Path) -> dict[int, list[dict[str, Found]]]:
+    """Number of processes -> what each of them computes, by case."""
+
+    def all_cases(world: World) -> dict[str, Found]:
+        return {name: compute(shop, case, world) for name, case in CASES.items()}
+
+    return {1: [all_cases(ALONE)]} | {size: on_ranks(size, all_cases) for size in SIZES}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_on_shares_it_is_the_training_of_one_process(found: dict[int, list[dict[str, Found]]], name: str, size: int) -> None:
+    expected = found[1][0][name]
+    for one in (processes[name] for processes in found[size]):
+        assert all(torch.equal(one.start[key], value) for key, value in expected.start.items())
+        assert one.loss == pytest.approx(expected.loss, rel=1e-12)
+        assert one.norm == pytest.approx(expected.norm, rel=1e-12)
+        tiny.assert_same(one.gradients, expected.gradients)
+        assert one.losses == pytest.approx(expected.losses, rel=1e-9)
+        assert one.validation == pytest.approx(expected.validation, rel=1e-9)
+        tiny.assert_same(one.trained, expected.trained, 1e-7)
+
+
+def test_an_adapter_with_rows_of_its_own_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"trainable_token_indices": [3]}))
+    run = RunConfig("m", "d", "o", parallel="shard", init_adapter=str(tmp_path))
+    with pytest.raises(UserError, match=r"config/shard.*--init-adapter with trained tokens.*--parallel replicate"):
+        require_shardable(run)
