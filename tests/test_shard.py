@@ -28,7 +28,7 @@ from minisft.parallel.shard import SHARDED, gathered, load_sharded, share_bytes,
 from minisft.parallel.world import ALONE, World
 from minisft.surgery import lora_modules, nf4_modules, num_parameters, weight_bytes
 from minisft.training.plan import read_shape
-from minisft.training.preference_config import DPOConfig
+from minisft.training.preference_config import GRPOConfig
 from minisft.training.run_data import RunData
 from minisft.training.several import check_world
 from minisft.training.sft import SFTTrainer
@@ -283,8 +283,8 @@ def test_what_cannot_be_done_in_shares_is_refused(settings: dict[str, object], n
     run = RunConfig("m", "d", "o", parallel="shard", **settings)
     with pytest.raises(UserError, match=f"config/shard.*found {named}"):
         check_world(run, World(0, 2, 0, 2), dry_run=False, log=print)
-    with pytest.raises(UserError, match=r"config/shard.*found minisft dpo"):
-        check_world(DPOConfig("m", "d", "o", parallel="shard"), World(0, 2, 0, 2), dry_run=False, log=print)
+    with pytest.raises(UserError, match=r"config/shard.*found minisft grpo"):
+        check_world(GRPOConfig("m", "d", "o", parallel="shard", reward="json"), World(0, 2, 0, 2), dry_run=False, log=print)
     with pytest.raises(UserError, match="config/one-process"):
         check_world(RunConfig("m", "d", "o"), World(0, 2, 0, 2), dry_run=True, log=print)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +25,10 @@ from minisft.model import CausalLM
 from minisft.parallel.shard import load_sharded
 from minisft.parallel.world import ALONE, World
 from minisft.surgery import apply_lora_, lora_modules
+from minisft.training.dpo import EncodedPair
+from minisft.training.dpo_run import DPOTrainer
 from minisft.training.init_adapter import load_init_adapter_, with_adapter_settings
+from minisft.training.preference_config import DPOConfig
 from minisft.training.run_data import RunData
 from minisft.training.sft import SFTTrainer
 from minisft.training.shardable import require_shardable
@@ -151,6 +154,46 @@ def test_on_shares_it_is_the_training_of_one_process(found: dict[int, list[dict[
         assert one.losses == pytest.approx(expected.losses, rel=1e-9)
         assert one.validation == pytest.approx(expected.validation, rel=1e-9)
         tiny.assert_same(one.trained, expected.trained, 1e-7)
+
+
+def dpo(shop: Path, out: str, world: World, settings: dict[str, object]) -> tuple[dict[str, Tensor], list[float], int]:
+    """Reference, gradient and numbers of a DPO step on pairs that are a batch each; and how many batches had none."""
+    sides = rows([6, 9, 4, 12, 5, 7, 8, 3, 11, 10, 2, 5, 30, 31], prefix=3)
+    pairs = [EncodedPair(a, replace(b, row=a.row)) for a, b in zip(sides[::2], sides[1::2], strict=True)]
+    run = DPOConfig(
+        "m", "d", out, batch_size=5, max_length=8, steps=9, lr=1e-2, loss="ipo", rpo_alpha=0.3,
+        parallel="shard" if world.size > 1 else "auto", **settings,
+    )  # fmt: skip
+    model = load(shop, Case(), run, world)
+    if run.init_adapter is not None:
+        run, _ = with_adapter_settings(run, model)
+        load_init_adapter_(model, run)
+    made = DPOTrainer(run, model, TOKENIZER, TEMPLATE, RunData(pairs[:5], pairs[4:], {}, {}), lambda text: None, world)
+    made.prepare()
+    fill_(model)  # after the reference, so that pairs have margins
+    batches = made.batches(1)
+    loss = made._summed_gradients(1, batches)
+    gradients = copies({name: p.grad for name, p in made.optimizer.parameters.items()})
+    gradients["reference"] = torch.tensor([made.reference[pair] for pair in range(8)])
+    numbers = [loss, *astuple(made.stats), made.evaluate()[0]]
+    return gradients, numbers, sum(not batch.rows for batch in batches)
+
+
+@pytest.mark.parametrize("settings", [{"rank": 2, "alpha": 3.0}, {"init_adapter": "adapter"}], ids=["base", "adapter"])
+def test_pairs_on_shares_give_the_step_of_one_process(shop: Path, tmp_path: Path, settings: dict[str, object]) -> None:
+    if "init_adapter" in settings:
+        settings = {"init_adapter": str(shop / "adapter")}
+    outs = {size: str(tmp_path / str(size)) for size in (1, *SIZES)}
+    for out in outs.values():
+        Path(out).mkdir()
+    gradients, numbers, idle = dpo(shop, outs[1], ALONE, settings)
+    assert idle == 0
+    for size in SIZES:
+        found = on_ranks(size, lambda world, size=size: dpo(shop, outs[size], world, settings))
+        assert sum(one[2] for one in found) > 0  # some process had fewer batches than another
+        for one in found:
+            tiny.assert_same(one[0], gradients)
+            assert one[1] == pytest.approx(numbers, rel=1e-9)
 
 
 def test_an_adapter_with_rows_of_its_own_is_refused(tmp_path: Path) -> None:

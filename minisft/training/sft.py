@@ -6,10 +6,9 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 
-from minisft.batching import Batch, collate, micro_batches, with_noise
+from minisft.batching import Batch, micro_batches, with_noise
 from minisft.common.errors import UserError
 from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
@@ -27,11 +26,6 @@ from minisft.training.untrained_tokens import untrained_tokens, untrained_tokens
 def num_tokens(row: Encoded) -> int:
     """How long a row is."""
     return len(row.input_ids)
-
-
-def idle_batch(pad_id: int) -> Batch:
-    """A batch of nothing to learn: two tokens, no target, not counted."""
-    return replace(collate([Encoded([pad_id, pad_id], [False, False], 0, 0, 2)], pad_id), num_tokens=0)
 
 
 class SFTTrainer(Trainer[Encoded]):
@@ -65,7 +59,7 @@ class SFTTrainer(Trainer[Encoded]):
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of one optimizer step (from 1), on the model's device."""
-        return self._with_noise(self._even(self._cut(self.world.share(self.step_rows(step), num_tokens))), step)
+        return self._with_noise(self.even(self._cut(self.world.share(self.step_rows(step), num_tokens))), step)
 
     def _with_noise(self, batches: Sequence[Batch], step: int) -> list[Batch]:
         run, D = self.run, self.model.config.hidden_size
@@ -143,12 +137,7 @@ class SFTTrainer(Trainer[Encoded]):
     @cached_property
     def _validation(self) -> list[Batch]:
         rows, size = self.data.validation[self.world.rank :: self.world.size], self.micro_batch_size
-        return self._even([batch for i in range(0, len(rows), size) for batch in self._cut(rows[i : i + size])])
-
-    def _even(self, batches: list[Batch]) -> list[Batch]:
-        """With a shared base: as many batches in each process, because all of them gather every layer for every batch."""
-        missing = self.world.largest(len(batches)) - len(batches) if self.is_sharded else 0
-        return [*batches, *[idle_batch(self.tokenizer.pad_id)] * missing]
+        return self.even([batch for i in range(0, len(rows), size) for batch in self._cut(rows[i : i + size])])
 
     def _cut(self, rows: Sequence[Encoded]) -> list[Batch]:
         run = self.run

@@ -25,8 +25,6 @@ def require_shardable(run: RunConfig) -> None:
         raise _refusal("minisft grpo", "a run whose answers are given", "--parallel replicate")
     if run.method == "full":
         raise _refusal("--method full")
-    if type(run) is not RunConfig:
-        raise _refusal("minisft dpo")
     if run.eval_metric is not None:
         raise _refusal("--eval-metric")
     if run.init_adapter is not None and read_row_ids(config_path(Path(run.init_adapter))):

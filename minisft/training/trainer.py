@@ -26,6 +26,7 @@ from minisft.parallel.world import ALONE, World
 from minisft.schedule import learning_rate
 from minisft.step import StepResult, check_gradients, optimizer_step
 from minisft.surgery import num_parameters
+from minisft.training.lockstep import even
 from minisft.training.lossplot import plot_loss
 from minisft.training.replay import num_replayed
 from minisft.training.reporters import Log as Log
@@ -111,6 +112,10 @@ class Trainer(SavedRun[Row], ABC):
     def is_sharded(self) -> bool:
         """Whether each process holds a share of the base instead of all of it."""
         return self.run.parallel == "shard" and self.world.size > 1
+
+    def even(self, batches: list[Batch]) -> list[Batch]:
+        """With a shared base as many batches in each process; else those that are given."""
+        return even(batches, self.world, self.tokenizer.pad_id) if self.is_sharded else batches
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
