@@ -275,7 +275,7 @@ def test_shares_are_those_of_torch_chunk(length: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"method": "full"}, "--method full"),
+        ({"method": "full", "optim": "adamw8bit"}, "--optim adamw8bit with --method full"),
         ({"eval_metric": "f1"}, "--eval-metric"),
     ],
 )

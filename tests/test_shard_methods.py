@@ -14,6 +14,7 @@ import torch.distributed.device_mesh
 import torch.distributed.fsdp  # here, so that the forked processes need not import it
 import torch.distributed.tensor
 from ranks import on_ranks
+from safetensors.torch import load_file
 from test_parallel import RAGGED, rows
 from tiny_folder import CONFIG, write_model
 from torch import Tensor
@@ -21,16 +22,19 @@ from torch import Tensor
 from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, QuantConfig, RunConfig
 from minisft.formats import load_model, save_adapter
+from minisft.formats.source import resolve
 from minisft.model import CausalLM
-from minisft.parallel.shard import load_sharded
+from minisft.parallel.shard import load_sharded, share_bytes, share_of
 from minisft.parallel.world import ALONE, World
 from minisft.surgery import apply_lora_, lora_modules
 from minisft.training.dpo import EncodedPair
 from minisft.training.dpo_run import DPOTrainer
 from minisft.training.init_adapter import load_init_adapter_, with_adapter_settings
+from minisft.training.plan import plan, read_shape
 from minisft.training.preference_config import DPOConfig
 from minisft.training.run_data import RunData
 from minisft.training.sft import SFTTrainer
+from minisft.training.shard_plan import trained_bytes_of
 from minisft.training.shardable import require_shardable
 
 CPU = torch.device("cpu")
@@ -44,7 +48,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a tied head, one without, and an adapter of the first."""
     folder = tmp_path_factory.mktemp("shard")
     write_model(folder / "tied", folder / "scratch")
-    write_model(folder / "untied", folder / "scratch-2", replace(CONFIG, tie_word_embeddings=False))
+    write_model(
+        folder / "untied", folder / "scratch-2", replace(CONFIG, tie_word_embeddings=False, model_type="qwen3", qk_norm=True)
+    )
     model, _ = load_model(str(folder / "tied"), torch.float64)
     apply_lora_(model, LoRAConfig(rank=3, alpha=5.0, targets=("q_proj", "up_proj", "embed_tokens"), use_rslora=True))
     fill_(model)
@@ -74,6 +80,9 @@ CASES = {
     "an adapter to start from": Case(settings={"init_adapter": "adapter"}),
     "dora": Case(settings={**LORA, "use_dora": True}),
     "dora, 4 bits": Case("untied", QuantConfig(block_size=32), {**LORA, "use_dora": True, "checkpointing": "full"}),
+    "full, tied": Case(settings={"method": "full", "weight_decay": 0.1}),
+    "full, untied": Case("untied", settings={"method": "full", "checkpointing": "full", "neftune_alpha": 5.0}),
+    "full, some layers": Case("untied", settings={"method": "full", "targets": ("down_proj", "q_proj")}),
     "pissa": Case("untied", settings={**LORA, "init": "pissa", "dropout": 0.2}),
 }
 
@@ -89,13 +98,14 @@ class Found:
     losses: list[float]
     validation: float
     trained: dict[str, Tensor]
+    held: tuple[int, ...]
 
 
 def load(shop: Path, case: Case, run: RunConfig, world: World) -> CausalLM:
     path = str(shop / case.model)
     if world.size == 1:
         return load_model(path, torch.float64, quant=case.quant)[0]
-    return load_sharded(path, torch.float64, CPU, case.quant, world)[0]
+    return load_sharded(path, torch.float64, CPU, case.quant, world, trained=run.method == "full")[0]
 
 
 def trainer(shop: Path, case: Case, world: World) -> SFTTrainer:
@@ -120,6 +130,7 @@ def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def compute(shop: Path, case: Case, world: World) -> Found:
     made = trainer(shop, case, world)
+    weights = share_bytes(made.model)
     start = copies(made.optimizer.parameters)
     if "init_adapter" not in case.settings:
         fill_(made.model)
@@ -128,8 +139,21 @@ def compute(shop: Path, case: Case, world: World) -> Found:
     gradients = copies({name: p.grad for name, p in made.optimizer.parameters.items()})
     made.optimizer.zero_grad()
     losses = [made.step(step, made.batches(step), 1e-2).loss for step in (2, 3)]
-    validation = made.evaluate()[0]
-    return Found(start, loss, norm, gradients, losses, validation, copies(made.optimizer.parameters))
+    validation, trained = made.evaluate()[0], copies(made.optimizer.parameters)
+    moments = [t for state in made.optimizer.adamw.state.values() for t in state.values() if t.ndim]
+    held = (weights, *(sum(t.numel() * t.element_size() for t in ts) for ts in (moments, gradients.values())))
+    if case.settings.get("method") == "full":
+        check_restored(made, validation, start)
+    return Found(start, loss, norm, gradients, losses, validation, trained, held)
+
+
+def check_restored(made: SFTTrainer, validation: float, start: dict[str, Tensor]) -> None:
+    """Weights that are restored after a validation are those of the next one, though embedding and head were gathered."""
+    trained = copies(made.optimizer.parameters)
+    made.optimizer.load_state({f"{name}/master": tensor for name, tensor in start.items()})
+    assert made.evaluate()[0] != pytest.approx(validation, rel=1e-6)
+    made.optimizer.load_state({f"{name}/master": tensor for name, tensor in trained.items()})
+    assert made.evaluate()[0] == pytest.approx(validation, rel=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -142,18 +166,27 @@ def found(shop: Path) -> dict[int, list[dict[str, Found]]]:
     return {1: [all_cases(ALONE)]} | {size: on_ranks(size, all_cases) for size in SIZES}
 
 
+def own_rows(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """What a process has of each tensor."""
+    return {name: tensor[slice(*share_of(len(tensor), world))] for name, tensor in tensors.items()}
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", CASES)
 def test_on_shares_it_is_the_training_of_one_process(found: dict[int, list[dict[str, Found]]], name: str, size: int) -> None:
     expected = found[1][0][name]
-    for one in (processes[name] for processes in found[size]):
-        assert all(torch.equal(one.start[key], value) for key, value in expected.start.items())
+    for rank, one in enumerate(processes[name] for processes in found[size]):
+        parts = own_rows if CASES[name].settings.get("method") == "full" else lambda tensors, world: tensors
+        start, gradients, trained = (
+            parts(tensors, World(rank, size)) for tensors in (expected.start, expected.gradients, expected.trained)
+        )
+        assert all(torch.equal(one.start[key], value) for key, value in start.items())
         assert one.loss == pytest.approx(expected.loss, rel=1e-12)
         assert one.norm == pytest.approx(expected.norm, rel=1e-12)
-        tiny.assert_same(one.gradients, expected.gradients)
+        tiny.assert_same(one.gradients, gradients)
         assert one.losses == pytest.approx(expected.losses, rel=1e-9)
         assert one.validation == pytest.approx(expected.validation, rel=1e-9)
-        tiny.assert_same(one.trained, expected.trained, 1e-7)
+        tiny.assert_same(one.trained, trained, 1e-7)
 
 
 def dpo(shop: Path, out: str, world: World, settings: dict[str, object]) -> tuple[dict[str, Tensor], list[float], int]:
@@ -194,6 +227,33 @@ def test_pairs_on_shares_give_the_step_of_one_process(shop: Path, tmp_path: Path
         for one in found:
             tiny.assert_same(one[0], gradients)
             assert one[1] == pytest.approx(numbers, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.settings.get("method") == "full"])
+def test_the_plan_counts_what_the_first_process_holds(
+    shop: Path, found: dict[int, list[dict[str, Found]]], name: str, size: int
+) -> None:
+    shape = read_shape(resolve(str(shop / CASES[name].model)), None)
+    planned = trained_bytes_of(shape, torch.float64, found[1][0][name].trained, size)
+    held = [one[name].held for one in found[size]]
+    assert (planned.weights, planned.moments, planned.gradients) == held[0] == tuple(map(max, zip(*held, strict=True)))
+    assert [sum(kind) for kind in zip(*held, strict=True)][1:] == list(found[1][0][name].held[1:])
+
+
+def test_the_bill_of_full_training_in_shares(shop: Path) -> None:
+    """Of bf16 training: shares are fp32; a layer's gradients are bf16 until they are sent in fp32."""
+    run = RunConfig(str(shop / "untied"), "d", "o", method="full", dtype="bf16", max_length=16, parallel="shard", batch_size=6)
+    bill = {item.name: item for item in plan(run, 3).items}
+    shapes = {name: tensor.shape for name, tensor in load_file(shop / "untied" / "model.safetensors").items()}
+    share = sum(-(-shape[0] // 3) * shape[1:].numel() for shape in shapes.values())
+    layer = sum(shape.numel() for name, shape in shapes.items() if name.startswith("model.layers.0."))
+    root = sum(shape.numel() for name, shape in shapes.items() if "layers" not in name)
+    assert bill["dense weights"].whole == 4 * share
+    assert bill["optimizer: moments, fp32 master weights"].whole == 8 * share
+    assert bill["gradients"].whole == 4 * share
+    assert bill["gathered: embedding, head, two layers"].at_peak == 2 * (root + 2 * layer)
+    assert bill["their gradients, until they are added up"].at_peak == 2 * root + max(4 * root, 6 * layer)
 
 
 def test_an_adapter_with_rows_of_its_own_is_refused(tmp_path: Path) -> None:
