@@ -188,6 +188,15 @@ class World:
             dist.broadcast(data, 0)
         return bytes(data.tolist()).decode()
 
+    def from_first_(self, tensor: Tensor) -> Tensor:
+        """The first process's numbers in place of the own ones; of one shape and dtype everywhere, without a gradient."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            tensor = tensor.contiguous()
+            dist.broadcast(tensor.view(torch.uint8), 0)
+        return tensor
+
     def differing(self, facts: Mapping[str, bytes]) -> tuple[str, int] | None:
         """The first fact that is not the same everywhere, and the first process whose it is; None if all are.
 

@@ -1,12 +1,19 @@
-"""Processes that share a base gather every layer together, so each of them computes as many batches as the others."""
+"""Processes that share a base gather every layer together, so each of them computes as many batches as the others.
+
+Nor may one of them write a longer answer than another: all go on from the logits of the first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+
+from torch import Tensor
 
 from minisft.batching import Batch, collate
 from minisft.data.chat import Encoded
+from minisft.model import CausalLM
 from minisft.parallel.world import World
 
 
@@ -27,3 +34,25 @@ def even(batches: Sequence[Batch], world: World, pad_id: int) -> list[Batch]:
         ``batches``, and what is missing.
     """
     return [*batches, *[idle_batch(pad_id)] * (world.largest(len(batches)) - len(batches))]
+
+
+@contextlib.contextmanager
+def same_logits(model: CausalLM, world: World) -> Iterator[None]:
+    """Within this block every process has the first one's logits, so that a last bit changes the answer of all or of none.
+
+    Args:
+        model: whose ``head`` is asked for them by all processes alike.
+        world: the processes.
+
+    Cost: a broadcast of the logits of every token that is written.
+    """
+    own = model.head
+
+    def head(hidden: Tensor) -> Tensor:
+        return world.from_first_(own(hidden))
+
+    model.head = head  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.head  # that of its class is there again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -15,6 +16,7 @@ from minisft.common.seeds import derive_seed
 from minisft.data.chat import Encoded
 from minisft.data.token_rows import longest_rows
 from minisft.step import accumulate_gradients, validation_sums
+from minisft.training.lockstep import same_logits
 from minisft.training.new_tokens import unused_tokens
 from minisft.training.replay import mixed_rows
 from minisft.training.runlog import peak_memory_bytes
@@ -103,7 +105,8 @@ class SFTTrainer(Trainer[Encoded]):
         [total], [num_targets] = self.world.sum_floats(total), self.world.sum_ints(num_targets)
         if self.task is None:
             return total / num_targets, {}
-        score = self.task.score(self.model)  # by every process, so that none waits; the first one's counts
+        with same_logits(self.model, self.world) if self.is_sharded else contextlib.nullcontext():
+            score = self.task.score(self.model)  # by every process, so that none waits; the first one's counts
         return total / num_targets, {self.task.key: self.world.sum_floats(score if self.world.is_first else 0.0)[0]}
 
     def score(self, more: dict[str, JSON]) -> float | None:

@@ -25,8 +25,6 @@ def require_shardable(run: RunConfig) -> None:
         raise _refusal("minisft grpo", "a run whose answers are given", "--parallel replicate")
     if run.optim == "adamw8bit" and run.method == "full":
         raise _refusal("--optim adamw8bit with --method full", "--optim adamw", "leave --optim away, or --parallel replicate")
-    if run.eval_metric is not None:
-        raise _refusal("--eval-metric")
     if run.init_adapter is not None and read_row_ids(config_path(Path(run.init_adapter))):
         raise _refusal("--init-adapter with trained tokens", "tables without rows of their own")
 

@@ -120,6 +120,7 @@ def run_training(
         if resume:
             _lock(out, lock, world)
             saved = _newest(out, rows_to_load(run, world), log)
+            world.require_same_start({"the newest checkpoint": str(saved and saved.step).encode()})
         model, tokenizer = _load(run, device, world)
         _check_quantized(run, model, log)
         if device.type == "cpu" and (run.dtype == "fp32" or nf4_modules(model)):  # what the native code computes
