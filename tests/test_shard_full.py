@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import math
 import os
+import signal
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch.distributed.fsdp  # here, so that the forked processes need not imp
 import torch.distributed.tensor
 from ranks import on_ranks
 from safetensors.torch import load_file
+from test_parallel_faults import start
 from tiny_folder import losses, quiet, run_config, stopped_copy, write_shop
 from torch import Tensor
 
@@ -27,7 +30,8 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.formats import load_model
 from minisft.model import CausalLM
 from minisft.parallel.world import ALONE, World
-from minisft.training import sft, tensor_file
+from minisft.training import saved_run, sft, tensor_file
+from minisft.training.checkpoint import load_latest
 from minisft.training.run_data import prepare_data
 from minisft.training.sft import SFTTrainer
 from minisft.training.train import run_training
@@ -121,15 +125,26 @@ def test_a_checkpoint_knows_neither_shares_nor_their_number(
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
-def test_the_result_is_the_best_step_in_every_share(shop: Path, tmp_path: Path) -> None:
-    """Validated right before, embedding and head were gathered then: what is written must not be what was gathered."""
+@pytest.mark.parametrize("unreadable", [None, 1])
+def test_the_result_is_the_best_step_in_every_share_or_in_none(shop: Path, tmp_path: Path, unreadable: int | None) -> None:
+    """Embedding and head were gathered to validate, right before: what is written must not be that."""
     out = tmp_path / "run"
     asked = settings(shop, out, parallel="shard", lr=1.0, eval_every=1, steps=2, schedule="constant", warmup=0.0)
-    best, other = on_ranks(2, lambda world: run(asked, world).best_step)
+
+    def train(world: World) -> int | None:
+        def missing(*_: object) -> None:
+            raise UserError("checkpoint/unusable", "this checkpoint cannot be used")
+
+        with pytest.MonkeyPatch.context() as patch:
+            if world.rank == unreadable:
+                patch.setattr(saved_run, "load_step", missing)
+            return run(asked, world).best_step
+
+    best, other = on_ranks(2, train)
     assert best == other
     assert best is not None
     assert best < 2
-    saved = tensors(out, f"checkpoints/step-{best}/optimizer.safetensors")
+    saved = tensors(out, f"checkpoints/step-{best if unreadable is None else 2}/optimizer.safetensors")
     for name, tensor in tensors(out, "model/model.safetensors").items():
         assert torch.equal(tensor, saved[f"{name}/master"]), name
 
@@ -148,6 +163,22 @@ def test_in_bf16_the_shares_are_fp32_and_layers_are_computed_in_bf16(shop: Path,
     rounded = {name: t.bfloat16() for name, t in tensors(tmp_path / "two", "checkpoints/step-2/optimizer.safetensors").items()}
     for name, tensor in tensors(tmp_path / "two", "model/model.safetensors").items():
         assert torch.equal(tensor, rounded[f"{name}/master"])
+
+
+def test_processes_that_find_other_checkpoints_do_not_go_on(
+    shop: Path, whole: Callable[[int, str], Path], tmp_path: Path
+) -> None:
+    for rank in (0, 1):
+        stopped_copy(whole(*TWO), tmp_path / str(rank), 2 + rank)
+
+    def resume(world: World) -> str:
+        with pytest.raises(UserError) as caught:
+            run(settings(shop, tmp_path / str(world.rank), parallel="shard"), world, resume=True)
+        return str(caught.value)
+
+    for error in on_ranks(2, resume):
+        assert "config/other-start" in error
+        assert "the newest checkpoint; found rank 1" in error
 
 
 # ---- faults ------------------------------------------------------------------------------------------------------------
@@ -204,3 +235,26 @@ def test_a_full_disk_ends_all_after_three_saves(shop: Path, tmp_path: Path, plac
 
     assert on_ranks(2, train) == [("disk/full", [])] * 2
     assert [row["step"] for row in losses(tmp_path / "run")] == [1, 2, 3]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_while_shares_are_sent_is_named(shop: Path, tmp_path: Path, rank: int) -> None:
+    out = tmp_path / "run"
+    words = [
+        "train", "--model", shop / "model", "--data", shop / "rows.jsonl", "--out", out, "--method", "full", "--batch-size", 4,
+        "--dtype", "fp32", "--validation-share", 0.2, "--device", "cpu", "--parallel", "shard", "--steps", 10**5,
+        "--save-every", 1,
+    ]  # fmt: skip
+    group = start(2, tmp_path / "printed", lambda rank: words)
+    while len(list(out.glob("checkpoints/step-*"))) < 2:
+        time.sleep(0.05)
+    acknowledged = max(int(path.name.split("-")[1]) for path in out.glob("checkpoints/step-*"))
+    os.kill(group.pids[rank], signal.SIGKILL)
+    statuses = group.wait()
+    assert (statuses[rank], statuses[1 - rank]) == (-signal.SIGKILL, 7)
+    [error] = group.errors
+    assert error.startswith(f"error[process/lost] a process of the run has ended: rank {rank}")
+    saved = load_latest(out)
+    assert saved is not None
+    assert saved.step >= acknowledged

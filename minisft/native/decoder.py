@@ -7,8 +7,8 @@ or 4 bits), and what enters the cache is rounded to its dtype.
 
 The readable model stays the reference, and it does the step where ``decode_path`` says so: for a model with
 ``ModelConfig.switches`` (SmolLM3, Granite, OLMo 2, Gemma 3), one that transformers computes or that processes share, on a GPU,
-in fp64 or fp16, while a module has hooks, under autocast, for DoRA and for adapters of the embedding, for more than 16 rows, and
-without a C++ compiler. Weights are never copied. Pointers are taken when a decoder is made, which is once for each batch of
+in fp64 or fp16, while a module has hooks, under autocast, for DoRA and for adapters of the embedding, for more than 16 rows,
+and without a C++ compiler. Weights are never copied. Pointers are taken when a decoder is made, which is once for each batch of
 prompts, so whatever was trained, merged, replaced or turned off before is seen.
 """
 
