@@ -47,6 +47,7 @@ class ShareAdamW(MasterAdamW):
     ) -> None:
         take_over_(model)
         self.model, self.world = model, world
+        self._asked: dict[str, Tensor] = {}  # what the first process may ask for, in the same order everywhere
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._weights = {name: _local(p) for name, p in model.named_parameters()}  # frozen ones too
         shares = {name: nn.Parameter(self._weights[name]) for name in parameters}  # of the same memory
