@@ -52,7 +52,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "untied", folder / "scratch-2", replace(CONFIG, tie_word_embeddings=False, model_type="qwen3", qk_norm=True)
     )
     model, _ = load_model(str(folder / "tied"), torch.float64)
-    apply_lora_(model, LoRAConfig(rank=3, alpha=5.0, targets=("q_proj", "up_proj", "embed_tokens"), use_rslora=True))
+    apply_lora_(model, LoRAConfig(rank=3, alpha=5.0, targets=("q_proj", "up_proj"), use_rslora=True, use_dora=True))
     fill_(model)
     save_adapter(model, folder / "adapter")
     return folder
@@ -77,9 +77,8 @@ class Case:
 
 LORA = {"rank": 2, "alpha": 3.0, "targets": ("q_proj", "down_proj")}
 CASES = {
-    "an adapter to start from": Case(settings={"init_adapter": "adapter"}),
-    "dora": Case(settings={**LORA, "use_dora": True}),
-    "dora, 4 bits": Case("untied", QuantConfig(block_size=32), {**LORA, "use_dora": True, "checkpointing": "full"}),
+    "a dora adapter to start from": Case(settings={"init_adapter": "adapter"}),
+    "dora, 4 bits": Case("untied", QuantConfig(block_size=32), {**LORA, "use_dora": True}),
     "full, tied": Case(settings={"method": "full", "weight_decay": 0.1}),
     "full, untied": Case("untied", settings={"method": "full", "checkpointing": "full", "neftune_alpha": 5.0}),
     "full, some layers": Case("untied", settings={"method": "full", "targets": ("down_proj", "q_proj")}),
@@ -87,7 +86,7 @@ CASES = {
 }
 
 
-PAIRS = [*((name, 2) for name in CASES), ("dora, 4 bits", 3), ("full, untied", 3)]  # three: shares of no row, too
+PAIRS = [*((name, 2) for name in CASES), ("full, untied", 3)]  # three: shares of no row, too
 
 
 @dataclass(frozen=True)
@@ -220,16 +219,14 @@ def test_pairs_on_shares_give_the_step_of_one_process(shop: Path, tmp_path: Path
         return [dpo(shop, str(tmp_path / f"{name}-{world.size}"), world, start) for name, start in starts.items()]
 
     for name in ("base", "adapter"):
-        for size in (1, *SIZES):
+        for size in (1, 2):
             (tmp_path / f"{name}-{size}").mkdir()
-    alone = both(ALONE)
-    for size in SIZES:
-        found = on_ranks(size, both)
-        assert sum(one[0][2] for one in found) > 0  # some process had fewer batches than another
-        for one in found:
-            for (gradients, numbers, _), expected in zip(one, alone, strict=True):
-                tiny.assert_same(gradients, expected[0])
-                assert numbers == pytest.approx(expected[1], rel=1e-9)
+    alone, found = both(ALONE), on_ranks(2, both)
+    assert [one[0][2] for one in found] == [0, 1]  # of five batches the second process has two
+    for one in found:
+        for (gradients, numbers, _), expected in zip(one, alone, strict=True):
+            tiny.assert_same(gradients, expected[0])
+            assert numbers == pytest.approx(expected[1], rel=1e-9)
 
 
 @pytest.mark.parametrize(("name", "size"), [pair for pair in PAIRS if CASES[pair[0]].settings.get("method") == "full"])
@@ -243,8 +240,10 @@ def test_the_plan_counts_what_the_first_process_holds(
     assert [sum(kind) for kind in zip(*held, strict=True)][1:] == list(found[1][0][name].held[1:])
 
 
-def test_the_bill_of_full_training_in_shares(shop: Path) -> None:
+def test_the_bill_of_full_training_in_shares(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of bf16 training: shares are fp32; a layer's gradients are bf16 until they are sent in fp32."""
+    monkeypatch.setattr("minisft.training.plan.CHECKPOINTING", ("none",))  # the others would say the same of these lines
+    monkeypatch.setattr("minisft.training.plan._process_bytes", lambda run: 0)
     run = RunConfig(str(shop / "untied"), "d", "o", method="full", dtype="bf16", max_length=16, parallel="shard", batch_size=6)
     bill = {item.name: item for item in plan(run, 3).items}
     shapes = {name: tensor.shape for name, tensor in load_file(shop / "untied" / "model.safetensors").items()}
