@@ -94,12 +94,14 @@ class Found:
     """What one process knows after the backward of a step, and after the next step."""
 
     start: dict[str, Tensor]
+    before: float
     loss: float
     norm: float
     gradients: dict[str, Tensor]
     validation: float
     trained: dict[str, Tensor]
     held: tuple[int, ...]
+    restored: float
 
 
 def load(shop: Path, case: Case, run: RunConfig, world: World) -> CausalLM:
@@ -143,10 +145,11 @@ def compute(shop: Path, case: Case, world: World) -> Found:
     validation, trained = made.evaluate()[0], copies(made.optimizer.parameters)
     moments = [t for state in made.optimizer.adamw.state.values() for t in state.values() if t.ndim]
     held = (weights, *(sum(t.numel() * t.element_size() for t in ts) for ts in (moments, gradients.values())))
+    restored = before
     if case.settings.get("method") == "full" and case.model == "tied":
         made.optimizer.load_state({f"{name}/master": tensor for name, tensor in start.items()})
-        assert made.evaluate()[0] == pytest.approx(before, rel=1e-12)  # though embedding and head were gathered before
-    return Found(start, loss, norm, gradients, validation, trained, held)
+        restored = made.evaluate()[0]
+    return Found(start, before, loss, norm, gradients, validation, trained, held, restored)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +180,8 @@ def test_on_shares_it_is_the_training_of_one_process(found: dict[int, list[dict[
         assert one.norm == pytest.approx(expected.norm, rel=1e-12)
         tiny.assert_same(one.gradients, gradients)
         assert one.validation == pytest.approx(expected.validation, rel=1e-9)
+        assert one.before == pytest.approx(expected.before, rel=1e-12)
+        assert one.restored == pytest.approx(one.before, rel=1e-12)  # though embedding and head had been gathered
         tiny.assert_same(one.trained, trained, 1e-7)
 
 
