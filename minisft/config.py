@@ -299,7 +299,7 @@ class RunConfig:
     checkpointing: Literal["none", "selective", "full"] = flag("recompute activations in backward to save memory", "none")
     device: str = flag("cpu, cuda or auto", "auto")
     parallel: Literal["auto", "replicate", "shard"] = flag(
-        "on several processes (torchrun): the whole base in each, or a share of it; auto: replicate", "auto"
+        "on several processes (torchrun): the whole model in each, or a share of it; auto: replicate", "auto"
     )
     seed: int = flag("decides data order, initialisation, dropout and split", 0)
     eval_every: int | None = flag("validate every N steps (default: ten times in the run)", None, "N", allowed=AT_LEAST_1)

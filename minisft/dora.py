@@ -5,13 +5,16 @@ Ref: Liu et al. 2024, arXiv:2402.09353.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from minisft.adapter import FrozenLinear
+from minisft.common.shares import is_share, whole
 from minisft.lora import LoRALinear
 from minisft.matmul import dense_weight
-from minisft.nf4 import CHUNK
+from minisft.nf4 import CHUNK, QuantizedWeight
 from minisft.nf4_linear import NF4Linear
 
 
@@ -60,8 +63,8 @@ class DoRALinear(LoRALinear):
         """|W + scaling * B A| of each row, (out,), in the factors' dtype, without a gradient."""
         base = self.base
         if not isinstance(base, NF4Linear):
-            return self._norms(base.weight)
-        with dense_weight(base.quantized, self.lora_A.dtype) as weight:
+            return self._norms(whole(base.weight))
+        with dense_weight(_whole(base.quantized), self.lora_A.dtype) as weight:
             return self._norms(weight)
 
     def _norms(self, weight: Tensor) -> Tensor:
@@ -82,6 +85,13 @@ class DoRALinear(LoRALinear):
         base = self.base
         dense = base.dequantized_weight(self.lora_A.dtype) if isinstance(base, NF4Linear) else base.weight.detach()
         return self.delta_rows(dense)
+
+
+def _whole(q: QuantizedWeight) -> QuantizedWeight:
+    """The weight; gathered where processes share it."""
+    if not is_share(q.packed):
+        return q
+    return replace(q, packed=whole(q.packed), absmax=whole(q.absmax), absmax2=None if q.absmax2 is None else whole(q.absmax2))
 
 
 def _stretch(magnitude: Tensor, norms: Tensor) -> Tensor:

@@ -247,6 +247,7 @@ class CausalLM(nn.Module):
     Attributes:
         config: the shape.
         wrap_layer, wrap_mlp: how layers and their MLPs are called; training sets them to activation checkpointing.
+        activations_dtype: where weights are held in another dtype than they are computed in, as fp32 shares of a bf16 model.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -256,6 +257,7 @@ class CausalLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.wrap_layer: Wrap = direct
         self.wrap_mlp: Wrap = direct
+        self.activations_dtype: torch.dtype | None = None
         if config.tie_word_embeddings:
             self.tie()
 
@@ -265,8 +267,8 @@ class CausalLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the activations, which is the norms' dtype (linears may be quantized)."""
-        return self.model.norm.weight.dtype
+        """The dtype of the activations, which is the norms' dtype (linears may be quantized) unless another one was given."""
+        return self.activations_dtype or self.model.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:

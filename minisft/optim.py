@@ -59,6 +59,11 @@ class MasterAdamW:
         groups = [g for g in groups if g["params"]] or [{"params": [nn.Parameter(torch.zeros(1))], "lr_ratio": 1.0}]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
+    @property
+    def replicated(self) -> dict[str, nn.Parameter]:
+        """The master weights that each process of a run has whole: their gradients are to be added up."""
+        return self.master_weights
+
     def zero_grad(self) -> None:
         """Forget all gradients."""
         for tensor in (*self.parameters.values(), *self.master_weights.values()):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minisft.adapter import check_rank
 from minisft.common.errors import UserError
+from minisft.common.shares import whole
 from minisft.lora import LoRALinear
 
 
@@ -44,7 +45,7 @@ class PiSSALinear(LoRALinear):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """The principal part of W in A and B, and as the start; nothing is random."""
         assert isinstance(self.base, nn.Linear)
-        weight = self.base.weight.detach().to(self.lora_A.dtype)
+        weight = whole(self.base.weight.detach()).to(self.lora_A.dtype)
         try:
             U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # missing in the stubs; a finite matrix converges

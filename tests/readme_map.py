@@ -58,7 +58,7 @@ WHAT = {
     "native": "one token for each row in one native call",
     "formats": "other programs' files, read as untrusted: Hugging Face, GGUF, bitsandbytes, PEFT",
     "training": "a run (SFT, DPO, GRPO): its loop, checkpoints, log, and its memory before it starts",
-    "parallel": "one run on several processes: who adds what up, who writes, a base in shares",
+    "parallel": "one run on several processes: who adds what up, who writes, a model in shares",
     "quality": "what is wrong with a pool of rows: copies, near copies, defects, leaked test rows",
     "selection": "which rows to train on: scores, diversity, budgets, every reason",
     "evaluation": "scores with intervals, paired tests, multiple choice, general ability, scale sweeps",

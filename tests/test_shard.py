@@ -28,7 +28,7 @@ from minisft.parallel.shard import SHARDED, gathered, load_sharded, share_bytes,
 from minisft.parallel.world import ALONE, World
 from minisft.surgery import lora_modules, nf4_modules, num_parameters, weight_bytes
 from minisft.training.plan import read_shape
-from minisft.training.preference_config import DPOConfig
+from minisft.training.preference_config import GRPOConfig
 from minisft.training.run_data import RunData
 from minisft.training.several import check_world
 from minisft.training.sft import SFTTrainer
@@ -272,22 +272,12 @@ def test_shares_are_those_of_torch_chunk(length: int) -> None:
             assert list(range(begin, end)) == expected
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"use_dora": True}, "--use-dora"),
-        ({"init": "pissa"}, "--init pissa"),
-        ({"method": "full"}, "--method full"),
-        ({"init_adapter": "a"}, "--init-adapter"),
-        ({"eval_metric": "f1"}, "--eval-metric"),
-    ],
-)
-def test_what_needs_whole_weights_is_refused(settings: dict[str, object], named: str) -> None:
-    run = RunConfig("m", "d", "o", parallel="shard", **settings)
-    with pytest.raises(UserError, match=f"config/shard.*found {named}"):
+def test_what_cannot_be_done_in_shares_is_refused() -> None:
+    run = RunConfig("m", "d", "o", parallel="shard", method="full", optim="adamw8bit")
+    with pytest.raises(UserError, match=r"config/shard.*found --optim adamw8bit with --method full"):
         check_world(run, World(0, 2, 0, 2), dry_run=False, log=print)
-    with pytest.raises(UserError, match=r"config/shard.*found minisft dpo"):
-        check_world(DPOConfig("m", "d", "o", parallel="shard"), World(0, 2, 0, 2), dry_run=False, log=print)
+    with pytest.raises(UserError, match=r"config/shard.*found minisft grpo"):
+        check_world(GRPOConfig("m", "d", "o", parallel="shard", reward="json"), World(0, 2, 0, 2), dry_run=False, log=print)
     with pytest.raises(UserError, match="config/one-process"):
         check_world(RunConfig("m", "d", "o"), World(0, 2, 0, 2), dry_run=True, log=print)
 

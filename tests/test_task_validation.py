@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import on_ranks
 from tiny_folder import digest, losses, quiet, rows, run_config, stopped_copy, write_model
 
@@ -17,6 +18,8 @@ from minisft.common.errors import UserError
 from minisft.config import RunConfig
 from minisft.data.tokenizer import Tokenizer
 from minisft.model import CausalLM
+from minisft.native import decoder
+from minisft.native.decoder import decode_path
 from minisft.parallel.world import World
 from minisft.training.preference_config import DPOConfig
 from minisft.training.run_data import prepare_data
@@ -122,6 +125,46 @@ def test_two_processes_keep_the_step_and_the_scores_of_one(shop: Path, run: Path
     assert evals(tmp_path / "two", "eval_f1") == alone
     written, saved = (tmp_path / "two" / part for part in ("adapter", f"checkpoints/step-{best}/adapter"))
     assert (written / "adapter_model.safetensors").read_bytes() == (saved / "adapter_model.safetensors").read_bytes()
+
+
+def test_processes_that_share_the_base_score_the_answers_of_the_first(shop: Path, tmp_path: Path) -> None:
+    """The second process's own logits are noise here: were it to go by them, its answers would be others."""
+    asked = judged(shop, tmp_path / "two", dropout=0.1, best_by="metric", parallel="shard")
+
+    def prepare(run: RunConfig, model: CausalLM, tokenizer: Tokenizer, log: Log, began: datetime | None) -> object:
+        return prepare_data(run, tokenizer, log, began, model.config.max_position_embeddings)
+
+    def scored(world: World) -> tuple[list[float], int | None, set[str]]:
+        paths: set[str] = set()
+        scores: list[float] = []
+        whole_score, whole_head = TaskMetric.score, CausalLM.head
+
+        def score(self: TaskMetric, model: CausalLM) -> float:
+            scores.append(whole_score(self, model))
+            paths.add(decode_path(model))
+            return scores[-1]
+
+        def noise(self: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
+            return torch.rand_like(whole_head(self, hidden))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TaskMetric, "score", score)
+            if not world.is_first:
+                patch.setattr(CausalLM, "head", noise)
+            result = run_training(asked, prepare, SFTTrainer, False, quiet, world=world)
+        return scores, result.best_step, paths
+
+    with pytest.MonkeyPatch.context() as patch:  # whoever else writes, it is PyTorch here too
+        patch.setattr(decoder, "_no_library", lambda: "switched off")
+        patch.setattr(decoder.cpu_nf4, "library", lambda: None)
+        train(judged(shop, tmp_path / "one", dropout=0.1, best_by="metric"), log=quiet)
+    alone = evals(tmp_path / "one", "eval_f1")
+    assert len(set(alone.values())) > 1
+    first, second = on_ranks(2, scored)
+    assert first == second
+    assert first[0] == pytest.approx(list(alone.values()), abs=1e-9)
+    assert evals(tmp_path / "two", "eval_f1") == alone
+    assert first[2] == {"PyTorch (processes share the model)"}  # the native step would read shares for weights
 
 
 SCORES = {"f1": [0.2, 0.6, 0.6, 0.6], "bits_per_byte": [0.8, 0.4, 0.4, 0.4]}  # best at steps 2, 3, 4, which are equal

@@ -21,6 +21,7 @@ from minisft.adapter import Adapter
 from minisft.common.atomic_files import disk_errors, staged_folder
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
+from minisft.common.shares import whole
 from minisft.config import LoRAConfig
 from minisft.data.tokenizer import Tokenizer
 from minisft.dora import DoRALinear
@@ -246,7 +247,7 @@ def _check_tensors(model: nn.Module, factors: Mapping[str, Factors], header: Hea
     for name, stored in read_tensors(header, list(repeated), "adapter"):
         owner, _, leaf = repeated[name].rpartition(".")
         ours = getattr(model.get_submodule(owner), leaf, None)  # none of a linear in 4 bits: nobody can compare it
-        if not isinstance(ours, nn.Parameter) or not same_weight(ours.detach().cpu(), stored):
+        if not isinstance(ours, nn.Parameter) or not same_weight(whole(ours.detach()).cpu(), stored):
             raise changed_weight(name, header)
 
 

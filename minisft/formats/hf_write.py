@@ -20,6 +20,7 @@ from torch import nn
 from minisft.common.atomic_files import disk_errors, require_space, staged_folder
 from minisft.common.errors import UserError, listing, visible
 from minisft.common.safe_json import JSON
+from minisft.common.shares import Later, made
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats.base_settings import folder_of, keep_settings, kept_config, not_kept
 from minisft.formats.bnb import QUANTIZED_FROM, quantization_config, stored_tensors
@@ -37,12 +38,12 @@ from minisft.surgery import lora_modules, nf4_modules
 class _Stored(NamedTuple):
     """A tensor, and the dtype to write it in."""
 
-    tensor: torch.Tensor
+    tensor: torch.Tensor | Later
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        return self.tensor.numel() * self.dtype.itemsize
+        return math.prod(self.tensor.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     settings: str | Path | None = None,
+    weights: Mapping[str, Later] | None = None,
 ) -> None:
     """Write a folder that transformers and this library load; it appears whole or not at all.
 
@@ -81,6 +83,7 @@ def save_model(
         max_shard_bytes: weights beyond this go into several files; one tensor is never split.
         settings: the folder whose settings are kept (sampling defaults, those of the tokenizer); by default the one that the
             model came from. What cannot be kept is named in a warning.
+        weights: the numbers by name, made one tensor at a time, of a model that holds a share of them.
 
     Raises:
         UserError: adapters that are not merged, quantized layers, a target that is in use, a disk that is full.
@@ -99,7 +102,8 @@ def save_model(
         lost = _write_foreign_folder(model, Path(folder), tokenizer, dtype, max_shard_bytes, base)
     else:
         config = _config(model, tokenizer, dtype, base)
-        lost = _write_folder(Path(folder), tokenizer, config, _dense_weights(model, dtype), {}, max_shard_bytes, base)
+        stored = _dense_weights(model, dtype) if weights is None else {k: _Stored(t, dtype) for k, t in weights.items()}
+        lost = _write_folder(Path(folder), tokenizer, config, stored, {}, max_shard_bytes, base)
     if lost:
         warnings.warn(f"{visible(folder)}{not_kept(lost)}", stacklevel=2)
 
@@ -236,4 +240,8 @@ def write_settings(folder: Path, tokenizer: Tokenizer, config: dict[str, JSON], 
 
 def _write_weights(folder: Path, weights: Mapping[str, _Stored], metadata: Mapping[str, str], max_shard_bytes: int) -> None:
     specs = {name: TensorSpec(stored.dtype, tuple(stored.tensor.shape)) for name, stored in weights.items()}
-    write_shards(folder, specs, lambda name: [weights[name].tensor.detach().to(weights[name].dtype)], metadata, max_shard_bytes)
+
+    def pieces(name: str) -> list[torch.Tensor]:
+        return [made(weights[name].tensor).detach().to(weights[name].dtype)]
+
+    write_shards(folder, specs, pieces, metadata, max_shard_bytes)

@@ -6,10 +6,10 @@ cache, attention, output, norm, MLP, head. Everything is multiplied and summed i
 or 4 bits), and what enters the cache is rounded to its dtype.
 
 The readable model stays the reference, and it does the step where ``decode_path`` says so: for a model with
-``ModelConfig.switches`` (SmolLM3, Granite, OLMo 2, Gemma 3), one that transformers computes, on a GPU, in fp64 or fp16, while a
-module has hooks, under autocast, for DoRA and for adapters of the embedding, for more than 16 rows, and without a C++
-compiler. Weights are never copied. Pointers are taken when a decoder is made, which is once for each batch of prompts, so
-whatever was trained, merged, replaced or turned off before is seen.
+``ModelConfig.switches`` (SmolLM3, Granite, OLMo 2, Gemma 3), one that transformers computes or that processes share, on a GPU,
+in fp64 or fp16, while a module has hooks, under autocast, for DoRA and for adapters of the embedding, for more than 16 rows,
+and without a C++ compiler. Weights are never copied. Pointers are taken when a decoder is made, which is once for each batch of
+prompts, so whatever was trained, merged, replaced or turned off before is seen.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from minisft.adapter import RowDropout
+from minisft.common.shares import is_share
 from minisft.kernels import cpu_build, cpu_nf4
 from minisft.kernels.cpu_decode import KINDS, MAX_ROWS, LayerFields, LinearFields, Pointers, StepFields, Unsupported, require
 from minisft.lora import LoRALinear
@@ -106,6 +107,7 @@ class _Model:
     """
 
     def __init__(self, model: CausalLM) -> None:
+        require(not any(map(is_share, model.parameters())), "processes share the model")
         require(type(model) is CausalLM, "transformers computes the model")
         require(not torch.is_autocast_enabled("cpu"), "autocast is on")
         require(not torch.compiler.is_compiling(), "the model is being compiled")

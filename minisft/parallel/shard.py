@@ -1,9 +1,11 @@
-"""A frozen base of which each process holds a share: FSDP2, one decoder layer gathered at a time, adapters whole.
+"""A model of which each process holds a share: FSDP2, one decoder layer gathered at a time, adapters whole.
 
 ``fully_shard`` cuts every weight along its first axis. Before a layer is computed its shares are gathered, after that they are
 dropped, and backward gathers them again. Weights in 4 bits are sharded as what they are: codes stay uint8 and scales stay
 scales, as frozen parameters (a buffer would be copied to every process), so what is gathered equals bit for bit what one
-process would hold. Gathering is all that is asked of FSDP: the base has no gradient, and adapters are summed as in ``world``.
+process would hold. Of a frozen base gathering is all that is asked of FSDP: it has no gradient, and adapters are summed as in
+``world``. A model that is trained itself is held in fp32 (in bf16 runs layers are gathered in bf16), and its gradients are
+summed over the processes, never averaged.
 
 Each process reads its own share of every tensor from the files, 1 / W of the bytes. A model is never whole anywhere.
 
@@ -42,9 +44,9 @@ def share_of(length: int, world: World) -> tuple[int, int]:
 
 
 def load_sharded(
-    path: str, dtype: torch.dtype, device: torch.device, quant: QuantConfig | None, world: World
+    path: str, dtype: torch.dtype, device: torch.device, quant: QuantConfig | None, world: World, trained: bool = False
 ) -> tuple[CausalLM, Tokenizer]:
-    """Load this process's share of a frozen model, and its tokenizer.
+    """Load this process's share of a model, and its tokenizer.
 
     Args:
         path: as for ``load_model``.
@@ -52,9 +54,10 @@ def load_sharded(
         device: of this process.
         quant: which linears are quantized when they are read; the codes are those of ``load_model``.
         world: the processes, joined.
+        trained: whether the dense weights themselves will be: then shares are fp32 at least, rounded to ``dtype`` once.
 
     Returns:
-        The model, all of it frozen, ready for adapters; and the tokenizer.
+        The model, all of it frozen, ready for adapters or to be trained; and the tokenizer.
 
     Raises:
         UserError: what can be wrong with the files.
@@ -63,7 +66,8 @@ def load_sharded(
     """
     source = resolve(path)
     stored, tokenizer = open_model(source), load_tokenizer(path)
-    model = empty_model(stored.config).to(dtype).requires_grad_(False)
+    held = torch.promote_types(dtype, torch.float32) if trained else dtype
+    model = empty_model(stored.config).to(held).requires_grad_(False)
     tokenizer.check_embedding(model.config.vocab_size)
     forms = dict(stored.in_4_bits)
     if quant is not None:
@@ -72,34 +76,52 @@ def load_sharded(
         _place_empty(model, name, form, dtype)
     if model.config.tie_word_embeddings:
         model.tie()
-    shard_(model, device, world)
+    shard_(model, device, world, dtype)
     _fill(model, stored, forms, dtype, device, world)
     set_origin_(model, Origin(source.name, str(source.path), source.kind, stored.file_dtype))
     return model, tokenizer
 
 
-def shard_(model: CausalLM, device: torch.device, world: World) -> None:
-    """Cut a frozen model into shares: one group for each decoder layer, and one for embedding, final norm and head.
+def shard_(model: CausalLM, device: torch.device, world: World, dtype: torch.dtype | None = None) -> None:
+    """Cut a model into shares: one group for each decoder layer, and one for embedding, final norm and head.
 
     Args:
-        model: whole, its base frozen; changed in place.
+        model: whole; changed in place.
         device: where its shares are to lie.
         world: the processes that share it.
+        dtype: that layers are gathered and computed in, where that is not the one they are held in.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     for layer in nf4_modules(model).values():
         _hold_as_parameters(layer)
     mesh = init_device_mesh(device.type, (world.size,))
+    policy, held = MixedPrecisionPolicy(), model.dtype
+    if dtype is not None and dtype != held:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=held, cast_forward_inputs=False)
+        model.activations_dtype = dtype
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     # Embedding and head are one group, so a tied pair is gathered once; it stays whole until backward has ended, because the
     # loss multiplies by the head outside of the model.
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    for group in (model, *model.model.layers):  # the loss is divided already; gloo cannot multiply while it adds
+        group.set_gradient_divide_factor(1.0)
+        group.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden")
     # It returns a view, which nothing changes in place: that is what PyTorch would warn of in every run.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+
+
+def take_over_(model: CausalLM) -> None:
+    """Let FSDP take over the shares as they are now, which it does when it first gathers; all processes must take part.
+
+    From here on the memory of each share is where it stays. What is to be trained must be known by now.
+    """
+    for group in (*model.model.layers, model):
+        group.unshard()
+        group.reshard()
 
 
 def _hold_as_parameters(layer: NF4Linear) -> None:
@@ -143,7 +165,8 @@ def _fill(
     for name in expected_shapes(empty_model(model.config)):
         pieces, path = stored.open[name](), name.rpartition(".")[0]
         if name not in forms:
-            _set_share(model, name, _dense_share(pieces, world).to(device=device, dtype=dtype))
+            share = _dense_share(pieces, world).to(device=device, dtype=dtype)
+            _set_share(model, name, share.to(model.get_parameter(name).dtype))  # where it is trained, fp32 of what was read
             continue
         layer = model.get_submodule(path)
         assert isinstance(layer, NF4Linear)

@@ -92,6 +92,25 @@ class World:
             dist.all_reduce(table)
         return table
 
+    def gathered(self, share: Tensor, shape: Sequence[int]) -> Tensor:
+        """Shares of rows as one tensor, at the first process; all of them must take part.
+
+        Args:
+            share: this process's rows: ceil(rows / W) of them, or what is left.
+            shape: of the whole.
+
+        Returns:
+            The whole on the CPU at the first process, nothing (no rows) at the others.
+        """
+        import torch.distributed as dist
+
+        rows = -(-shape[0] // self.size)
+        whole = torch.empty(rows * self.size if self.is_first else 0, *shape[1:], dtype=share.dtype)
+        mine = torch.zeros(rows, *shape[1:], dtype=share.dtype)
+        mine[: len(share)] = share.detach()
+        dist.gather(mine, list(whole.chunk(self.size)) if self.is_first else None)
+        return whole[: shape[0]]
+
     def _reduced(self, numbers: Sequence[float], dtype: torch.dtype, op: object = None) -> Tensor:
         import torch.distributed as dist
 
@@ -128,8 +147,12 @@ class World:
         """The signal that one of the processes has received: all of them stop after the same step."""
         return self.largest(received or 0) or None
 
-    def on_first(self, action: Callable[[], object]) -> None:
+    def on_first(self, action: Callable[[], object], meanwhile: Callable[[], object] | None = None) -> None:
         """Let the first process do something, and the others wait for it.
+
+        Args:
+            action: what the first one does.
+            meanwhile: what the others do, until the first has done.
 
         Raises:
             UserError: what ``action`` raised, in every process: nobody waits for one that has failed.
@@ -143,6 +166,8 @@ class World:
                 action()
             except UserError as error:
                 failed = error
+        elif meanwhile is not None:
+            meanwhile()
         text = self.from_first("" if failed is None else json.dumps(failed.parts()))
         if text:
             raise failed or UserError(**json.loads(text))
@@ -180,6 +205,15 @@ class World:
         dist.all_gather(found, mine)
         return [data[: int(length)].numpy().tobytes().decode() for data, length in zip(found, lengths, strict=True)]
 
+    def from_first_(self, tensor: Tensor) -> Tensor:
+        """The first process's numbers in place of the own ones; of one shape and dtype everywhere, without a gradient."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            tensor = tensor.contiguous()
+            dist.broadcast(tensor.view(torch.uint8), 0)
+        return tensor
+
     def differing(self, facts: Mapping[str, bytes]) -> tuple[str, int] | None:
         """The first fact that is not the same everywhere, and the first process whose it is; None if all are.
 
@@ -188,7 +222,7 @@ class World:
 
         Cost: one all-gather of 32 bytes a fact.
         """
-        if self.size == 1:
+        if self.size == 1 or not facts:
             return None
         import torch.distributed as dist
 

@@ -15,23 +15,20 @@ The one idea: *a checkpoint is what verifies*, not what has the highest number.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from minisft.common import atomic_files, safe_json
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
-from minisft.formats.safetensors_file import DTYPES
+from minisft.common.shares import Later
 from minisft.training.manifest import (
     FORMAT,
     MANIFEST,
@@ -44,12 +41,11 @@ from minisft.training.manifest import (
     read_small,
     record,
 )
+from minisft.training.tensor_file import Rows, file_pieces, num_bytes, read_tensors
 
 STATE = "state.json"
-_CHUNK_BYTES = 2**20
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +109,7 @@ class RunLock:
 def save_checkpoint(
     run_dir: str | Path,
     step: int,
-    groups: Mapping[str, Mapping[str, Tensor]],
+    groups: Mapping[str, Mapping[str, Tensor | Later]],
     state: Mapping[str, JSON],
     identity: Mapping[str, JSON],
     *,
@@ -128,7 +124,8 @@ def save_checkpoint(
     Args:
         run_dir: the run's folder.
         step: optimizer steps done.
-        groups: file name (without suffix) -> tensor name -> tensor; every dtype is kept, tensors may lie on any device.
+        groups: file name (without suffix) -> tensor name -> tensor; every dtype is kept, tensors may lie on any device, or be
+            made one by one as they are written.
         state: JSON that the run needs to go on. Finite numbers only: write ``None`` where there is no best loss yet.
         identity: JSON that says what the run is (settings, data, base model), for ``identity.check_identity``.
         keep_last: how many newest checkpoints stay, at least 1.
@@ -150,7 +147,7 @@ def save_checkpoint(
         raise ValueError(f"step {step} and keep_last {keep_last}: expected at least 0 and at least 1")
     folder = Path(run_dir) / "checkpoints"
     target = folder / f"step-{step}"
-    payload_bytes = sum(t.numel() * t.element_size() for group in groups.values() for t in group.values())
+    payload_bytes = sum(num_bytes(t) for group in groups.values() for t in group.values())
     with atomic_files.disk_errors(folder, payload_bytes, lambda: _last_good(folder)):
         atomic_files.make_folder(folder)
         atomic_files.require_space(folder, payload_bytes)
@@ -193,7 +190,7 @@ def _clear_name(target: Path, step: int) -> None:
 def _fill(
     staging: Path,
     step: int,
-    groups: Mapping[str, Mapping[str, Tensor]],
+    groups: Mapping[str, Mapping[str, Tensor | Later]],
     state: Mapping[str, JSON],
     identity: Mapping[str, JSON],
     write_extra: Callable[[Path], None] | None,
@@ -204,33 +201,10 @@ def _fill(
     for name, tensors in groups.items():
         if not _GROUP_NAME.fullmatch(name):
             raise ValueError(f"group name {name!r}: expected 1 to 64 letters, digits, _ or -")
-        files[f"{name}.safetensors"] = atomic_files.create_durably(staging / f"{name}.safetensors", _tensor_file(tensors))
+        files[f"{name}.safetensors"] = atomic_files.create_durably(staging / f"{name}.safetensors", file_pieces(tensors))
     files[STATE] = atomic_files.create_durably(staging / STATE, [json_bytes(dict(state))])
     manifest = Manifest(step, dict(identity), tuple(groups), files)
     atomic_files.create_durably(staging / MANIFEST, [manifest.render()])
-
-
-def _tensor_file(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The pieces of a safetensors file: header length (8 bytes, little-endian), JSON header, tensors back to back.
-
-    Wider elements come first, so that every tensor starts at a multiple of its element size. Written here rather than by the
-    library because its writer neither streams nor syncs, and gives every file mode 0600.
-    """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header: dict[str, JSON] = {}
-    end = 0
-    for name, tensor in ordered:
-        if tensor.dtype not in _DTYPE_NAMES or name == "__metadata__":
-            raise ValueError(f"tensor {name!r} of {tensor.dtype} cannot be saved")
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for _, tensor in ordered:
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        for start in range(0, len(data), _CHUNK_BYTES):
-            yield data[start : start + _CHUNK_BYTES]
 
 
 def _rotate(folder: Path, keep_last: int, protected: set[int]) -> None:
@@ -247,8 +221,15 @@ def _rotate(folder: Path, keep_last: int, protected: set[int]) -> None:
         num_whole += 1
 
 
-def load_latest(run_dir: str | Path) -> Checkpoint | None:
+def load_latest(run_dir: str | Path, rows: Rows | None = None) -> Checkpoint | None:
     """The newest checkpoint that verifies, on the CPU; ``None`` when there is none at all. Reads only.
+
+    Args:
+        run_dir: the run's folder.
+        rows: which rows of each tensor are loaded; by default all.
+
+    Returns:
+        The checkpoint.
 
     Raises:
         UserError: ``checkpoint/none-valid`` (every one with its reason) or ``checkpoint/newer-format``.
@@ -256,7 +237,7 @@ def load_latest(run_dir: str | Path) -> Checkpoint | None:
     skipped: list[str] = []
     for step, path in _step_folders(Path(run_dir) / "checkpoints"):
         try:
-            return _load(path, step, tuple(skipped))
+            return _load(path, step, tuple(skipped), rows)
         except NewerFormatError:
             raise _newer_format_error(path) from None
         except UnusableError as reason:
@@ -272,15 +253,23 @@ def load_latest(run_dir: str | Path) -> Checkpoint | None:
     )
 
 
-def load_step(run_dir: str | Path, step: int) -> Checkpoint:
+def load_step(run_dir: str | Path, step: int, rows: Rows | None = None) -> Checkpoint:
     """The checkpoint of one step. Reads only.
+
+    Args:
+        run_dir: the run's folder.
+        step: of the checkpoint.
+        rows: as for ``load_latest``.
+
+    Returns:
+        The checkpoint, on the CPU.
 
     Raises:
         UserError: ``checkpoint/unusable``, with the reason; ``checkpoint/newer-format``.
     """
     path = Path(run_dir) / "checkpoints" / f"step-{step}"
     try:
-        return _load(path, step, ())
+        return _load(path, step, (), rows)
     except NewerFormatError:
         raise _newer_format_error(path) from None
     except UnusableError as reason:
@@ -289,10 +278,10 @@ def load_step(run_dir: str | Path, step: int) -> Checkpoint:
         ) from None
 
 
-def _load(folder: Path, step: int, skipped: tuple[str, ...]) -> Checkpoint:
+def _load(folder: Path, step: int, skipped: tuple[str, ...], rows: Rows | None) -> Checkpoint:
     manifest = _verify(folder, step)
     try:
-        groups = {name: _read_group(folder / f"{name}.safetensors") for name in manifest.groups}
+        groups = {name: read_tensors(folder / f"{name}.safetensors", rows) for name in manifest.groups}
         state = as_object(safe_json.loads(read_small(folder / STATE)))
     except (
         OSError,
@@ -301,11 +290,6 @@ def _load(folder: Path, step: int, skipped: tuple[str, ...]) -> Checkpoint:
     ) as error:  # whole but not ours: a manifest made on purpose, or files gone meanwhile
         raise UnusableError(f"cannot be read: {visible(error)}") from None
     return Checkpoint(folder, step, groups, state, manifest.identity, skipped)
-
-
-def _read_group(path: Path) -> dict[str, Tensor]:
-    # Copies, because the library maps the file, and a mapped file would keep its disk space after rotation.
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def _verify(folder: Path, step: int) -> Manifest:

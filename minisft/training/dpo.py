@@ -128,7 +128,8 @@ def answer_log_probs(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
         batch: of ``pair_batch`` or ``pair_batches``, on the model's device.
 
     Returns:
-        (2 P,) sums over each answer's tokens, in fp32 at least, and (2 P,) how many tokens each has.
+        (2 P,) sums over each answer's tokens, in fp32 at least, and (2 P,) how many tokens each has; P is 0 for a batch that
+        holds no pair.
     """
     hidden, target_ids = supervised_hidden(model, batch)
     log_probs = token_log_probs(hidden, model.loss_head, target_ids)
@@ -137,7 +138,8 @@ def answer_log_probs(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     pair = torch.arange(num_pairs, device=log_probs.device)[:, None]
     side = (batch.segment_ids - first + 2 * pair)[batch.target_ids != IGNORE_INDEX]
     sums = torch.zeros(2 * num_pairs, dtype=log_probs.dtype, device=log_probs.device).index_add(0, side, log_probs)
-    return sums, torch.bincount(side, minlength=2 * num_pairs)
+    own = 2 * len(batch.rows)
+    return sums[:own], torch.bincount(side, minlength=2 * num_pairs)[:own]
 
 
 def reference_log_probs(model: CausalLM, batches: Iterable[Batch]) -> dict[int, tuple[float, float]]:
@@ -175,7 +177,7 @@ def pair_gradients(
     columns = [torch.zeros(len(fields(PairStats)), 0, dtype=torch.float64)]
     for batch in batches:
         sums, lengths = (values.view(-1, 2).T for values in answer_log_probs(model, batch))  # (2, P): chosen, rejected
-        ref = torch.tensor([reference[row] for row in batch.rows], dtype=sums.dtype, device=sums.device).T
+        ref = torch.tensor([reference[row] for row in batch.rows], dtype=sums.dtype, device=sums.device).view(-1, 2).T
         loss = dpo_loss(
             *sums, *ref, chosen_lengths=lengths[0], rejected_lengths=lengths[1],
             beta=settings.beta, loss=settings.loss, label_smoothing=settings.label_smoothing, rpo_alpha=settings.rpo_alpha,

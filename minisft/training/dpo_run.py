@@ -60,7 +60,7 @@ class DPOTrainer(Trainer[EncodedPair]):
         # ``rows`` says which pair a batch is: training pairs count from 0, validation pairs follow.
         pairs = (*self.data.train, *self.data.validation)
         mine = range(self.world.rank, len(pairs), self.world.size)
-        batches = pair_batches([pairs[i] for i in mine], mine, self.tokenizer.pad_id, self.run.max_length)
+        batches = self.even(pair_batches([pairs[i] for i in mine], mine, self.tokenizer.pad_id, self.run.max_length))
         quiet = None if self.world.is_first else True
         found = reference_log_probs(self.model, tqdm(batches, "reference", unit="batch", leave=False, disable=quiet))
         values = torch.zeros(len(pairs), 2, dtype=torch.float64)
@@ -88,7 +88,7 @@ class DPOTrainer(Trainer[EncodedPair]):
 
     def _batches(self, pairs: Sequence[EncodedPair], numbers: Sequence[int]) -> list[Batch]:
         batches = pair_batches(pairs, numbers, self.tokenizer.pad_id, self.run.max_length)
-        return [batch.to(self.device) for batch in batches]
+        return [batch.to(self.device) for batch in self.even(batches)]
 
     def gradients(self, step: int, batches: Sequence[Batch]) -> float:
         """Backward of the mean loss over the step's pairs."""

@@ -59,13 +59,14 @@ class Step:
     at_peak: Amounts
 
 
-def estimate_step(run: RunConfig, shape: Shape, device: torch.device) -> Step:
+def estimate_step(run: RunConfig, shape: Shape, device: torch.device, totals: Mapping[str, int] | None = None) -> Step:
     """The bytes of one optimizer step in a run that is under way (moments exist; gradients of earlier micro-batches too).
 
     Args:
         run: the settings.
         shape: the model, as its headers describe it.
         device: where the run will be.
+        totals: bytes altogether of the kinds of which a process has only its share; what is alive of them is scaled alike.
 
     Returns:
         Bytes by kind.
@@ -82,6 +83,8 @@ def estimate_step(run: RunConfig, shape: Shape, device: torch.device) -> Step:
             moment: {kind: few[moment][kind] + steps * (more[moment][kind] - few[moment][kind]) for kind in KINDS}
             for moment in few
         }
+    scales = {kind: num_bytes / found["whole"][kind] for kind, num_bytes in (totals or {}).items()}
+    found = {moment: {kind: n * scales.get(kind, 1.0) for kind, n in amounts.items()} for moment, amounts in found.items()}
     whole = found.pop("whole")
     return Step(whole, max(found.values(), key=lambda amounts: sum(amounts.values())))
 

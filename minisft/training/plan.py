@@ -36,9 +36,9 @@ from minisft.optim import MasterAdamW
 from minisft.step import prepare_method, train_step
 from minisft.surgery import quantization_targets
 from minisft.training.init_adapter import with_adapter_settings
-from minisft.training.memory_estimate import Shape, Step, estimate_step, full_batch
+from minisft.training.memory_estimate import Shape, estimate_step, full_batch
 from minisft.training.new_tokens import rows_of_run
-from minisft.training.shard_plan import ShareBytes, share_bytes_of
+from minisft.training.shard_plan import share_bytes_of, trained_bytes_of
 from minisft.training.shardable import require_shardable
 
 Kind = Literal["none", "selective", "full"]
@@ -167,12 +167,9 @@ def plan(run: RunConfig, world_size: int = 1) -> Bill:
             "config/quantized-base", "weights in 4 bits cannot be trained in full", where="--method full",
             found=f"{len(shape.in_4_bits)} linears in 4 bits", fix="train adapters on them: --method lora",
         )  # fmt: skip
-    fixed = _fixed_items(shape, run, device, libraries)
-    share = share_bytes_of(shape, DTYPES[run.dtype], world_size) if run.parallel == "shard" else None
-    fixed = fixed if share is None else _shared_items(fixed, share)
-    dense = 0 if share is None else share.dense - _dense_bytes(shape, run)  # what the others hold of it, less than nothing
-    always = sum(item.at_peak for item in fixed) + dense
-    steps = {kind: estimate_step(replace(run, checkpointing=kind), shape, device) for kind in CHECKPOINTING}
+    fixed, totals = _in_shares(_fixed_items(shape, run, device, libraries), shape, run, world_size)
+    always = sum(item.at_peak for item in fixed)
+    steps = {kind: estimate_step(replace(run, checkpointing=kind), shape, device, totals) for kind in CHECKPOINTING}
     own = steps[run.checkpointing]
     gap_share = HEAP_GAPS if device.type == "cpu" and tunes_allocator() else 0.0
     gaps = round(gap_share * (always + sum(own.at_peak.values())))
@@ -183,13 +180,13 @@ def plan(run: RunConfig, world_size: int = 1) -> Bill:
         + (f", one of {world_size} processes ({run.parallel})" if world_size > 1 else ""),
         items=(
             *fixed,
-            *(_item(kind, own, dense) for kind in NAMES),
+            *(Item(name, round(own.whole[kind]), round(own.at_peak[kind])) for kind, name in NAMES.items()),
             Item("gaps in the heap, estimated", gaps, gaps),
         ),
         checkpointing=run.checkpointing,
         kept={kind: round(step.whole["activations"]) for kind, step in steps.items()},
         peaks={kind: round((1 + gap_share) * (always + sum(step.at_peak.values()))) for kind, step in steps.items()},
-        loading=libraries + sum(item.whole for item in fixed[1:3]) + dense + _loading_bytes(shape, run),
+        loading=libraries + sum(item.whole for item in fixed[1:3]) + _loading_bytes(shape, run, totals),
         free=None if free is None else free + libraries,  # which this process gives back when it ends
     )
 
@@ -232,18 +229,21 @@ def _of_one_process(run: RunConfig, world_size: int) -> RunConfig:
     return run if run.micro_batch_size else replace(run, batch_size=-(-run.batch_size // world_size))
 
 
-def _item(kind: str, step: Step, others_dense: int) -> Item:
-    """A line of what the estimate counts; of the dense weights without what other processes hold."""
-    change = others_dense if kind == "weights" else 0
-    return Item(NAMES[kind], round(step.whole[kind]) + change, round(step.at_peak[kind]) + change)
-
-
-def _shared_items(fixed: list[Item], share: ShareBytes) -> list[Item]:
-    """The fixed lines with one process's codes and scales, and what is gathered."""
+def _in_shares(fixed: list[Item], shape: Shape, run: RunConfig, world_size: int) -> tuple[list[Item], dict[str, int]]:
+    """The fixed lines of a process that holds a share, and the bytes of the kinds that the step counts whole."""
+    if run.parallel != "shard":
+        return fixed, {}
     libraries, _, _, workspace = fixed
-    lines = {"4-bit codes": share.codes, "their scales": share.scales + share.everywhere}
-    gathered = Item("gathered: embedding, head, two layers", share.gathered, share.gathered)
-    return [libraries, *(Item(name, amount, amount) for name, amount in lines.items()), workspace, gathered]
+    dtype = DTYPES[run.dtype]
+    share = share_bytes_of(shape, dtype, world_size)
+    lines = {"4-bit codes": share.codes, "their scales": share.scales + share.everywhere, workspace.name: workspace.whole}
+    lines["gathered: embedding, head, two layers"] = share.gathered
+    totals = {"weights": share.dense}
+    if run.method == "full":
+        trained = trained_bytes_of(shape, dtype, prepare_method(empty_model(shape.config), run), world_size)
+        lines["their gradients, until they are added up"] = trained.passing
+        totals = {"weights": trained.weights, "optimizer": trained.moments, "gradients": trained.gradients}
+    return [libraries, *(Item(name, amount, amount) for name, amount in lines.items())], totals
 
 
 def _dense_bytes(shape: Shape, run: RunConfig) -> int:
@@ -251,8 +251,9 @@ def _dense_bytes(shape: Shape, run: RunConfig) -> int:
     return sum(numbers) * DTYPES[run.dtype].itemsize
 
 
-def _loading_bytes(shape: Shape, run: RunConfig) -> int:
-    return _dense_bytes(shape, run) + max(math.prod(size) for size in shape.tensors.values()) * 4
+def _loading_bytes(shape: Shape, run: RunConfig, totals: Mapping[str, int]) -> int:
+    dense = totals.get("weights", _dense_bytes(shape, run))
+    return dense + max(math.prod(size) for size in shape.tensors.values()) * 4
 
 
 # ---- the headers of the files ----------------------------------------------------------------------------------------------

@@ -7,9 +7,13 @@ moments and the few counters of ``RunState``. The loop is ``trainer``'s.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Generic
+
+from torch import nn
 
 from minisft.common.atomic_files import sync_folder
 from minisft.common.errors import UserError, visible
@@ -18,6 +22,9 @@ from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import Tokenizer
 from minisft.formats import base_fingerprint, save_adapter, save_model, write_adapter
 from minisft.model import CausalLM
+from minisft.optim import MasterAdamW
+from minisft.parallel.shard import share_of
+from minisft.parallel.share_optim import ShareAdamW
 from minisft.parallel.world import ALONE, World
 from minisft.pissa import pissa_starts
 from minisft.step import optimizer_of, prepare_method
@@ -26,8 +33,14 @@ from minisft.training.identity import require_same_run, run_identity
 from minisft.training.reporters import Log
 from minisft.training.run_data import Row, RunData
 from minisft.training.runlog import MetricsLog
+from minisft.training.tensor_file import Rows
 
 MAX_FAILED_SAVES = 3  # in a row
+
+
+def rows_to_load(run: RunConfig, world: World) -> Rows | None:
+    """Which rows of each tensor of a checkpoint a process of a run needs: of n rows those from a to b; None for all."""
+    return partial(share_of, world=world) if run.method == "full" and run.parallel == "shard" and world.size > 1 else None
 
 
 @dataclass
@@ -75,10 +88,21 @@ class SavedRun(Generic[Row]):
         self.out = Path(run.out)
         self.device = model.device
         parameters = prepare_method(model, run, tokenizer.new_ids)
-        self.optimizer = optimizer_of(model, parameters, run)
+        self.optimizer = self._optimizer(parameters)
         self.total_steps = data.total_steps(run)
         self.state = RunState(self.total_steps)
         self.identity = run_identity(run, data.identity, base_fingerprint(model), self.device)
+
+    def _optimizer(self, parameters: dict[str, nn.Parameter]) -> MasterAdamW:
+        run = self.run
+        if not (self.is_sharded and run.method == "full"):
+            return optimizer_of(self.model, parameters, run)
+        return ShareAdamW(self.model, parameters, self.world, betas=(run.beta1, run.beta2), weight_decay=run.weight_decay)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a share of the base instead of all of it."""
+        return self.run.parallel == "shard" and self.world.size > 1
 
     @property
     def is_done(self) -> bool:
@@ -89,9 +113,9 @@ class SavedRun(Generic[Row]):
     def save(self, metrics: MetricsLog, log: Log) -> None:
         """Save a checkpoint of everything. A full disk is survived twice; the third time in a row it stops the run."""
         state = self.state
-        self.world.require_same_weights(self.optimizer.master_weights, state.step)
+        self.world.require_same_weights(self.optimizer.replicated, state.step)
         try:
-            self.world.on_first(lambda: self._save(metrics))
+            self._on_first(lambda: self._save(metrics))
         except UserError as error:
             state.failed_saves += 1
             if error.code != "disk/full" or state.failed_saves >= MAX_FAILED_SAVES:
@@ -99,6 +123,13 @@ class SavedRun(Generic[Row]):
             log(f"{error}\nTraining goes on; the next save is tried at the next interval.")
         else:
             state.failed_saves, state.saved_step = 0, state.step
+
+    def _on_first(self, write: Callable[[], object]) -> None:
+        """Let the first process write; the others send it their shares of what is trained in shares."""
+        if isinstance(self.optimizer, ShareAdamW):
+            self.optimizer.writing(write)
+        else:
+            self.world.on_first(write)
 
     def _save(self, metrics: MetricsLog) -> None:
         state = self.state
@@ -168,25 +199,34 @@ class SavedRun(Generic[Row]):
 
     def _result(self) -> Path:
         """The folder of the result; written now unless a finished run was resumed, which has nothing left to do."""
-        self.world.on_first(self._write_result)
+        if not self.world.from_first("it is there" if self._target.exists() else ""):
+            self._load_best()
+            self._on_first(self._write_result)
         return self._target
 
     def _write_result(self) -> None:
         target = self._target
-        if target.exists():
-            return
-        self._load_best()
         if self.run.method == "lora":
             save_adapter(self.model, target, template=self.template.source, tokenizer=self.tokenizer)
-        else:
-            save_model(self.model, self.tokenizer, target)
+            return
+        weights = self.optimizer.weights() if isinstance(self.optimizer, ShareAdamW) else None
+        save_model(self.model, self.tokenizer, target, weights=weights)
 
     def _load_best(self) -> None:
-        """Go back to the best validated weights; without validation the last ones stay."""
-        best = self.state.best_step
-        if best is None or best == self.state.step:
+        """Go back to the best validated weights; without validation the last ones stay.
+
+        The first process does it, who writes the result, or all of them where each has a share: all or none.
+        """
+        best, in_shares = self.state.best_step, isinstance(self.optimizer, ShareAdamW)
+        if best is None or best == self.state.step or not (in_shares or self.world.is_first):
             return
+        saved, problem = None, f"another process cannot read step {best}"
         try:
-            self.optimizer.load_state(load_step(self.out, best).groups["optimizer"])
+            saved = load_step(self.out, best, rows_to_load(self.run, self.world))
         except UserError as error:
-            self.log(f"{error}\nThe result is the last step's weights instead of the best.")
+            problem = str(error)
+        failed = self.world.largest(int(saved is None)) if in_shares else saved is None
+        if saved is None or failed:
+            self.log(f"{problem}\nThe result is the last step's weights instead of the best.")
+        else:
+            self.optimizer.load_state(saved.groups["optimizer"])

@@ -69,7 +69,7 @@ def check_start(trainer: Trainer[Row]) -> None:
         )  # fmt: skip
     facts = {name: json.dumps(value, sort_keys=True).encode() for name, value in trainer.identity.items()}
     weights = hashlib.sha256()
-    for weight in trainer.optimizer.master_weights.values():
+    for weight in trainer.optimizer.replicated.values():
         weights.update(raw_bytes(weight))
     world.require_same_start({**facts, "the trained numbers": weights.digest(), "--steps": str(trainer.total_steps).encode()})
     if (found := world.differing({"torch": torch.__version__.encode()})) is not None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 
-from minisft.batching import Batch, collate, micro_batches, with_noise
+from minisft.batching import Batch, micro_batches, with_noise
 from minisft.common.errors import UserError
 from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
 from minisft.data.chat import Encoded
 from minisft.data.token_rows import longest_rows
 from minisft.step import accumulate_gradients, validation_sums
+from minisft.training.lockstep import same_logits
 from minisft.training.new_tokens import unused_tokens
 from minisft.training.replay import mixed_rows
 from minisft.training.runlog import peak_memory_bytes
@@ -27,11 +28,6 @@ from minisft.training.untrained_tokens import untrained_tokens, untrained_tokens
 def num_tokens(row: Encoded) -> int:
     """How long a row is."""
     return len(row.input_ids)
-
-
-def idle_batch(pad_id: int) -> Batch:
-    """A batch of nothing to learn: two tokens, no target, not counted."""
-    return replace(collate([Encoded([pad_id, pad_id], [False, False], 0, 0, 2)], pad_id), num_tokens=0)
 
 
 class SFTTrainer(Trainer[Encoded]):
@@ -65,7 +61,7 @@ class SFTTrainer(Trainer[Encoded]):
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of one optimizer step (from 1), on the model's device."""
-        return self._with_noise(self._even(self._cut(self.world.share(self.step_rows(step), num_tokens))), step)
+        return self._with_noise(self.even(self._cut(self.world.share(self.step_rows(step), num_tokens))), step)
 
     def _with_noise(self, batches: Sequence[Batch], step: int) -> list[Batch]:
         run, D = self.run, self.model.config.hidden_size
@@ -109,7 +105,8 @@ class SFTTrainer(Trainer[Encoded]):
         [total], [num_targets] = self.world.sum_floats(total), self.world.sum_ints(num_targets)
         if self.task is None:
             return total / num_targets, {}
-        score = self.task.score(self.model)  # by every process, so that none waits; the first one's counts
+        with same_logits(self.model, self.world) if self.is_sharded else contextlib.nullcontext():
+            score = self.task.score(self.model)  # by every process, so that none waits; the first one's counts
         return total / num_targets, {self.task.key: self.world.sum_floats(score if self.world.is_first else 0.0)[0]}
 
     def score(self, more: dict[str, JSON]) -> float | None:
@@ -143,12 +140,7 @@ class SFTTrainer(Trainer[Encoded]):
     @cached_property
     def _validation(self) -> list[Batch]:
         rows, size = self.data.validation[self.world.rank :: self.world.size], self.micro_batch_size
-        return self._even([batch for i in range(0, len(rows), size) for batch in self._cut(rows[i : i + size])])
-
-    def _even(self, batches: list[Batch]) -> list[Batch]:
-        """With a shared base: as many batches in each process, because all of them gather every layer for every batch."""
-        missing = self.world.largest(len(batches)) - len(batches) if self.is_sharded else 0
-        return [*batches, *[idle_batch(self.tokenizer.pad_id)] * missing]
+        return self.even([batch for i in range(0, len(rows), size) for batch in self._cut(rows[i : i + size])])
 
     def _cut(self, rows: Sequence[Encoded]) -> list[Batch]:
         run = self.run

@@ -1,13 +1,15 @@
-"""Bytes of one process of a run whose base is shared: its share, and what is gathered for a moment.
+"""Bytes of one process of a run whose model is shared: its share, and what is gathered for a moment.
 
 A tensor of n rows is cut after every ceil(n / W) of them, so the first process has the largest share. Embedding, final norm and
-head are gathered for the whole of a step, and two decoder layers at a time: the one that is computed, and the next.
+head are gathered for the whole of a step, and two decoder layers at a time: the one that is computed, and the next. Where the
+model itself is trained, weights, moments and gradients of a share are fp32, and gradients are whole for a moment: those of a
+layer until they have been added up, those of embedding and head until backward has ended.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +57,42 @@ def share_bytes_of(shape: Shape, dtype: torch.dtype, world_size: int) -> ShareBy
     return ShareBytes(**sums, everywhere=everywhere, gathered=_gathered(parts, shape.config.num_layers))
 
 
+@dataclass(frozen=True)
+class TrainedBytes:
+    """Bytes of the first process where the model itself is trained.
+
+    Attributes:
+        weights, moments, gradients: of its share.
+        passing: gradients that are whole for a moment, and what of them is sent.
+    """
+
+    weights: int
+    moments: int
+    gradients: int
+    passing: int
+
+
+def trained_bytes_of(shape: Shape, dtype: torch.dtype, trained: Collection[str], world_size: int) -> TrainedBytes:
+    """Count them from a model's headers.
+
+    Args:
+        shape: the model's tensors, all of them dense.
+        dtype: that layers are computed in.
+        trained: the names of those that are trained.
+        world_size: W.
+
+    Returns:
+        The bytes.
+    """
+    held = torch.promote_types(dtype, torch.float32)
+    share = {name: -(-size[0] // world_size) * math.prod(size[1:]) * held.itemsize for name, size in shape.tensors.items()}
+    own = sum(share[name] for name in trained)
+    root, layers = _by_group({name: _parts(shape, name, dtype) for name in trained}, shape.config.num_layers)
+    sent = held.itemsize / dtype.itemsize
+    passing = root + max(root * sent, max(layers) * (1 + sent))
+    return TrainedBytes(sum(share.values()), 2 * own, own, round(passing))
+
+
 def _parts(shape: Shape, name: str, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
     """What is cut of a weight: kind -> (rows, bytes of a row)."""
     size = shape.tensors[name]
@@ -69,6 +107,12 @@ def _parts(shape: Shape, name: str, dtype: torch.dtype) -> dict[str, tuple[int, 
 
 
 def _gathered(parts: Mapping[str, Mapping[str, tuple[int, int]]], num_layers: int) -> int:
+    root, layers = _by_group(parts, num_layers)
+    return root + sum(sorted(layers)[-LAYERS_GATHERED:])
+
+
+def _by_group(parts: Mapping[str, Mapping[str, tuple[int, int]]], num_layers: int) -> tuple[int, list[int]]:
+    """Bytes of embedding, final norm and head, and of each layer."""
     layers = [0] * num_layers
     root = 0
     for name, kinds in parts.items():
@@ -77,4 +121,4 @@ def _gathered(parts: Mapping[str, Mapping[str, tuple[int, int]]], num_layers: in
             layers[int(name.split(".")[2])] += num_bytes
         else:
             root += num_bytes
-    return root + sum(sorted(layers)[-LAYERS_GATHERED:])
+    return root, layers

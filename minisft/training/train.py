@@ -37,9 +37,11 @@ from minisft.training.init_adapter import load_init_adapter_, with_adapter_setti
 from minisft.training.new_tokens import with_new_tokens_
 from minisft.training.reporters import require_trackers
 from minisft.training.run_data import Row, RunData, environment, prepare_data
+from minisft.training.saved_run import rows_to_load
 from minisft.training.several import check_start, check_world
 from minisft.training.sft import SFTTrainer
 from minisft.training.shardable import require_own_decoder
+from minisft.training.tensor_file import Rows
 from minisft.training.trainer import Log, Trainer
 from minisft.training.trainer import TrainResult as TrainResult
 
@@ -117,7 +119,8 @@ def run_training(
         saved = None
         if resume:
             _lock(out, lock, world)
-            saved = _newest(out, log)
+            saved = _newest(out, rows_to_load(run, world), log)
+            world.require_same_start({"the newest checkpoint": str(saved and saved.step).encode()})
         model, tokenizer = _load(run, device, world)
         _check_quantized(run, model, log)
         if device.type == "cpu" and (run.dtype == "fp32" or nf4_modules(model)):  # what the native code computes
@@ -152,7 +155,7 @@ def _load(run: RunConfig, device: torch.device, world: World) -> tuple[CausalLM,
     from minisft.parallel.shard import load_sharded
 
     require_own_decoder(run.model)
-    return load_sharded(run.model, DTYPES[run.dtype], device, run.quantization, world)
+    return load_sharded(run.model, DTYPES[run.dtype], device, run.quantization, world, trained=run.method == "full")
 
 
 def _with_init_adapter(run: Config, model: CausalLM, log: Log) -> Config:
@@ -219,8 +222,8 @@ def _checked_out(run: RunConfig, resume: bool) -> Path:
     return out
 
 
-def _newest(out: Path, log: Callable[[str], None]) -> Checkpoint | None:
-    saved = load_latest(out)
+def _newest(out: Path, rows: Rows | None, log: Callable[[str], None]) -> Checkpoint | None:
+    saved = load_latest(out, rows)
     if saved is None:
         log("no checkpoint yet: starting from step 1")
         return None

@@ -26,6 +26,7 @@ from minisft.parallel.world import ALONE, World
 from minisft.schedule import learning_rate
 from minisft.step import StepResult, check_gradients, optimizer_step
 from minisft.surgery import num_parameters
+from minisft.training.lockstep import even
 from minisft.training.lossplot import plot_loss
 from minisft.training.replay import num_replayed
 from minisft.training.reporters import Log as Log
@@ -107,10 +108,9 @@ class Trainer(SavedRun[Row], ABC):
     def try_step(self) -> None:
         """For a dry run: backward of the rows that need most memory, where that takes no file of the run's folder."""
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each process holds a share of the base instead of all of it."""
-        return self.run.parallel == "shard" and self.world.size > 1
+    def even(self, batches: list[Batch]) -> list[Batch]:
+        """With a shared base as many batches in each process; else those that are given."""
+        return even(batches, self.world, self.tokenizer.pad_id) if self.is_sharded else batches
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class Trainer(SavedRun[Row], ABC):
     def _summed_gradients(self, step: int, batches: Sequence[Batch]) -> float:
         """Backward, and what the other processes have computed added to it: the same gradient and loss in each of them."""
         loss = self.gradients(step, batches)
-        self.world.sum_gradients_(self.optimizer.master_weights.values())
+        self.world.sum_gradients_(self.optimizer.replicated.values())
         return self.world.sum_floats(loss)[0]
 
     def _check_finite(self, result: StepResult) -> None:
