@@ -645,8 +645,10 @@ class Kills:
 def kill_many(run: Path, num_kills: int, seed: int = 1, done: Callable[[Kills], object] = lambda _: None) -> Kills:
     """Kill a process that saves one checkpoint after the other, at ``num_kills`` random instants; the next one goes on."""
     rng, newest, found = random.Random(seed), 0, Kills()
+    longest_s = 0.25
     for _ in range(num_kills):
-        acknowledged = _kill_once(run, save, newest + 1, rng.uniform(0, 0.25))
+        acknowledged = _kill_once(run, save, newest + 1, rng.uniform(0, longest_s))
+        longest_s = longest_s if acknowledged else min(1.5 * longest_s, 4.0)  # a busy machine saves slowly
         loaded = load_latest(run)
         reached = loaded.step if loaded else 0
         found.kills += 1
