@@ -292,6 +292,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class Linear(torch.nn.Linear):
     """``nn.Linear`` whose product runs through ``linear``."""
 
+    def reset_parameters(self) -> None:
+        """Draw the numbers; on the meta device there are none, and asking for them takes longer than making the layer."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
 
