@@ -45,7 +45,7 @@ class _Product(ctypes.Structure):
     """``Product`` in cpu_nf4.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "bias", "y", "weight", "A", "B", "down", "fp32")),
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "y", "weight", "A", "B", "down", "fp32", "halves")),
         *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "rank")),
         ("scaling", ctypes.c_float),
         ("threads", ctypes.c_int32),
@@ -136,10 +136,10 @@ def _matmul(
     bias = None if bias is None else _plain_fp32(bias)
     if x.dtype == torch.bfloat16 and x.is_contiguous():
         y = torch.empty((*x.shape[:-1], out_features), dtype=torch.bfloat16)
-        _call(function, weight, x, y, bias, update, torch.empty(x.numel() + y.numel(), dtype=torch.float32))
+        _call(function, weight, x, y, bias, update, torch.empty(2 * x.numel() + y.numel(), dtype=torch.float32))
         return y
     y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32)
-    _call(function, weight, _plain_fp32(x), y, bias, update)
+    _call(function, weight, _plain_fp32(x), y, bias, update, torch.empty(x.numel(), dtype=torch.float32))
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
@@ -154,16 +154,21 @@ def _call(
     y: Tensor,
     bias: Tensor | None,
     update: Update | None,
-    fp32: Tensor | None = None,
+    memory: Tensor | None = None,
 ) -> None:
-    """At one token this takes as long as a small product: nothing here is asked twice. The caller keeps ``weight`` alive."""
+    """At one token this takes as long as a small product: nothing here is asked twice. The caller keeps ``weight`` alive.
+
+    ``memory`` is fp32: as many numbers as x has, for its other layout, then for bf16 those of x and y.
+    """
     in_features = x.shape[-1]
     A = B = down = None
     rank, scaling = 0, 0.0
     if update is not None:
         A, B, down = update.lora_A.data_ptr(), update.lora_B.data_ptr(), update.down.data_ptr()
         rank, scaling = update.lora_A.shape[0], update.scaling
-    bias_ptr, fp32_ptr = None if bias is None else bias.data_ptr(), None if fp32 is None else fp32.data_ptr()
-    pointers = (x.data_ptr(), bias_ptr, y.data_ptr(), weight, A, B, down, fp32_ptr)
+    halves = None if memory is None else memory.data_ptr()
+    fp32 = halves + 4 * x.numel() if halves is not None and x.dtype == torch.bfloat16 else None
+    bias_ptr = None if bias is None else bias.data_ptr()
+    pointers = (x.data_ptr(), bias_ptr, y.data_ptr(), weight, A, B, down, fp32, halves)
     sizes = (x.numel() // in_features, in_features, y.shape[-1], rank)
     function(ctypes.byref(_Product(*pointers, *sizes, scaling, torch.get_num_threads())))
