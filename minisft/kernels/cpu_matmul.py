@@ -17,7 +17,8 @@ from torch import Tensor
 from minisft.kernels import cpu_nf4
 from minisft.nf4 import QuantizedWeight
 
-MAX_ROWS = 16  # measured on AVX2: at 32, decoding the weight once and the dense product are faster for small weights
+MAX_ROWS = 32  # of a 4-bit weight; at 48, decoding it once and the dense product are as fast (``benchmarks/LOG.md``)
+MAX_UPDATE_ROWS = 16  # where the update is all that is asked for
 # Of an fp32 weight, more rows are as fast in the BLAS; half the bytes win for longer (measured: ``benchmarks/LOG.md``).
 MAX_DENSE_ROWS = {torch.float32: 8, torch.bfloat16: 16}
 MIN_DENSE_SIZE = 2**16  # weights: a smaller layer pays more for the call than it wins
@@ -70,7 +71,8 @@ def can_use_native(
     if in_features < 1 or in_features % COLUMNS or x.shape[-1:] != (in_features,) or x.dtype not in cpu_nf4.FLOATS:
         return False
     num_rows = x.numel() // in_features
-    if not 0 < num_rows <= MAX_ROWS or not x.is_cpu or type(x) not in cpu_nf4.TENSORS or torch.compiler.is_compiling():
+    most = MAX_UPDATE_ROWS if weight is None else MAX_ROWS
+    if not 0 < num_rows <= most or not x.is_cpu or type(x) not in cpu_nf4.TENSORS or torch.compiler.is_compiling():
         return False
     if cpu_nf4.library() is None or (factors is not None and not _are_plain(*factors)):
         return False

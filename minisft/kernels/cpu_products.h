@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int MAX_ROWS = 16;        // rows of x in a call
+constexpr int MAX_ROWS = 32;        // rows of x in a call
 constexpr int ROWS_AT_ONCE = 8;     // those whose sums stay in registers
 constexpr int COLUMNS_AT_ONCE = 4;  // outputs that one iteration of a loop over threads computes
 constexpr int64_t AHEAD = 4096;     // bytes of 4-bit codes that are asked for before they are read: the hardware sees it too late
