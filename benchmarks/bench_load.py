@@ -25,7 +25,7 @@ from harness import QUIET, note, out_folder, provenance, save, spread
 
 CASES = ("q4_1", "q8_0", "fp32", "bf16")
 CONTESTANTS = ("read", "minisft", "transformers")
-GGUF_PEER_TURNS = 2  # transformers takes half a minute for a GGUF file: it takes part in the first turns only
+GGUF_PEER_TURNS = 1  # transformers takes half a minute for a GGUF file: it takes part in the first turns only
 
 
 def files_of(path: Path) -> list[Path]:
