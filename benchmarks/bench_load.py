@@ -4,10 +4,10 @@
     python benchmarks/bench_load.py --quick      # one round of one case: does everything still run?
 
 Each sample is a process of its own: "read" imports what minisft imports and reads the files into memory, "minisft" imports the
-same and calls ``load_model`` (fp32), "transformers" imports itself and loads model and tokenizer (fp32; GGUF through its own
-reader). They take turns; the files are in the page cache. The ratio of interest is minisft over read: 1.0 would be loading
+same and calls ``load_model`` (fp32), "transformers" imports itself and loads model and tokenizer of a folder (fp32; a GGUF
+file takes it half a minute). They take turns; the files are in the page cache. The ratio of interest is minisft over read: 1.0 would be loading
 for nothing. CPU seconds are user + system of the whole process; on a machine with other work read those, and set
-OMP_NUM_THREADS=1. Before anything is timed, minisft and transformers must hold the same weights.
+OMP_NUM_THREADS=1. Before a folder is timed, minisft and transformers must hold the same weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from harness import QUIET, note, out_folder, provenance, save, spread
 
 CASES = ("q4_1", "q8_0", "fp32", "bf16")
 CONTESTANTS = ("read", "minisft", "transformers")
-GGUF_PEER_TURNS = 1  # transformers takes half a minute for a GGUF file: it takes part in the first turns only
 
 
 def files_of(path: Path) -> list[Path]:
@@ -39,9 +38,8 @@ def child(contestant: str, path: Path, check: bool) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        folder, given = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given)
-        AutoTokenizer.from_pretrained(folder, **given)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        AutoTokenizer.from_pretrained(path)
     else:
         from minisft.formats import load_model
 
@@ -89,19 +87,21 @@ def make_files(cases: list[str], folder: Path) -> dict[str, Path]:
 
 def measure(case: str, path: Path, rounds: int) -> dict:
     """One cell: all contestants in turns, forwards and backwards; the first turn checks and warms up."""
-    sums = [json.loads(sample(contestant, path, check=True)[1]) for contestant in CONTESTANTS[1:]]
-    assert sums[0] == sums[1], f"{case}: different weights"
+    contestants = CONTESTANTS if path.is_dir() else CONTESTANTS[:2]
+    sums = [json.loads(sample(contestant, path, check=True)[1]) for contestant in contestants[1:]]
+    assert sums[0] == sums[-1], f"{case}: different weights"
     sample("read", path)
-    found: dict[str, list[dict[str, float]]] = {contestant: [] for contestant in CONTESTANTS}
+    found: dict[str, list[dict[str, float]]] = {contestant: [] for contestant in contestants}
     for turn in range(rounds):
-        for contestant in CONTESTANTS[:: 1 if turn % 2 else -1]:
-            if contestant == "transformers" and path.is_file() and turn >= GGUF_PEER_TURNS:
-                continue
+        for contestant in contestants[:: 1 if turn % 2 else -1]:
             found[contestant].append(sample(contestant, path)[0])
             note(f"{case} {contestant} {found[contestant][-1]}")
 
-    def ratio(over: str, under: str, what: str) -> dict[str, float]:
-        return spread([a[what] / b[what] for a, b in zip(found[over], found[under], strict=False)])
+    def ratios(over: str, under: str) -> dict[str, dict[str, float]]:
+        pairs = list(zip(found[over], found[under], strict=True))
+        return {what: spread([a[what] / b[what] for a, b in pairs]) for what in ("wall_s", "cpu_s")}
+
+    peer = {"transformers_over_minisft": ratios("transformers", "minisft")} if path.is_dir() else {}
 
     return {
         "case": case,
@@ -110,19 +110,19 @@ def measure(case: str, path: Path, rounds: int) -> dict:
             what: {c: spread([f[what] for f in each]) for c, each in found.items()}
             for what in ("wall_s", "cpu_s", "peak_bytes")
         },
-        "minisft_over_read": {what: ratio("minisft", "read", what) for what in ("wall_s", "cpu_s")},
-        "transformers_over_minisft": {what: ratio("transformers", "minisft", what) for what in ("wall_s", "cpu_s")},
+        "minisft_over_read": ratios("minisft", "read"),
+        **peer,
     }
 
 
 def describe(cell: dict) -> str:
     ours = {what: cell[what]["minisft"]["median"] for what in ("wall_s", "cpu_s")}
-    to_read, to_peer = cell["minisft_over_read"], cell["transformers_over_minisft"]
-    return (
-        f"{cell['case']:5} minisft {ours['wall_s']:.2f} s, CPU {ours['cpu_s']:.2f}; "
-        f"over reading the bytes {to_read['wall_s']['median']:.2f}, CPU {to_read['cpu_s']['median']:.2f}; "
-        f"transformers takes {to_peer['wall_s']['median']:.2f} times as long, CPU {to_peer['cpu_s']['median']:.2f}"
-    )
+    to_read, to_peer = cell["minisft_over_read"], cell.get("transformers_over_minisft")
+    said = f"{cell['case']:5} minisft {ours['wall_s']:.2f} s, CPU {ours['cpu_s']:.2f}; "
+    said += f"over reading the bytes {to_read['wall_s']['median']:.2f}, CPU {to_read['cpu_s']['median']:.2f}"
+    if to_peer:
+        said += f"; transformers takes {to_peer['wall_s']['median']:.2f} times as long, CPU {to_peer['cpu_s']['median']:.2f}"
+    return said
 
 
 def main() -> None:
