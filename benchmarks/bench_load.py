@@ -4,9 +4,9 @@
     python benchmarks/bench_load.py --quick      # one round of one case: does everything still run?
 
 Each sample is a process of its own: "read" imports what minisft imports and reads the files into memory, "minisft" imports the
-same and calls ``load_model`` (fp32), "transformers" imports itself and loads model and tokenizer of a folder (fp32; a GGUF
-file takes it half a minute). They take turns; the files are in the page cache. The ratio of interest is minisft over read: 1.0 would be loading
-for nothing. CPU seconds are user + system of the whole process; on a machine with other work read those, and set
+same and calls ``load_model`` (fp32), "transformers" imports itself and loads model and tokenizer of a folder (fp32; a GGUF file
+takes it half a minute). They take turns; the files are in the page cache. The ratio of interest is minisft over read: 1.0 would
+be loading for nothing. CPU seconds are user + system of the whole process; on a machine with other work read those, and set
 OMP_NUM_THREADS=1. Before a folder is timed, minisft and transformers must hold the same weights.
 """
 
