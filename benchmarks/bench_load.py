@@ -54,7 +54,7 @@ def child(contestant: str, path: Path, check: bool) -> None:
 
 
 def sample(contestant: str, path: Path, check: bool = False) -> tuple[dict[str, float], str]:
-    """Wall and CPU seconds and peak memory of a process, and what it printed."""
+    """Wall and CPU seconds of a process, and what it printed."""
     command = [sys.executable, __file__, "--child", contestant, str(path), str(int(check))]
     began = time.perf_counter()
     process = subprocess.Popen(
@@ -65,8 +65,7 @@ def sample(contestant: str, path: Path, check: bool = False) -> tuple[dict[str, 
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
     assert status == 0, f"{contestant} failed on {path}"
-    facts = {"wall_s": seconds, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_bytes": usage.ru_maxrss * 1024.0}
-    return facts, printed
+    return {"wall_s": seconds, "cpu_s": usage.ru_utime + usage.ru_stime}, printed
 
 
 def make_files(cases: list[str], folder: Path) -> dict[str, Path]:
@@ -133,14 +132,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     arguments = parser.parse_args()
     cases, rounds = (arguments.cases[:1], 1) if arguments.quick else (arguments.cases, arguments.rounds)
-    facts = provenance()
+    facts = {**provenance(), "omp_num_threads": os.environ.get("OMP_NUM_THREADS", "default")}
+    cells: list[dict] = []
     with tempfile.TemporaryDirectory() as name:
-        cells = [measure(case, path, rounds) for case, path in make_files(cases, Path(name)).items()]
-    threads = os.environ.get("OMP_NUM_THREADS", "default")
-    result = {**facts, "omp_num_threads": threads, "load_average_after": os.getloadavg()[0], "cells": cells}
-    save("load", result, out_folder(arguments.out, arguments.quick))
-    for cell in cells:
-        print(describe(cell))
+        for case, path in make_files(cases, Path(name)).items():
+            cells.append(measure(case, path, rounds))
+            result = {**facts, "load_average_after": os.getloadavg()[0], "cells": cells}
+            save("load", result, out_folder(arguments.out, arguments.quick))
+            print(describe(cells[-1]), flush=True)
 
 
 if __name__ == "__main__":
