@@ -105,10 +105,7 @@ def measure(case: str, path: Path, rounds: int) -> dict:
     return {
         "case": case,
         "file_bytes": sum(file.stat().st_size for file in files_of(path)),
-        **{
-            what: {c: spread([f[what] for f in each]) for c, each in found.items()}
-            for what in ("wall_s", "cpu_s", "peak_bytes")
-        },
+        **{what: {c: spread([f[what] for f in each]) for c, each in found.items()} for what in ("wall_s", "cpu_s")},
         "minisft_over_read": ratios("minisft", "read"),
         **peer,
     }
