@@ -59,7 +59,7 @@ def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None, n
     | GPU, not fp64 | 1 to 4 | 4 bits | Triton: ``kernels.matvec`` |
     | GPU, not fp64 | 5 to 128 | 4 bits | Triton: ``kernels.matmul_small``, backward ``kernels.matmul_backward`` (1 to 128) |
     | GPU, not fp64 | any | 4 bits | decoded by Triton into a reused buffer, then cuBLAS |
-    | CPU, not fp64 | 1 to 16 | 4 bits | C++: ``kernels.cpu_matmul`` |
+    | CPU, not fp64 | 1 to 32 | 4 bits | C++: ``kernels.cpu_matmul`` |
     | CPU, not fp64 | 1 to 8 | fp32, 2^16 numbers or more | the same |
     | CPU, not fp64 | 1 to 16 | bf16, 2^16 numbers or more | the same |
     | any | any | 4 bits | decoded into a reused buffer, then PyTorch in ``compute_dtype(x)`` |
@@ -291,6 +291,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 class Linear(torch.nn.Linear):
     """``nn.Linear`` whose product runs through ``linear``."""
+
+    def reset_parameters(self) -> None:
+        """Draw the numbers; on the meta device there are none, and asking for them takes longer than making the layer."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)

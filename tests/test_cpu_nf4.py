@@ -245,9 +245,10 @@ def test_few_rows(
     bias = gaussian(outputs, seed=seed + 2, dtype=dtype) if with_bias else None
     assert cpu_matmul.can_use_native(x, q)
     with threads(count):
-        y = cpu_matmul.native_matmul(x, q, bias)
+        y, last = cpu_matmul.native_matmul(x, q, bias), cpu_matmul.native_matmul(x[-1:], q, bias)
     assert (y.dtype, y.shape) == (dtype, (num_rows, outputs))
     assert within_bound(y, x, nf4.dequantize(q, torch.float64), bias)
+    assert torch.equal(y[-1:], last), "a row has other bits by itself"
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])

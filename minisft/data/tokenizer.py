@@ -215,8 +215,7 @@ class Tokenizer:
         _mark_special(backend, names, config.get("added_tokens_decoder"), path)
         writes_bos = backend.encode("", add_special_tokens=True).tokens[:1] == [names.get("bos_token")]
         adds_bos = writes_bos or config.get("add_bos_token") is True
-        vocabulary = backend.get_vocab(with_added_tokens=True)
-        ids = {name: vocabulary[token] for name, token in names.items()}
+        ids = {name: i for name, token in names.items() if (i := backend.token_to_id(token)) is not None}
         own_eos = [ids["eos_token"]] if "eos_token" in ids else []
         configs = (_read_object(path / name) for name in ("generation_config.json", "config.json"))
         eos_ids = tuple(dict.fromkeys([*own_eos, *(i for c in configs for i in _id_list(c.get("eos_token_id")))]))

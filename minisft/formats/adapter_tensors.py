@@ -233,7 +233,7 @@ def read_factors(factors: Mapping[str, Factors], header: Header) -> dict[str, Te
 
 def finite_tensors(names: list[str], header: Header) -> dict[str, Tensor]:
     """Tensors of the file by name; ``adapter/non-finite`` for a number that is none."""
-    tensors = {name: tensor.clone() for name, tensor in read_tensors(header, names, "adapter")}
+    tensors = dict(read_tensors(header, names, "adapter"))
     for name, tensor in tensors.items():
         bad = ~torch.isfinite(tensor)
         if bad.any():

@@ -246,7 +246,7 @@ def read_quantized(
         UserError: tables that are not bitsandbytes' own, scales that are not finite.
     """
     for name, weight in stored.items():
-        yield name, _assemble(weight, {key: tensor.clone() for key, tensor in _read(headers, weight.names)}, folder)
+        yield name, _assemble(weight, dict(_read(headers, weight.names)), folder)
 
 
 def _read(headers: list[Header], names: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -268,7 +268,7 @@ def read_tables(headers: list[Header], stored: StoredWeight, folder: Path) -> Qu
     """
     tables = [name for name in stored.names if name != stored.name]
     codes = torch.empty(stored.packed_bytes, dtype=torch.uint8, device="meta")
-    return _assemble(stored, {stored.name: codes} | {key: tensor.clone() for key, tensor in _read(headers, tables)}, folder)
+    return _assemble(stored, {stored.name: codes, **dict(_read(headers, tables))}, folder)
 
 
 def _assemble(stored: StoredWeight, tensors: Mapping[str, Tensor], folder: Path) -> QuantizedWeight:

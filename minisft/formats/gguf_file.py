@@ -1,6 +1,6 @@
 """Models in a GGUF file: llama.cpp's names, types and row order turned into ours.
 
-Weights are dequantized to fp32 by the ``gguf`` package, a piece that fits the processor's cache at a time. In files of the
+Weights are dequantized to fp32, a piece that fits the processor's cache at a time. In files of the
 llama architecture the rows of q and k are interleaved for another form of RoPE; they are put back. What a 4-bit file gives
 is a different base than the model it was made from, which is why a loaded model remembers its file's type.
 """
@@ -8,20 +8,20 @@ is a different base than the model it was made from, which is why a loaded model
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from minisft.common.errors import UserError, listing, visible
 from minisft.config import ModelConfig, QuantConfig, RopeScaling
 from minisft.formats.fields import Fields
+from minisft.formats.file_bytes import read_into
 from minisft.formats.gguf_header import GGUF, Scalar, TensorInfo
 from minisft.formats.loading import (
     EMBEDDING,
@@ -33,10 +33,13 @@ from minisft.formats.loading import (
     fill_,
     quantized_bytes,
 )
+from minisft.kernels import cpu_gguf
 from minisft.model import CausalLM, rope_angles
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-CHUNK_ITEMS = 2**17  # dequantized at once by one thread: 512 KiB in fp32, so the temporaries stay in the cache
+CHUNK_ITEMS = 2**20  # read at once, in whole blocks of every type: what was read is still in the cache when it is decoded
+PACKAGE_ITEMS = 2**17  # dequantized at once by one thread of the package: 512 KiB in fp32, so its temporaries stay there too
+HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 OUTER = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
 INNER = {
@@ -111,11 +114,11 @@ def hugging_face_name(name: str) -> str:
 
 def _weights(gguf: GGUF, names: dict[str, str], config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     interleaved = interleaved_heads(gguf, config)
-    with gguf.path.open("rb") as file, ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with gguf.path.open("rb", buffering=0) as file:
         for theirs, ours in names.items():
             info, heads = gguf.tensors[theirs], interleaved.get(theirs)
             # The tensor gets no name here: that would keep it alive while the next one is read.
-            yield ours, our_order(torch.from_numpy(read_tensor(file, info, theirs, pool)), heads)
+            yield ours, our_order(read_tensor(file, info, theirs), heads)
 
 
 def interleaved_heads(gguf: GGUF, config: ModelConfig) -> dict[str, int]:
@@ -138,41 +141,70 @@ def our_order(weight: torch.Tensor, heads: int | None) -> torch.Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def read_tensor(file: BinaryIO, info: TensorInfo, name: str, pool: ThreadPoolExecutor) -> NDArray[np.float32]:
-    """Read and dequantize one tensor, chunks side by side: stored blocks -> fp32 of ``info.shape``.
+def read_tensor(file: BinaryIO, info: TensorInfo, name: str) -> Tensor:
+    """Read and dequantize one tensor: stored blocks -> fp32 of ``info.shape``, in the order of the file.
+
+    The common types are decoded by our C++ where there is a compiler, the others by the ``gguf`` package: the same bits.
 
     Args:
         file: open for reading.
         info: where the tensor lies, and its type.
         name: of the tensor, for messages.
-        pool: the threads that dequantize.
 
     Returns:
-        the numbers, in the order of the file.
+        the numbers.
 
     Raises:
-        UserError: a type that the ``gguf`` package cannot dequantize.
+        UserError: a type that the ``gguf`` package cannot dequantize; the file became shorter.
     """
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    numbers = torch.empty(math.prod(info.shape), dtype=torch.float32)
+    if info.type_name == "F32":
+        read_into(file, info.begin, numbers)
+    elif info.type_name in HALVES:
+        for begin, stored in _stored(file, info):
+            numbers[begin : begin + CHUNK_ITEMS] = stored.view(HALVES[info.type_name])
+    elif cpu_gguf.can_decode(info.type_name):
+        for begin, stored in _stored(file, info):
+            cpu_gguf.decode(info.type_name, stored, numbers[begin : begin + CHUNK_ITEMS])
+    else:
+        _dequantize_by_package(file, info, name, numbers)
+    return numbers.view(info.shape)
+
+
+def _stored(file: BinaryIO, info: TensorInfo) -> Iterator[tuple[int, Tensor]]:
+    """(first number, the bytes of it and the next), ``CHUNK_ITEMS`` at a time, in a buffer that the next ones overwrite."""
+    items = math.prod(info.shape)
+    buffer = torch.empty(info.num_bytes * min(CHUNK_ITEMS, items) // items, dtype=torch.uint8)
+    for begin in range(0, items, CHUNK_ITEMS):
+        stored = buffer[: info.num_bytes * min(CHUNK_ITEMS, items - begin) // items]
+        read_into(file, info.begin + info.num_bytes * begin // items, stored)
+        yield begin, stored
+
+
+def _dequantize_by_package(file: BinaryIO, info: TensorInfo, name: str, numbers: Tensor) -> None:
+    from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
     kind = GGMLQuantizationType[info.type_name]
-    block_items, block_bytes = GGML_QUANT_SIZES[kind]
-    items = np.empty(math.prod(info.shape), dtype=np.float32)
 
     def fill(begin: int) -> None:
-        chunk = items[begin : begin + CHUNK_ITEMS]
-        place = info.begin + begin // block_items * block_bytes
-        raw = os.pread(file.fileno(), chunk.size // block_items * block_bytes, place)
-        stored = np.frombuffer(raw, dtype=np.uint8).reshape(1, -1)  # one row: the package is slow on many
-        chunk[:] = dequantize(stored, kind).reshape(-1)
+        chunk = numbers[begin : begin + PACKAGE_ITEMS]
+        stored = torch.empty(info.num_bytes * len(chunk) // len(numbers), dtype=torch.uint8)
+        read_into(file, info.begin + info.num_bytes * begin // len(numbers), stored)
+        rows = stored.numpy().reshape(1, -1)  # one row: the package is slow on many
+        chunk.copy_(torch.from_numpy(dequantize(rows, kind).reshape(-1)))
 
     try:
-        list(pool.map(fill, range(0, items.size, CHUNK_ITEMS)))  # a list, so that errors come out here
+        list(_pool().map(fill, range(0, len(numbers), PACKAGE_ITEMS)))  # a list, so that errors come out here
     except NotImplementedError:
         what, fix = "tensors of this type cannot be dequantized", "convert the file to Q8_0 or F16"
         raise UserError("model/gguf", what, where=visible(name), found=info.type_name, fix=fix) from None
-    return items.reshape(info.shape)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """Made once: starting threads for each tensor would take longer than reading a small one."""
+    return ThreadPoolExecutor(torch.get_num_threads())
 
 
 def _refuse(fields: Fields, name: str, harmless: tuple[Scalar, ...]) -> None:
@@ -236,8 +268,8 @@ def _llama3_scaling(gguf: GGUF, config: ModelConfig) -> RopeScaling:
     The file holds only (E/2,) numbers, original frequency / stretched frequency. All published models share three of the
     four settings and the largest number is the fourth; the guess counts only if it gives back every number of the file.
     """
-    with gguf.path.open("rb") as file, ThreadPoolExecutor(1) as pool:
-        stretch = torch.from_numpy(read_tensor(file, gguf.tensors[ROPE_FREQS], ROPE_FREQS, pool)).double()
+    with gguf.path.open("rb", buffering=0) as file:
+        stretch = read_tensor(file, gguf.tensors[ROPE_FREQS], ROPE_FREQS).double()
     guess = RopeScaling(float(stretch.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
     expected = frequencies(config) / frequencies(dataclasses.replace(config, rope_scaling=guess))
     if stretch.shape != expected.shape or not torch.allclose(stretch, expected, rtol=1e-4):

@@ -28,11 +28,19 @@ MAX_ITEMS = 2**22  # of one array
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 2**20
 DEFAULT_ALIGNMENT = 32
+WINDOW_BYTES = 2**20
 
 STRING, ARRAY, BOOL = 8, 9, 7  # type ids of values
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}  # type id -> struct
+_LENGTH = struct.Struct("<Q")
 _SMALLEST_KEY = 8 + 4 + 1  # an empty name, a type, one byte
 _SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8  # an empty name, one dimension, a type, an offset
+
+# Type id -> name, numbers and bytes of a block.
+_TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210),
+}  # fmt: skip
 
 Scalar = str | int | float | bool
 Metadata = dict[str, Scalar | list[Scalar]]
@@ -72,21 +80,26 @@ class _HeaderError(Exception):
 
 
 class _Walk:
-    """Reads forward through the header and never past the end of the file."""
+    """Reads forward through the header, a window at a time, and never past the end of the file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.position = file, 0
         self.size = os.fstat(file.fileno()).st_size
         self.end = min(self.size, MAX_HEADER_BYTES)
+        self.window, self.window_begin = b"", 0
 
     def take(self, count: int, what: str) -> bytes:
         if count > self.end - self.position:
             raise _HeaderError(f"{what} runs past the end", f"{count} bytes", f"at most {self.end - self.position}")
+        begin = self.position - self.window_begin
+        if begin + count > len(self.window):
+            rest = self.window[begin:]
+            size = min(max(count, WINDOW_BYTES), self.end - self.position)
+            self.window, self.window_begin, begin = rest + self.file.read(size - len(rest)), self.position, 0
+            if len(self.window) < count:
+                raise _HeaderError("the file became shorter while it was read")
         self.position += count
-        taken = self.file.read(count)
-        if len(taken) != count:
-            raise _HeaderError("the file became shorter while it was read")
-        return taken
+        return self.window[begin : begin + count]
 
     def number(self, code: str, what: str) -> int:
         return int(struct.unpack("<" + code, self.take(struct.calcsize("<" + code), what))[0])
@@ -104,6 +117,29 @@ class _Walk:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
             raise _HeaderError(f"{what} is not UTF-8", raw[:40]) from None
+
+    def texts(self, count: int, what: str) -> list[str]:
+        """``text``, ``count`` times. A vocabulary has 100 000: those that lie whole in the window are read at once."""
+        found: list[str] = []
+        while len(found) < count:
+            self._texts_in_window(found, count)
+            if len(found) < count:
+                found.append(self.text(what))  # moves the window, or says what is wrong
+        return found
+
+    def _texts_in_window(self, found: list[str], count: int) -> None:
+        window, begin = self.window, self.position - self.window_begin
+        try:
+            for _ in range(count - len(found)):
+                text_begin = begin + 8
+                text_end = text_begin + _LENGTH.unpack_from(window, begin)[0]
+                if text_end > len(window):
+                    break
+                found.append(window[text_begin:text_end].decode("utf-8"))
+                begin = text_end
+        except (struct.error, UnicodeDecodeError):
+            pass  # a length across the window's end, or no UTF-8
+        self.position = self.window_begin + begin
 
 
 def read_gguf(path: Path) -> GGUF:
@@ -161,7 +197,7 @@ def _value(walk: _Walk, name: str) -> Scalar | list[Scalar]:
 
 def _items(walk: _Walk, kind: int, count: int, name: str) -> list[Scalar]:
     if kind == STRING:
-        return [walk.text(name) for _ in range(count)]
+        return [*walk.texts(count, name)]
     if kind not in _NUMBERS:
         raise _HeaderError(f"{name} has an unknown type", kind, f"{', '.join(map(str, _NUMBERS))}, {STRING} or {ARRAY}")
     code = _NUMBERS[kind]
@@ -214,19 +250,24 @@ def _tensors(raw: list[_Description], data_start: int, alignment: int, file_byte
 
 def _stored_as(name: str, dimensions: tuple[int, ...], type_id: int) -> tuple[str, int]:
     """The type's name and the bytes that a tensor of it takes."""
+    type_name, block_items, block_bytes = _TYPES.get(type_id) or _rare_type(name, type_id)
+    if not dimensions or 0 in dimensions or dimensions[0] % block_items:
+        raise _HeaderError(
+            f"tensor {name} has an impossible shape",
+            list(dimensions),
+            f"rows of a multiple of {block_items} items for {type_name}",
+        )
+    return type_name, math.prod(dimensions) // block_items * block_bytes
+
+
+def _rare_type(name: str, type_id: int) -> tuple[str, int, int]:
+    """Of a type that only the package knows; its import takes a while."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if type_id not in GGMLQuantizationType.__members__.values():
         raise _HeaderError(f"tensor {name} has an unknown type", type_id, listing(GGMLQuantizationType.__members__, 40))
     kind = GGMLQuantizationType(type_id)
-    block_items, block_bytes = GGML_QUANT_SIZES[kind]
-    if not dimensions or 0 in dimensions or dimensions[0] % block_items:
-        raise _HeaderError(
-            f"tensor {name} has an impossible shape",
-            list(dimensions),
-            f"rows of a multiple of {block_items} items for {kind.name}",
-        )
-    return kind.name, math.prod(dimensions) // block_items * block_bytes
+    return (kind.name, *GGML_QUANT_SIZES[kind])
 
 
 def _refuse_overlap(tensors: dict[str, TensorInfo]) -> None:

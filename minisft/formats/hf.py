@@ -22,6 +22,7 @@ from minisft.common.errors import UserError, listing, visible
 from minisft.config import ModelConfig, QuantConfig
 from minisft.formats.bnb import QUANTIZED_FROM, StoredWeight, check_quantized, read_quantized, require_same
 from minisft.formats.fields import read_json_object
+from minisft.formats.file_bytes import read_bytes
 from minisft.formats.hf_config import read_config
 from minisft.formats.loading import (
     EMBEDDING,
@@ -34,13 +35,14 @@ from minisft.formats.loading import (
     nf4_bytes,
     quantized_bytes,
 )
-from minisft.formats.safetensors_file import Header, read_header, read_tensors
+from minisft.formats.safetensors_file import DTYPES, Entry, Header, read_header, read_tensors
 from minisft.formats.source import PICKLES, pickle_error, regular_file
 from minisft.model import CausalLM
 from minisft.nf4 import QuantizedWeight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 * 2**20
+COMPARED_ITEMS = 2**20
 FLOATS = ("F32", "F16", "BF16", "F64")
 # Old Llama files carry RoPE's frequencies; they follow from the configuration and transformers ignores them too.
 _DERIVED = ".rotary_emb.inv_freq"
@@ -70,7 +72,7 @@ def load_folder(
     held = quantized_bytes(model, quant)
     held |= {name: nf4_bytes(weight.shape.numel(), weight.form) for name, weight in checked.in_4_bits.items()}
     check_memory(expected_shapes(model), dtype, device, held)
-    fill_(model, _weights(checked, dtype, folder), dtype, device, quant)
+    fill_(model, _weights(checked, folder), dtype, device, quant)
     return model, checked.stored_as
 
 
@@ -234,9 +236,9 @@ def _check_dtypes(headers: list[Header], dense: set[str], stated: str | None, fo
 
 def _check_tied(headers: list[Header]) -> None:
     """A head that is stored although the configuration ties it must be the embedding."""
-    wanted = [(header, name) for header in headers for name in (EMBEDDING, HEAD) if name in header.entries]
-    embedding, head = (tensor for header, name in wanted for _, tensor in read_tensors(header, [name]))
-    if not any(torch.equal(embedding.to(dtype), head.to(dtype)) for dtype in (embedding.dtype, head.dtype)):
+    held = {name: (header, header.entries[name]) for header in headers for name in (EMBEDDING, HEAD) if name in header.entries}
+    embedding, head = held[EMBEDDING], held[HEAD]
+    if not any(_are_equal(embedding, head, DTYPES[entry.dtype]) for _, entry in (embedding, head)):
         raise UserError(
             "model/tied",
             "the configuration ties the output head to the embedding, but the file stores different weights for the two",
@@ -245,9 +247,21 @@ def _check_tied(headers: list[Header]) -> None:
         )
 
 
-def _weights(checked: CheckedFolder, dtype: torch.dtype, folder: Path) -> Iterator[tuple[str, torch.Tensor | QuantizedWeight]]:
-    """All weights, each in memory of its own or about to be converted: the memory of a tensor that is read is the file."""
+def _are_equal(one: tuple[Header, Entry], other: tuple[Header, Entry], dtype: torch.dtype) -> bool:
+    """Whether two tensors of one shape hold the same numbers in ``dtype``; read a piece at a time."""
+    length = math.prod(one[1].shape)
+
+    def piece(header: Header, entry: Entry, begin: int) -> torch.Tensor:
+        stored = DTYPES[entry.dtype]
+        count = min(COMPARED_ITEMS, length - begin) * stored.itemsize
+        raw = read_bytes(header.path, header.data_begin + entry.begin + begin * stored.itemsize, count)
+        return raw.view(stored).to(dtype)
+
+    return all(torch.equal(piece(*one, begin), piece(*other, begin)) for begin in range(0, length, COMPARED_ITEMS))
+
+
+def _weights(checked: CheckedFolder, folder: Path) -> Iterator[tuple[str, torch.Tensor | QuantizedWeight]]:
+    """All weights, each in memory of its own."""
     for header in checked.headers:
-        for name, tensor in read_tensors(header, [name for name in header.entries if name in checked.dense]):
-            yield name, tensor.clone() if tensor.dtype == dtype else tensor
+        yield from read_tensors(header, [name for name in header.entries if name in checked.dense])
     yield from read_quantized(checked.headers, checked.in_4_bits, folder)

@@ -9,11 +9,8 @@ blocks can be entered anywhere, if one begins at the border of a block.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,10 +23,11 @@ from torch import Tensor
 from minisft.common.errors import UserError, visible
 from minisft.config import ModelConfig, QuantConfig
 from minisft.formats.bnb import StoredWeight, read_tables
+from minisft.formats.file_bytes import read_bytes
 from minisft.formats.gguf_file import check_gguf, file_dtype, interleaved_heads, our_order, read_tensor
 from minisft.formats.gguf_header import GGUF, TensorInfo, read_gguf
 from minisft.formats.hf import CheckedFolder, check_folder
-from minisft.formats.safetensors_file import DTYPES, Header
+from minisft.formats.safetensors_file import DTYPES
 from minisft.formats.source import Source
 from minisft.kernels import cpu_nf4
 from minisft.nf4 import QuantizedWeight, codebook, decode_absmax, quantize_absmax
@@ -80,25 +78,6 @@ def read_flat(weight: Pieces, size: int = PIECE) -> Iterator[Tensor]:
         yield weight.read(begin, min(begin + size, length))
 
 
-def _read_bytes(path: Path, begin: int, count: int) -> Tensor:
-    """(count,) uint8 of memory of its own.
-
-    Raises:
-        UserError: the file has become shorter, or cannot be read.
-    """
-    raw = torch.empty(count, dtype=torch.uint8)
-    view, done = raw.numpy().data, 0
-    try:
-        with path.open("rb", buffering=0) as file:
-            while done < count and (got := os.preadv(file.fileno(), [view[done:]], begin + done)):
-                done += got
-    except OSError as error:
-        raise UserError("model/unreadable", "cannot read the weights", where=visible(path), found=str(error.strerror)) from None
-    if done < count:
-        raise UserError("model/unreadable", "the file became shorter while it was read", where=visible(path))
-    return raw
-
-
 def _around(begin: int, end: int, length: int, step: int) -> tuple[int, int]:
     """The smallest range of whole blocks of ``step`` that holds [begin, end); the last block may be short."""
     return begin // step * step, min(length, -(-end // step) * step)
@@ -119,7 +98,7 @@ class Dense:
     def read(self, begin: int, end: int) -> Tensor:
         """The range [begin, end) of the flat tensor."""
         size = self.dtype.itemsize
-        return _read_bytes(self.path, self.begin + begin * size, (end - begin) * size).view(self.dtype)
+        return read_bytes(self.path, self.begin + begin * size, (end - begin) * size).view(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -149,12 +128,12 @@ class Packed:
 
     def codes(self, begin: int, end: int) -> Tensor:
         """The bytes [begin, end) of the packed codes, as they are stored."""
-        return _read_bytes(self.path, self.begin + begin, end - begin)
+        return read_bytes(self.path, self.begin + begin, end - begin)
 
     def read(self, begin: int, end: int) -> Tensor:
         """The range [begin, end) of the flat tensor."""
         first, last = _around(begin, end, self.form.shape.numel(), self.form.block_size)
-        codes = _read_bytes(self.path, self.begin + first // 2, -(-last // 2) - first // 2)
+        codes = read_bytes(self.path, self.begin + first // 2, -(-last // 2) - first // 2)
         piece = _blocks(self.form, codes, self.scales, first, last)
         return cpu_nf4.dequantize(piece, torch.float32)[begin - first : end - first]
 
@@ -200,15 +179,9 @@ class GGUFTensor:
         num_bytes = self.info.num_bytes * num_rows // rows
         info = TensorInfo(self.info.type_name, (num_rows, *self.shape[1:]), place, num_bytes)
         with self.path.open("rb") as file:
-            piece = torch.from_numpy(read_tensor(file, info, self.name, _pool()))
+            piece = read_tensor(file, info, self.name)
         heads = None if self.heads is None else num_rows // head_rows
         return our_order(piece, heads).view(-1)[begin - first : end - first]
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    """Made once: starting threads for each piece would take longer than reading it."""
-    return ThreadPoolExecutor(torch.get_num_threads())
 
 
 # ---- and what 4 bits make of them ------------------------------------------------------------------------------------
@@ -338,7 +311,7 @@ def _open_folder(source: Source) -> StoredModel:
     folder = check_folder(source.path)
     ways: dict[str, Callable[[], Pieces]] = {}
     for header in folder.headers:
-        begin = _data_begin(header)
+        begin = header.data_begin
         for name, entry in header.entries.items():
             if name in folder.dense:
                 ways[name] = partial(Dense, header.path, begin + entry.begin, entry.shape, DTYPES[entry.dtype])
@@ -351,8 +324,3 @@ def _open_folder(source: Source) -> StoredModel:
 
 def _open_packed(path: Path, begin: int, folder: CheckedFolder, stored: StoredWeight) -> Packed:
     return Packed(path, begin, read_tables(folder.headers, stored, path.parent))
-
-
-def _data_begin(header: Header) -> int:
-    """Where the data begins: the header has been checked, so the tensors fill the rest of the file."""
-    return header.path.stat().st_size - max((entry.end for entry in header.entries.values()), default=0)

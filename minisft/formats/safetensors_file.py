@@ -1,7 +1,7 @@
 """Safetensors files: checked before they are believed.
 
 The header is JSON that somebody else wrote. ``read_header`` checks everything in it against the size
-of the file with plain Python integers, before the ``safetensors`` library maps the data. What is refused: duplicate keys,
+of the file with plain Python integers, before a byte of the data is read. What is refused: duplicate keys,
 holes, overlaps, unknown dtypes, sizes that do not follow from the shape. The one idea: nothing is allocated and no tensor
 is touched until the header has been found true.
 """
@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minisft.common import safe_json
 from minisft.common.errors import UserError, visible
 from minisft.common.safe_json import JSON
+from minisft.formats.file_bytes import read_bytes
 
 MAX_HEADER_BYTES = 25_000_000
 MAX_DIMENSIONS = 8
-MAPPED_BYTES = 2**24
 
 # The format's words, the ones torch can hold. (The 4- and 6-bit floats of newer files are not read.)
 DTYPES: dict[str, torch.dtype] = {
@@ -58,11 +57,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: the tensors in it and the file's own remarks."""
+    """A checked header: the tensors in it and the file's own remarks. Offsets of tensors count from ``data_begin``."""
 
     path: Path
     entries: dict[str, Entry]
     metadata: dict[str, str]
+    data_begin: int
 
 
 def read_header(path: Path, family: str = "model") -> Header:
@@ -95,7 +95,7 @@ def read_header(path: Path, family: str = "model") -> Header:
         raise UserError(
             f"{family}/safetensors", "cannot read the file", where=visible(path), found=error.strerror or "an I/O error"
         ) from None
-    return Header(path, entries, metadata)
+    return Header(path, entries, metadata, 8 + length)
 
 
 class _HeaderError(Exception):
@@ -166,9 +166,7 @@ def _check_layout(entries: Mapping[str, Entry], data_bytes: int) -> None:
 
 
 def read_tensors(header: Header, names: list[str] | None = None, family: str = "model") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) one at a time; each tensor is a view of the mapped file, so copy it before keeping it.
-
-    The file is mapped anew from time to time, because every page that was read counts as used memory while its map lives.
+    """Yield (name, tensor) one at a time, each in memory of its own.
 
     Args:
         header: of the file, checked.
@@ -179,32 +177,12 @@ def read_tensors(header: Header, names: list[str] | None = None, family: str = "
         an iterator of names and tensors.
 
     Raises:
-        UserError: the library cannot read what the header promises.
+        UserError: the file has become shorter, or cannot be read.
     """
-    try:
-        for group in _groups(header, list(header.entries) if names is None else names):
-            with safe_open(str(header.path), framework="pt") as file:
-                for name in group:
-                    yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{family}/safetensors", "cannot read the file", where=visible(header.path), found=visible(error)
-        ) from None
-
-
-def _groups(header: Header, names: list[str]) -> Iterator[list[str]]:
-    """``names`` in order, cut where a group would pass ``MAPPED_BYTES``; one larger tensor is a group of its own."""
-    group: list[str] = []
-    mapped = 0
-    for name in names:
-        size = header.entries[name].end - header.entries[name].begin
-        if group and mapped + size > MAPPED_BYTES:
-            yield group
-            group, mapped = [], 0
-        group.append(name)
-        mapped += size
-    if group:
-        yield group
+    for name in header.entries if names is None else names:
+        entry = header.entries[name]
+        raw = read_bytes(header.path, header.data_begin + entry.begin, entry.end - entry.begin, family)
+        yield name, raw.view(DTYPES[entry.dtype]).view(entry.shape)
 
 
 def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -9,8 +9,9 @@
 | ``matmul_backward.py`` | dX = G W for up to 128 rows | the same, the other way round |
 | ``workspace.py`` | the reused buffer for a dense weight | - |
 | ``cpu_nf4.py`` ``cpu_nf4.cpp`` ``cpu_build.py`` | the same on a CPU, in C++ compiled at the first call | in registers |
-| ``cpu_matmul.py`` | y = x W^T for up to 16 rows on a CPU | in registers |
+| ``cpu_matmul.py`` | y = x W^T for up to 32 rows on a CPU | in registers |
 | ``cpu_decode.py`` ``cpu_decode.cpp`` | a whole decoder, one token for each of up to 16 rows, on a CPU | in registers |
+| ``cpu_gguf.py`` ``cpu_gguf.cpp`` | stored blocks of a GGUF file to fp32, on a CPU | once, to memory |
 
 Importing this package imports no Triton. The files with kernels in them import it at their top, because ``@triton.jit``
 needs it there: import such a file inside the function that is about to launch it. Nothing here runs on a CPU, except

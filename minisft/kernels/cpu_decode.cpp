@@ -21,8 +21,6 @@ static int omp_get_thread_num() { return 0; }
 
 namespace {
 
-constexpr int MAX_ROWS = 16;
-
 enum Kind : int32_t { FP32, BF16, NF4 };
 
 // y = x W^T + b + scaling * (x A^T) B^T. kernels/cpu_decode.py declares the same structs.

@@ -54,6 +54,16 @@ struct Table {
     Floats part[16 / LANES];
 };
 
+// A small function that must not stay a call, and neither must a lambda: `[&](int i) ALWAYS_INLINE { ... }`.
+#define ALWAYS_INLINE __attribute__((always_inline))
+
+// visit(0), ..., visit(N - 1), written out before the compiler looks at loops: an array that is indexed so stays in registers.
+template <int N, class Visit>
+inline ALWAYS_INLINE void each(Visit visit) {
+    if constexpr (N > 1) each<N - 1>(visit);
+    visit(N - 1);
+}
+
 template <class V>
 inline V load(const void* from) {
     V v;
@@ -93,7 +103,11 @@ inline Floats look_up(const Table& table, Ints codes) {
 // LANES codes in order, each in the low four bits of its lane; above them there may be others.
 inline Ints codes_at(const uint8_t* packed) {
 #if LANES == 16
+#if defined(NF4_PORTABLE)
     const Pairs bytes = __builtin_convertvector(load<PairBytes>(packed), Pairs);
+#else
+    const Pairs bytes = (Pairs)_mm512_cvtepu8_epi64(_mm_cvtsi64_si128(load<int64_t>(packed)));
+#endif
     return (Ints)(bytes >> 4 | bytes << 32);
 #else
     return (Ints)((Words{} + load<uint32_t>(packed)) >> Words{4, 0, 12, 8, 20, 16, 28, 24});

@@ -17,7 +17,8 @@ from torch import Tensor
 from minisft.kernels import cpu_nf4
 from minisft.nf4 import QuantizedWeight
 
-MAX_ROWS = 16  # measured on AVX2: at 32, decoding the weight once and the dense product are faster for small weights
+MAX_ROWS = 32  # of a 4-bit weight; at 48, decoding it once and the dense product are as fast (``benchmarks/LOG.md``)
+MAX_UPDATE_ROWS = 16  # where the update is all that is asked for
 # Of an fp32 weight, more rows are as fast in the BLAS; half the bytes win for longer (measured: ``benchmarks/LOG.md``).
 MAX_DENSE_ROWS = {torch.float32: 8, torch.bfloat16: 16}
 MIN_DENSE_SIZE = 2**16  # weights: a smaller layer pays more for the call than it wins
@@ -45,7 +46,7 @@ class _Product(ctypes.Structure):
     """``Product`` in cpu_nf4.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "bias", "y", "weight", "A", "B", "down", "fp32")),
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "y", "weight", "A", "B", "down", "fp32", "halves")),
         *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "rank")),
         ("scaling", ctypes.c_float),
         ("threads", ctypes.c_int32),
@@ -70,7 +71,8 @@ def can_use_native(
     if in_features < 1 or in_features % COLUMNS or x.shape[-1:] != (in_features,) or x.dtype not in cpu_nf4.FLOATS:
         return False
     num_rows = x.numel() // in_features
-    if not 0 < num_rows <= MAX_ROWS or not x.is_cpu or type(x) not in cpu_nf4.TENSORS or torch.compiler.is_compiling():
+    most = MAX_UPDATE_ROWS if weight is None else MAX_ROWS
+    if not 0 < num_rows <= most or not x.is_cpu or type(x) not in cpu_nf4.TENSORS or torch.compiler.is_compiling():
         return False
     if cpu_nf4.library() is None or (factors is not None and not _are_plain(*factors)):
         return False
@@ -136,10 +138,10 @@ def _matmul(
     bias = None if bias is None else _plain_fp32(bias)
     if x.dtype == torch.bfloat16 and x.is_contiguous():
         y = torch.empty((*x.shape[:-1], out_features), dtype=torch.bfloat16)
-        _call(function, weight, x, y, bias, update, torch.empty(x.numel() + y.numel(), dtype=torch.float32))
+        _call(function, weight, x, y, bias, update, torch.empty(2 * x.numel() + y.numel(), dtype=torch.float32))
         return y
     y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32)
-    _call(function, weight, _plain_fp32(x), y, bias, update)
+    _call(function, weight, _plain_fp32(x), y, bias, update, torch.empty(x.numel(), dtype=torch.float32))
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
@@ -154,16 +156,21 @@ def _call(
     y: Tensor,
     bias: Tensor | None,
     update: Update | None,
-    fp32: Tensor | None = None,
+    memory: Tensor | None = None,
 ) -> None:
-    """At one token this takes as long as a small product: nothing here is asked twice. The caller keeps ``weight`` alive."""
+    """At one token this takes as long as a small product: nothing here is asked twice. The caller keeps ``weight`` alive.
+
+    ``memory`` is fp32: as many numbers as x has, for its other layout, then for bf16 those of x and y.
+    """
     in_features = x.shape[-1]
     A = B = down = None
     rank, scaling = 0, 0.0
     if update is not None:
         A, B, down = update.lora_A.data_ptr(), update.lora_B.data_ptr(), update.down.data_ptr()
         rank, scaling = update.lora_A.shape[0], update.scaling
-    bias_ptr, fp32_ptr = None if bias is None else bias.data_ptr(), None if fp32 is None else fp32.data_ptr()
-    pointers = (x.data_ptr(), bias_ptr, y.data_ptr(), weight, A, B, down, fp32_ptr)
+    halves = None if memory is None else memory.data_ptr()
+    fp32 = halves + 4 * x.numel() if halves is not None and x.dtype == torch.bfloat16 else None
+    bias_ptr = None if bias is None else bias.data_ptr()
+    pointers = (x.data_ptr(), bias_ptr, y.data_ptr(), weight, A, B, down, fp32, halves)
     sizes = (x.numel() // in_features, in_features, y.shape[-1], rank)
     function(ctypes.byref(_Product(*pointers, *sizes, scaling, torch.get_num_threads())))

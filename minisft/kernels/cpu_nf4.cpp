@@ -18,7 +18,6 @@ typedef int64_t Longs __attribute__((vector_size(4 * LANES)));
 typedef float HalfFloats __attribute__((vector_size(2 * LANES)));
 
 // MAX_RECIPROCAL is nf4.py's: cpu_build.py hands it to the compiler.
-constexpr int MAX_ROWS = 8;    // rows of x in one pass: their sums stay in registers
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // multiplications; fewer are done before another thread has woken
 
 // ---- dequantize ----------------------------------------------------------------------------------------------------------
@@ -80,32 +79,7 @@ void quantize_block(const float* x, int64_t length, float absmax, const float* m
 
 // ---- products of a few rows ----------------------------------------------------------------------------------------------
 
-// All kinds of weight are read the same way: visit(k, weights k to k + LANES - 1) along one row. One output at a time: the tiles of
-// cpu_products.h, which the decoding step shares among threads, give the same bits here but are slower for small layers.
-
-template <class Visit>
-inline void visit_row(const Weight& w, int64_t row, int64_t in, Visit visit) {
-    const Table levels = load<Table>(w.levels);
-    const int64_t size = int64_t(1) << w.block_shift, start = row * in;
-    for (int64_t k = 0; k < in;) {
-        const int64_t block = (start + k) >> w.block_shift, block_end = (block + 1) * size - start;
-        const Table table = levels * w.scale(block);
-        for (const int64_t end = block_end < in ? block_end : in; k < end; k += LANES)
-            visit(k, look_up(table, codes_at(w.packed + ((start + k) >> 1))));
-    }
-}
-
-template <class Visit>
-inline void visit_row(const uint16_t* bf16, int64_t row, int64_t in, Visit visit) {
-    for (int64_t k = 0; k < in; k += LANES) visit(k, widened(bf16 + row * in + k));
-}
-
-template <class Visit>
-inline void visit_row(const float* fp32, int64_t row, int64_t in, Visit visit) {
-    for (int64_t k = 0; k < in; k += LANES) visit(k, load<Floats>(fp32 + row * in + k));
-}
-
-// y = x W^T + b, and what a low-rank adapter adds to it: scaling * (x A^T) B^T. cpu_nf4.py declares the same struct.
+// y = x W^T + b, and what a low-rank adapter adds to it: scaling * (x A^T) B^T. cpu_matmul.py declares the same struct.
 struct Product {
     const float *x, *bias;  // (rows, in) and (out,); bias may be null
     float* y;               // (rows, out)
@@ -113,38 +87,31 @@ struct Product {
     const float *A, *B;     // (rank, in) and (out, rank); A is null where there is no adapter
     float* down;            // (rows, rank): x A^T, for backward
     float* fp32;            // null where x and y are fp32; where they are bf16, memory for both in fp32
+    float* halves;          // (rows, in), for a Weight: x as split() lays it out
     int64_t rows, in, out, rank;
     float scaling;
     int32_t threads;
 };
 
-template <int ROWS, class Matrix>
-inline void product_column(const Product& p, const Matrix& weight, int64_t column) {
-    Floats sums[ROWS] = {};
-    visit_row(weight, column, p.in, [&](int64_t k, Floats weights) {
-        for (int row = 0; row < ROWS; ++row)
-            sums[row] = multiply_add(weights, load<Floats>(p.x + row * p.in + k), sums[row]);
-    });
-    for (int row = 0; row < ROWS; ++row) p.y[row * p.out + column] = sum(sums[row]) + (p.bias ? p.bias[column] : 0.0f);
-}
-
-template <int ROWS, class Matrix>
-void product(const Product& p, const Matrix& weight) {
-    if (p.rows < ROWS) {
-        if constexpr (ROWS > 1) product<ROWS - 1>(p, weight);
-        return;
-    }
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-    for (int64_t column = 0; column < p.out; ++column) product_column<ROWS>(p, weight, column);
-}
-
 template <class Matrix>
-void all_rows(Product p, const Matrix& weight) {
-    for (; p.rows > 0; p.rows -= MAX_ROWS) {
-        product<MAX_ROWS>(p, weight);
-        p.x += MAX_ROWS * p.in;
-        p.y += MAX_ROWS * p.out;
+void product(const Product& p, const Matrix& matrix, const float* x) {
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+    for (int64_t column = 0; column < p.out; column += COLUMNS_AT_ONCE) {
+        const int count = p.out - column < COLUMNS_AT_ONCE ? int(p.out - column) : COLUMNS_AT_ONCE;
+        float y[MAX_ROWS * COLUMNS_AT_ONCE];
+        outputs(matrix, x, p.rows, column, count, y);
+        for (int64_t row = 0; row < p.rows; ++row)
+            for (int c = 0; c < count; ++c)
+                p.y[row * p.out + column + c] = y[row * COLUMNS_AT_ONCE + c] + (p.bias ? p.bias[column + c] : 0.0f);
     }
+}
+
+void multiply(const Product& p, const float* weight) { product(p, DenseMatrix<float>{weight, p.in}, p.x); }
+void multiply(const Product& p, const uint16_t* weight) { product(p, DenseMatrix<uint16_t>{weight, p.in}, p.x); }
+void multiply(const Product& p, const Weight* weight) {
+    if (p.in % (2 * LANES)) return product(p, OrderedMatrix{*weight, p.in}, p.x);
+    split(p.x, p.rows * p.in, p.halves);
+    product(p, PackedMatrix(*weight, p.in), p.halves);
 }
 
 // y += scaling * (x A^T) B^T.
@@ -154,17 +121,17 @@ void add_update(const Product& p) {
     down.bias = nullptr;
     down.out = p.rank;
     if (p.rows * p.rank * (p.in + p.out) < WORTH_A_THREAD) down.threads = 1;
-    all_rows(down, p.A);
+    multiply(down, p.A);
 #pragma omp parallel for num_threads(down.threads) schedule(static)
     for (int64_t column = 0; column < p.out; ++column)
         for (int64_t row = 0; row < p.rows; ++row)
             p.y[row * p.out + column] += p.scaling * dot(p.B + column * p.rank, p.down + row * p.rank, p.rank);
 }
 
-template <class Matrix>
-void matmul(const Product& p, const Matrix& weight) {
+template <class Numbers>
+void matmul(const Product& p) {
     if (!p.fp32) {
-        all_rows(p, weight);
+        multiply(p, static_cast<const Numbers*>(p.weight));
         if (p.A) add_update(p);
         return;
     }
@@ -174,7 +141,7 @@ void matmul(const Product& p, const Matrix& weight) {
     fp32.fp32 = nullptr;
     const uint16_t* x = reinterpret_cast<const uint16_t*>(p.x);
     for (int64_t i = 0; i < p.rows * p.in; i += LANES) put(p.fp32 + i, widened(x + i));
-    matmul(fp32, weight);
+    matmul<Numbers>(fp32);
     uint16_t* y = reinterpret_cast<uint16_t*>(p.y);
     const int64_t size = p.rows * p.out;
     int64_t i = 0;
@@ -249,9 +216,9 @@ void nf4_quantize(const float* x, int64_t length, int64_t block_size, const floa
     }
 }
 
-void nf4_matmul(const Product* p) { matmul(*p, *static_cast<const Weight*>(p->weight)); }
-void fp32_matmul(const Product* p) { matmul(*p, static_cast<const float*>(p->weight)); }
-void bf16_matmul(const Product* p) { matmul(*p, static_cast<const uint16_t*>(p->weight)); }
+void nf4_matmul(const Product* p) { matmul<Weight>(*p); }
+void fp32_matmul(const Product* p) { matmul<float>(*p); }
+void bf16_matmul(const Product* p) { matmul<uint16_t>(*p); }
 void lora_update(const Product* p) { add_update(*p); }
 
 void merge_effect(const float* base, const float* delta, const float* stored, int64_t length, EffectSums* out) {

@@ -1,54 +1,97 @@
 // y = x W^T for a few rows of x, where reading W is most of the work: each weight is read once, in the order in which it lies.
 //
-// All kinds of weight are read the same way, PARTS * LANES numbers of an output's row at a time: enter(k) when those from k on begin,
-// then read(k, part). What a sum adds up, and in which order, depends on the weight alone: a row of x gives the same bits by itself
-// and beside others.
+// A matrix says how it is read: walk<COLUMNS>(column, visit) calls visit(c, k, weights) for each of COLUMNS rows of W (columns of y)
+// from `column` on and each LANES numbers of it; the same numbers of x, load(x + k), belong to them. What a sum adds up, and in which
+// order, depends on the weight alone: a row of x gives the same bits by itself and beside others, whatever tile it falls into.
 
 #pragma once
 #include "cpu_lanes.h"
 
 namespace {
 
-constexpr int ROWS_AT_ONCE = 8;     // rows of x whose sums stay in registers
+constexpr int MAX_ROWS = 32;        // rows of x in a call
+constexpr int ROWS_AT_ONCE = 8;     // those whose sums stay in registers
 constexpr int COLUMNS_AT_ONCE = 4;  // outputs that one iteration of a loop over threads computes
+constexpr int64_t AHEAD = 4096;     // bytes of 4-bit codes that are asked for before they are read: the hardware sees it too late
 
 // (out, in) in fp32 or bf16; in is a multiple of LANES.
 template <class Number>
 struct DenseMatrix {
-    static constexpr int PARTS = 1;
     const Number* numbers;
     int64_t in;
 
-    struct Column {
-        const Number* numbers;
-        void enter(const DenseMatrix&, int64_t) {}
-        Floats read(int64_t k, int) const { return widened(numbers + k); }
-    };
-    Column column(int64_t j) const { return {numbers + j * in}; }
+    template <int COLUMNS, class Visit>
+    inline ALWAYS_INLINE void walk(int64_t column, Visit visit) const {
+        const Number* rows = numbers + column * in;
+        for (int64_t k = 0; k < in; k += LANES)
+            each<COLUMNS>([&](int c) ALWAYS_INLINE { visit(c, k, widened(rows + c * in + k)); });
+    }
 };
 
 // (out, in) in 4 bits; in is a multiple of 2 LANES, and so is the block size. x is laid out as split() does.
 struct PackedMatrix {
-    static constexpr int PARTS = 2;
     const Weight& weight;
     int64_t in;
     Table levels;
 
     PackedMatrix(const Weight& weight, int64_t in) : weight(weight), in(in), levels(load<Table>(weight.levels)) {}
 
-    struct Column {
-        int64_t start;
-        Table table;  // of the block that is read
-        Ints bytes;
+    // A sum begins at +0 and so never sees whether a weight of zero is -0: no "+ 0" as in dequantize.
+    inline ALWAYS_INLINE Table table_of(int64_t block) const {
+        Table table = levels;
+        const float scale = weight.scale(block);
+        each<16 / LANES>([&](int part) ALWAYS_INLINE { table.part[part] *= scale; });
+        return table;
+    }
 
-        void enter(const PackedMatrix& m, int64_t k) {
-            const int64_t at = start + k, shift = m.weight.block_shift;
-            if (k == 0 || at >> shift << shift == at) table = m.levels * m.weight.scale(at >> shift);
-            bytes = bytes_at(m.weight.packed + (at >> 1));
+    template <class Visit>
+    inline ALWAYS_INLINE void step(const Table& table, int64_t at, int c, int64_t k, Visit visit) const {
+        const Ints bytes = bytes_at(weight.packed + (at >> 1));
+        visit(c, k, look_up(table, bytes >> 4));
+        visit(c, k + LANES, look_up(table, bytes));
+    }
+
+    template <int COLUMNS, class Visit>
+    inline ALWAYS_INLINE void walk(int64_t column, Visit visit) const {
+        const int64_t start = column * in, size = int64_t(1) << weight.block_shift, blocks = in >> weight.block_shift;
+        Table tables[COLUMNS];
+        if (blocks << weight.block_shift != in) {  // a block may go on in the next row
+            for (int64_t k = 0; k < in; k += 2 * LANES)
+                each<COLUMNS>([&](int c) ALWAYS_INLINE {
+                    const int64_t at = start + c * in + k;
+                    if (k == 0 || at % size == 0) tables[c] = table_of(at >> weight.block_shift);
+                    step(tables[c], at, c, k, visit);
+                });
+            return;
         }
-        Floats read(int64_t, int part) const { return look_up(table, part == 0 ? bytes >> 4 : bytes); }
-    };
-    Column column(int64_t j) const { return {j * in, levels, Ints{}}; }
+        for (int64_t block = 0; block < blocks; ++block) {
+            each<COLUMNS>([&](int c) ALWAYS_INLINE {
+                tables[c] = table_of((column + c) * blocks + block);
+                __builtin_prefetch(weight.packed + ((start + c * in + block * size) >> 1) + AHEAD);
+            });
+            for (int64_t k = block * size, end = k + size; k < end; k += 2 * LANES)
+                each<COLUMNS>([&](int c) ALWAYS_INLINE { step(tables[c], start + c * in + k, c, k, visit); });
+        }
+    }
+};
+
+// The same with an x as it is, for rows that are no multiple of 2 LANES.
+struct OrderedMatrix {
+    const Weight& weight;
+    int64_t in;
+
+    template <int COLUMNS, class Visit>
+    inline ALWAYS_INLINE void walk(int64_t column, Visit visit) const {
+        const PackedMatrix packed(weight, in);
+        const int64_t size = int64_t(1) << weight.block_shift;
+        Table tables[COLUMNS];
+        for (int64_t k = 0; k < in; k += LANES)
+            each<COLUMNS>([&](int c) ALWAYS_INLINE {
+                const int64_t at = (column + c) * in + k;
+                if (k == 0 || at % size == 0) tables[c] = packed.table_of(at >> weight.block_shift);
+                visit(c, k, look_up(tables[c], codes_at(weight.packed + (at >> 1))));
+            });
+    }
 };
 
 // x for PackedMatrix: of each 2 LANES numbers the even ones first, which are the high nibbles, then the odd ones.
@@ -63,21 +106,14 @@ inline void split(const float* x, int64_t length, float* out) {
 // y (rows, COLUMNS_AT_ONCE): COLUMNS outputs from `column` on, of ROWS rows of x.
 template <int ROWS, int COLUMNS, class Matrix>
 inline void tile(const Matrix& matrix, const float* x, int64_t column, float* y) {
-    Floats sums[ROWS][COLUMNS] = {};
-    typename Matrix::Column columns[COLUMNS];
-    for (int c = 0; c < COLUMNS; ++c) columns[c] = matrix.column(column + c);
-    for (int64_t k = 0; k < matrix.in; k += Matrix::PARTS * LANES)
-        for (int c = 0; c < COLUMNS; ++c) {
-            columns[c].enter(matrix, k);
-            for (int part = 0; part < Matrix::PARTS; ++part) {
-                const Floats weights = columns[c].read(k, part);
-                const float* at = x + k + part * LANES;
-                for (int row = 0; row < ROWS; ++row)
-                    sums[row][c] = multiply_add(weights, load<Floats>(at + row * matrix.in), sums[row][c]);
-            }
-        }
-    for (int row = 0; row < ROWS; ++row)
-        for (int c = 0; c < COLUMNS; ++c) y[row * COLUMNS_AT_ONCE + c] = sum(sums[row][c]);
+    Floats sums[ROWS * COLUMNS] = {};
+    matrix.template walk<COLUMNS>(column, [&](int c, int64_t k, Floats weights) ALWAYS_INLINE {
+        each<ROWS>([&](int row) ALWAYS_INLINE {
+            Floats& total = sums[row * COLUMNS + c];
+            total = multiply_add(weights, load<Floats>(x + row * matrix.in + k), total);
+        });
+    });
+    each<ROWS * COLUMNS>([&](int i) ALWAYS_INLINE { y[i / COLUMNS * COLUMNS_AT_ONCE + i % COLUMNS] = sum(sums[i]); });
 }
 
 // `count` outputs of at most ROWS rows. Few rows leave registers for the sums of several outputs.
@@ -85,11 +121,10 @@ template <int ROWS, class Matrix>
 inline void tiles(const Matrix& matrix, const float* x, int64_t rows, int64_t column, int count, float* y) {
     if constexpr (ROWS > 1)
         if (rows < ROWS) return tiles<ROWS - 1>(matrix, x, rows, column, count, y);
-    constexpr int AT_ONCE = ROWS <= 2 ? COLUMNS_AT_ONCE : ROWS <= 4 ? 2 : 1;
+    constexpr int AT_ONCE = ROWS <= 2 ? COLUMNS_AT_ONCE : 2;
     int c = 0;
     for (; c + AT_ONCE <= count; c += AT_ONCE) tile<ROWS, AT_ONCE>(matrix, x, column + c, y + c);
-    if constexpr (AT_ONCE > 1)
-        for (; c < count; ++c) tile<ROWS, 1>(matrix, x, column + c, y + c);
+    for (; c < count; ++c) tile<ROWS, 1>(matrix, x, column + c, y + c);
 }
 
 // y (rows, COLUMNS_AT_ONCE): `count` outputs from `column` on, COLUMNS_AT_ONCE at most, of all rows of x (rows, in).
