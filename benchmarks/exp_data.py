@@ -356,13 +356,13 @@ def figures(results: Sequence[dict], folder: Path) -> None:
     for experiment in ("E1", "E3", "E4", "E5"):
         if not by_arm(results, experiment):
             continue
-        keys = {"E3": ("six", "test"), "E5": ("leaked", "fresh")}.get(experiment, ("test",))
+        keys = {"E3": ("six", "test"), "E5": ("leaked", "fresh", "test")}.get(experiment, ("test",))
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         for shift, key in enumerate(keys):
             arms = by_arm(results, experiment, key)
             for at, (_, losses) in enumerate(arms.items()):
-                axes.plot(losses, [-at - 0.18 * shift] * len(losses), "o", color=("#0072B2", "#D55E00")[shift], alpha=0.7,
+                axes.plot(losses, [-at - 0.18 * shift] * len(losses), "o", color=("#0072B2", "#D55E00", "#009E73")[shift], alpha=0.7,
                           label=key if at == 0 else None)  # fmt: skip
             axes.set_yticks([-i for i in range(len(arms))], list(arms))
         axes.set_xlabel("loss per supervised token on test rows; one point a seed")

@@ -655,13 +655,14 @@ shared.say(
 #
 # `benchmarks/exp_data.py` asks them of SmolLM2-135M with LoRA on Banking77, bank messages with one of 77 intents each: wrong labels (E1),
 # more rows (E2), few intents against many (E3), selection on a dirty and on a clean pool (E4), leaked test rows (E5). Each dot is one
-# seed. What stands here is read from its results file; an experiment that has no lines there is not shown.
+# seed: *test* are rows of all intents, *six* rows of the six intents alone, *leaked* the test rows that were copied, and *fresh* other
+# rows of their intents. What stands here is read from its results file; an experiment that has no lines there is not shown.
 
 # %% tags=["drawing"]
 RESULTS = shared.FOLDER.parent / "benchmarks" / "results"
 lines = (RESULTS / "exp_data.jsonl").read_text().splitlines() if (RESULTS / "exp_data.jsonl").exists() else []
 runs = [run for run in map(json.loads, (line for line in lines if line.endswith("}"))) if "arm" in run]
-KEYS = {"E3": ("six", "test"), "E5": ("leaked", "fresh")}
+KEYS = {"E3": ("six", "test"), "E5": ("leaked", "fresh", "test")}
 TITLES = {
     "E1": "E1 wrong labels",
     "E3": "E3 intents x rows of each",
@@ -690,7 +691,7 @@ if panels:
                 for r in runs
                 if r["experiment"] == name and key in r["losses"]
             ]
-            ax.plot([v for _, v in found], [-y - 0.2 * number for y, _ in found], "o", color=C[("blue", "orange")[number]],
+            ax.plot([v for _, v in found], [-y - 0.2 * number for y, _ in found], "o", color=C[("blue", "orange", "green")[number]],
                     markersize=4, alpha=0.7, label=key)  # fmt: skip
         ax.set_yticks([-y for y in range(len(order))], order, fontsize=8)
         ax.set(title=TITLES[name], xlabel="loss on test rows")
