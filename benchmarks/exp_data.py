@@ -57,6 +57,7 @@ TEST_PER_INTENT, DEEP_PER_INTENT, LEAKED = 2, 10, 20
 SMALL, LARGE = 300, 1200  # E1
 PASS_SIZES = (32, 64, 128, 256, 512, 1024)  # E2: rows of one pass
 PICK, POOL = 300, 1200  # E4
+COLORS = ("#0072B2", "#D55E00", "#009E73")
 GREETINGS, THANKS = ("", "Hi. ", "Hello, ", "Good morning. "), ("", " Thanks.", " Please help.", " Thank you!")
 Row = dict[str, str]
 
@@ -362,7 +363,7 @@ def figures(results: Sequence[dict], folder: Path) -> None:
         for shift, key in enumerate(keys):
             arms = by_arm(results, experiment, key)
             for at, (_, losses) in enumerate(arms.items()):
-                axes.plot(losses, [-at - 0.18 * shift] * len(losses), "o", color=("#0072B2", "#D55E00", "#009E73")[shift], alpha=0.7,
+                axes.plot(losses, [-at - 0.18 * shift] * len(losses), "o", color=COLORS[shift], alpha=0.7,
                           label=key if at == 0 else None)  # fmt: skip
             axes.set_yticks([-i for i in range(len(arms))], list(arms))
         axes.set_xlabel("loss per supervised token on test rows; one point a seed")
