@@ -74,8 +74,8 @@ class SpecialTokenText:
 
     def _positions(self, content: str) -> set[int]:
         """Indices whose replacement leaves no special token inside ``content``, and none that could form across its edges."""
-        found = self.pattern.search(content)  # looks ahead from first letters, which is quicker than trying every place
-        positions = {match.start() for match in self._anywhere.finditer(content)} if found else set()
+        has_any = self.pattern.search(content)  # skips to the first letters of tokens; a lookahead tries every place
+        positions = {match.start() for match in self._anywhere.finditer(content)} if has_any else set()
         inner = content.strip()
         if not inner:
             return positions
