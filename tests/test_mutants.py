@@ -86,6 +86,12 @@ def runners() -> Iterator[Runners]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def clean() -> Iterator[Path]:
+    with mutants.compiled_copy() as copy:
+        yield copy
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("new", "limit_s", "verdict"),
@@ -97,12 +103,11 @@ def runners() -> Iterator[Runners]:
     ],
 )
 def test_a_planted_bug_gets_its_verdict(
-    monkeypatch: pytest.MonkeyPatch, runners: Runners, new: str, limit_s: float, verdict: str
+    monkeypatch: pytest.MonkeyPatch, runners: Runners, clean: Path, new: str, limit_s: float, verdict: str
 ) -> None:
     monkeypatch.setattr(mutants, "MUTANT_LIMIT_S", limit_s)
     mutant = MUTANTS["schedule-first-step-at-zero"]
-    with mutants.compiled_copy() as clean:
-        outcome = mutants.try_mutant(replace(mutant, new=new), clean, runners)
+    outcome = mutants.try_mutant(replace(mutant, new=new), clean, runners)
     assert outcome.verdict == verdict, outcome.reason
     assert (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1  # the working tree is never touched
 
