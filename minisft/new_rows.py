@@ -101,9 +101,9 @@ def wrap_rows_(model: CausalLM, ids: Mapping[str, Sequence[int]]) -> None:
     if EMBEDDING in rows_of:
         model.model.embed_tokens = rows = EmbeddingRows(embedding, rows_of[EMBEDDING]).train(training)
         if tied:
-            model.lm_head = HeadRows(head, rows_of[EMBEDDING], rows.rows).train(training)  # type: ignore[assignment]
+            model.lm_head = HeadRows(head, rows_of[EMBEDDING], rows.rows).train(training)  # type: ignore[assignment]  # called alike
     if HEAD in rows_of and not tied:
-        model.lm_head = HeadRows(head, rows_of[HEAD]).train(training)  # type: ignore[assignment]
+        model.lm_head = HeadRows(head, rows_of[HEAD]).train(training)  # type: ignore[assignment]  # called alike
 
 
 def require_tables(model: CausalLM) -> tuple[nn.Embedding, nn.Linear]:

@@ -22,7 +22,7 @@ def is_share(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """``tensor``; gathered, without a gradient, where it is a share: then all processes must ask for it together."""
-    return tensor.detach().full_tensor() if is_share(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.detach().full_tensor() if is_share(tensor) else tensor  # type: ignore[attr-defined]  # a DTensor
 
 
 @dataclass(frozen=True)

@@ -124,12 +124,12 @@ class ShareAdamW(MasterAdamW):
 
 def _local(parameter: nn.Parameter) -> Tensor:
     """This process's rows, in the memory that FSDP gathers from."""
-    return parameter.detach().to_local()  # type: ignore[attr-defined]
+    return parameter.detach().to_local()  # type: ignore[attr-defined]  # a DTensor
 
 
 def _collect(parameter: Tensor, *, share: nn.Parameter) -> None:
     """Add the gradient of a micro-batch, summed over the processes, to that of the step."""
     assert parameter.grad is not None
-    gradient = parameter.grad.to_local()  # type: ignore[attr-defined]
+    gradient = parameter.grad.to_local()  # type: ignore[attr-defined]  # a DTensor
     share.grad = gradient if share.grad is None else share.grad.add_(gradient)
     parameter.grad = None

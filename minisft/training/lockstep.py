@@ -51,7 +51,7 @@ def same_logits(model: CausalLM, world: World) -> Iterator[None]:
     def head(hidden: Tensor) -> Tensor:
         return world.from_first_(own(hidden))
 
-    model.head = head  # type: ignore[method-assign]
+    model.head = head  # type: ignore[method-assign]  # of this model only
     try:
         yield
     finally:
