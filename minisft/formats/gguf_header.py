@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from minisft.common.errors import UserError, listing, visible
+from minisft.kernels.cpu_gguf import BLOCKS
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -36,11 +37,9 @@ _LENGTH = struct.Struct("<Q")
 _SMALLEST_KEY = 8 + 4 + 1  # an empty name, a type, one byte
 _SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8  # an empty name, one dimension, a type, an offset
 
-# Type id -> name, numbers and bytes of a block.
-_TYPES = {
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210),
-}  # fmt: skip
+# Type id -> name, numbers and bytes of a block; those of ``BLOCKS`` are what the C++ decodes.
+_QUANTIZED = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
+_TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)} | {i: (name, *BLOCKS[name]) for i, name in _QUANTIZED.items()}
 
 Scalar = str | int | float | bool
 Metadata = dict[str, Scalar | list[Scalar]]
