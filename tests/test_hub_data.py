@@ -192,6 +192,7 @@ def test_entries_are_taken_apart_and_weighed() -> None:
             "data/hub-incomplete.*no de/train-00000-of-00002",
         ),
         ({"README.md": "---\n- [\n---\n", "a.jsonl": row("a")}, "hf:org/name", "data/hub-readme"),
+        ({"README.md": "x" * (2**22 + 1), "a.jsonl": row("a")}, "hf:org/name", "data/hub-readme.*too large"),
         (
             {"validation.jsonl": row("a"), "test.jsonl": row("a")},
             "hf:org/name",

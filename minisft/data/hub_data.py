@@ -281,15 +281,18 @@ def _head(readme: Path, asked: HubData) -> Mapping[str, JSON]:
     """The README's YAML; empty without one."""
     import huggingface_hub
 
-    if not readme.is_file() or readme.stat().st_size > MAX_README:
+    if not readme.is_file():
         return {}
+    where, fix = visible(f"{PREFIX}{asked.repo}"), "name a file of the data set instead"
+    if (size := readme.stat().st_size) > MAX_README:
+        what, found, most = "the README is too large to look for its head", f"{size:,} bytes", f"at most {MAX_README:,}"
+        raise UserError("data/hub-readme", what, where=where, found=found, expected=most, fix=fix)
     try:
-        found = huggingface_hub.metadata_load(readme)
+        head = huggingface_hub.metadata_load(readme)
     except Exception as error:  # whatever its reader of YAML raises
-        what, fix = "the head of the README is no YAML", "name a file of the data set instead"
-        where = visible(f"{PREFIX}{asked.repo}")
+        what = "the head of the README is no YAML"
         raise UserError("data/hub-readme", what, where=where, found=visible(error, 200), fix=fix) from None
-    return found if isinstance(found, dict) else {}
+    return head if isinstance(head, dict) else {}
 
 
 def _inside(folder: Path, name: str) -> Path:
