@@ -186,7 +186,7 @@ def test_on_shares_it_is_the_training_of_one_process(found: dict[int, list[dict[
 
 
 def dpo(shop: Path, out: str, world: World, settings: dict[str, object]) -> tuple[dict[str, Tensor], list[float], int]:
-    """Reference, gradient and numbers of a DPO step on pairs that are a batch each; and how many batches had none."""
+    """Gradient, numbers and reference of a DPO step on pairs that are a batch each; and how many batches had none."""
     sides = rows([6, 9, 4, 12, 5, 7, 8, 3, 11, 10, 2, 5, 30, 31], prefix=3)
     pairs = [EncodedPair(a, replace(b, row=a.row)) for a, b in zip(sides[::2], sides[1::2], strict=True)]
     run = DPOConfig(
@@ -203,26 +203,26 @@ def dpo(shop: Path, out: str, world: World, settings: dict[str, object]) -> tupl
     batches = made.batches(1)
     loss = made._summed_gradients(1, batches)
     gradients = copies({name: p.grad for name, p in made.optimizer.parameters.items()})
-    gradients["reference"] = torch.tensor([made.reference[pair] for pair in range(8)])
-    numbers = [loss, *astuple(made.stats), made.evaluate()[0]]
+    reference = torch.tensor([made.reference[pair] for pair in range(8)]).flatten().tolist()
+    numbers = [loss, *astuple(made.stats), made.evaluate()[0], *reference]
     return gradients, numbers, sum(not batch.rows for batch in batches)
 
 
 def test_pairs_on_shares_give_the_step_of_one_process(shop: Path, tmp_path: Path) -> None:
-    """From the base, and from an adapter, whose own numbers are the reference then."""
+    """From the base, and from an adapter, whose own numbers are the reference then; and all weights."""
+    starts = {"base": LORA, "adapter": {"init_adapter": str(shop / "adapter")}, "full": {"method": "full"}}
 
-    def both(world: World) -> list[tuple[dict[str, Tensor], list[float], int]]:
-        starts = {"base": LORA, "adapter": {"init_adapter": str(shop / "adapter")}}
+    def steps(world: World) -> list[tuple[dict[str, Tensor], list[float], int]]:
         return [dpo(shop, str(tmp_path / f"{name}-{world.size}"), world, start) for name, start in starts.items()]
 
-    for name in ("base", "adapter"):
+    for name in starts:
         for size in (1, 2):
             (tmp_path / f"{name}-{size}").mkdir()
-    alone, found = both(ALONE), on_ranks(2, both)
+    alone, found = steps(ALONE), on_ranks(2, steps)
     assert [one[0][2] for one in found] == [0, 1]  # of five batches the second process has two
-    for one in found:
-        for (gradients, numbers, _), expected in zip(one, alone, strict=True):
-            tiny.assert_same(gradients, expected[0])
+    for rank, one in enumerate(found):
+        for name, (gradients, numbers, _), expected in zip(starts, one, alone, strict=True):
+            tiny.assert_same(gradients, own_rows(expected[0], World(rank, 2)) if name == "full" else expected[0])
             assert numbers == pytest.approx(expected[1], rel=1e-9)
 
 
