@@ -648,7 +648,6 @@ def kill_many(run: Path, num_kills: int, seed: int = 1, done: Callable[[Kills], 
     longest_s = 0.25
     for _ in range(num_kills):
         acknowledged = _kill_once(run, save, newest + 1, rng.uniform(0, longest_s))
-        longest_s = longest_s if acknowledged else min(1.5 * longest_s, 4.0)  # a busy machine saves slowly
         loaded = load_latest(run)
         reached = loaded.step if loaded else 0
         found.kills += 1
@@ -656,6 +655,8 @@ def kill_many(run: Path, num_kills: int, seed: int = 1, done: Callable[[Kills], 
         found.lost += reached < max(acknowledged, newest) or not (loaded is None or is_exactly(loaded, reached))
         found.acknowledged += max(0, acknowledged - newest)
         newest = reached
+        if found.acknowledged <= found.kills:  # a busy machine saves slowly
+            longest_s = min(1.5 * longest_s, 4.0)
         done(found)
     return found
 
