@@ -7,6 +7,7 @@ Adapters are fp32 already and are their own master weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 
 import torch
@@ -71,8 +72,13 @@ class MasterAdamW:
 
     def grad_norm(self) -> float:
         """Euclidean norm over all gradients together; NaN or infinite if any is."""
+        return math.sqrt(self._sum_of_squares())
+
+    def _sum_of_squares(self) -> float:
+        """Of all gradients: fp64 over the norms of rows. One fp32 sum over a large table is too low, and an fp64 copy is large."""
         gradients = [m.grad for m in self.master_weights.values() if m.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        norms = [torch.linalg.vector_norm(g, dim=-1).reshape(-1) for g in gradients]
+        return float(torch.cat(norms).double().square().sum()) if norms else 0.0
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """One update at rate ``lr`` (times a parameter's ratio) with all gradients multiplied by ``grad_scale`` (clipping)."""

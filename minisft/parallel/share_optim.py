@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from minisft.common.shares import Later
@@ -61,10 +60,8 @@ class ShareAdamW(MasterAdamW):
         return {}
 
     def grad_norm(self) -> float:
-        """Euclidean norm over the gradients of all processes together, summed in fp64; NaN or infinite if any is."""
-        gradients = [m.grad for m in self.master_weights.values() if m.grad is not None]
-        norms = (float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) for gradient in gradients)
-        return math.sqrt(self.world.sum_floats(sum(norm * norm for norm in norms))[0])
+        """Euclidean norm over the gradients of all processes together; NaN or infinite if any is."""
+        return math.sqrt(self.world.sum_floats(self._sum_of_squares())[0])
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what was saved, by any number of processes.
