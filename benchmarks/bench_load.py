@@ -78,7 +78,7 @@ def make_files(cases: list[str], folder: Path) -> dict[str, Path]:
     for case in cases:
         made[case] = resolve(SMOLLM2).path if case == "q4_1" else folder / (f"{case}.gguf" if case == "q8_0" else case)
         if case == "q8_0":
-            export_gguf(SMOLLM2, out=made[case], outtype="q8_0", compare=False)
+            export_gguf(made[case], SMOLLM2, outtype="q8_0", compare=False)
         elif case != "q4_1":
             save_model(*load_model(SMOLLM2, torch.float32 if case == "fp32" else torch.bfloat16), made[case])
     return made
