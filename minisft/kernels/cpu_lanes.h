@@ -1,6 +1,6 @@
 // Vectors of fp32 numbers, and the look-up of 4-bit codes in them: what the C++ files of this folder share.
 //
-// Vectors are GCC's and Clang's own (vector_size), so any CPU with either compiler will do; only the look-up and the fused
+// Vectors are GCC's and Clang's own (vector_size), so any CPU with either compiler will do; only the look-up, bf16 and the fused
 // multiply-add name instructions. One idea does most of the work: the 16 levels of a code fit in one or two vector registers, so
 // they are multiplied by the scale once a block, and a permutation then looks up 8 or 16 weights at a time.
 
@@ -166,7 +166,15 @@ inline float number(uint16_t bf16) {
 }
 
 inline Floats widened(const float* fp32) { return load<Floats>(fp32); }
-inline Floats widened(const uint16_t* bf16) { return (Floats)(__builtin_convertvector(load<Halves>(bf16), Words) << 16); }
+inline Floats widened(const uint16_t* bf16) {
+#if defined(NF4_PORTABLE)
+    return (Floats)(__builtin_convertvector(load<Halves>(bf16), Words) << 16);
+#elif LANES == 16
+    return (Floats)((Words)_mm512_cvtepu16_epi32(load<__m256i>(bf16)) << 16);
+#else
+    return (Floats)((Words)_mm256_cvtepu16_epi32(load<__m128i>(bf16)) << 16);
+#endif
+}
 
 inline void put(float* out, Floats v) { memcpy(out, &v, sizeof v); }
 

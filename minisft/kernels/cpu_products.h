@@ -12,7 +12,7 @@ namespace {
 constexpr int MAX_ROWS = 32;        // rows of x in a call
 constexpr int ROWS_AT_ONCE = 8;     // those whose sums stay in registers
 constexpr int COLUMNS_AT_ONCE = 4;  // outputs that one iteration of a loop over threads computes
-constexpr int64_t AHEAD = 4096;     // bytes of 4-bit codes that are asked for before they are read: the hardware sees it too late
+constexpr int64_t AHEAD = 4096;     // bytes before a weight is read it is asked for: the hardware sees too late what comes
 
 // (out, in) in fp32 or bf16; in is a multiple of LANES.
 template <class Number>
@@ -24,7 +24,11 @@ struct DenseMatrix {
     inline ALWAYS_INLINE void walk(int64_t column, Visit visit) const {
         const Number* rows = numbers + column * in;
         for (int64_t k = 0; k < in; k += LANES)
-            each<COLUMNS>([&](int c) ALWAYS_INLINE { visit(c, k, widened(rows + c * in + k)); });
+            each<COLUMNS>([&](int c) ALWAYS_INLINE {
+                const Number* at = rows + c * in + k;
+                __builtin_prefetch(reinterpret_cast<const char*>(at) + AHEAD);
+                visit(c, k, widened(at));
+            });
     }
 };
 
