@@ -268,7 +268,7 @@ def plot(found: list[dict], clock: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11.5, 4), layout="constrained")
-    panels = figure.subplots(1, 3, width_ratios=(4, 4, 1.4))
+    panels = figure.subplots(1, 3, width_ratios=(4, 4, 1.6))
     for axes, streams in zip(panels, STREAMS, strict=False):
         order = [cell for weights in NAMES for cell in found if (cell["weights"], cell["streams"]) == (weights, streams)]
         _speeds(axes, order, clock)
@@ -290,7 +290,8 @@ def _speeds(axes: Axes, some: list[dict], clock: str) -> None:
             speed, at, width = row["tokens_per_s"][clock], x + (k - (len(rows) - 1) / 2) * 0.19, 0.18
             spans = [[speed["median"] - speed["q1"]], [speed["q3"] - speed["median"]]]
             axes.bar(at, speed["median"], width, yerr=spans, color=COLOURS[row["name"]], capsize=2)
-            axes.text(at, speed["q3"], f"{speed['median']:.0f}", ha="center", va="bottom", fontsize=8)
+            ink = "black" if row["name"] in (READABLE, HALF) else "white"
+            axes.text(at, 1, f"{speed['median']:.0f}", ha="center", va="bottom", fontsize=8, color=ink)
             if cell["streams"] == 1:
                 limit = cell["read_bytes_per_s"][clock]["median"] / row["weight_bytes"]
                 axes.plot([at - width / 2, at + width / 2], [limit, limit], color="black", linewidth=1.5)
@@ -305,10 +306,10 @@ def _adapters(axes: Axes, found: list[dict], clock: str) -> None:
     for x, value in enumerate(known.values()):
         spans = [[value["median"] - value["q1"]], [value["q3"] - value["median"]]]
         axes.bar(x, value["median"], 0.5, yerr=spans, color=COLOURS[MINISFT], capsize=2)
-        axes.text(x, value["q3"] + 0.01, f"{value['median']:.2f}", ha="center", va="bottom", fontsize=8)
+        axes.text(x, 0.5, f"{value['median']:.2f}", ha="center", va="center", fontsize=9, color="white")
     axes.axhline(1.05, color="black", linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(known)), [{"fp32": "fp32,\nover merged", "nf4": "NF4,\nover none"}[weights] for weights in known])
-    axes.set_title("a step with an adapter\nof rank 16 beside the weights", fontsize=9)
+    axes.set_title("a step with adapter", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
 
