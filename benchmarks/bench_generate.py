@@ -1,33 +1,51 @@
-"""Greedy generation with SmolLM2-135M: one stream and eight, fp32, bf16 and NF4, against transformers, taking turns.
+"""Greedy decoding with SmolLM2-135M: one stream and eight, fp32, bf16 and NF4, against transformers and llama.cpp, in turns.
 
-    python benchmarks/bench_generate.py [--rounds 5] [--weights fp32,bf16,nf4]
+    python benchmarks/bench_generate.py [--rounds 5] [--weights fp32,nf4,bf16]
     python benchmarks/bench_generate.py --quick    # 4 tokens, one round: does everything still run?
 
-Prompts of different lengths, 64 new tokens each, no end token, so that all do the same work. In fp32 the tokens must be equal
-before anything is timed. "readable" is minisft without its native decoding (and with its native products); Python's share of
-a native step is what does not pass inside the C++. A step is (time of 64 tokens - time of 1) / 63, so reading the prompt is
-left out of it; the first row, eight prompts in fp32 from start to end, includes it. CPU time is that of all threads: on a
-machine with other work, read that and set OMP_NUM_THREADS=1. NF4 has no contestant in transformers on a CPU that multiplies
-without decoding the weight first. Results go to benchmarks/results/generate.json.
+Prompts of different lengths, 64 new tokens each, no end token, so that all do the same work. In fp32 the tokens of transformers
+must be ours before anything is timed; how many of llama.cpp's are is counted, up to our first end token, which it may not say.
+llama.cpp comes with the wheel xllamacpp (extra ``llamacpp``; without it these cells are left out), built by its makers without
+AVX-512: its own defaults (fp16 cache, flash attention), eight slots for eight streams, all prompts in one request; exports of
+ours in fp32 and bf16, and beside NF4 the model's own Q4_1 file, whose head has 8 bits (Q8_0); our head stays in the dtype of
+the rest, fp32 or ("rest bf16") bf16. "readable" is minisft without its native decoding (and with its native products), in one
+stream. NF4 has no contestant in transformers on a CPU that multiplies without decoding the weight first. The adapter has
+rank 16, on every linear but the head.
+
+A step is (time of 64 tokens - time of 1) / 63 for everybody, so reading the prompts is left out of it; llama.cpp's own count
+(``predicted_ms`` over 63) stands beside it. The memory limit is the bytes of a contestant's weights over the speed at which
+a buffer of 512 MiB is read in the same turn (the faster of a sum and a product with itself). Every turn has wall and CPU time
+of all threads. With OMP_NUM_THREADS=1 the tables take CPU time, which other work on the machine cannot stretch by much; with
+more threads wall time, since threads that wait may spin. Results go to benchmarks/results/generate.json and .svg.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import decode_contestants
+import decode_llama_cpp
 import torch
-from harness import Worker, out_folder, peak_rss_bytes, provenance, save, serve, spread
+from decode_contestants import ADAPTED, FP32, HALF, LLAMA_CPP, MINISFT, PLAIN, READABLE, TRANSFORMERS, Contestant
+from harness import Worker, note, out_folder, provenance, save, save_svg, spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NEW_TOKENS = 64
 STREAMS = (1, 8)
-WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32}
-CONTESTANTS = ("transformers", "readable", "minisft")
+WEIGHTS = ("fp32", "nf4", "bf16")
+MODEL = "smollm2-135m-instruct"
+READ_NUMBERS = 2**27  # fp32: more bytes than any cache holds
+CLOCKS = ("wall", "cpu")
 QUESTIONS = (
     "Name three rivers.",
     "What is a good way to learn the names of the stars?",
@@ -38,144 +56,272 @@ QUESTIONS = (
     "Give me a short poem about rain on a tin roof, in which every line begins with another letter.",
     "How many minutes are there in a day, and how many in a week? Show how you get there.",
 )
+NAMES = {"fp32": "fp32", "bf16": "bf16", "nf4": "NF4"}
+OVER = {"fp32": PLAIN, "nf4": MINISFT}  # what an adapter beside the weights is compared with
+COLOURS = {
+    TRANSFORMERS: "#8a8a8a", READABLE: "#a6d4f2", MINISFT: "#0072b2", HALF: "#56b4e9", LLAMA_CPP: "#d55e00",
+}  # fmt: skip
 
 
-Answer = Callable[[list[list[int]], int], list[list[int]]]
+# ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def ours(folder: str, weights: str, native: bool) -> tuple[Answer, Callable[[], float]]:
-    """What continues prompts, and what tells how many seconds passed inside the native step since it was last asked."""
-    from minisft import QuantConfig, generation
-    from minisft.formats import load_model
-    from minisft.kernels import cpu_nf4
-    from minisft.native.decoder import decode_path
-
-    model = load_model(folder, dtype=WEIGHTS[weights], quant=QuantConfig() if weights == "nf4" else None)[0].eval()
-    inside = [0.0]
-    if native:
-        assert decode_path(model, max(STREAMS)).startswith("native code"), decode_path(model, max(STREAMS))
-        library = cpu_nf4.library()
-        step = library.decode_step
-
-        def timed(fields: object) -> None:
-            began = time.perf_counter()
-            step(fields)
-            inside[0] += time.perf_counter() - began
-
-        library.decode_step = timed
-    else:
-        generation.next_logits_of = lambda model, _: (
-            lambda ids, cache: model.head(model.hidden(ids[:, None], cache=cache)[:, 0])
-        )
-
-    def answer(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        return generation.generate(model, prompts, max_new_tokens=new_tokens, eos_ids=())
-
-    def taken() -> float:
-        seconds, inside[0] = inside[0], 0.0
-        return seconds
-
-    return answer, taken
+def read_bytes_per_s(numbers: torch.Tensor) -> dict[str, float]:
+    """How fast this machine reads by as many threads as the contestants have, by each clock: the best of six passes."""
+    best = dict.fromkeys(CLOCKS, 0.0)
+    for way in (lambda: numbers.sum(), lambda: torch.dot(numbers, numbers)):
+        for _ in range(3):
+            wall, cpu = time.perf_counter(), time.process_time()
+            way()
+            taken = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+            best = {clock: max(best[clock], numbers.nbytes / seconds) for clock, seconds in taken.items()}
+    return best
 
 
-def theirs(folder: str, weights: str) -> Answer:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=WEIGHTS[weights]).eval()
-
-    def answer(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        with torch.inference_mode():
-            out = model.generate(
-                input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
-        return out[:, longest:].tolist()
-
-    return answer
+def same_beginning(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens are equal before the first that differs."""
+    pairs = zip(tokens, others, strict=True)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), len(tokens))
 
 
-def measured(answer: Answer, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], float, float]:
-    """The tokens, seconds, and CPU seconds of all threads: those, other work on the machine cannot stretch by much."""
-    began, cpu = time.perf_counter(), time.process_time()
-    tokens = answer(prompts, new_tokens)
-    return tokens, time.perf_counter() - began, time.process_time() - cpu
-
-
-def worker(contestant: str, weights: str, folder: str, prompts_path: str) -> None:
-    prompts = json.loads(Path(prompts_path).read_text())
-    if contestant == "transformers":
-        answer, taken = theirs(folder, weights), lambda: 0.0
-    else:
-        answer, taken = ours(folder, weights, contestant == "minisft")
-
-    def work(command: dict) -> dict:
-        """The time of one token and of all of them, on as many streams as were asked for."""
-        chosen, num_tokens = prompts[-command["streams"] :], command["new_tokens"]
-        _, first, first_cpu = measured(answer, chosen, 1)
-        taken()
-        tokens, seconds, cpu = measured(answer, chosen, num_tokens)
-        steps = num_tokens - 1
-        return {
-            "seconds": seconds, "step_s": (seconds - first) / steps, "cpu_step_s": (cpu - first_cpu) / steps,
-            "native_s": taken() / steps, "tokens": tokens, "peak_bytes": peak_rss_bytes(),
-        }  # fmt: skip
-
-    serve({"ready": True}, work)
-
-
-def compete(weights: str, streams: int, workers: dict[str, Worker], rounds: int, new_tokens: int) -> dict:
-    """One cell: all contestants in turns, the first turn to warm up."""
-    found: dict[str, list[dict]] = {name: [] for name in workers}
-    for turn in range(rounds + 1):
-        answers = {name: process.ask(streams=streams, new_tokens=new_tokens) for name, process in workers.items()}
-        tokens = [answer.pop("tokens") for answer in answers.values()]
-        assert weights != "fp32" or all(other == tokens[0] for other in tokens), "different tokens"
-        if turn > 0:
-            for name, answer in answers.items():
-                found[name].append(answer)
-        print(f"  {weights}, {streams} streams, turn {turn}", file=sys.stderr, flush=True)
-    steps = {name: [answer["step_s"] for answer in answers] for name, answers in found.items()}
-    return {
-        "weights": weights,
-        "streams": streams,
-        "tokens_per_s": {name: spread([streams / s for s in seconds]) for name, seconds in steps.items()},
-        "step_ratio": {
-            name: spread([other / mine for other, mine in zip(seconds, steps["minisft"], strict=True)])
-            for name, seconds in steps.items()
-            if name != "minisft"
-        },
-        "cpu_ms_a_step": {name: spread([1e3 * answer["cpu_step_s"] for answer in each]) for name, each in found.items()},
-        "python_ms_a_step": spread([1e3 * (a["step_s"] - a["native_s"]) for a in found["minisft"]]),
-        "seconds": {name: [answer["seconds"] for answer in answers] for name, answers in found.items()},
-        "peak_bytes": {name: answers[-1]["peak_bytes"] for name, answers in found.items()},
-    }
-
-
-def cells(folder: Path, chosen: list[str], rounds: int, new_tokens: int) -> list[dict]:
-    found = []
-    for weights in chosen:
-        names = [name for name in CONTESTANTS if weights != "nf4" or name != "transformers"]
-        given = [weights, str(folder / "model"), str(folder / "prompts.json")]
-        workers = {name: Worker(Path(__file__), [name, *given], {}) for name in names}
-        found += [compete(weights, streams, workers, rounds, new_tokens) for streams in STREAMS]
-        for process in workers.values():
-            process.close()
+def agreement(tokens: dict[str, list[list[int]]], ends: set[int]) -> dict[str, dict[str, list[int]]]:
+    """Of each contestant, prompt by prompt: tokens equal to minisft's, of so many before an end token of minisft's."""
+    found = {}
+    for name, theirs in tokens.items():
+        mine = tokens[PLAIN] if name == ADAPTED and PLAIN in tokens else tokens[MINISFT]
+        of = [next((i for i, t in enumerate(row) if t in ends), len(row)) for row in mine]
+        same = [min(same_beginning(a, b), n) for a, b, n in zip(mine, theirs, of, strict=True)]
+        found[name] = {"same_tokens": same, "of": of}
     return found
 
 
-def describe(cell: dict) -> str:
-    speeds = ", ".join(f"{name} {found['median']:.1f}" for name, found in cell["tokens_per_s"].items())
-    ratios = ", ".join(
-        f"{found['median']:.2f} ({found['q1']:.2f} to {found['q3']:.2f}) times {name}"
-        for name, found in cell["step_ratio"].items()
-    )
-    cpu = ", ".join(f"{name} {found['median']:.1f}" for name, found in cell["cpu_ms_a_step"].items())
-    python = cell["python_ms_a_step"]["median"]
-    head = f"{cell['weights']}, {cell['streams']} streams, tokens/s: {speeds}; {ratios}"
-    return f"{head}; CPU ms a step: {cpu}; Python {python:.2f} ms a step"
+def compete(
+    weights: str, streams: int, workers: dict[Contestant, Worker], rounds: int, new_tokens: int, ends: set[int]
+) -> dict:
+    """One cell: all contestants in turns, the first turn to warm up."""
+    numbers = torch.ones(READ_NUMBERS)
+    found: dict[str, list[dict]] = {who.name: [] for who in workers}
+    reads, same = [], {}
+    for turn in range(rounds + 1):
+        answers = {who.name: process.ask(streams=streams, new_tokens=new_tokens) for who, process in workers.items()}
+        tokens = {name: answer.pop("tokens") for name, answer in answers.items()}
+        speed = read_bytes_per_s(numbers)
+        if turn == 0:
+            same = agreement(tokens, ends)
+            exact = [tokens[name] for name in (TRANSFORMERS, READABLE) if weights == "fp32" and name in tokens]
+            assert all(other == tokens[MINISFT] for other in exact), "different tokens"
+        else:
+            reads.append(speed)
+            for name, answer in answers.items():
+                found[name].append(answer)
+        note(f"{weights}, {streams} streams, turn {turn}")
+    sizes = {who.name: process.ready["weight_bytes"] for who, process in workers.items()}
+    rows = [row(who, found, reads, sizes[who.name], streams) | same[who.name] for who in workers]
+    python = spread([1e3 * (answer["step_s"] - answer["native_s"]) for answer in found[MINISFT]])
+    speeds = {clock: spread([speed[clock] for speed in reads]) for clock in CLOCKS}
+    return {
+        "weights": weights, "streams": streams, "read_bytes_per_s": speeds, "python_ms_a_step": python, "contestants": rows,
+    }  # fmt: skip
+
+
+def row(who: Contestant, found: dict[str, list[dict]], reads: list[dict], num_bytes: int, streams: int) -> dict:
+    """One contestant of a cell. ``ratio`` is its step over ours: above 1, minisft is faster."""
+    mine = found[who.name]
+    steps = {clock: seconds_of(mine, "step_s", clock) for clock in CLOCKS}
+    our_steps = {clock: seconds_of(found[MINISFT], "step_s", clock) for clock in CLOCKS}
+    limit = {clock: [num_bytes / speed[clock] for speed in reads] for clock in CLOCKS}
+    own = {"own_step_ms": spread([1e3 * a["own_step_s"] for a in mine])} if who.program == LLAMA_CPP else {}
+    return {
+        **asdict(who),
+        "weight_bytes": num_bytes,
+        "peak_bytes": mine[-1]["peak_bytes"],
+        "step_ms": {clock: spread([1e3 * s for s in steps[clock]]) for clock in CLOCKS},
+        "tokens_per_s": {clock: spread([streams / s for s in steps[clock]]) for clock in CLOCKS},
+        "ratio": {clock: ratio(steps[clock], our_steps[clock]) for clock in CLOCKS},
+        "memory_share": {clock: ratio(limit[clock], steps[clock]) for clock in CLOCKS},
+        "steps": steps,
+        "seconds": {clock: seconds_of(mine, "seconds", clock) for clock in CLOCKS},
+        **own,
+    }
+
+
+def seconds_of(answers: list[dict], what: str, clock: str) -> list[float]:
+    return [answer[what if clock == "wall" else f"cpu_{what}"] for answer in answers]
+
+
+def ratio(over: list[float], under: list[float]) -> dict[str, float]:
+    """Turn by turn."""
+    return spread([a / b for a, b in zip(over, under, strict=True)])
+
+
+def cells(folder: Path, chosen: list[str], rounds: int, new_tokens: int, ends: set[int]) -> Iterator[dict]:
+    """Each with processes of its own, so that peak memory is the cell's."""
+    llama_cpp = has_llama_cpp()
+    ggufs = {weights: gguf_of(weights, folder) if llama_cpp else None for weights in chosen}
+    for streams in STREAMS:
+        for weights in chosen:
+            everybody = decode_contestants.contestants_of(weights, streams, llama_cpp)
+            workers = {who: started(who, streams, folder, ggufs[weights]) for who in everybody}
+            yield compete(weights, streams, workers, rounds, new_tokens, ends)
+            for process in workers.values():
+                process.close()
+
+
+def has_llama_cpp() -> bool:
+    """Whether its wheel is installed; says so if it is not."""
+    if importlib.util.find_spec("xllamacpp") is not None:
+        return True
+    note("llama.cpp is left out: pip install 'minisft[llamacpp]' (Linux)")
+    return False
+
+
+def started(who: Contestant, streams: int, folder: Path, gguf: Path | None) -> Worker:
+    if who.program != LLAMA_CPP:
+        arguments = decode_contestants.command_of(who, folder / "model", folder / "prompts.json")
+        return Worker(Path(decode_contestants.__file__), arguments, {})
+    arguments = [str(gguf), str(folder / "prompts.json"), str(streams), str(torch.get_num_threads())]
+    process = Worker(Path(decode_llama_cpp.__file__), arguments, {})
+    process.ready["weight_bytes"] = gguf_bytes(Path(str(gguf)))
+    return process
+
+
+def gguf_of(weights: str, folder: Path) -> Path:
+    """An export of the same weights; beside NF4 the pretrained model's own file of 4 bits."""
+    from minisft.formats.source import resolve
+    from minisft.merging.export_gguf import export_gguf
+
+    if weights == "nf4":
+        return resolve(MODEL).path
+    return export_gguf(
+        folder / f"{weights}.gguf", str(folder / "model"), outtype={"fp32": "f32", "bf16": "bf16"}[weights], compare=False
+    ).out
+
+
+def gguf_bytes(path: Path) -> int:
+    """Bytes of the weights that a step reads: the table of embeddings only where it is the head as well."""
+    from minisft.formats.gguf_header import read_gguf
+
+    tensors = read_gguf(path).tensors
+    untied = "output.weight" in tensors
+    return sum(info.num_bytes for name, info in tensors.items() if not (untied and name == "token_embd.weight"))
+
+
+# ---- for people ------------------------------------------------------------------------------------------------------
+
+
+def contestant(found: list[dict], weights: str, streams: int, name: str) -> dict | None:
+    rows = [row for cell in found if (cell["weights"], cell["streams"]) == (weights, streams) for row in cell["contestants"]]
+    return next((row for row in rows if row["name"] == name), None)
+
+
+def targets(found: list[dict], clock: str) -> list[dict]:
+    """What was hoped for, and whether it came true; nothing where a contestant is missing."""
+    wanted = [(weights, 1, MINISFT, None, 0.7) for weights in ("fp32", "bf16")]
+    wanted += [(weights, 1, MINISFT, name, 3.0) for weights in ("fp32", "bf16") for name in (READABLE, TRANSFORMERS)]
+    wanted += [("nf4", 1, MINISFT, LLAMA_CPP, 0.9), ("nf4", 1, MINISFT, FP32, 2.5)]
+    wanted += [("nf4", 8, MINISFT, LLAMA_CPP, 1.0), ("fp32", 8, MINISFT, TRANSFORMERS, 3.0)]
+    verdicts = []
+    for weights, streams, name, peer, least in wanted:
+        mine, other = (contestant(found, weights, streams, who or name) for who in (name, peer))
+        if mine is None or other is None:
+            continue
+        value = mine["memory_share"][clock] if peer is None else other["ratio"][clock]
+        what = "share of what reading the weights allows" if peer is None else f"times as fast as {peer}"
+        met = value["median"] >= least
+        verdicts.append(verdict(f"{weights}, {plural(streams)}: {what}", value, f"{least} or more", met))
+    for weights, without in OVER.items():
+        beside = adapter_ratio(found, weights, clock)
+        if beside is not None:
+            what = f"{weights}, one stream: adapter beside the weights over {'merged' if without == PLAIN else 'none'}"
+            verdicts.append(verdict(what, beside, "1.05 or less", beside["median"] <= 1.05))
+    return verdicts
+
+
+def verdict(what: str, value: dict, wanted: str, met: bool) -> dict:
+    return {"target": what, "value": value, "wanted": wanted, "met": met}
+
+
+def adapter_ratio(found: list[dict], weights: str, clock: str) -> dict | None:
+    """Its step over that of the same weights with the adapter merged; over 4 bits alone, for merged they are dense."""
+    beside, alone = (contestant(found, weights, 1, name) for name in (ADAPTED, OVER[weights]))
+    return None if beside is None or alone is None else ratio(beside["steps"][clock], alone["steps"][clock])
+
+
+def plural(streams: int) -> str:
+    return {1: "one stream", 8: "eight streams"}.get(streams, f"{streams} streams")
+
+
+def shown(value: dict) -> str:
+    return f"{value['median']:.2f} ({value['q1']:.2f} to {value['q3']:.2f})"
+
+
+def line(cell: dict, row: dict, clock: str) -> str:
+    step, speed = row["step_ms"][clock], row["tokens_per_s"][clock]["median"]
+    text = f"{cell['weights']}, {plural(cell['streams'])}, {row['name']}: {step['median']:.1f} ms a step, {speed:.1f} tokens/s"
+    text += f", {shown(row['ratio'][clock])} of minisft's time, {row['memory_share'][clock]['median']:.2f} of memory's speed"
+    text += f", {row['peak_bytes'] / 1e9:.2f} GB, {sum(row['same_tokens'])} of {sum(row['of'])} tokens the same"
+    return text + (f"; by its own clock {row['own_step_ms']['median']:.1f} ms" if "own_step_ms" in row else "")
+
+
+def plot(found: list[dict], clock: str, path: Path) -> None:
+    """Tokens a second in one stream, with what reading the weights allows, and in eight; what an adapter costs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.5, 4), layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=(4, 4, 1.6))
+    for axes, streams in zip(panels, STREAMS, strict=False):
+        order = [cell for weights in NAMES for cell in found if (cell["weights"], cell["streams"]) == (weights, streams)]
+        _speeds(axes, order, clock)
+        axes.set_title(plural(streams), fontsize=9)
+    panels[0].set_ylabel(f"new tokens a {'CPU ' if clock == 'cpu' else ''}second")
+    _adapters(panels[2], found, clock)
+    handles = [panels[0].bar([0], [0], color=colour, label=name) for name, colour in COLOURS.items()]
+    handles += panels[0].plot([], [], color="black", linewidth=1.5, label="what reading its weights allows (one stream)")
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
+    title = "Greedy decoding, SmolLM2-135M; llama.cpp beside NF4 reads its Q4_1 file; median and quartiles"
+    figure.suptitle(title, fontsize=10)
+    save_svg(figure, path)
+
+
+def _speeds(axes: Axes, some: list[dict], clock: str) -> None:
+    for x, cell in enumerate(some):
+        rows = [row for name in COLOURS for row in cell["contestants"] if row["name"] == name]
+        for k, row in enumerate(rows):
+            speed, at, width = row["tokens_per_s"][clock], x + (k - (len(rows) - 1) / 2) * 0.19, 0.18
+            spans = [[speed["median"] - speed["q1"]], [speed["q3"] - speed["median"]]]
+            axes.bar(at, speed["median"], width, yerr=spans, color=COLOURS[row["name"]], capsize=2)
+            ink = "black" if row["name"] in (READABLE, HALF) else "white"
+            axes.text(at, 1, f"{speed['median']:.0f}", ha="center", va="bottom", fontsize=8, color=ink)
+            if cell["streams"] == 1:
+                limit = cell["read_bytes_per_s"][clock]["median"] / row["weight_bytes"]
+                axes.plot([at - width / 2, at + width / 2], [limit, limit], color="black", linewidth=1.5)
+    axes.set_xticks(range(len(some)), [NAMES[cell["weights"]] for cell in some])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.12)
+
+
+def _adapters(axes: Axes, found: list[dict], clock: str) -> None:
+    ratios = {weights: adapter_ratio(found, weights, clock) for weights in OVER}
+    known = {weights: value for weights, value in ratios.items() if value is not None}
+    for x, value in enumerate(known.values()):
+        spans = [[value["median"] - value["q1"]], [value["q3"] - value["median"]]]
+        axes.bar(x, value["median"], 0.5, yerr=spans, color=COLOURS[MINISFT], capsize=2)
+        axes.text(x, 0.5, f"{value['median']:.2f}", ha="center", va="center", fontsize=9, color="white")
+    axes.axhline(1.05, color="black", linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(len(known)), [{"fp32": "fp32,\nover merged", "nf4": "NF4,\nover none"}[weights] for weights in known])
+    axes.set_title("a step with adapter", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.12)
+
+
+def from_start_to_end(found: list[dict], clock: str, new_tokens: int) -> dict:
+    """Eight prompts in fp32, reading them included: the row of README.md."""
+    peer, mine = (contestant(found, "fp32", len(QUESTIONS), name) for name in (TRANSFORMERS, MINISFT))
+    if peer is None or mine is None:
+        return {}
+    whole = {row["name"]: row["seconds"][clock] for row in (peer, mine)}
+    speeds = {name: spread([new_tokens * len(QUESTIONS) / s for s in seconds]) for name, seconds in whole.items()}
+    return {"tokens_per_s": speeds, "speed_ratio": ratio(whole[TRANSFORMERS], whole[MINISFT])}
 
 
 def main() -> None:
@@ -185,38 +331,48 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if unknown := set(arguments.weights.split(",")) - set(WEIGHTS):
+        raise SystemExit(f"--weights: {' '.join(sorted(unknown))} is none of {' '.join(WEIGHTS)}")
+    run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure the cells that were asked for, save after each, plot and print."""
+    rounds, new_tokens = (1, 4) if arguments.quick else (arguments.rounds, NEW_TOKENS)
+    clock = "cpu" if torch.get_num_threads() == 1 else "wall"
+    result = {
+        **provenance("xllamacpp"), "threads": torch.get_num_threads(), "clock": clock, "new_tokens": new_tokens,
+        "read_bytes": 4 * READ_NUMBERS,
+    }  # fmt: skip
+    place, found = out_folder(arguments.out, arguments.quick), []
+    with tempfile.TemporaryDirectory() as name:
+        result["prompt_tokens"], ends = prepare(Path(name))
+        for cell in cells(Path(name), arguments.weights.split(","), rounds, new_tokens, ends):
+            print("\n".join(line(cell, row, clock) for row in cell["contestants"]), flush=True)
+            python, speed = cell["python_ms_a_step"]["median"], cell["read_bytes_per_s"][clock]["median"]
+            print(f"  Python {python:.2f} ms a step of minisft; reading {speed / 1e9:.1f} GB/s", flush=True)
+            found.append(cell)
+            result |= {"decoding": found, "targets": targets(found, clock), **from_start_to_end(found, clock, new_tokens)}
+            path = save("generate", result, place)
+            plot(found, clock, path.with_suffix(".svg"))  # after each cell, for a run that is cut off
+    for item in result["targets"]:
+        print(f"{'met   ' if item['met'] else 'MISSED'} {item['target']}: {shown(item['value'])}; wanted {item['wanted']}")
+    print(f"results: {path} and .svg")
+
+
+def prepare(folder: Path) -> tuple[list[int], set[int]]:
+    """The model as a folder in fp32 and the prompts as token ids: the lengths of these, and the tokens that end an answer."""
     from minisft.data.chat import encode_chat, resolve_template
     from minisft.data.messages import Message
     from minisft.formats import load_model, save_model
 
-    rounds, new_tokens = (1, 4) if arguments.quick else (arguments.rounds, NEW_TOKENS)
-    model, tokenizer = load_model("smollm2-135m-instruct")
+    model, tokenizer = load_model(MODEL)
     template = resolve_template(tokenizer)
     prompts = [encode_chat(tokenizer, template, (Message("user", q),), add_generation_prompt=True).input_ids for q in QUESTIONS]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_model(model, tokenizer, folder / "model")
-        del model
-        (folder / "prompts.json").write_text(json.dumps(prompts))
-        found = cells(folder, arguments.weights.split(","), rounds, new_tokens)
-    result = {
-        **provenance(),
-        "threads": torch.get_num_threads(),
-        "prompt_tokens": [len(p) for p in prompts],
-        "new_tokens": new_tokens,
-        "decoding": found,
-    }
-    for cell in found:
-        if (cell["weights"], cell["streams"]) == ("fp32", len(QUESTIONS)):  # from start to end, for the README
-            whole = {name: cell["seconds"][name] for name in ("transformers", "minisft")}
-            result["tokens_per_s"] = {c: spread([new_tokens * len(QUESTIONS) / s for s in whole[c]]) for c in whole}
-            result["speed_ratio"] = spread([a / b for a, b in zip(*whole.values(), strict=True)])
-        print(describe(cell))
-    save("generate", result, out_folder(arguments.out, arguments.quick))
+    save_model(model, tokenizer, folder / "model")
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    return [len(prompt) for prompt in prompts], set(tokenizer.eos_ids)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        worker(*sys.argv[2:])
-    else:
-        main()
+    main()

@@ -96,8 +96,8 @@ def bootstrap(table: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tu
     return statistic(table), float(low), float(high)
 
 
-def provenance() -> dict:
-    """Where a result comes from: the command that this process is, commit, machine, versions, date."""
+def provenance(*more: str) -> dict:
+    """Where a result comes from: the command that this process is, commit, machine, versions (of ``more`` too), date."""
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     ).stdout.strip()
@@ -113,7 +113,7 @@ def provenance() -> dict:
         "cpu_features": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags],
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],  # of the last minute: who else was at work
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in (*PACKAGES, *more)},
     }
 
 

@@ -1,0 +1,169 @@
+"""The benchmark of decoding: who takes part, what is counted, its verdicts, and one run from end to end.
+
+What it measures is not looked at here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench_generate  # noqa: E402
+from decode_contestants import (  # noqa: E402
+    ADAPTED,
+    FP32,
+    HALF,
+    LLAMA_CPP,
+    MINISFT,
+    PLAIN,
+    READABLE,
+    TRANSFORMERS,
+    Contestant,
+    contestants_of,
+)
+
+
+def answers(*steps: float) -> list[dict]:
+    """A turn for each step; CPU time is half of wall time."""
+    parts = {"native_s": 0.0, "peak_bytes": 7}
+    return [{**parts, "step_s": s, "cpu_step_s": s / 2, "seconds": 9 * s, "cpu_seconds": 9 * s / 2} for s in steps]
+
+
+def cell(weights: str, streams: int, **steps: float) -> dict:
+    """As ``compete`` makes one, of contestants by name and their steps, on a machine that reads 10 bytes a second."""
+    found = {name.replace("_", " "): answers(step) for name, step in steps.items()}
+    who = {"adapter": ADAPTED, "merged": PLAIN, "llama": LLAMA_CPP, "fp32": FP32}
+    found = {who.get(name, name): mine for name, mine in found.items()}
+    reads = [{"wall": 10.0, "cpu": 20.0}]
+    for mine in found.get(LLAMA_CPP, []):
+        mine["own_step_s"] = 1.0
+    rows = [bench_generate.row(Contestant(name, name, weights), found, reads, 70, streams) for name in found]
+    return {"weights": weights, "streams": streams, "contestants": rows}
+
+
+def test_who_takes_part_where() -> None:
+    names = {(w, s): [c.name for c in contestants_of(w, s, True)] for w in ("fp32", "bf16", "nf4") for s in (1, 8)}
+    assert names == {
+        ("fp32", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, ADAPTED, PLAIN],
+        ("fp32", 8): [TRANSFORMERS, MINISFT, LLAMA_CPP],
+        ("bf16", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP],
+        ("bf16", 8): [TRANSFORMERS, MINISFT, LLAMA_CPP],
+        ("nf4", 1): [READABLE, MINISFT, LLAMA_CPP, HALF, FP32, ADAPTED],
+        ("nf4", 8): [MINISFT, LLAMA_CPP, HALF],
+    }
+    assert LLAMA_CPP not in [c.name for c in contestants_of("nf4", 1, False)]
+
+
+def test_without_the_wheel_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not bench_generate.has_llama_cpp()
+    assert capsys.readouterr().err == "  llama.cpp is left out: pip install 'minisft[llamacpp]' (Linux)\n"
+
+
+def test_tokens_are_compared_up_to_the_first_difference_or_our_end_token() -> None:
+    mine, other = [5, 6, 7, 2, 8], [5, 6, 9, 2, 8]
+    tokens = {MINISFT: [mine, mine], LLAMA_CPP: [other, mine], ADAPTED: [mine, mine], PLAIN: [other, mine]}
+    found = bench_generate.agreement(tokens, {2})
+    assert found[MINISFT] == {"same_tokens": [3, 3], "of": [3, 3]}
+    assert found[LLAMA_CPP] == {"same_tokens": [2, 3], "of": [3, 3]}
+    assert found[ADAPTED] == {"same_tokens": [2, 3], "of": [3, 3]}  # against the merged model, which is what it should say
+    assert bench_generate.agreement(tokens, set())[LLAMA_CPP] == {"same_tokens": [2, 5], "of": [5, 5]}
+
+
+def test_a_row_pairs_turns_and_holds_the_step_to_reading_its_weights() -> None:
+    found = {MINISFT: answers(10.0, 20.0, 40.0), TRANSFORMERS: answers(40.0, 40.0, 40.0)}
+    reads = [{"wall": speed, "cpu": speed} for speed in (10.0, 10.0, 5.0)]
+    row = bench_generate.row(Contestant(TRANSFORMERS, TRANSFORMERS, "fp32"), found, reads, 200, 8)
+    assert row["ratio"]["wall"]["median"] == 2.0  # of 4, 2, 1
+    assert row["ratio"] == {"wall": row["ratio"]["wall"], "cpu": row["ratio"]["wall"]}
+    assert row["step_ms"]["cpu"]["median"] == 20_000
+    assert row["tokens_per_s"]["wall"]["median"] == 8 / 40
+    assert row["memory_share"]["wall"]["q3"] == 0.75  # of 0.5, 0.5, 1
+    assert row["memory_share"]["cpu"]["median"] == 1.0
+    assert row["seconds"]["cpu"] == [180.0] * 3
+    assert row["peak_bytes"] == 7
+
+
+def test_targets_are_met_or_missed_by_the_numbers() -> None:
+    found = [
+        cell("fp32", 1, transformers=31.0, readable=20.0, minisft=10.0, llama=8.0, adapter=10.6, merged=10.0),
+        cell("nf4", 1, readable=20.0, minisft=4.0, llama=3.7, fp32=9.0, adapter=4.1),
+        cell("nf4", 8, minisft=4.0, llama=3.7),
+        cell("fp32", 8, transformers=30.0, minisft=10.0, llama=8.0),
+    ]
+    verdicts = {v["target"]: (v["value"]["median"], v["met"]) for v in bench_generate.targets(found, "wall")}
+    assert verdicts == {
+        "fp32, one stream: share of what reading the weights allows": (0.7, True),
+        "fp32, one stream: times as fast as readable": (2.0, False),
+        "fp32, one stream: times as fast as transformers": (3.1, True),
+        "nf4, one stream: times as fast as llama.cpp": (0.925, True),
+        "nf4, one stream: times as fast as minisft, fp32": (2.25, False),
+        "nf4, eight streams: times as fast as llama.cpp": (0.925, False),
+        "fp32, eight streams: times as fast as transformers": (3.0, True),
+        "fp32, one stream: adapter beside the weights over merged": (1.06, False),
+        "nf4, one stream: adapter beside the weights over none": (4.1 / 4.0, True),
+    }
+    without = [cell("nf4", 1, readable=20.0, minisft=4.0, fp32=9.0, adapter=4.1)]
+    assert not [v for v in bench_generate.targets(without, "cpu") if "llama" in v["target"]]
+
+
+def test_reading_is_timed_by_both_clocks() -> None:
+    found = bench_generate.read_bytes_per_s(torch.ones(2**20))
+    assert set(found) == {"wall", "cpu"}
+    assert all(1e6 < speed < 1e13 for speed in found.values())
+
+
+def test_weights_of_a_gguf_file_are_counted_without_a_table_that_is_not_the_head(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from minisft.formats import gguf_header
+    from minisft.formats.gguf_header import GGUF, TensorInfo
+
+    tensors = {name: TensorInfo("F32", (1,), 0, size) for name, size in (("token_embd.weight", 100), ("blk.0.x", 20))}
+    for more, expected in (({}, 120), ({"output.weight": TensorInfo("F32", (1,), 0, 3)}, 23)):
+        header = GGUF(tmp_path, {}, tensors | more)
+        monkeypatch.setattr(gguf_header, "read_gguf", lambda _, header=header: header)
+        assert bench_generate.gguf_bytes(tmp_path) == expected
+
+
+@pytest.mark.exhaustive
+@pytest.mark.smollm2
+@pytest.mark.usefixtures("smollm2_path")
+def test_the_benchmark_runs_to_its_end_and_writes_results_and_plot(tmp_path: Path) -> None:
+    script = [sys.executable, "-W", "ignore", str(BENCHMARKS / "bench_generate.py"), "--quick", "--weights", "nf4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*script, "--out", str(tmp_path)], capture_output=True, text=True, timeout=600, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "generate.json").read_text())
+    llama_cpp = importlib.util.find_spec("xllamacpp") is not None
+    assert (result["clock"], result["threads"], result["new_tokens"]) == ("cpu", 1, 4)
+    assert bool(result["versions"]["xllamacpp"]) == llama_cpp
+    for cell in result["decoding"]:
+        rows = {row["name"]: row for row in cell["contestants"]}
+        assert list(rows) == [c.name for c in contestants_of("nf4", cell["streams"], llama_cpp)]
+        assert rows[MINISFT]["same_tokens"] == rows[MINISFT]["of"] != []
+        assert rows[MINISFT]["weight_bytes"] > rows[HALF]["weight_bytes"] > 100e6
+        assert all(len(row["same_tokens"]) == cell["streams"] for row in rows.values())
+        assert all(0 < row["seconds"][clock][0] < math.inf for row in rows.values() for clock in ("wall", "cpu"))
+        assert all(row["peak_bytes"] > row["weight_bytes"] for row in rows.values())
+        if llama_cpp:
+            assert rows[LLAMA_CPP]["own_step_ms"]["median"] > 0
+            assert rows[LLAMA_CPP]["same_tokens"] != []
+    assert [cell["streams"] for cell in result["decoding"]] == [1, 8]
+    assert (tmp_path / "generate.svg").read_text().startswith("<?xml")
+    assert "wanted 1.05 or less" in done.stdout
