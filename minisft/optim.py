@@ -75,7 +75,7 @@ class MasterAdamW:
         return math.sqrt(self._sum_of_squares())
 
     def _sum_of_squares(self) -> float:
-        """Of all gradients: fp64 over the norms of rows. One fp32 sum over a large table is too low, and an fp64 copy is large."""
+        """In fp64 over the norms of rows: one fp32 sum over a large table is too low, and an fp64 copy of it takes memory."""
         gradients = [m.grad for m in self.master_weights.values() if m.grad is not None]
         norms = [torch.linalg.vector_norm(g, dim=-1).reshape(-1) for g in gradients]
         return float(torch.cat(norms).double().square().sum()) if norms else 0.0
