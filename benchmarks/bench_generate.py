@@ -218,17 +218,18 @@ def targets(found: list[dict], clock: str) -> list[dict]:
     """What was hoped for, and whether it came true; nothing where a contestant is missing."""
     wanted = [(weights, 1, MINISFT, None, 0.7) for weights in ("fp32", "bf16")]
     wanted += [(weights, 1, MINISFT, name, 3.0) for weights in ("fp32", "bf16") for name in (READABLE, TRANSFORMERS)]
-    wanted += [("nf4", 1, MINISFT, LLAMA_CPP, 0.9), ("nf4", 1, MINISFT, FP32, 2.5)]
+    wanted += [("nf4", 1, name, peer, least) for peer, least in ((LLAMA_CPP, 0.9), (FP32, 2.5)) for name in (MINISFT, HALF)]
     wanted += [("nf4", 8, MINISFT, LLAMA_CPP, 1.0), ("fp32", 8, MINISFT, TRANSFORMERS, 3.0)]
     verdicts = []
     for weights, streams, name, peer, least in wanted:
         mine, other = (contestant(found, weights, streams, who or name) for who in (name, peer))
         if mine is None or other is None:
             continue
-        value = mine["memory_share"][clock] if peer is None else other["ratio"][clock]
+        value = mine["memory_share"][clock] if peer is None else ratio(other["steps"][clock], mine["steps"][clock])
         what = "share of what reading the weights allows" if peer is None else f"times as fast as {peer}"
         met = value["median"] >= least
-        verdicts.append(verdict(f"{weights}, {plural(streams)}: {what}", value, f"{least} or more", met))
+        which = weights + name.removeprefix(MINISFT)
+        verdicts.append(verdict(f"{which}, {plural(streams)}: {what}", value, f"{least} or more", met))
     for weights, without in OVER.items():
         beside = adapter_ratio(found, weights, clock)
         if beside is not None:

@@ -43,7 +43,7 @@ def answers(*steps: float) -> list[dict]:
 def cell(weights: str, streams: int, **steps: float) -> dict:
     """As ``compete`` makes one, of contestants by name and their steps, on a machine that reads 10 bytes a second."""
     found = {name.replace("_", " "): answers(step) for name, step in steps.items()}
-    who = {"adapter": ADAPTED, "merged": PLAIN, "llama": LLAMA_CPP, "fp32": FP32}
+    who = {"adapter": ADAPTED, "merged": PLAIN, "llama": LLAMA_CPP, "half": HALF, "fp32": FP32}
     found = {who.get(name, name): mine for name, mine in found.items()}
     reads = [{"wall": 10.0, "cpu": 20.0}]
     for mine in found.get(LLAMA_CPP, []):
@@ -100,7 +100,7 @@ def test_a_row_pairs_turns_and_holds_the_step_to_reading_its_weights() -> None:
 def test_targets_are_met_or_missed_by_the_numbers() -> None:
     found = [
         cell("fp32", 1, transformers=31.0, readable=20.0, minisft=10.0, llama=8.0, adapter=10.6, merged=10.0),
-        cell("nf4", 1, readable=20.0, minisft=4.0, llama=3.7, fp32=9.0, adapter=4.1),
+        cell("nf4", 1, readable=20.0, minisft=4.0, llama=3.7, half=3.0, fp32=9.0, adapter=4.1),
         cell("nf4", 8, minisft=4.0, llama=3.7),
         cell("fp32", 8, transformers=30.0, minisft=10.0, llama=8.0),
     ]
@@ -110,7 +110,9 @@ def test_targets_are_met_or_missed_by_the_numbers() -> None:
         "fp32, one stream: times as fast as readable": (2.0, False),
         "fp32, one stream: times as fast as transformers": (3.1, True),
         "nf4, one stream: times as fast as llama.cpp": (0.925, True),
+        "nf4, rest bf16, one stream: times as fast as llama.cpp": (3.7 / 3.0, True),
         "nf4, one stream: times as fast as minisft, fp32": (2.25, False),
+        "nf4, rest bf16, one stream: times as fast as minisft, fp32": (3.0, True),
         "nf4, eight streams: times as fast as llama.cpp": (0.925, False),
         "fp32, eight streams: times as fast as transformers": (3.0, True),
         "fp32, one stream: adapter beside the weights over merged": (1.06, False),
