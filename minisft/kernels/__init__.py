@@ -14,6 +14,6 @@
 | ``cpu_gguf.py`` ``cpu_gguf.cpp`` | stored blocks of a GGUF file to fp32, on a CPU | once, to memory |
 
 Importing this package imports no Triton. The files with kernels in them import it at their top, because ``@triton.jit``
-needs it there: import such a file inside the function that is about to launch it. Nothing here runs on a CPU, except
-under Triton's interpreter (``TRITON_INTERPRET=1``), which is how the tests prove the arithmetic without a GPU.
+needs it there: import such a file inside the function that is about to launch it. They run on a CPU only under Triton's
+interpreter (``TRITON_INTERPRET=1``), which is how the tests prove the arithmetic without a GPU.
 """

@@ -107,10 +107,7 @@ struct Worker {
 #pragma omp for schedule(static) nowait
         for (int64_t column = 0; column < out; column += COLUMNS_AT_ONCE) {
             const int count = out - column < COLUMNS_AT_ONCE ? out - column : COLUMNS_AT_ONCE;
-            float y[MAX_ROWS * COLUMNS_AT_ONCE];
-            outputs(matrix, in, s.rows, column, count, y);
-            for (int64_t row = 0; row < s.rows; ++row)
-                for (int c = 0; c < count; ++c) store(row, column + c, y[row * COLUMNS_AT_ONCE + c]);
+            outputs(matrix, in, s.rows, column, count, store);
         }
     }
 

@@ -1,8 +1,9 @@
 // Vectors of fp32 numbers, and the look-up of 4-bit codes in them: what the C++ files of this folder share.
 //
-// Vectors are GCC's and Clang's own (vector_size), so any CPU with either compiler will do; only the look-up, bf16 and the fused
-// multiply-add name instructions. One idea does most of the work: the 16 levels of a code fit in one or two vector registers, so
-// they are multiplied by the scale once a block, and a permutation then looks up 8 or 16 weights at a time.
+// Vectors are GCC's and Clang's own (vector_size), so any CPU with either compiler will do; only the look-up, the widening
+// of codes and of bf16, and the fused multiply-add name instructions. One idea does most of the work: the 16 levels of a code fit in
+// one or two vector registers, so they are multiplied by the scale once a block, and a permutation then looks up 8 or 16 weights at
+// a time.
 
 #pragma once
 #include <cstdint>

@@ -18,7 +18,7 @@ from minisft.kernels import cpu_nf4
 from minisft.nf4 import QuantizedWeight
 
 MAX_ROWS = 32  # of a 4-bit weight; at 48, decoding it once and the dense product are as fast (``benchmarks/LOG.md``)
-MAX_UPDATE_ROWS = 16  # where the update is all that is asked for
+MAX_UPDATE_ROWS = 16  # of an update, alone or added to a product; above, the BLAS has it
 # Of an fp32 weight, more rows are as fast in the BLAS; half the bytes win for longer (measured: ``benchmarks/LOG.md``).
 MAX_DENSE_ROWS = {torch.float32: 8, torch.bfloat16: 16}
 MIN_DENSE_SIZE = 2**16  # weights: a smaller layer pays more for the call than it wins

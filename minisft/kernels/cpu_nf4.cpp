@@ -3,11 +3,8 @@
 //
 // The format and its reference in PyTorch are in minisft/nf4.py: weight = levels[code] * absmax[block], the first element of a byte
 // in its high nibble. dequantize and quantize give the reference's bits, so nothing here may be reordered or fused behind our back:
-// compile with -ffp-contract=off and without -ffast-math. One idea does most of the work: the 16 levels fit in one or two
-// vector registers, so they are multiplied by the scale once a block, and a permutation then looks up 8 or 16 weights at a time.
-//
-// Vectors are GCC's and Clang's own (vector_size), so any CPU with either compiler will do; only the look-up and the fused
-// multiply-add name instructions. Little-endian machines. Python checks every size before it calls: nothing is checked here.
+// compile with -ffp-contract=off and without -ffast-math. Little-endian machines. Python checks every size before it calls:
+// nothing is checked here.
 
 #include "cpu_products.h"
 
@@ -98,11 +95,9 @@ void product(const Product& p, const Matrix& matrix, const float* x) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
     for (int64_t column = 0; column < p.out; column += COLUMNS_AT_ONCE) {
         const int count = p.out - column < COLUMNS_AT_ONCE ? int(p.out - column) : COLUMNS_AT_ONCE;
-        float y[MAX_ROWS * COLUMNS_AT_ONCE];
-        outputs(matrix, x, p.rows, column, count, y);
-        for (int64_t row = 0; row < p.rows; ++row)
-            for (int c = 0; c < count; ++c)
-                p.y[row * p.out + column + c] = y[row * COLUMNS_AT_ONCE + c] + (p.bias ? p.bias[column + c] : 0.0f);
+        outputs(matrix, x, p.rows, column, count, [&](int64_t row, int64_t j, float value) {
+            p.y[row * p.out + j] = value + (p.bias ? p.bias[j] : 0.0f);
+        });
     }
 }
 

@@ -9,7 +9,6 @@
 
 namespace {
 
-constexpr int MAX_ROWS = 32;        // rows of x in a call
 constexpr int ROWS_AT_ONCE = 8;     // those whose sums stay in registers
 constexpr int COLUMNS_AT_ONCE = 4;  // outputs that one iteration of a loop over threads computes
 constexpr int64_t AHEAD = 4096;     // bytes before a weight is read it is asked for: the hardware sees too late what comes
@@ -131,11 +130,22 @@ inline void tiles(const Matrix& matrix, const float* x, int64_t rows, int64_t co
     for (; c < count; ++c) tile<ROWS, 1>(matrix, x, column + c, y + c);
 }
 
-// y (rows, COLUMNS_AT_ONCE): `count` outputs from `column` on, COLUMNS_AT_ONCE at most, of all rows of x (rows, in).
+// y (rows, COLUMNS_AT_ONCE): `count` outputs from `column` on, COLUMNS_AT_ONCE at most, of at most ROWS_AT_ONCE rows of x.
 template <class Matrix>
-__attribute__((noinline)) void outputs(const Matrix& matrix, const float* x, int64_t rows, int64_t column, int count, float* y) {
-    for (; rows > 0; rows -= ROWS_AT_ONCE, x += ROWS_AT_ONCE * matrix.in, y += ROWS_AT_ONCE * COLUMNS_AT_ONCE)
-        tiles<ROWS_AT_ONCE>(matrix, x, rows, column, count, y);
+__attribute__((noinline)) void some_rows(const Matrix& matrix, const float* x, int64_t rows, int64_t column, int count, float* y) {
+    tiles<ROWS_AT_ONCE>(matrix, x, rows, column, count, y);
+}
+
+// Calls store(row, column, value) for these outputs of all rows of x (rows, in).
+template <class Matrix, class Store>
+inline void outputs(const Matrix& matrix, const float* x, int64_t rows, int64_t column, int count, Store store) {
+    for (int64_t first = 0; first < rows; first += ROWS_AT_ONCE) {
+        const int64_t some = rows - first < ROWS_AT_ONCE ? rows - first : ROWS_AT_ONCE;
+        float y[ROWS_AT_ONCE * COLUMNS_AT_ONCE];
+        some_rows(matrix, x + first * matrix.in, some, column, count, y);
+        for (int64_t row = 0; row < some; ++row)
+            for (int c = 0; c < count; ++c) store(first + row, column + c, y[row * COLUMNS_AT_ONCE + c]);
+    }
 }
 
 template <class Number>
