@@ -137,9 +137,11 @@ class Runner:
             self.process.stdin.write(json.dumps(asked).encode() + b"\n")
             child = self._answer()
             assert child is not None
-            status = self._answer(limit_s)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)  # the child that hangs, and whatever any child left behind
+            try:
+                status = self._answer(limit_s)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child, signal.SIGKILL)  # the child that hangs, and whatever any child left behind
             if status is None:
                 self._answer()
                 return None, ""

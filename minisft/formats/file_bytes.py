@@ -46,13 +46,13 @@ def read_into(file: BinaryIO, begin: int, out: Tensor, family: str = "model") ->
     Args:
         file: open for reading.
         begin: first byte.
-        out: contiguous, any dtype; not a scalar.
+        out: contiguous, any dtype.
         family: of the error.
 
     Raises:
         UserError: ``family/unreadable``: the file has become shorter, or cannot be read.
     """
-    view, done = out.view(torch.uint8).numpy().data, 0
+    view, done = out.view(-1).view(torch.uint8).numpy().data, 0
     try:
         while done < len(view) and (got := os.preadv(file.fileno(), [view[done:]], begin + done)):
             done += got
@@ -63,4 +63,4 @@ def read_into(file: BinaryIO, begin: int, out: Tensor, family: str = "model") ->
 
 
 def _unreadable(path: Path, family: str, found: str) -> UserError:
-    return UserError(f"{family}/unreadable", "cannot read the weights", where=visible(path), found=found)
+    return UserError(f"{family}/unreadable", "cannot read the weights", where=visible(path), found=found, fix="copy or fetch it again")
