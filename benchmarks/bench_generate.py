@@ -103,7 +103,8 @@ def compete(
     found: dict[str, list[dict]] = {who.name: [] for who in workers}
     reads, same = [], {}
     for turn in range(rounds + 1):
-        answers = {who.name: process.ask(streams=streams, new_tokens=new_tokens) for who, process in workers.items()}
+        order = list(workers.items())[:: -1 if turn % 2 else 1]  # nobody is always the last
+        answers = {who.name: process.ask(streams=streams, new_tokens=new_tokens) for who, process in order}
         tokens = {name: answer.pop("tokens") for name, answer in answers.items()}
         speed = read_bytes_per_s(numbers)
         if turn == 0:
