@@ -63,4 +63,6 @@ def read_into(file: BinaryIO, begin: int, out: Tensor, family: str = "model") ->
 
 
 def _unreadable(path: Path, family: str, found: str) -> UserError:
-    return UserError(f"{family}/unreadable", "cannot read the weights", where=visible(path), found=found, fix="copy or fetch it again")
+    return UserError(
+        f"{family}/unreadable", "cannot read the weights", where=visible(path), found=found, fix="copy or fetch it again"
+    )
