@@ -15,6 +15,7 @@ from tiny_folder import CONFIG, TIMES, digest, quiet, write_model, write_shop
 
 from minisft.common.errors import CheckpointError, DataError
 from minisft.formats import load_adapter_, load_model
+from minisft.training import grpo_run
 from minisft.training.preference import dpo, grpo
 from minisft.training.preference_config import DPOConfig, GRPOConfig
 from minisft.training.runlog import read_metrics
@@ -100,6 +101,13 @@ def test_grpo_resumed_after_any_step_ends_in_the_same_bits_and_samples(shop: Pat
     for stop in (1, 2, 3):
         out = resume_after(stop, run, tmp_path, grpo)
         assert (out / "samples.jsonl").read_text() == samples
+
+
+def test_samples_cut_within_a_letter_are_drawn_again(tmp_path: Path) -> None:
+    path, torn = tmp_path / "samples.jsonl", b'{"step": 1}\n{"step": 2}\n{"step": 3, "text": "\xc3'
+    path.write_bytes(torn)
+    assert list(grpo_run._lines_before(path, 4)) == list(grpo_run._lines_before(path, 3)) == torn.splitlines(keepends=True)[:2]
+    assert list(grpo_run._lines_before(path, 2)) == [b'{"step": 1}\n']
 
 
 def resume_after(stop: int, run: DPOConfig | GRPOConfig, tmp_path: Path, call: object) -> Path:

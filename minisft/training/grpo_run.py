@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from minisft.batching import Batch
-from minisft.common.atomic_files import disk_errors
+from minisft.common.atomic_files import disk_errors, replace_durably
 from minisft.common.errors import UserError
 from minisft.common.safe_json import JSON
 from minisft.common.seeds import derive_seed
@@ -165,8 +165,8 @@ class GRPOTrainer(Trainer[EncodedPrompt]):
             for g, answer in enumerate(scored.answers)
         ]  # fmt: skip
         with disk_errors(path):
-            if not is_going_on:
-                _truncate(path, step)
+            if not is_going_on and path.exists():
+                replace_durably(path, _lines_before(path, step))
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
@@ -250,17 +250,13 @@ def _summary(groups: Sequence[_Scored]) -> dict[str, JSON]:
     }
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Take off the samples of ``step`` and later ones: they will be drawn again."""
-    if not path.exists():
-        return
-    kept = []
-    with path.open(encoding="utf-8") as file:
+def _lines_before(path: Path, step: int) -> Iterator[bytes]:
+    """The samples before ``step``, and before one that was cut short, perhaps within a letter: later ones are drawn again."""
+    with path.open("rb") as file:
         for line in file:
             try:
                 if json.loads(line)["step"] >= step:
-                    break
+                    return
             except (ValueError, KeyError):
-                break
-            kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+                return
+            yield line
