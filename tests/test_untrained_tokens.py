@@ -49,7 +49,11 @@ def test_a_stop_whose_row_is_zero_is_named(loaded: tuple[CausalLM, Tokenizer], t
     (note,) = untrained_tokens(adapted(model), tokenizer, rows(tokenizer))
     assert "(head: <|im_end|>)" in note  # nothing teaches the model to write <|im_start|>
     assert "--template plain" in note
-    assert untrained_tokens_of(str(tmp_path / "saved"), tokenizer, rows(tokenizer)) == (note,)
+    saved = str(tmp_path / "saved")
+    assert untrained_tokens_of(saved, tokenizer, rows(tokenizer)) == (note,)
+    assert untrained_tokens_of(saved, tokenizer, rows(tokenizer), model) == (note,)
+    model.lm_head.requires_grad_(True)
+    assert untrained_tokens_of(saved, tokenizer, rows(tokenizer), model) == ()  # it is learned
 
 
 def test_tokens_that_are_alike_are_named(loaded: tuple[CausalLM, Tokenizer]) -> None:

@@ -39,7 +39,7 @@ class SFTTrainer(Trainer[Encoded]):
         """Report special tokens that the rows train and the model cannot produce; find the rows of ``--eval-metric``."""
         self.task = read_task(self.run, self.model, self.tokenizer, self.template, [row.row for row in self.data.validation])
         if self.is_sharded:  # no process has the rows to look at
-            notes = untrained_tokens_of(self.run.model, self.tokenizer, itertools.chain(*self._sets))
+            notes = untrained_tokens_of(self.run.model, self.tokenizer, itertools.chain(*self._sets), self.model)
         else:
             notes = untrained_tokens(self.model, self.tokenizer, *self._sets)
         for note in (*notes, *unused_tokens(self.tokenizer, self._sets)):

@@ -40,13 +40,16 @@ def untrained_tokens(model: CausalLM, tokenizer: Tokenizer, *sets: Iterable[Enco
     return _note(tokenizer, sets, embedding, head)
 
 
-def untrained_tokens_of(path: str, tokenizer: Tokenizer, rows: Iterable[Encoded]) -> tuple[str, ...]:
-    """Report the same for a model in its files, as LoRA without embedding and head would train it.
+def untrained_tokens_of(
+    path: str, tokenizer: Tokenizer, rows: Iterable[Encoded], model: CausalLM | None = None
+) -> tuple[str, ...]:
+    """Report the same for a model in its files.
 
     Args:
         path: the model, as ``load_tokenizer`` takes it.
         tokenizer: its tokenizer.
         rows: what would be trained on.
+        model: says what is trained, where no process has the rows to look at; by default neither embedding nor head is.
 
     Returns:
         One note, or nothing if all is well or the weights cannot be read.
@@ -58,10 +61,13 @@ def untrained_tokens_of(path: str, tokenizer: Tokenizer, rows: Iterable[Encoded]
     embedding = stored.open[EMBEDDING]()
     head = stored.open[HEAD]() if HEAD in stored.open else embedding
 
-    def row_of(weight: object) -> ReadRow:
+    def row_of(weight: object, table: nn.Module | None) -> ReadRow | None:
+        if table is not None and _is_trained(table):
+            return None
         return lambda i: read_rows(weight, i, i + 1)[0]  # type: ignore[arg-type]  # any stored weight
 
-    return _note(tokenizer, [rows], row_of(embedding), row_of(head))
+    tables = (None, None) if model is None else (model.embedding, model.lm_head)
+    return _note(tokenizer, [rows], row_of(embedding, tables[0]), row_of(head, tables[1]))
 
 
 def _frozen_rows(module: nn.Module) -> ReadRow | None:
@@ -69,9 +75,13 @@ def _frozen_rows(module: nn.Module) -> ReadRow | None:
     if isinstance(module, TrainedRows):
         return module.row
     weight = getattr(getattr(module, "base", module), "weight", None)
-    if any(parameter.requires_grad for parameter in module.parameters()) or not isinstance(weight, Tensor):
+    if _is_trained(module) or not isinstance(weight, Tensor):
         return None
     return lambda i: weight.detach()[i]
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _note(
