@@ -274,8 +274,9 @@ def test_shares_are_those_of_torch_chunk(length: int) -> None:
 
 def test_what_cannot_be_done_in_shares_is_refused() -> None:
     run = RunConfig("m", "d", "o", parallel="shard", method="full", optim="adamw8bit")
-    with pytest.raises(UserError, match=r"config/shard.*found --optim adamw8bit with --method full"):
-        check_world(run, World(0, 2, 0, 2), dry_run=False, log=print)
+    for world in (ALONE, World(0, 2, 0, 2)):  # not told to start torchrun first
+        with pytest.raises(UserError, match=r"config/shard.*found --optim adamw8bit with --method full"):
+            check_world(run, world, dry_run=False, log=print)
     with pytest.raises(UserError, match=r"config/shard.*found minisft grpo"):
         check_world(GRPOConfig("m", "d", "o", parallel="shard", reward="json"), World(0, 2, 0, 2), dry_run=False, log=print)
     with pytest.raises(UserError, match="config/one-process"):

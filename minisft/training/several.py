@@ -28,13 +28,15 @@ def check_world(run: RunConfig, world: World, dry_run: bool, log: Log) -> None:
         log: where the first process's sentences go.
 
     Raises:
-        UserError: ``config/one-process``: a dry run on several, ``--parallel shard`` on one.
+        UserError: ``config/one-process``: a dry run on several, ``--parallel shard`` on one; ``config/shard``.
     """
+    if run.parallel == "shard":
+        require_shardable(run)
     if world.size == 1:
         if run.parallel == "shard":
             raise UserError(
                 "config/one-process", "one process has nobody to share the base with", where="--parallel shard",
-                found="1 process", expected="2 or more", fix="torchrun --nproc-per-node 2 -m minisft train ...",
+                found="1 process", expected="2 or more", fix="torchrun --nproc-per-node 2 -m minisft ...",
             )  # fmt: skip
         return
     if dry_run:
@@ -42,8 +44,6 @@ def check_world(run: RunConfig, world: World, dry_run: bool, log: Log) -> None:
             "config/one-process", "a dry run has one process", where="--dry-run", found=f"{world.size} processes",
             fix="leave torchrun away; minisft plan --parallel shard --world-size N counts the bytes of several",
         )  # fmt: skip
-    if run.parallel == "shard":
-        require_shardable(run)
     threads, cores = set_threads(world), num_cores()
     log(f"{world.size} processes, {threads} {'thread' if threads == 1 else 'threads'} each ({cores} cores here)")
     if world.local_size > cores and not torch.cuda.is_available():
