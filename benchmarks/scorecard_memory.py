@@ -175,7 +175,7 @@ def merge_memory(quick: bool) -> dict[str, object]:
 
 
 def _write_base(folder: Path, size: int, shard: int) -> tuple[Path, int]:
-    """A base in bf16 of about ``size`` bytes, in shards, and an adapter over all its linears; the adapter, and how many."""
+    """A base in bf16 of about ``size`` bytes, and an adapter over all its linears; the adapter, and how many shards there are."""
     import tiny_folder
     import torch
 

@@ -174,9 +174,10 @@ def test_a_reward_without_a_number_on_one_process_leaves_those_answers_alone(
     out = tmp_path / "run"
     group = start(2, tmp_path / "printed", lambda rank: flags(shop, out, *SHORT, reward="mute"))
     assert group.wait() == [0, 0], group.errors
-    silent = [[line["reward"] is None for line in map(json.loads, (out / SAMPLES).read_text().splitlines())][-12:]]
-    assert {(any(g), all(g)) for g in (silent[0][i : i + 4] for i in (0, 4, 8))} == {(True, True), (False, False)}
-    assert all(row["frac_reward_zero_std"] <= 1 for row in losses(out))
+    silent = [line["reward"] is None for line in map(json.loads, (out / SAMPLES).read_text().splitlines())][-12:]
+    groups = [silent[i : i + 4] for i in (0, 4, 8)]
+    assert {(any(g), all(g)) for g in groups} == {(True, True), (False, False)}
+    assert losses(out)[-1]["frac_reward_zero_std"] >= sum(map(all, groups)) / 3
 
 
 def test_another_reward_on_one_process_is_refused_before_the_first_step(
