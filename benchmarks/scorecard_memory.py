@@ -175,7 +175,7 @@ def merge_memory(quick: bool) -> dict[str, object]:
 
 
 def _write_base(folder: Path, size: int, shard: int) -> tuple[Path, int]:
-    """A base in bf16 of about ``size`` bytes, and an adapter over all its linears; the adapter, and how many shards there are."""
+    """A base in bf16 of about ``size`` bytes, and an adapter over all its linears; the adapter, and how many shards."""
     import tiny_folder
     import torch
 
