@@ -30,6 +30,11 @@ def _gap(results: Results, experiment: str, a: str, b: str) -> str | None:
     return None if math.isnan(gap) else f"{gap:+.3f} ({low:+.3f} to {high:+.3f}) nats a token, {seeds} seed(s)"
 
 
+def _full_may_win(results: Results) -> str | None:
+    gaps = ((experiment, _gap(results, experiment, "full", "r16")) for experiment in ("P2", "P3"))
+    return "; ".join(f"{experiment}: {gap}" for experiment, gap in gaps if gap) or None
+
+
 def _ratio(results: Results) -> str | None:
     found = []
     for experiment in ("P2", "P3"):
@@ -69,8 +74,8 @@ LINES: tuple[tuple[str, str, Callable[[Results], str | None]], ...] = (
     ("alpha: leave it at 32; it is the rate of B", "page 04", lambda r: "a law under Adam, asserted bit for bit"),
     ("rate: search for each method, `minisft lr-find`", "P2/tune, P3/tune", _ratio),
     ("rank: by bits, not by rows, `minisft plan`", "P1/facts", _bits),
-    ("near data: LoRA; full less r 16", "P3/run", lambda r: _gap(r, "P3", "full", "r16")),
-    ("far data: full may win; full less r 16", "P2/run", lambda r: _gap(r, "P2", "full", "r16")),
+    ("near data, web text: LoRA; full less r 16", "P4/run", lambda r: _gap(r, "P4", "full", "r16")),
+    ("far data, new labels: full may win; full less r 16", "P2/run, P3/run", _full_may_win),
     ("forgetting: compare at equal learning", "P5/P2", _claim("LoRA r 16 forgets less than full at equal learning: P2")),
     ("forgetting: replay first", "P5/P2", _claim("replaying 10 % web text keeps r16")),
 )
@@ -99,7 +104,8 @@ def section(results: Results, folder: Path) -> str:
     pictures = "\n".join(f"![{name.removesuffix('.svg')}](results/{name})" for name in names)
     waiting = missing(results)
     rest = f"Without figures so far: {'; '.join(waiting)}.\n\n" if waiting else ""
-    return f"{cells}, tables by `peft_full_advice.py --write`:\n\n{tables(results)}\n{rest}{pictures}".rstrip()
+    said = advice(results).replace("](benchmarks/", "](").replace("](tutorials/", "](../tutorials/")
+    return f"{cells}, tables by `peft_full_advice.py --write`:\n\n{said}\n\n{tables(results)}\n{rest}{pictures}".rstrip()
 
 
 def written(readme: str, part: str) -> str:

@@ -558,7 +558,7 @@ shared.say(
 # ### The same questions on a pretrained model
 #
 # `benchmarks/exp_peft_full.py` asks them of SmolLM2-135M: text in a cipher, which is far from what the model knows (P2), and bank
-# messages, which are near (P3); rates tuned for each method. What stands here is read from its results file; cells that were not
+# messages in plain English with labels it has never seen (P3); rates tuned for each method. What stands here is read from its results file; cells that were not
 # run are named.
 
 # %% tags=["drawing"]
@@ -567,7 +567,7 @@ lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() els
 cells = [
     cell for cell in map(json.loads, (line for line in lines if line.endswith("}"))) if cell.get("kind") in ("tune", "run")
 ]
-far = {"P2": "P2, text in a cipher (far)", "P3": "P3, bank messages (nearer)"}
+far = {"P2": "P2, text in a cipher", "P3": "P3, labels of bank messages"}
 have = {name: [cell for cell in cells if cell["experiment"] == name] for name in far}
 panels = [name for name in far if any(cell["kind"] == "tune" and cell["curve"] for cell in have[name])]
 INK = {"r1": C["green"], "r16": C["blue"], "attention r16": C["purple"], "full-linears": C["grey"], "full": C["orange"]}
