@@ -121,7 +121,7 @@ def joined(device: str = "auto") -> Iterator[World]:
             raise
         raise told from error
     except RuntimeError as error:
-        lost = _lost(world, store) or _late(world, error)
+        lost = _lost(world, store, error)
         if lost is None:
             raise
         raise lost from error
@@ -205,11 +205,13 @@ def _is_everybodys(error: UserError, world: World, store: Store) -> bool:
     return False
 
 
-def _lost(world: World, store: Store) -> UserError | None:
-    """Why a collective failed: an error that another process reports, or one that has gone. None for neither."""
+def _lost(world: World, store: Store, cause: RuntimeError) -> UserError | None:
+    """Why a collective failed: another process's error; one that keeps the rest waiting, or has gone. None for neither."""
     with contextlib.suppress(RuntimeError):
         store.wait(["error/1"], timedelta(seconds=GRACE_S / 4))
         return _silent(UserError(**json.loads(store.get("error/1"))))
+    if "timed out" in str(cause).lower():  # before who has gone is asked: others that waited may have ended by now
+        return _told(_late(), world, store)
     gone = _gone(world, store)
     if gone is None:
         return None
@@ -224,17 +226,12 @@ def _lost(world: World, store: Store) -> UserError | None:
     return error
 
 
-def _late(world: World, error: RuntimeError) -> UserError | None:
-    """Why a collective failed though all are there: one has kept the others waiting. None for anything else."""
-    if "timed out" not in str(error).lower():
-        return None
-    late = UserError(
-        "process/late", "another process of the run does not answer", where=f"rank {world.rank} of {world.size}",
-        found=f"waited for {TIMEOUT_S / 60:g} minutes", expected="all processes to take part in each step",
+def _late() -> UserError:
+    return UserError(
+        "process/late", "another process of the run does not answer", found=f"waited for {TIMEOUT_S / 60:g} minutes",
+        expected="all processes to take part in each step",
         fix="look at what the others do (a reward that does not return, a disk); go on with --resume",
     )  # fmt: skip
-    late.reported = False
-    return late
 
 
 def _gone(world: World, store: Store) -> str | None:
