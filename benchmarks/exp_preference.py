@@ -174,14 +174,14 @@ class Lab:
         return [[tokenizer.decode([i for i in answer.ids if i not in eos]) for answer in group] for group in groups]
 
     def general_pairs(self) -> tuple[Path, Path]:
-        """The shortest pairs of the general collection, dealt by the seed: to train on, and held out."""
-        sizes, rows = self.sizes, sorted(json.loads(GENERAL.read_text()), key=lambda row: len(json.dumps(row)))
-        short = rows[: sizes.general_pairs + sizes.general_held_out]
+        """The shortest pairs of the general collection, copies once, dealt by the seed: to train on, and held out."""
+        sizes, texts = self.sizes, {json.dumps(row) for row in json.loads(GENERAL.read_text())}
+        short = sorted(texts, key=lambda text: (len(text), text))[: sizes.general_pairs + sizes.general_held_out]
         random.Random(self.seed).shuffle(short)
         held_out, rest = short[: sizes.general_held_out], short[sizes.general_held_out :]
         return (
-            write_rows(self.folder / "general.jsonl", rest[: sizes.general_pairs]),
-            write_rows(self.folder / "general_held_out.jsonl", held_out),
+            write_rows(self.folder / "general.jsonl", map(json.loads, rest)),
+            write_rows(self.folder / "general_held_out.jsonl", map(json.loads, held_out)),
         )
 
 
@@ -244,7 +244,7 @@ def _dpo(lab: Lab, out: Path, pairs: tuple[Path, Path], steps: int, **arm: objec
         shutil.copy(out / kept.name, kept)
     rows = read_metrics(out / "metrics.jsonl")
     last = next(row for row in reversed(rows) if "eval_loss" in row)
-    right, n = last["eval_rewards/accuracies"], len(pairs[1].read_text().splitlines())
+    right, n = last["eval_rewards/accuracies"], json.loads((out / "data.json").read_text())["validation"]["pairs"]
     return {
         "pairs_right": right,
         "pairs_interval": list(wilson(right, n)),
