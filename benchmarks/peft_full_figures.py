@@ -261,7 +261,7 @@ def _spectra(results: Results) -> Iterable[tuple[str, str, str]]:
 
 
 def report(path: Path, folder: Path) -> None:
-    """Draw every picture that there are results for; print and write the table and the claims."""
+    """Draw every picture that there are results for; print the table and the claims."""
     results = Results(path)
     if not results.rows:
         print(f"no results in {path}")
@@ -270,9 +270,7 @@ def report(path: Path, folder: Path) -> None:
         figure = draw(results)
         if figure is not None:
             save_svg(figure, folder / f"peft_full_{name}.svg")
-    text = tables(results)
-    (folder / "peft_full.md").write_text(text)
-    print(text)
+    print(tables(results))
 
 
 def tables(results: Results) -> str:
