@@ -29,7 +29,7 @@ START_S = 300.0  # until all processes have said that they are there
 TIMEOUT_S = 1800.0  # of one collective: longer than the slowest save or the longest imbalance
 GRACE_S = 2.0  # for the operating system to show that a process has gone, and for others to report the same error
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-COMMAND = "torchrun --nproc-per-node 2 -m minisft train ..."
+COMMAND = "torchrun --nproc-per-node 2 -m minisft ..."
 
 
 def num_processes(environment: Mapping[str, str] | None = None) -> int:

@@ -10,6 +10,7 @@ import torch
 from minisft.common.errors import UserError, visible
 from minisft.common.settings import flag_name
 from minisft.config import RunConfig
+from minisft.parallel.launch import COMMAND
 from minisft.parallel.threads import num_cores, set_threads
 from minisft.parallel.world import World, raw_bytes
 from minisft.training.preference_config import GRPOConfig
@@ -36,7 +37,7 @@ def check_world(run: RunConfig, world: World, dry_run: bool, log: Log) -> None:
         if run.parallel == "shard":
             raise UserError(
                 "config/one-process", "one process has nobody to share the base with", where="--parallel shard",
-                found="1 process", expected="2 or more", fix="torchrun --nproc-per-node 2 -m minisft ...",
+                found="1 process", expected="2 or more", fix=f"start it with {COMMAND}",
             )  # fmt: skip
         return
     if dry_run:
