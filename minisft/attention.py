@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 from minisft.common.autograd import Context
 from minisft.matmul import compute_dtype
 
-# With bf16 instructions, up to this many keys, two batched products and a softmax beat the fused CPU kernel several times
-# over; without them the fused kernel in fp32 wins at every length (benchmarks/LOG.md).
-SHORT_ROW = 512
+# Up to this many keys, batched products beat the backward of PyTorch's fused CPU kernel in bf16, at 32 keys four times over; in
+# fp32 the kernel wins at every length (benchmarks/LOG.md).
+SHORT_ROW = 128
 
 
 @dataclass(frozen=True)
@@ -114,18 +114,16 @@ class _AttentionContext(Context, Protocol):
 
 
 class _ShortAttention(torch.autograd.Function):
-    """Attention as two batched products, query heads grouped over the kv head that they share.
+    """PyTorch's fused attention, with a backward of batched products: query heads grouped over the kv head that they share.
 
     Keeps q, k and v; the (L, C) weights are computed again in backward.
     """
 
     @staticmethod
     def forward(ctx: _AttentionContext, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        q_grid, k_grid, v_grid = _grouped(q, k, v)
-        weights = _weights(q_grid, k_grid, q.shape[1], window)
         ctx.save_for_backward(q, k, v)
         ctx.window = window
-        return _ungrouped(weights.to(v_grid.dtype) @ v_grid, q.shape[1], q.dtype)
+        return _fused_attention(q, k, v, window)
 
     @staticmethod
     @once_differentiable
@@ -174,8 +172,7 @@ def _ungrouped(grouped: Tensor, L: int, dtype: torch.dtype) -> Tensor:
     return grouped.to(dtype).view(S, K, GL // L, L, E).permute(0, 3, 1, 2, 4).reshape(S, L, -1, E)
 
 
-def _long_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """The same through PyTorch's fused attention."""
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     L, C = q.shape[1], k.shape[1]
     plain = L == C and (window is None or window >= L)
     q_grid, k_grid, v_grid = (x.transpose(1, 2).to(compute_dtype(q)) for x in (q, k, v))
@@ -194,7 +191,7 @@ def _attend_grid(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """Causal attention of the last L of C tokens: q (S, L, H, E), k and v (S, C, K, E) -> (S, L, H, E)."""
     if _prefers_short(q, k.shape[1]):
         return _ShortAttention.apply(q, k, v, window)
-    return _long_attention(q, k, v, window)
+    return _fused_attention(q, k, v, window)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None = None) -> Tensor:
