@@ -2,9 +2,8 @@
 
     PYTHONPATH=OLD OMP_NUM_THREADS=1 python benchmarks/bench_step.py; PYTHONPATH=NEW OMP_NUM_THREADS=1 python ...
 
-in turns: other work on the machine slows CPU time down too, but less. SmolLM2-135M, fp32, LoRA of rank 16, 8 rows packed
-whole. The functions are timed twice, in one pass each and as PyTorch's operators. Nothing is kept; what was found stands in
-LOG.md.
+in turns: other work on the machine slows CPU time down too, but less. SmolLM2-135M, LoRA of rank 16, 8 rows packed whole.
+The functions are timed twice, in one pass each and as PyTorch's operators. Nothing is kept; what was found stands in LOG.md.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import gemm_share
 import torch
-from bench_train import BANKING77, BATCH_SIZE, RANK, Minisft, make_rows
+from bench_train import BANKING77, BATCH_SIZE, DTYPES, RANK, Minisft, make_rows
 from harness import spread
 
 NUM_TOKENS, D, WIDE, HEADS = 662, 576, 1536, 9  # of SmolLM2, and of eight rows of Banking77
@@ -36,12 +35,13 @@ def seconds(work: Callable[[], object], repeats: int) -> dict[str, float]:
     return {**spread(times), "least": min(times)}
 
 
-def functions() -> dict[str, Callable[[], object]]:
+def functions(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """What stands between the products, forward and with its backward."""
     from minisft import elementwise, matmul
 
-    x, gate, up, weight = (torch.randn(*size) for size in ((NUM_TOKENS, D), (NUM_TOKENS, WIDE), (NUM_TOKENS, WIDE), (D,)))
-    q, angle = torch.randn(NUM_TOKENS, HEADS, D // HEADS), torch.randn(NUM_TOKENS, 1, D // HEADS // 2)
+    numbers = functools.partial(torch.randn, dtype=dtype)
+    x, gate, up, weight = (numbers(*size) for size in ((NUM_TOKENS, D), (NUM_TOKENS, WIDE), (NUM_TOKENS, WIDE), (D,)))
+    q, angle = numbers(NUM_TOKENS, HEADS, D // HEADS), numbers(NUM_TOKENS, 1, D // HEADS // 2)
     found: dict[str, Callable[[], object]] = {}
     for name, function, inputs in (
         ("norm", lambda x: elementwise.rms_norm(x, weight, 1e-5), [x]),
@@ -57,7 +57,7 @@ def functions() -> dict[str, Callable[[], object]]:
     for rank in (8, 16):
         found |= {
             f"x A^T of rank {rank} over {tensor.shape[1]}": functools.partial(
-                matmul.narrow, tensor, torch.randn(rank, tensor.shape[1])
+                matmul.narrow, tensor, numbers(rank, tensor.shape[1])
             )
             for tensor in (x, up)
         }
@@ -67,23 +67,25 @@ def functions() -> dict[str, Callable[[], object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=0, help="of the share of its products; 0 for none")
     parser.add_argument("--functions", action="store_true", help="time the functions instead")
     arguments = parser.parse_args()
+    dtype = arguments.dtype
     if arguments.functions:
         from minisft.kernels import cpu_elementwise
 
         usual = cpu_elementwise.MIN_NUMBERS
-        for name, work in functions().items():
+        for name, work in functions(DTYPES[dtype]).items():
             cpu_elementwise.MIN_NUMBERS = 2**62
             plain = seconds(work, 50)["median"]
             cpu_elementwise.MIN_NUMBERS = usual
             print(f"{name:35} {1e6 * plain:6.0f} us by PyTorch, {1e6 * seconds(work, 50)['median']:6.0f} us")
         return
     with tempfile.TemporaryDirectory() as folder:
-        path = make_rows(BANKING77 if BANKING77.exists() else None, BATCH_SIZE, ["fp32"], Path(folder))
+        path = make_rows(BANKING77 if BANKING77.exists() else None, BATCH_SIZE, [dtype], Path(folder))
         data = json.loads(path.read_text())
-        trainer = Minisft(f"{folder}/fp32", "fp32", "none", "minisft packed, each row whole", data["rows"], data["pad_id"])
+        trainer = Minisft(f"{folder}/{dtype}", dtype, "none", "minisft packed, each row whole", data["rows"], data["pad_id"])
     step = functools.partial(trainer.step, 0, BATCH_SIZE)
     print("seconds of a step", seconds(step, arguments.steps))
     if arguments.rounds:

@@ -2,8 +2,8 @@
 
 Written with plain operators, autograd would keep every intermediate (the squared input, the sigmoid, the rotated half)
 until backward. Each of these is cheap to compute again, so only the inputs are kept, most of which are alive anyway. Where
-no gradient is wanted the function is called by itself: generation makes hundreds of these calls a token. Large fp32 tensors
-on a CPU go to ``kernels.cpu_elementwise``, which does in one pass over memory what the operators here do in several.
+no gradient is wanted the function is called by itself: generation makes hundreds of these calls a token. Large tensors in
+fp32 or bf16 on a CPU go to ``kernels.cpu_elementwise``, which does in one pass over memory what the operators do in several.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def _add_to_linear(rows: Tensor, weight: FrozenWeight, bias: Tensor | None, xa: 
 def narrow(x: Tensor, factor: Tensor) -> Tensor:
     """x factor^T for a factor of a few rows, where a BLAS made for large matrices is slow: (M, in), (rank, in) -> (M, rank)."""
     few = len(factor) <= cpu_elementwise.MAX_RANK and x.shape[1:] == factor.shape[1:]
-    if few and cpu_elementwise.can_use_native(x, factor):
+    if few and x.dtype == torch.float32 and cpu_elementwise.can_use_native(x, factor):
         return cpu_elementwise.narrow(x, factor)
     return x @ factor.T
 

@@ -5,52 +5,76 @@
 
 namespace {
 
+// A row's numbers are T, fp32 or bf16. They are computed with in fp32, and `rounded` where PyTorch's operators store them.
+
 // LANES numbers, and what is left of a row: so that a loop's body is written once for both.
 struct Whole {
-    Floats load(const float* from) const { return ::load<Floats>(from); }
-    void store(float* to, Floats v) const { put(to, v); }
+    template <class T>
+    Floats load(const T* from) const {
+        return widened(from);
+    }
+    template <class T>
+    void store(T* to, Floats v) const {
+        put(to, v);
+    }
 };
 struct Rest {
-    int64_t bytes;
-    Floats load(const float* from) const { return load_some<Floats>(from, bytes); }
-    void store(float* to, Floats v) const { memcpy(to, &v, bytes); }
+    int64_t count;
+    template <class T>
+    Floats load(const T* from) const {
+        T whole[LANES] = {};
+        memcpy(whole, from, sizeof(T) * count);
+        return widened(whole);
+    }
+    template <class T>
+    void store(T* to, Floats v) const {
+        T whole[LANES];
+        put(whole, v);
+        memcpy(to, whole, sizeof(T) * count);
+    }
 };
+
 
 // Calls each(k, lanes) for k = 0, LANES, ... < length.
 template <class Each>
 inline void vectors(int64_t length, Each each) {
     int64_t k = 0;
     for (; k + LANES <= length; k += LANES) each(k, Whole{});
-    if (k < length) each(k, Rest{4 * (length - k)});
+    if (k < length) each(k, Rest{length - k});
 }
 
 // y = weight * (x rstd) with rstd = 1 / sqrt(mean(x^2) + eps), which it returns; y may be x.
-inline float norm_row(const float* x, const float* weight, int64_t size, float eps, float* y) {
+template <class T>
+inline float norm_row(const T* x, const T* weight, int64_t size, float eps, T* y) {
     Floats squares = {};
     vectors(size, [&](int64_t k, auto lanes) {
         const Floats numbers = lanes.load(x + k);
         squares = multiply_add(numbers, numbers, squares);
     });
     const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / float(size) + eps);
-    vectors(size, [&](int64_t k, auto lanes) { lanes.store(y + k, lanes.load(weight + k) * (lanes.load(x + k) * rstd)); });
+    vectors(size, [&](int64_t k, auto lanes) {
+        lanes.store(y + k, lanes.load(weight + k) * rounded<T>(lanes.load(x + k) * rstd));
+    });
     return rstd;
 }
 
 // y = silu(gate) up; y may be either.
-inline void gate_row(const float* gate, const float* up, int64_t length, float* y) {
+template <class T>
+inline void gate_row(const T* gate, const T* up, int64_t length, T* y) {
     vectors(length, [&](int64_t k, auto lanes) {
         const Floats g = lanes.load(gate + k);
-        lanes.store(y + k, g / (exponential(-g) + 1.0f) * lanes.load(up + k));
+        lanes.store(y + k, rounded<T>(g / (exponential(-g) + 1.0f)) * lanes.load(up + k));
     });
 }
 
 // y: each pair (x_i, x_{i + half}) turned by its angle; turn is 1, or -1 to turn back. y may be x.
-inline void turn_row(const float* x, const float* cos, const float* sin, int64_t half, float turn, float* y) {
+template <class T>
+inline void turn_row(const T* x, const T* cos, const T* sin, int64_t half, float turn, T* y) {
     vectors(half, [&](int64_t i, auto lanes) {
         const Floats a = lanes.load(x + i), b = lanes.load(x + half + i);
         const Floats c = lanes.load(cos + i), s = lanes.load(sin + i) * turn;
-        lanes.store(y + i, a * c - b * s);
-        lanes.store(y + half + i, b * c + a * s);
+        lanes.store(y + i, rounded<T>(a * c) - b * s);
+        lanes.store(y + half + i, rounded<T>(b * c) + a * s);
     });
 }
 

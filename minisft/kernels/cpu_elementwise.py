@@ -1,7 +1,8 @@
 """Norms, SwiGLU, RoPE and LoRA's narrow products on a CPU, by ``cpu_elementwise.cpp``: one pass over memory each.
 
-All of it is fp32 and without gradients. ``elementwise.py`` and ``matmul.py`` hold the same in PyTorch; they ask
-``can_use_native`` who computes. Sums are added in another order and e^x comes from another series, so the bits differ.
+All of it is in fp32 or bf16 (``narrow``: fp32) and without gradients. ``elementwise.py`` and ``matmul.py`` hold the same in
+PyTorch; they ask ``can_use_native`` who computes. bf16 is computed with in fp32 and rounded where PyTorch's operators round.
+Sums are added in another order and e^x comes from another series, so the bits differ.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from minisft.kernels import cpu_nf4
 MIN_NUMBERS = 2**13  # of a tensor; for fewer, asking takes longer than PyTorch's SwiGLU or narrow product
 MAX_RANK = 16  # columns of a narrow product; at 32, the BLAS is faster (measured: ``benchmarks/LOG.md``)
 
-# The parameters of each function: pointers to fp32, sizes, a float, the number of threads.
+# The parameters of each function: pointers, sizes, a float, the number of threads.
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _PARAMETERS = {
     "rms_norm": "ppppnnft",
     "rms_norm_backward": "pppppnnt",
@@ -36,21 +38,21 @@ def can_use_native(first: Tensor, *others: Tensor) -> bool:
         others: what else it reads.
 
     Returns:
-        whether all are fp32, on the CPU and without gaps.
+        whether all are fp32, or all bf16, on the CPU and without gaps.
     """
     if first.numel() < MIN_NUMBERS or not first.is_cpu or torch.compiler.is_compiling():
         return False
-    plain = all(t.dtype == torch.float32 and cpu_nf4.has_numbers(t) for t in (first, *others))
-    return plain and cpu_nf4.library() is not None
+    plain = all(t.dtype == first.dtype and cpu_nf4.has_numbers(t) for t in (first, *others))
+    return plain and first.dtype in _DTYPES and cpu_nf4.library() is not None
 
 
-def _call(name: str, *arguments: Tensor | int | float) -> None:
+def _call(name: str, first: Tensor, *others: Tensor | int | float) -> None:
     library = cpu_nf4.library()
     assert library is not None, "ask can_use_native first"
-    function = getattr(library, name)
+    function = getattr(library, f"{name}_{_DTYPES[first.dtype]}")
     if function.argtypes is None:
         function.argtypes = [_TYPES[letter] for letter in _PARAMETERS[name]]
-    function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), torch.get_num_threads())
+    function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in (first, *others)), torch.get_num_threads())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -62,9 +64,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         eps: added to the mean square.
 
     Returns:
-        y, (..., D), and rstd, (..., 1).
+        y, (..., D), and rstd, (..., 1) in fp32.
     """
-    y, rstd = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+    y, rstd = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     _call("rms_norm", x, weight, y, rstd, rstd.numel(), weight.numel(), eps)
     return y, rstd
 
@@ -96,7 +98,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     """The gradients of ``swiglu`` for gate and up: grad up silu'(gate), and grad silu(gate).
 
     Args:
-        grad, gate, up: fp32, contiguous, of one shape.
+        grad, gate, up: of one shape.
 
     Returns:
         Two tensors of that shape.

@@ -179,11 +179,27 @@ inline Floats widened(const uint16_t* bf16) {
 
 inline void put(float* out, Floats v) { memcpy(out, &v, sizeof v); }
 
-inline void put(uint16_t* out, Floats v) {  // bfloat16: to nearest, ties to even; a NaN becomes PyTorch's
-    const Words bits = (Words)v, is_nan = (Words)(v != v);
-    const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const Halves halves = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Halves);
+// bfloat16 in the upper halves: to nearest, ties to even; a NaN becomes PyTorch's. The lower halves hold anything.
+inline Words bf16_words(Floats v) {
+    const Words bits = (Words)v;
+    return v == v ? bits + 0x7fff + (bits >> 16 & 1) : Words{} + 0x7fc00000;
+}
+
+inline void put(uint16_t* out, Floats v) {
+    const Halves halves = __builtin_convertvector(bf16_words(v) >> 16, Halves);
     memcpy(out, &halves, sizeof halves);
+}
+
+// What is left of v where it is stored as T and read again.
+template <class T>
+inline Floats rounded(Floats v);
+template <>
+inline Floats rounded<float>(Floats v) {
+    return v;
+}
+template <>
+inline Floats rounded<uint16_t>(Floats v) {
+    return (Floats)(bf16_words(v) & 0xffff0000);
 }
 
 }  // namespace

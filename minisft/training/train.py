@@ -123,7 +123,7 @@ def run_training(
             world.require_same_start({"the newest checkpoint": str(saved and saved.step).encode()})
         model, tokenizer = _load(run, device, world)
         _check_quantized(run, model, log)
-        if device.type == "cpu" and (run.dtype == "fp32" or nf4_modules(model)):  # what the native code computes
+        if device.type == "cpu":
             log(f"arithmetic on this CPU: {cpu_nf4.path()}")
         tokenizer = with_new_tokens_(run, model, tokenizer, log)
         run = replace(_with_init_adapter(run, model, log), max_length=min(run.max_length, model.config.max_position_embeddings))
