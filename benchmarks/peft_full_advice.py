@@ -22,26 +22,31 @@ from peft_full_figures import Results, claims, difference, tables
 FILE = "benchmarks/results/peft_full.jsonl"
 PAGE = "tutorials/04_rank_alpha_targets_rate.ipynb"
 NOT_RUN = "not run yet"
+TEXTS = {"P2": "cipher text", "P3": "bank messages"}
 MARKS = re.compile(r"(<!-- peft_full -->\n)(.*?)(\n<!-- end of peft_full -->)", re.DOTALL)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _gap(results: Results, experiment: str, a: str, b: str) -> str | None:
     gap, low, high, seeds = difference(results, experiment, a, b)
-    return None if math.isnan(gap) else f"{gap:+.3f} ({low:+.3f} to {high:+.3f}) nats a token, {seeds} seed(s)"
+    return None if math.isnan(gap) else f"{gap:+.3f} ({low:+.3f} to {high:+.3f}) nats a token, {_counted(seeds, 'seed')}"
 
 
 def _full_may_win(results: Results) -> str | None:
-    gaps = ((experiment, _gap(results, experiment, "full", "r16")) for experiment in ("P2", "P3"))
-    return "; ".join(f"{experiment}: {gap}" for experiment, gap in gaps if gap) or None
+    gaps = ((text, _gap(results, experiment, "full", "r16")) for experiment, text in TEXTS.items())
+    return "; ".join(f"{text} {gap}" for text, gap in gaps if gap) or None
 
 
 def _ratio(results: Results) -> str | None:
     found = []
-    for experiment in ("P2", "P3"):
+    for experiment, text in TEXTS.items():
         tuned = {row["arm"]: row["lr"] for row in results.of(experiment, "tune")}
         if {"r16", "full"} <= tuned.keys():
-            found.append(f"{experiment}: {tuned['r16']:g} against {tuned['full']:g}")
-    return "; ".join(found) + " (one seed)" if found else None
+            found.append(f"{text}: {tuned['r16']:g} for r 16, {tuned['full']:g} for full")
+    return "; ".join(found) + "; one seed" if found else None
 
 
 def _bits(results: Results) -> str | None:
@@ -50,7 +55,10 @@ def _bits(results: Results) -> str | None:
         for row in results.of("P1", "facts")
         if not row["arm"].startswith("full") and row["entropy"] > 2 * row["trained"]
     ]
-    return f"{statistics.median(crowded):.2f} bits a parameter recalled, {len(crowded)} run(s)" if crowded else None
+    if not crowded:
+        return None
+    bits, runs = f"{statistics.median(crowded):.2f} bits a parameter", _counted(len(crowded), "run")
+    return f"adapters too small for their facts recalled {bits}, {runs}"
 
 
 @functools.cache
@@ -76,8 +84,12 @@ LINES: tuple[tuple[str, str, Callable[[Results], str | None]], ...] = (
     ("rank: by bits, not by rows, `minisft plan`", "P1/facts", _bits),
     ("near data, web text: LoRA; full less r 16", "P4/run", lambda r: _gap(r, "P4", "full", "r16")),
     ("far data, new labels: full may win; full less r 16", "P2/run, P3/run", _full_may_win),
-    ("forgetting: compare at equal learning", "P5/P2", _claim("LoRA r 16 forgets less than full at equal learning: P2")),
-    ("forgetting: replay first", "P5/P2", _claim("replaying 10 % web text keeps r16")),
+    (
+        "forgetting: compare at equal learning; LoRA forgets less",
+        "P5/P2",
+        _claim("LoRA r 16 forgets less than full at equal learning: P2"),
+    ),
+    ("forgetting: replay 10 % of general text", "P5/P2", _claim("replaying 10 % web text keeps r16")),
 )
 
 

@@ -227,14 +227,15 @@ def _forgetting(results: Results) -> Iterable[tuple[str, str, str]]:
         table = _equal_pairs(runs["r16"], runs["full"])
         if len(table):
             gap, low, high = bootstrap(table, lambda t: float((t[..., 0] - t[..., 1]).mean()))
-            words = f"web bits a byte at the best loss both reach: {gap:+.4f} ({low:+.4f} to {high:+.4f}), {len(table)} seeds"
+            gap_words = f"{gap:+.4f} ({low:+.4f} to {high:+.4f}), {len(table)} seeds"
+            words = f"r 16 less full, web bits a byte at the best loss both reach: {gap_words}"
             yield f"LoRA r 16 forgets less than full at equal learning: {of}", verdict(low, high, len(table)), words
     for arm in ("r16", "full"):
         plain, cured = (results.of("P5", "forgetting", name, "P2") for name in (arm, f"{arm}, replay"))
         if plain and cured:
             a, b = (rows[0]["points"][-1] for rows in (cured, plain))
             gaps = float(np.mean(np.array(a["web"]) - np.array(b["web"]))), a["test"]["loss"] - b["test"]["loss"]
-            words = f"with replay: web {gaps[0]:+.4f} bits a byte, test loss {gaps[1]:+.4f}, one seed"
+            words = f"{arm}, replay less none: web {gaps[0]:+.4f} bits a byte, test loss {gaps[1]:+.4f}, one seed"
             yield f"replaying 10 % web text keeps {arm} from forgetting: P2", "not shown here", words
 
 

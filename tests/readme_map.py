@@ -179,10 +179,19 @@ def results() -> str:
     return "\n".join(["| what | against | result | from |", "|---|---|---|---|", *lines])
 
 
+def advice() -> str:
+    """What the runs of ``exp_peft_full`` say on rank, targets and rate: at most eight rows."""
+    sys.path.insert(0, str(RESULTS.parent))
+    from peft_full_advice import advice as table
+    from peft_full_figures import Results
+
+    return table(Results(RESULTS / "peft_full.jsonl"))
+
+
 # ---- writing and comparing -------------------------------------------------------------------------------------------
 
 PARTS = {
-    README: {"reading list": reading_list, "tree": tree, "results": results},
+    README: {"reading list": reading_list, "tree": tree, "results": results, "advice": advice},
     CONTRIBUTING: {"levels": levels},
 }
 

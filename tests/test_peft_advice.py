@@ -58,9 +58,9 @@ def test_figures_are_those_of_the_cells(tmp_path: Path, monkeypatch: pytest.Monk
     )  # fmt: skip
     by_line = dict(zip([what for what, _, _ in LINES], advice(found).splitlines()[2:], strict=True))
     far = next(line for what, line in by_line.items() if what.startswith("far data"))
-    assert "-0.500 (-0.500 to -0.500) nats a token, 3 seed(s)" in far
-    assert any("P3: 0.003 against 0.0001 (one seed)" in line for line in by_line.values())
-    assert any("1.50 bits a parameter recalled, 1 run(s)" in line for line in by_line.values())
+    assert "-0.500 (-0.500 to -0.500) nats a token, 3 seeds" in far
+    assert any("bank messages: 0.003 for r 16, 0.0001 for full; one seed" in line for line in by_line.values())
+    assert any("recalled 1.50 bits a parameter, 1 run" in line for line in by_line.values())
     assert sum(NOT_RUN in line for line in by_line.values()) == len(LINES) - 4
     text = section(found, tmp_path)
     assert "full learns more than LoRA r 16: cipher text, far | held |" in text

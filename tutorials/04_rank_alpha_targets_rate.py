@@ -558,14 +558,16 @@ shared.say(
 # ### The same questions on a pretrained model
 #
 # `benchmarks/exp_peft_full.py` asks them of SmolLM2-135M: text in a cipher, which is far from what the model knows (P2), and bank
-# messages in plain English with labels it has never seen (P3); rates tuned for each method. What stands here is read from its results file; cells that were not
-# run are named.
+# messages in plain English with labels it has never seen (P3); rates tuned for each method. What stands here is read from its
+# results file; cells that were not run are named.
 
 # %% tags=["drawing"]
 RESULTS = shared.FOLDER.parent / "benchmarks" / "results" / "peft_full.jsonl"
 lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
 cells = [
-    cell for cell in map(json.loads, (line for line in lines if line.endswith("}"))) if cell.get("kind") in ("tune", "run")
+    cell
+    for cell in map(json.loads, (line for line in lines if line.endswith("}")))
+    if cell.get("kind") in ("tune", "run", "forgetting")
 ]
 far = {"P2": "P2, text in a cipher", "P3": "P3, labels of bank messages"}
 have = {name: [cell for cell in cells if cell["experiment"] == name] for name in far}
@@ -595,6 +597,23 @@ if rows:
         "| | method | rate | seeds | test loss | base |\n|---|---|---|---|---|---|\n"
         + "\n".join(rows)
         + "\n\nA model of 135 million parameters; nothing here says anything about larger ones."
+    )
+forgot = {name: [cell for cell in cells if cell["kind"] == "forgetting" and cell["of"] == name] for name in far}
+panels = [name for name in far if forgot[name]]
+if panels:
+    fig, axes = shared.figure(width=7.4, height=3.4, columns=len(panels))
+    for ax, name in zip([axes] if len(panels) == 1 else axes, panels, strict=True):
+        for arm in ("r16", "full"):
+            for cell in (cell for cell in forgot[name] if cell["arm"] == arm):
+                curve = [(point["test"]["loss"], statistics.mean(point["web"])) for point in cell["points"]]
+                ax.plot(*zip(*curve, strict=True), "o-", color=INK[arm], label=None if cell["seed"] else arm, markersize=4)
+        ax.set(xlabel="loss on test rows", ylabel="bits a byte of web text", title=far[name])
+        ax.invert_xaxis()
+        ax.legend(fontsize=8)
+    shared.show(
+        fig,
+        "forgotten",
+        "Further right is learned more, further up is forgotten more: each run's update at scales from 0 to 1.",
     )
 missing = [far[name] for name in far if not any(cell["kind"] == "run" for cell in have[name])]
 if missing:
