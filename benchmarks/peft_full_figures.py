@@ -58,7 +58,11 @@ def paired(first: dict[int, np.ndarray], second: dict[int, np.ndarray]) -> np.nd
 
 def difference(results: Results, experiment: str, a: str, b: str) -> tuple[float, float, float, int]:
     """Mean test loss of arm a less that of arm b, its interval, and the seeds."""
-    table = paired(results.losses(experiment, a), results.losses(experiment, b))
+    return _mean_gap(paired(results.losses(experiment, a), results.losses(experiment, b)))
+
+
+def _mean_gap(table: np.ndarray) -> tuple[float, float, float, int]:
+    """Of a ``paired`` table: the first less the second, its interval, and the seeds."""
     if not len(table):
         return math.nan, math.nan, math.nan, 0
     return *bootstrap(table, lambda t: float((t[..., 0] - t[..., 1]).mean())), len(table)
@@ -213,6 +217,11 @@ def _equal_pairs(first: Sequence[Result], second: Sequence[Result]) -> np.ndarra
     return paired(found[0], found[1])
 
 
+def forgotten_more(results: Results, of: str, a: str, b: str) -> tuple[float, float, float, int]:
+    """Bits a byte of web text that arm a has lost more than arm b at the best test loss that both reach; interval, seeds."""
+    return _mean_gap(_equal_pairs(*(results.of("P5", "forgetting", arm, of) for arm in (a, b))))
+
+
 def _forgetting(results: Results) -> Iterable[tuple[str, str, str]]:
     for of in ("P2", "P3"):
         runs = {arm: results.of("P5", "forgetting", arm, of) for arm in ("r16", "full")}
@@ -224,19 +233,22 @@ def _forgetting(results: Results) -> Iterable[tuple[str, str, str]]:
             gap, low, high = bootstrap(table, lambda t: float((t[..., 0] - t[..., 1]).mean()))
             words = f"web bits a byte, r 16 less full: {gap:+.4f} ({low:+.4f} to {high:+.4f}), {len(table)} seeds"
             yield f"LoRA r 16 forgets less than full at equal steps: {of}", verdict(low, high, len(table)), words
-        table = _equal_pairs(runs["r16"], runs["full"])
-        if len(table):
-            gap, low, high = bootstrap(table, lambda t: float((t[..., 0] - t[..., 1]).mean()))
-            gap_words = f"{gap:+.4f} ({low:+.4f} to {high:+.4f}), {len(table)} seeds"
-            words = f"r 16 less full, web bits a byte at the best loss both reach: {gap_words}"
-            yield f"LoRA r 16 forgets less than full at equal learning: {of}", verdict(low, high, len(table)), words
-    for arm in ("r16", "full"):
-        plain, cured = (results.of("P5", "forgetting", name, "P2") for name in (arm, f"{arm}, replay"))
-        if plain and cured:
+        gap, low, high, seeds = forgotten_more(results, of, "r16", "full")
+        if seeds:
+            words = f"web bits a byte at the best loss both reach: {gap:+.4f} ({low:+.4f} to {high:+.4f}), {seeds} seeds"
+            yield f"LoRA r 16 forgets less than full at equal learning: {of}", verdict(low, high, seeds), words
+    for arm, cure in (("r16", "replay"), ("full", "replay"), ("full", "lower rate")):
+        plain, cured = (results.of("P5", "forgetting", name, "P2") for name in (arm, f"{arm}, {cure}"))
+        gap, low, high, seeds = forgotten_more(results, "P2", f"{arm}, {cure}", arm)
+        if seeds:
             a, b = (rows[0]["points"][-1] for rows in (cured, plain))
-            gaps = float(np.mean(np.array(a["web"]) - np.array(b["web"]))), a["test"]["loss"] - b["test"]["loss"]
-            words = f"{arm}, replay less none: web {gaps[0]:+.4f} bits a byte, test loss {gaps[1]:+.4f}, one seed"
-            yield f"replaying 10 % web text keeps {arm} from forgetting: P2", "not shown here", words
+            at_end = float(np.mean(np.array(a["web"]) - np.array(b["web"]))), a["test"]["loss"] - b["test"]["loss"]
+            words = (
+                f"web bits a byte at the best loss both reach: {gap:+.4f} ({low:+.4f} to {high:+.4f}, over texts); at the end "
+                f"{at_end[0]:+.4f}, test loss {at_end[1]:+.4f}; one seed"
+            )
+            what = {"replay": "replaying 10 % web text", "lower rate": "a third of the rate"}[cure]
+            yield f"{what} keeps {arm} from forgetting: P2", "not shown here", words
 
 
 def _spectra(results: Results) -> Iterable[tuple[str, str, str]]:

@@ -116,7 +116,7 @@ class _AttentionContext(Context, Protocol):
 class _ShortAttention(torch.autograd.Function):
     """PyTorch's fused attention, with a backward of batched products: query heads grouped over the kv head that they share.
 
-    Keeps q, k and v; the (L, C) weights are computed again in backward.
+    Keeps q, k and v; the (L, C) weights are computed in backward.
     """
 
     @staticmethod

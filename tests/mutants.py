@@ -32,7 +32,7 @@ from typing import Self
 import forking
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("minisft", "tests", "pyproject.toml")
+PARTS = ("minisft", "tests", "benchmarks", "pyproject.toml")
 AT_ONCE = 2
 MUTANT_LIMIT_S, CLEAN_LIMIT_S = 240.0, 900.0
 PASSED, FAILED = 0, 1  # pytest's exit statuses

@@ -1,11 +1,11 @@
-"""The parts of README.md and CONTRIBUTING.md that say what lies where, and README's results: written from the files themselves.
+"""What README.md and CONTRIBUTING.md say lies where, and README's results and advice: written from the files themselves.
 
     python tests/readme_map.py            # say which parts are out of date
     python tests/readme_map.py --write    # bring them up to date
 
 A new flat file, or a new folder, needs an entry in ``WHAT``. Numbers of lines are rounded, and the test that compares
 (``test_readme.py``) lets them be off by a tenth, so that a small edit of a module does not ask for one of README. Every number
-in the results table is read from ``benchmarks/results``.
+of the results and of the advice is read from ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from test_architecture import FLAT, FRONT, LEVELS, PACKAGE, ROOT
 
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(RESULTS.parent))
 
 # What happens in each flat file and in each folder, in a few words.
 WHAT = {
@@ -181,7 +182,6 @@ def results() -> str:
 
 def advice() -> str:
     """What the runs of ``exp_peft_full`` say on rank, targets and rate: at most eight rows."""
-    sys.path.insert(0, str(RESULTS.parent))
     from peft_full_advice import advice as table
     from peft_full_figures import Results
 

@@ -57,7 +57,7 @@ def naive(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, window: int | No
 
 @contextmanager
 def path(name: str) -> Iterator[None]:
-    """Take the short path, or the one through PyTorch's fused attention."""
+    """Backward by batched products, or by PyTorch's fused attention."""
     with mock.patch.object(attention, "_prefers_short", return_value=name == "short"):
         yield
 
@@ -221,3 +221,15 @@ def test_cached_attention(dtype, tolerance, fast_bf16, heads, filled, new, windo
         keys, values = (x[b, :, :total].transpose(0, 1).double() for x in (k, v))
         expected = naive(whole_q, keys, values, torch.ones(1, total, dtype=torch.int64), window)
         assert_close(out[b], expected[length:], tolerance)
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype", "fast_bf16", "short"),
+    [(128, torch.bfloat16, True, True), (129, torch.bfloat16, True, False), (128, torch.bfloat16, False, False),
+     (128, torch.float32, True, False)],
+)  # fmt: skip
+def test_who_computes_the_backward(keys: int, dtype: torch.dtype, fast_bf16: bool, short: bool) -> None:
+    """Batched products where they are faster (benchmarks/LOG.md): rows of up to 128 keys that are multiplied in bf16."""
+    q = randn(keys, 1, 4, seed=0).to(dtype).requires_grad_()
+    with mock.patch.object(matmul, "_cpu_multiplies_bf16", return_value=fast_bf16):
+        assert attention._prefers_short(q[None], keys) is short

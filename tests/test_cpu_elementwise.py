@@ -81,9 +81,10 @@ def test_swiglu(rows: int, size: int, dtype: torch.dtype, scale: float, count: i
     assert_within(grad_gate, d * u * (s + g * s * (1 - s)), (d * u).abs() * (s + (g * s).abs()), 14, stored=2)
 
 
-def test_swiglu_of_extreme_gates() -> None:
-    gate = torch.tensor([-3e38, -200.0, -89.0, -0.0, 0.0, 89.0, 3e38, float("nan")]).requires_grad_()
-    up = torch.ones(8)
+@pytest.mark.parametrize("dtype", STORED)
+def test_swiglu_of_extreme_gates(dtype: torch.dtype) -> None:
+    gate = torch.tensor([-3e38, -200.0, -89.0, -0.0, 0.0, 89.0, 3e38, float("nan")], dtype=dtype).requires_grad_()
+    up = torch.ones(8, dtype=dtype)
     y, grad = gradients(swiglu(gate, up), up, gate)
     assert y[1:3].abs().max() <= 2e-36  # e^-89 and less: the exponent ends at 88
     assert (y[3:5].tolist(), y[5:7].tolist()) == ([0.0, 0.0], gate[5:7].tolist())
@@ -133,12 +134,32 @@ def test_an_adapter_multiplies_by_it_both_ways(monkeypatch: pytest.MonkeyPatch) 
         assert float((a - b).abs().max() / b.abs().max()) < 1e-6
 
 
-def test_bits_depend_on_neither_threads_nor_other_rows() -> None:
-    x, gate, weight, factor = fp32(700, 36, seed=0), fp32(700, 36, seed=1), fp32(36, seed=2), fp32(5, 36, seed=3)
+def test_bf16_is_rounded_where_pytorchs_operators_store_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each bit but a few where e^x or a sum lies beside the middle of two numbers; one rounding less moves a fifth of them."""
+    x, gate, up, angle, weight = drawn(torch.bfloat16, 0, (64, 3, 64), (64, 192), (64, 192), (64, 1, 32), (192,))
+    functions = {
+        "rms_norm": (lambda gate: rms_norm(gate, weight, 1e-5), [gate]),
+        "swiglu": (swiglu, [gate, up]),
+        "rotate": (lambda x: rotate(x, angle.cos(), angle.sin()), [x]),
+    }
+    for name, (function, inputs) in functions.items():
+        found = []
+        for least in (1, 2**62):
+            monkeypatch.setattr(cpu_elementwise, "MIN_NUMBERS", least)
+            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+            y = function(*leaves)
+            found.append(gradients(y, torch.linspace(-2, 2, y.numel()).view(y.shape).bfloat16(), *leaves))
+        for ours, theirs in zip(*found, strict=True):
+            assert float((ours != theirs).float().mean()) <= (0.0 if name == "rotate" else 0.001), name
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_bits_depend_on_neither_threads_nor_other_rows(dtype: torch.dtype) -> None:
+    x, gate, weight, factor = drawn(dtype, 0, (700, 36), (700, 36), (36,), (5, 36))
     functions = {
         "rms_norm": lambda rows: rms_norm(x[rows], weight, 1e-5),
         "swiglu": lambda rows: swiglu(gate[rows], x[rows]),
-        "narrow": lambda rows: matmul.narrow(x[rows], factor),
+        "narrow": lambda rows: matmul.narrow(x[rows].float(), factor.float()),
     }
     for name, function in functions.items():
         with threads(1):

@@ -58,13 +58,31 @@ def test_figures_are_those_of_the_cells(tmp_path: Path, monkeypatch: pytest.Monk
     )  # fmt: skip
     by_line = dict(zip([what for what, _, _ in LINES], advice(found).splitlines()[2:], strict=True))
     far = next(line for what, line in by_line.items() if what.startswith("far data"))
-    assert "-0.500 (-0.500 to -0.500) nats a token, 3 seeds" in far
+    assert "-0.500 (-0.500 to -0.500) " in far
     assert any("bank messages: 0.003 for r 16, 0.0001 for full; one seed" in line for line in by_line.values())
-    assert any("recalled 1.50 bits a parameter, 1 run" in line for line in by_line.values())
+    assert any("hold 1.50 (1.50 to 1.50) bits a parameter, 1 run" in line for line in by_line.values())
     assert sum(NOT_RUN in line for line in by_line.values()) == len(LINES) - 4
     text = section(found, tmp_path)
     assert "full learns more than LoRA r 16: cipher text, far | held |" in text
     assert "Without figures so far: " in text
+
+
+@pytest.mark.parametrize(("end", "gap"), [([1.1, 1.3], "+0.000"), ([1.0, 1.2], "-0.100")])
+def test_forgetting_is_compared_at_equal_learning(tmp_path: Path, end: list[float], gap: str) -> None:
+    """Replay that only learns less lies on the same curve: it has saved nothing, though it ends with less forgotten."""
+
+    def points(*curve: tuple[float, list[float]]) -> list[dict[str, object]]:
+        return [{"scale": i / 2, "test": {"loss": loss, "rows": [loss]}, "web": web} for i, (loss, web) in enumerate(curve)]
+
+    base = (6.0, [1.0, 1.0])
+    arms = {
+        "r16": points(base, (5.0, [1.1, 1.3]), (4.0, [1.5, 1.7])),
+        "r16, replay": points(base, (5.5, [1.05, 1.15]), (5.0, end)),
+    }
+    common = {"experiment": "P5", "kind": "forgetting", "of": "P2", "seed": 0}
+    found = results(tmp_path, *({**common, "arm": arm, "points": curve} for arm, curve in arms.items()))
+    (line,) = (line for line in advice(found).splitlines() if "replay" in line)
+    assert f"r16, replay less none: {gap} (" in line
 
 
 def verdicts(found: Results) -> dict[str, tuple[str, str]]:

@@ -42,6 +42,12 @@ def config(shop: Path, out: Path, **changes: object) -> RunConfig:
     return run_config(shop, out, **{"steps": 6, "eval_every": 3, "save_every": 2, **changes})
 
 
+def test_a_run_in_bf16_names_the_code_that_computes(shop: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    train(config(shop, tmp_path / "run", steps=1, dtype="bf16"), log=said.append)
+    assert f"arithmetic on this CPU: {cpu_nf4.path()}" in said
+
+
 @pytest.mark.usefixtures("pictures")
 def test_a_run_writes_what_it_promises(shop: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"

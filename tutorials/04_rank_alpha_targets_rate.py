@@ -613,9 +613,9 @@ if panels:
     shared.show(
         fig,
         "forgotten",
-        "Further right is learned more, further up is forgotten more: each run's update at scales from 0 to 1.",
+        "Further right: more learned. Further up: more forgotten. Each run's update at scales from 0 to 1.",
     )
-missing = [far[name] for name in far if not any(cell["kind"] == "run" for cell in have[name])]
+missing = [far[name] for name in far if not (forgot[name] and any(cell["kind"] == "run" for cell in have[name]))]
 if missing:
     shared.say(f"*Not run yet: {'; '.join(missing)}. `python benchmarks/exp_peft_full.py` runs it.*")
 

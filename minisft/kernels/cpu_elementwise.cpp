@@ -46,7 +46,6 @@ inline void narrow_rows(const float* x, const float* a, int64_t in, int64_t rank
 
 constexpr int ROWS_AT_ONCE = LANES == 16 ? 5 : 2;  // with 4 ranks: sums that fit in the registers
 
-
 // y = weight * (x rstd), rstd = 1 / sqrt(mean(x^2) + eps); rstd (rows,) is kept for backward.
 template <class T>
 void rms_norm(const T* x, const T* weight, T* y, float* rstd, int64_t rows, int64_t size, float eps, int threads) {

@@ -34,7 +34,6 @@ struct Rest {
     }
 };
 
-
 // Calls each(k, lanes) for k = 0, LANES, ... < length.
 template <class Each>
 inline void vectors(int64_t length, Each each) {

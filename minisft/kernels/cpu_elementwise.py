@@ -2,7 +2,7 @@
 
 All of it is in fp32 or bf16 (``narrow``: fp32) and without gradients. ``elementwise.py`` and ``matmul.py`` hold the same in
 PyTorch; they ask ``can_use_native`` who computes. bf16 is computed with in fp32 and rounded where PyTorch's operators round.
-Sums are added in another order and e^x comes from another series, so the bits differ.
+Sums are added in another order and e^x comes from another series, so bits may differ.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: float) -> Tensor:
 
 
 def narrow(x: Tensor, factor: Tensor) -> Tensor:
-    """x factor^T for a factor of a few rows.
+    """x factor^T for a factor of a few rows, in fp32.
 
     Args:
         x: (M, in).
