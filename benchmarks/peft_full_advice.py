@@ -9,13 +9,14 @@ A line whose cells are missing says so; no figure stands here that is not in the
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from harness import RESULTS
-from peft_full_figures import MIN_SEEDS, Results, difference, forgotten_more, tables
+from peft_full_figures import MIN_SEEDS, Results, difference, forgotten_more, recall_gaps, tables
 
 FILE = "benchmarks/results/peft_full.jsonl"
 PAGE = "tutorials/04_rank_alpha_targets_rate.ipynb"
@@ -56,20 +57,15 @@ def _rates(results: Results) -> str | None:
 
 
 def _bits(results: Results) -> str | None:
-    """Where the facts hold more than two bits for each parameter, and where they hold less than half a bit."""
-    adapters = [row for row in results.of("P1", "facts") if not row["arm"].startswith("full")]
-    crowded = [row for row in adapters if row["entropy"] > 2 * row["trained"]]
-    fitting = [row for row in adapters if row["entropy"] < 0.5 * row["trained"]]
+    """Where facts hold less than half a bit for each parameter of the adapter, and where they hold more than one."""
     said = []
-    if crowded:
-        bits, at_edge = [row["bits"] / row["trained"] for row in crowded], sum(not row["inside"] for row in crowded)
-        spread = f"{statistics.median(bits):.2f} ({min(bits):.2f} to {max(bits):.2f}) bits a parameter"
-        edge = f", {at_edge} at the edge of their rates" if at_edge else ""
-        said.append(f"adapters too small for their facts hold {spread}, {_counted(len(crowded), 'run')}{edge}")
-    if fitting:
-        share = statistics.mean(row["bits"] / row["entropy"] for row in fitting)
-        said.append(f"large ones recall {share:.0%}, {_counted(len(fitting), 'run')}")
-    return "a model of 0.2 M: " + "; ".join(said) if said else None
+    for where, least, most in (("under 0.5 bits", 0.0, 0.5), ("over 1 bit", 1.0, math.inf)):
+        every = [gap for found in recall_gaps(results, least, most).values() for gap in found]
+        if every:
+            mean, low, high = (round(gap, 2) + 0.0 for gap in (statistics.mean(every), min(every), max(every)))  # + 0: no -0 %
+            spread = f"{mean:+.0%} ({low:+.0%} to {high:+.0%})"
+            said.append(f"{where} a parameter {spread}, {_counted(len(every), 'run')}")
+    return "facts recalled by a model of 0.2 M, adapter less full: " + "; ".join(said) if said else None
 
 
 LINES: tuple[tuple[str, str, Callable[[Results], str | None]], ...] = (

@@ -172,19 +172,36 @@ def _capacity(results: Results) -> Iterable[tuple[str, str, str]]:
         words = f"{spread}, where the facts hold over 2; {at_edge} of {len(small)} best rates at an edge; {len(per)} seeds"
         word = "not shown here" if at_edge else unanimous([0.5 <= statistics.median(found) <= 2 for found in per.values()])
         yield "an adapter holds 0.5 to 2 bits a parameter: random facts, own small model", word, words
-    fitting = [row for row in rows if row["entropy"] < 0.5 * row["trained"]]
-    adapters = [row for row in fitting if not row["arm"].startswith("full")]
-    full = {(row["facts"], row["seed"]): row for row in rows if row["arm"].startswith("full")}
-    pairs = by_seed(row for row in adapters if (row["facts"], row["seed"]) in full)
-    gaps = {
-        seed: [(row["bits"] - full[row["facts"], seed]["bits"]) / row["entropy"] for row in found]
-        for seed, found in pairs.items()
-    }  # fmt: skip
-    if gaps:
-        every = [gap for found in gaps.values() for gap in found]
-        words = f"adapter less full: {statistics.mean(every):+.1%} of the bits, worst {min(every):+.1%}, {len(gaps)} seeds"
-        word = unanimous([statistics.mean(found) > -0.05 for found in gaps.values()])
-        yield "while the facts fit the adapter (under 0.5 bits a parameter), LoRA equals full", word, words
+    for least, most, claim, holds in (
+        (0.0, 0.5, "while the facts fit the adapter (under 0.5 bits a parameter), LoRA equals full", lambda gap: gap > -0.05),
+        (
+            1.0,
+            math.inf,
+            "full recalls more where the facts hold over 1 bit a parameter of the adapter",
+            lambda gap: gap < -0.05,
+        ),
+    ):
+        gaps = recall_gaps(results, least, most)
+        if gaps:
+            every = [gap for found in gaps.values() for gap in found]
+            spread = f"{statistics.mean(every):+.1%} of the bits ({min(every):+.1%} to {max(every):+.1%})"
+            word = unanimous([holds(statistics.mean(found)) for found in gaps.values()])
+            yield claim, word, f"adapter less full: {spread}, {len(gaps)} seeds"
+
+
+def recall_gaps(results: Results, least: float, most: float) -> dict[int, list[float]]:
+    """Seed -> what adapters recall less what full recalls, as a share, where facts hold that many bits for each parameter."""
+    rows = results.of("P1", "facts")
+    full = {(row["facts"], row["seed"]): row["bits"] for row in rows if row["arm"].startswith("full")}
+    adapters = [
+        row for row in rows
+        if not row["arm"].startswith("full") and least <= row["entropy"] / row["trained"] < most
+        and (row["facts"], row["seed"]) in full
+    ]  # fmt: skip
+    return {
+        seed: [(row["bits"] - full[row["facts"], seed]) / row["entropy"] for row in found]
+        for seed, found in by_seed(adapters).items()
+    }
 
 
 # ---- forgetting at equal learning ---------------------------------------------------------------------------------------
@@ -362,19 +379,22 @@ def _p1(results: Results) -> Any:
         return None
     figure, axes = _figure(6.6, 4.4, 1)
     arms = dict.fromkeys(row["arm"].partition("; ")[0] for row in sorted(rows, key=lambda row: row["trained"]))
-    for arm, color in zip(arms, ADAPTER_COLORS, strict=False):
+    for i, (arm, color) in enumerate(zip(arms, ADAPTER_COLORS, strict=False)):
+        beside = 1.06 ** (i - 1.5)  # where all is recalled, arms would hide each other
         own = [row for row in rows if row["arm"].startswith(f"{arm};")]
         axes[0].plot(
-            [row["entropy"] for row in own], [max(1.0, row["bits"]) for row in own], "o", color=color, alpha=0.7,
+            [beside * row["entropy"] for row in own], [max(1.0, row["bits"]) for row in own], "o", color=color, alpha=0.7,
             label=f"{arm}: {own[0]['trained']:,} parameters",
         )  # fmt: skip
         axes[0].axhline(2 * own[0]["trained"], color=color, linewidth=0.8, linestyle="--")
     ends = [min(row["entropy"] for row in rows), max(row["entropy"] for row in rows)]
     axes[0].plot(ends, ends, color="#666666", linewidth=0.8, label="all of it")
     _log_x(axes[0])
-    axes[0].set(yscale="log", xlabel="bits in the facts", ylabel="bits recalled")
-    axes[0].set_ylim(top=4 * ends[1])
-    axes[0].legend(frameon=False, fontsize=7, loc="upper left")
+    counts = dict(sorted({row["entropy"]: row["facts"] for row in rows}.items()))
+    axes[0].set_xticks(list(counts), [f"{bits:,.0f}\n{count} facts" for bits, count in counts.items()])
+    axes[0].set(yscale="log", xlabel="bits in the facts", ylabel="bits recalled; at the bottom: none")
+    axes[0].set_ylim(top=40 * ends[1])
+    axes[0].legend(frameon=False, fontsize=7, loc="upper left", ncols=2)
     _caption(axes[0], rows, "random facts; dashed: 2 bits a parameter")
     return figure
 

@@ -46,21 +46,26 @@ def test_what_was_not_run_has_no_figure(tmp_path: Path) -> None:
 
 
 def test_figures_are_those_of_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full is 0.5 below rank 16 in every row of every seed; one line has its two rates, one 300 bits in 200 parameters."""
+    """Full is 0.5 below rank 16 in every row of every seed; one line has its two rates, one 300 of 500 bits."""
     monkeypatch.setattr(peft_full_figures, "bootstrap", lambda table, statistic: (statistic(table),) * 3)  # 4 000 draws less
     found = results(
         tmp_path,
         *(run("P2", arm, seed, [2.0 + up, 3.0 + up]) for arm, up in (("full", 0.0), ("r16", 0.5)) for seed in range(3)),
         *({"experiment": "P3", "kind": "tune", "arm": arm, "seed": 0, "lr": lr, "bracket": [lr / 3, lr * 3], "curve": [],
            "steps": 10} for arm, lr in (("r16", 3e-3), ("full", 1e-4))),
-        {"experiment": "P1", "kind": "facts", "arm": "r1, x; 32", "seed": 0, "trained": 200, "entropy": 531.5, "bits": 300.0,
-         "facts": 32, "inside": True},
+        *({"experiment": "P1", "kind": "facts", "arm": arm, "seed": 0, "trained": trained, "entropy": 500.0, "bits": bits,
+           "facts": 32, "inside": True}
+          for arm, trained, bits in (("r1, x; 32", 200, 300.0), ("r1, y; 32", 900, 400.0), ("r1, z; 32", 1100, 500.0),
+                                     ("full; 32", 9000, 500.0))),
     )  # fmt: skip
     by_line = dict(zip([what for what, _, _ in LINES], advice(found).splitlines()[2:], strict=True))
     far = next(line for what, line in by_line.items() if what.startswith("far data"))
     assert "-0.500 (-0.500 to -0.500) " in far
     assert any("bank messages: 0.003 for r 16, 0.0001 for full; one seed" in line for line in by_line.values())
-    assert any("hold 1.50 (1.50 to 1.50) bits a parameter, 1 run" in line for line in by_line.values())
+    assert any(
+        "under 0.5 bits a parameter +0% (+0% to +0%), 1 run; over 1 bit a parameter -40% (-40% to -40%), 1 run" in line
+        for line in by_line.values()
+    )
     assert sum(NOT_RUN in line for line in by_line.values()) == len(LINES) - 4
     text = section(found, tmp_path)
     assert "full learns more than LoRA r 16: cipher text, far | held |" in text
