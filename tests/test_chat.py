@@ -105,6 +105,12 @@ def test_tokens_at_the_ends_of_spans_are_those_of_all_offsets(make: Callable[[],
         assert looked_up == expected
 
 
+def test_a_last_character_of_several_tokens_is_learned_whole() -> None:
+    tokenized = byte_tokenizer().tokenized("a中b\U0001f600")
+    assert _flags_by_lookup(tokenized, [(0, 2)]) == ([True] * 4 + [False] * 5, 0)
+    assert _flags_by_lookup(tokenized, [(2, 4)]) == ([False] * 4 + [True] * 5, 0)
+
+
 def test_padding_equal_to_the_end_token_hides_nothing() -> None:
     tokenizer = byte_tokenizer()
     assert tokenizer.pad_id in tokenizer.eos_ids
