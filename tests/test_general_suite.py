@@ -17,6 +17,7 @@ from minisft.config import EVAL_METRICS, LoRAConfig
 from minisft.data.chat import resolve_template
 from minisft.data.messages import read_dataset
 from minisft.evaluation import evaluate as single
+from minisft.evaluation import plain_text
 from minisft.evaluation.general_suite import (
     SuiteData,
     cloze,
@@ -105,6 +106,24 @@ def test_options_of_one_question_read_its_context_once(loaded, monkeypatch, batc
     assert found == pytest.approx(wanted, rel=1e-5)
     apart = sum(len(part.context) + len(part.target) for part in parts)
     assert tokens == apart if batch_size == 1 else tokens < 0.8 * apart
+
+
+def test_batches_of_questions_compute_little_more_than_each_alone(monkeypatch):
+    """Forty contexts of 40 to 79 tokens with four options each: a batch shares only the shortest of its contexts."""
+    made: list[tuple[int, int]] = []
+
+    def sums(model, families, pad_id):
+        made.append((plain_text._cost(families), sum(plain_text._cost([family]) for family in families)))
+        return [0.0] * sum(map(len, families))
+
+    monkeypatch.setattr(plain_text, "_sums", sums)
+    parts = [Continuation([*range(n)], [k, 1, 2, 3]) for n in range(40, 80) for k in range(4)]
+    assert log_probs(None, parts, 0, len(parts)) == [0.0] * len(parts)  # type: ignore[arg-type]
+    assert sum(apart for _, apart in made) == sum(
+        n - 1 + 4 * (1 + 4) for n in range(40, 80)
+    )  # a context's last token with each option
+    assert all(cost <= 1.15 * apart for cost, apart in made)
+    assert len(made) < 40
 
 
 def test_trailing_spaces_of_a_context_belong_to_the_continuation(loaded):

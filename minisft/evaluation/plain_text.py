@@ -90,9 +90,11 @@ def log_probs(
     while families:
         chosen = [families.pop()]
         batch = [[_encoded(parts[i]) for i in chosen[0]]]
+        apart = _cost(batch)
         while families and sum(map(len, chosen)) + len(families[-1]) <= batch_size:
             following = [_encoded(parts[i]) for i in families[-1]]
-            if _cost([*batch, following]) > MOST_PADDING * (_cost(batch) + _cost([following])):
+            apart += _cost([following])  # of all of them, or 15 % would be added again and again
+            if _cost([*batch, following]) > MOST_PADDING * apart:
                 break
             batch.append(following)
             chosen.append(families.pop())

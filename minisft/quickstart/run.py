@@ -162,9 +162,7 @@ def _scores(model: CausalLM, tokenizer: Tokenizer, out: Path, name: str) -> Scor
     def score(test: str, metric: Metric) -> EvalResult:
         examples = read_dataset(out / "data" / f"{test}.jsonl", keep_duplicates=True).examples
         with terminal_progress(f"   {test}") as progress:
-            result = evaluate(
-                model, tokenizer, template, examples, metric, max_new_tokens=MAX_NEW_TOKENS, batch_size=24, progress=progress
-            )
+            result = evaluate(model, tokenizer, template, examples, metric, max_new_tokens=MAX_NEW_TOKENS, progress=progress)
         write(result, out / "eval" / f"{test}_{name}.json")
         return result
 
