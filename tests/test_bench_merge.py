@@ -74,7 +74,11 @@ def test_a_generation_costs_its_prompt_and_each_further_token(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("base", merge_cases.BASES)
-def test_all_forms_of_a_layer_are_one_function_but_for_the_peers_merge_in_4_bits(base: str) -> None:
+def test_all_forms_of_a_layer_are_one_function_but_for_the_peers_merge_in_4_bits(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if base == "nf4":  # on a CPU with bf16 instructions bitsandbytes packs weights, and refuses sizes as small as these
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     subject, work = layer(base), Work("prefill", 1, 7)
     outputs = {form: merge_cases.calls(subject, form, work, SIZES)[0]() for form in subject.forms}
     found = merge_cases.differences(outputs, subject, work, SIZES.main_rank)

@@ -357,7 +357,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_peft_on_a_bitsandbytes_base_has_our_logits(
-    wide: Path, tmp_path: Path, dtype: torch.dtype, tolerance: float, double_quant: bool
+    wide: Path, tmp_path: Path, dtype: torch.dtype, tolerance: float, double_quant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Judged in fp64: ours is no further from it than theirs, and both are close.
 
@@ -366,6 +366,8 @@ def test_peft_on_a_bitsandbytes_base_has_our_logits(
     """
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
+    # On a CPU with bf16 instructions its layers pack their weights for products that are wrong at these sizes.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     model, tokenizer = load_model(wide, dtype, quant=QuantConfig(double_quant=double_quant))
     if double_quant:
         save_quantized(model, tokenizer, tmp_path / "m4")

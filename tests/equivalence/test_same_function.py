@@ -24,6 +24,8 @@ from laws import (
     worst_case,
 )
 
+from minisft.matmul import compute_dtype
+
 every_layer = pytest.mark.parametrize("layer", LAYERS, ids="-".join)
 
 
@@ -69,11 +71,12 @@ def test_on_gaussian_data_they_agree_within_four_times_the_expected(base: str, d
 
 @every_layer
 def test_the_allowance_is_far_below_the_adapters_effect(layer: tuple[str, str]) -> None:
-    """The laws above could not fail if the bound were wide: leaving the adapter out misses it by far."""
+    """The laws above could not fail if the bound were wide: leaving the adapter out misses it by far, less in bf16."""
     case = Case(*layer, 65, 63, rank=4)
     e = exact(case, case.model(), case.input())
     base_alone = (e.x @ e.W.T + e.b - e.y).abs()
-    assert float((base_alone / (4 * statistical(e, case.dtype))).median()) > 5
+    least = 2 if compute_dtype(case.input()) == torch.bfloat16 else 5
+    assert float((base_alone / (4 * statistical(e, case.dtype))).median()) > least
 
 
 @pytest.mark.parametrize("base", BASES)
