@@ -23,8 +23,8 @@ PAGE = "tutorials/04_rank_alpha_targets_rate.ipynb"
 NOT_RUN = "not run yet"
 TEXTS = {"P2": "cipher text", "P3": "bank messages"}
 MEANING = (
-    "Differences of test loss in nats a token, below 0 the first is better, with 95 % intervals of three seeds. r 16: LoRA of "
-    "rank 16 on all linears; full: all weights; linears: the same layers in full."
+    "Differences of test loss in nats a token where nothing else is said, below 0 the first is better, 95 % intervals, three "
+    "seeds. r 16: LoRA of rank 16 on all linears; full: all weights; linears: the same layers in full."
 )
 MARKS = re.compile(r"(<!-- peft_full -->\n)(.*?)(\n<!-- end of peft_full -->)", re.DOTALL)
 
@@ -90,15 +90,16 @@ LINES: tuple[tuple[str, str, Callable[[Results], str | None]], ...] = (
         "forgetting: compare at equal learning",
         "P5",
         lambda r: _joined(
-            (f"r 16 less full, bits a byte of web text: {text}" if of == "P2" else text, forgotten_more(r, of, "r16", "full"))
-            for of, text in TEXTS.items()
+            (name, forgotten_more(r, of, "r16", "full"))
+            for name, of in (("bits a byte of web text, r 16 less full: cipher text", "P2"), ("bank messages", "P3"))
         ),
     ),
     (
         "forgetting: replay 10 % of general text",
         "P5/P2",
         lambda r: _joined(
-            (f"{arm}, replay less none:", forgotten_more(r, "P2", f"{arm}, replay", arm)) for arm in ("r16", "full")
+            (f"{name} with replay less without", forgotten_more(r, "P2", f"{arm}, replay", arm))
+            for name, arm in (("bits a byte of web text at equal learning, r 16", "r16"), ("full", "full"))
         ),
     ),
 )  # fmt: skip

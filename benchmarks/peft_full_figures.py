@@ -177,7 +177,7 @@ def _capacity(results: Results) -> Iterable[tuple[str, str, str]]:
         (
             1.0,
             math.inf,
-            "full recalls more where the facts hold over 1 bit a parameter of the adapter",
+            "asked after the runs: full recalls more where the facts hold over 1 bit a parameter of the adapter",
             lambda gap: gap < -0.05,
         ),
     ):
@@ -245,11 +245,10 @@ def _forgetting(results: Results) -> Iterable[tuple[str, str, str]]:
         if not all(runs.values()):
             continue
         last = {arm: {row["seed"]: np.array(row["points"][-1]["web"]) for row in rows} for arm, rows in runs.items()}
-        table = paired(last["r16"], last["full"])
-        if len(table):
-            gap, low, high = bootstrap(table, lambda t: float((t[..., 0] - t[..., 1]).mean()))
-            words = f"web bits a byte, r 16 less full: {gap:+.4f} ({low:+.4f} to {high:+.4f}), {len(table)} seeds"
-            yield f"LoRA r 16 forgets less than full at equal steps: {of}", verdict(low, high, len(table)), words
+        gap, low, high, seeds = _mean_gap(paired(last["r16"], last["full"]))
+        if seeds:
+            words = f"web bits a byte, r 16 less full: {gap:+.4f} ({low:+.4f} to {high:+.4f}), {seeds} seeds"
+            yield f"LoRA r 16 forgets less than full at equal steps: {of}", verdict(low, high, seeds), words
         gap, low, high, seeds = forgotten_more(results, of, "r16", "full")
         if seeds:
             words = f"web bits a byte at the best loss both reach: {gap:+.4f} ({low:+.4f} to {high:+.4f}), {seeds} seeds"

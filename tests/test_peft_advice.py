@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import exp_peft_full  # noqa: E402
 import peft_full_figures  # noqa: E402
-from peft_full_advice import LINES, NOT_RUN, advice, missing, section, written  # noqa: E402
+from peft_full_advice import LINES, MEANING, NOT_RUN, advice, missing, section, written  # noqa: E402
 from peft_full_figures import Results, claims  # noqa: E402
 
 
@@ -72,6 +72,10 @@ def test_figures_are_those_of_the_cells(tmp_path: Path, monkeypatch: pytest.Monk
     assert "Without figures so far: " in text
 
 
+def test_readme_says_what_its_figures_mean() -> None:
+    assert MEANING in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("end", "gap"), [([1.1, 1.3], "+0.000"), ([1.0, 1.2], "-0.100")])
 def test_forgetting_is_compared_at_equal_learning(tmp_path: Path, end: list[float], gap: str) -> None:
     """Replay that only learns less lies on the same curve: it has saved nothing, though it ends with less forgotten."""
@@ -87,7 +91,7 @@ def test_forgetting_is_compared_at_equal_learning(tmp_path: Path, end: list[floa
     common = {"experiment": "P5", "kind": "forgetting", "of": "P2", "seed": 0}
     found = results(tmp_path, *({**common, "arm": arm, "points": curve} for arm, curve in arms.items()))
     (line,) = (line for line in advice(found).splitlines() if "replay" in line)
-    assert f"r16, replay less none: {gap} (" in line
+    assert f"r 16 with replay less without {gap} (" in line
 
 
 def verdicts(found: Results) -> dict[str, tuple[str, str]]:
