@@ -31,7 +31,7 @@ from minisft.cli.main import main
 from minisft.common.errors import UserError
 from minisft.generation import Sampling
 from minisft.serving.batch import Batch, Job
-from minisft.serving.engine import Engine
+from minisft.serving.engine import Engine, QueueFullError
 from minisft.serving.lanes import load_lanes, sharing_copy
 from minisft.serving.requests import ApiError, parse
 from minisft.serving.stops import TextUntilStop
@@ -458,6 +458,29 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_place(small):
     sockets[0].close()
     until(lambda: small.engine.counts() == (0, 0), 4)
     assert send(small, {"model": "model", "messages": ASK, "max_tokens": 1})[0] == 200
+
+
+def test_rows_that_are_joining_are_counted_once(folder, monkeypatch):
+    """One row, one place to wait: who asks while the first request is joining waits, and the next is refused."""
+    lanes = load_lanes(folder / "model", {})
+    engine = Engine(lanes, 1, 1, print)
+    first, second, third = (Job(lanes["model"], [3, 4], 1, 5, Sampling(), (), None, lambda _: None) for _ in range(3))
+    use, refused = Batch._use, []
+
+    def asked_meanwhile(*of_the_rows):
+        for job in (second, third):
+            try:
+                engine.submit(job)
+            except QueueFullError:
+                refused.append(job)
+        use(*of_the_rows)
+
+    engine.submit(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "_use", asked_meanwhile)
+        engine._turn()
+    assert engine.counts() == (1, 1)
+    assert refused == [third]
 
 
 def stream_socket(shop, asked) -> socket.socket:

@@ -41,7 +41,7 @@ class Engine:
         self._log = log
         self._batches = {name: Batch(lane.model) for name, lane in lanes.items()}
         self._waiting: deque[Job] = deque()
-        self._joining = 0  # answers of jobs that wait no more and whose prompts are being read
+        self._taken = 0  # rows that are written or are joining, each counted once, as of this turn
         self._changed = threading.Condition()
         self._ended = False
         self.stopping = False  # set by a signal handler, which may take no lock
@@ -78,7 +78,7 @@ class Engine:
         return sum(len(batch.rows) for batch in self._batches.values()), len(self._waiting)
 
     def _free_rows(self) -> int:
-        return self.max_rows - self.counts()[0] - self._joining
+        return self.max_rows - self._taken
 
     def end(self) -> None:
         """Stop after the step in progress; what was not answered fails."""
@@ -103,10 +103,10 @@ class Engine:
             joining = [job for job in jobs if job.lane.name == name]
             with self._failing_alone(batch, joining):
                 batch.admit(joining)
-        self._joining = 0
         for batch in self._batches.values():
             with self._failing_alone(batch):
                 batch.step()
+        self._taken = self.counts()[0]
 
     @contextlib.contextmanager
     def _failing_alone(self, batch: Batch, joining: Sequence[Job] = ()) -> Iterator[None]:
@@ -127,7 +127,7 @@ class Engine:
             while self._waiting and self._waiting[0].num_choices <= free:
                 jobs.append(self._waiting.popleft())
                 free -= jobs[-1].num_choices
-            self._joining = sum(job.num_choices for job in jobs)
+            self._taken += sum(job.num_choices for job in jobs)
             return jobs
 
     def _fail_waiting(self) -> None:
