@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 help:
 	@echo "make quickstart     fine-tune a small pretrained model and see what it learned"
 	@echo "make test           the test suite, oracles included; all but what takes minutes"
-	@echo "make test-fast      the laws and the small parts, in a minute or two: for every edit"
+	@echo "make test-fast      the laws and the small parts, in about 90 seconds: for every edit"
 	@echo "make test-thorough  everything: the laws with 2000 examples each, every kernel for every GPU, the site"
 	@echo "make oracle-peft    ask installed PEFT for the same laws of merging, and print which it breaks"
 	@echo "make mutants        plant known bugs one at a time and see that a named test fails for each"

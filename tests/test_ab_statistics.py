@@ -26,6 +26,7 @@ def test_the_sample_size_has_its_power_by_simulation():
     assert 0.77 <= np.mean([ab.rates_p(a, n, b, n)[0] <= 0.05 for a, b in draws]) <= 0.83
 
 
+@pytest.mark.slow
 def test_power_is_near_statsmodels():
     """Theirs works on arcsines of the rates, ours on the rates: equal to a point or so."""
     stats = pytest.importorskip("statsmodels.stats")
@@ -104,6 +105,7 @@ def test_relative_lift_covers_and_needs_conversions():
     assert ab.relative_lift(0, 10, 3, 10) is None
 
 
+@pytest.mark.slow
 def test_bootstrap_difference_is_near_welch_for_many_units():
     rng = np.random.default_rng(4)
     a, b = rng.normal(1, 2, 3000), rng.normal(1.2, 3, 2000)
@@ -147,6 +149,7 @@ def looks_of(rng, p_a, p_b, n, looks):
     return np.split(a, looks), np.split(b, looks)
 
 
+@pytest.mark.slow
 def test_peeking_deceives_the_fixed_test_and_not_the_sequential_one():
     """No effect, 20 looks: 25 % false alarms at a fixed p < 0.05, at most 5 % always-valid, and its interval covers."""
     rng, runs, fooled, fooled_sequential, missed = np.random.default_rng(11), 1500, 0, 0, 0

@@ -59,6 +59,7 @@ def test_an_effect_that_may_mean_two_things_is_refused(text):
 # --- the analysis
 
 
+@pytest.mark.slow
 def test_effects_are_those_of_the_statistics(units):
     report = analyze_ab(
         units, design="fixed", looks=1, guardrails=[parse_guardrail("latency<=0.05"), parse_guardrail("value>=-1")]
@@ -84,6 +85,7 @@ def test_effects_are_those_of_the_statistics(units):
     assert report["headline"]["estimate"] == effect["difference"]["estimate"]
 
 
+@pytest.mark.slow
 def test_a_guardrail_that_is_broken_is_not_kept(units):
     report = analyze_ab(
         units, design="fixed", looks=1, guardrails=[parse_guardrail("latency<=0.001"), parse_guardrail("value>=2")]
@@ -91,6 +93,7 @@ def test_a_guardrail_that_is_broken_is_not_kept(units):
     assert [g["kept"] for g in report["guardrails"]] == [False, False]
 
 
+@pytest.mark.slow
 def test_a_covariate_takes_variance_away(tmp_path):
     rng = np.random.default_rng(0)
     lines = ["unit,variant,converted,value,before"]
@@ -176,6 +179,7 @@ def test_a_fixed_horizon_has_one_look(units, tmp_path):
         analyze_ab(units, design="sequential")
 
 
+@pytest.mark.slow
 def test_a_plan_refuses_to_be_analysed_early_or_again_with_more_data(tmp_path):
     plan = tmp_path / "plan.json"
     write_plan(plan_ab(0.1, 0.1, "fixed"), plan)
@@ -212,6 +216,7 @@ def test_guardrails_hold_at_every_look_of_a_sequential_design(units):
 # --- the command
 
 
+@pytest.mark.slow
 def test_the_command_plans_and_analyses(units, tmp_path, capsys):
     words = ["ab", "plan", "--baseline", "0.1", "--effect", "0.1", "--traffic", "100", "--out", str(tmp_path / "plan.json")]
     assert main(words) == 0

@@ -150,6 +150,7 @@ def test_a_gradient_that_stops_makes_no_giant_step() -> None:
     assert decode(moments.exp_avg, moments.exp_avg_absmax, True)[1] > 0  # so that epsilon alone would have divided it
 
 
+@pytest.mark.slow
 def test_state_is_two_bytes_a_number_and_embeddings_and_small_tensors_keep_fp32(shop: Path, tmp_path: Path) -> None:
     from minisft.formats import load_model
     from minisft.step import prepare_method
@@ -182,6 +183,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shop(tmp_path_factory.mktemp("adam8"))
 
 
+@pytest.mark.slow
 def test_a_run_learns_alike_and_resumes_bit_for_bit(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minisft.step.MIN_NUMBERS", 32)
     run = run_config(shop, tmp_path / "run", optim="adamw8bit", steps=4, save_every=2, eval_every=4, lr_b_ratio=2.0)
@@ -200,6 +202,7 @@ def test_a_run_learns_alike_and_resumes_bit_for_bit(shop: Path, tmp_path: Path, 
     assert ours != exact
 
 
+@pytest.mark.slow
 def test_plan_counts_the_smaller_state(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minisft.step.MIN_NUMBERS", 1)
     bills = [plan(run_config(shop, Path("o"), method="full", optim=optim, max_length=32)) for optim in ("adamw", "adamw8bit")]

@@ -73,6 +73,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return minisft.load_model(folder / "model")
 
 
+@pytest.mark.slow
 def test_ids_are_continued_with_ids(loaded: Loaded) -> None:
     model, tokenizer = loaded
     prompt = tokenizer.encode("one two three")

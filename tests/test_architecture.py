@@ -6,6 +6,7 @@ inside a function.
 """
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -131,12 +132,13 @@ def top(names: Iterator[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-def kernel_files() -> set[str]:
+@functools.cache
+def kernel_files() -> frozenset[str]:
     """Modules of ``minisft.kernels`` that need Triton at import, because their functions are decorated by it."""
     found = {m for m, tree in MODULES.items() if "triton" in top(imported(at_import_time(tree)))}
     while more := {m for m, tree in MODULES.items() if set(imported(at_import_time(tree))) & found} - found:
         found |= more
-    return found
+    return frozenset(found)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -22,6 +22,8 @@ from minisft.merging.certified import merge_and_certify, quantize_folder, verify
 from minisft.merging.streaming import merge_folder
 from minisft.surgery import apply_lora_, lora_modules, quantize_
 
+pytestmark = pytest.mark.slow
+
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05}
 TOKENIZER = {
     "model_max_length": 512, "padding_side": "left", "tokenizer_class": "Qwen2Tokenizer", "clean_up_tokenization_spaces": True,

@@ -252,6 +252,7 @@ def step_gradient(model: nn.Module, rows: list[Encoded], size: int, packing: boo
     return total, gradients(model)
 
 
+@pytest.mark.slow
 @given(rows=data_rows(max_size=6), family=st.sampled_from(list(FAMILIES)), size=st.integers(1, 6), packing=st.booleans())
 def test_no_cut_of_a_step_changes_its_gradient(rows, family, size, packing):
     """Cut into ``size`` rows at a time, padded or packed, equals all at once, padded: ragged rows, fp64, 1e-12."""
@@ -263,6 +264,7 @@ def test_no_cut_of_a_step_changes_its_gradient(rows, family, size, packing):
     assert_same(found, expected)
 
 
+@pytest.mark.slow
 @given(
     beginning=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=7),
     lengths=st.lists(st.integers(2, 7), min_size=1, max_size=5),
@@ -287,6 +289,7 @@ def test_a_beginning_computed_once_changes_no_gradient(beginning, lengths, famil
         assert_same(gradient, found[0][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_by_one_equals_four_by_two_equals_one_by_eight(family):
     """One row of eight has a single target, another none at all: averaging means of means would show."""
@@ -303,6 +306,7 @@ def test_eight_by_one_equals_four_by_two_equals_one_by_eight(family):
         assert_same(found, expected)
 
 
+@pytest.mark.slow
 @given(rows=data_rows(max_size=4))
 def test_step_loss_is_the_mean_over_targets(rows):
     """Against the definition: -log p of every supervised token given the row before it, each row alone."""

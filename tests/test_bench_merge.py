@@ -58,6 +58,7 @@ def test_flops_and_bytes_are_those_of_the_products(
     assert cost.bytes == pytest.approx(num_bytes)
 
 
+@pytest.mark.slow
 def test_a_generation_costs_its_prompt_and_each_further_token(tmp_path: Path) -> None:
     folder = tiny_folder.write_model(tmp_path / "model", tmp_path / "scratch")
     subject = merge_cases.model_subject(folder, "fp32", SIZES, "cpu")
@@ -150,6 +151,7 @@ def test_cells_are_chosen_by_name_and_a_pattern_without_a_match_is_refused() -> 
         bench_merge.chosen_cells(["modell/*"], Sizes())
 
 
+@pytest.mark.slow
 def test_the_child_reports_its_own_peak_and_not_ours() -> None:
     ours = bytearray(300 * 2**20)
     small, large = (

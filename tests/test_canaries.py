@@ -92,6 +92,7 @@ def _escaped(render: Callable[[], str], cage: Path) -> bool:
     return done
 
 
+@pytest.mark.slow
 def test_no_template_reaches_the_machine(cage: Path, record_property: Note) -> None:
     escaped = []
     for payload in INJECTIONS:
@@ -194,6 +195,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shop(tmp_path_factory.mktemp("canaries"))
 
 
+@pytest.mark.slow
 @given(text=HOSTILE_TEXT, place=st.sampled_from(["content", "role", "key", "file", "flag"]))
 def test_nothing_from_a_file_or_flag_acts_on_a_terminal(
     shop: Path, tmp_path_factory: pytest.TempPathFactory, text: str, place: str

@@ -17,6 +17,8 @@ from minisft.step import prepare_method
 from minisft.surgery import num_parameters
 from minisft.training.capacity import Capacity, advice, capacity
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:

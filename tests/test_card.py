@@ -43,6 +43,7 @@ def leaves(value: JSON) -> list[str]:
     return [leaf for item in value for leaf in leaves(item)] if isinstance(value, list) else [str(value)]
 
 
+@pytest.mark.slow
 def test_the_hub_s_reader_takes_the_head(shop: Path, tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: pip install 'minisft[hub]'")
     path = write_card(copied(shop, tmp_path), "apache-2.0", "org/base", [result_file(tmp_path / "score.json")])

@@ -221,6 +221,7 @@ def test_encoding_is_fast(smollm2_path: Path) -> None:
 # ---- choosing and refusing templates ----
 
 
+@pytest.mark.slow
 def test_templates_are_chosen_by_name_file_or_model(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     assert resolve_template(tokenizer).source == GENERATION

@@ -24,6 +24,8 @@ from minisft.formats import load_adapter_, load_model, save_adapter
 from minisft.surgery import apply_lora_, lora_modules
 from minisft.training.runlog import read_metrics
 
+pytestmark = pytest.mark.slow
+
 USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (("user", "2+2?"), ("assistant", "4"), ("assistant", "5")))
 PAIRS = [{"prompt": f"say {chr(97 + i)}", "chosen": chr(65 + i), "rejected": chr(66 + i) * 2} for i in range(12)]
 PROMPTS = [{"prompt": f"say {chr(97 + i)}", "completion": chr(97 + i)} for i in range(8)]

@@ -321,6 +321,7 @@ def test_the_report_holds_every_number(compared):
     assert report["verdict"] == found.verdict
 
 
+@pytest.mark.slow
 def test_bad_cases_are_rows_that_can_be_labelled_and_trained_on(compared):
     found, folder = compared
     again = read_dataset(folder / "bad_cases.jsonl", keep_duplicates=True)
@@ -333,6 +334,7 @@ def test_bad_cases_are_rows_that_can_be_labelled_and_trained_on(compared):
     assert all(len(case.near) == 3 for case in found.cases)
 
 
+@pytest.mark.slow
 def test_nothing_that_a_model_wrote_is_markup(compared):
     text = (compared[1] / "report.html").read_text()
     assert "<script" not in text.lower()

@@ -554,6 +554,7 @@ def test_a_compiled_library_is_reused(cache: Path, built: list[Path]) -> None:
     assert (library_in(cache).stat().st_mode & 0o777, cache.stat().st_mode & 0o022) == (0o700, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0, 10, 5000, -1])
 def test_a_library_that_was_cut_short_is_compiled_again(cache: Path, built: list[Path], keep: int) -> None:
     path = library_in(cache)
@@ -562,6 +563,7 @@ def test_a_library_that_was_cut_short_is_compiled_again(cache: Path, built: list
     assert built == [path]
 
 
+@pytest.mark.slow
 def test_a_whole_file_that_is_no_library_is_compiled_again(cache: Path, built: list[Path]) -> None:
     text, path = b"not a shared object", library_in(cache)
     path.write_bytes(text + hashlib.sha256(text).digest())
@@ -569,6 +571,7 @@ def test_a_whole_file_that_is_no_library_is_compiled_again(cache: Path, built: l
     assert built == [path]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), [("SOURCES", None), ("_cpu_features", lambda: "other"), ("LINK", ["-lc"])])
 def test_another_source_cpu_or_command_is_another_file(
     name: str, value: object, cache: Path, built: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -608,6 +611,7 @@ cp {made} "$last"
     assert len(list(tmp_path.glob("called.*"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [0o720, 0o702])
 def test_what_others_may_write_to_is_refused(cache: Path, mode: int) -> None:
     path = library_in(cache)
@@ -618,11 +622,13 @@ def test_what_others_may_write_to_is_refused(cache: Path, mode: int) -> None:
     assert load_anew() == (None, f"{cache} is not a folder that only this user can write to")
 
 
+@pytest.mark.slow
 def test_what_others_own_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 4321)
     assert load_anew() == (None, f"{cache} is not a folder that only this user can write to")
 
 
+@pytest.mark.slow
 def test_a_link_is_refused(cache: Path, tmp_path: Path) -> None:
     path = library_in(cache)
     path.replace(tmp_path / "elsewhere.so")
@@ -650,6 +656,7 @@ def test_a_broken_compiler_is_a_reason_and_no_error(kind: str, tmp_path: Path, m
     assert reason in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
@@ -667,6 +674,7 @@ def test_other_reasons(name: str, value: str, reason: str, cache: Path, monkeypa
     assert reason in found
 
 
+@pytest.mark.slow
 def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")

@@ -100,6 +100,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_folders_tensor_by_tensor(models: Path) -> None:
     diff = diff_models(models / "base", models / "tuned")
     base, tuned = (dict(load_model(models / name, torch.float64)[0].named_parameters()) for name in ("base", "tuned"))
@@ -145,6 +146,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", OTHERS)
 def test_models_that_do_not_belong_together_are_one_line(
     code: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -13,6 +13,8 @@ from minisft.cli.main import main
 from minisft.training.grpo_run import GRPOTrainer
 from minisft.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Path:

@@ -99,6 +99,7 @@ def slow_log_prob(model: CausalLM, prompt: list[int], option: list[int]) -> floa
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=5)  # few letters: many options begin alike, or contain each other
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=6)), min_size=1, max_size=3))
 def test_option_log_probs_equal_one_pass_each(model, questions):
     found = option_log_probs(model, questions)

@@ -38,6 +38,8 @@ from minisft.merging.modelfile import modelfile
 from minisft.merging.streaming import merge_folder
 from minisft.surgery import apply_lora_, lora_modules
 
+pytestmark = pytest.mark.slow
+
 # llama.cpp's qwen2 divides the hidden size by the heads.
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 ROPE = RopeScaling(8.0, 1.0, 4.0, 8192)  # as Llama 3.1 has it: the reader knows no other

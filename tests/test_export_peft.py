@@ -19,6 +19,8 @@ from minisft.formats.safetensors_file import read_header, read_tensors
 from minisft.merging.export_peft import export_peft
 from minisft.surgery import lora_modules
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[3, 200, 7, 90, 11, 40]])
 
 

@@ -34,7 +34,10 @@ from minisft.surgery import apply_lora_, lora_modules, nf4_modules
 
 transformers: Any = pytest.importorskip("transformers", reason="needs transformers: pip install 'minisft[any]'")
 warnings.filterwarnings("ignore", message=".*computed by transformers.*")
-pytestmark = pytest.mark.filterwarnings("ignore:.*(computed by transformers|computed by itself).*")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*(computed by transformers|computed by itself).*"),
+]
 
 SIZES = {
     "vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,

@@ -131,6 +131,7 @@ def agrees(folder: Path, theirs: Any) -> list[str]:
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEFT_CONFIGS)
 def test_ours_loads_peft_with_equal_logits(name: str, tmp_path: Path) -> None:
     theirs = peft_adapter(tmp_path / "a", **PEFT_CONFIGS[name])
@@ -142,6 +143,7 @@ def test_ours_loads_peft_with_equal_logits(name: str, tmp_path: Path) -> None:
     assert load_adapter_(tiny_llama(), tmp_path / "b") == paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"], ["lm_head", "up_proj"]])
 def test_weights_of_the_base_beside_the_factors_are_harmless_while_they_are_its_own(targets: list[str], tmp_path: Path) -> None:
     theirs = peft_adapter(tmp_path / "a", target_modules=targets, save_embedding_layers=True)
@@ -159,6 +161,7 @@ def test_weights_of_the_base_beside_the_factors_are_harmless_while_they_are_its_
         assert "merge_and_unload" in message
 
 
+@pytest.mark.slow
 def test_how_the_factors_were_started_does_not_matter_afterwards(tmp_path: Path) -> None:
     """EVA spreads the rank over the layers by what it has seen of the data, and PEFT writes its settings beside the factors."""
     config = peft.LoraConfig(
@@ -179,6 +182,7 @@ def test_how_the_factors_were_started_does_not_matter_afterwards(tmp_path: Path)
     agrees(tmp_path / "a", theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_base_that_was_changed_with_the_factors_is_refused_until_it_is_converted(init: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["up_proj"], task_type="CAUSAL_LM", init_lora_weights=init)
@@ -218,6 +222,7 @@ class Twins(nn.Module):
         self.block.lin = nn.Linear(8, 8)
 
 
+@pytest.mark.slow
 def test_a_path_that_ends_another_path_is_told_apart(tmp_path: Path) -> None:
     model = Twins()
     apply_lora_(model, LoRAConfig(rank=2, alpha=2.0, targets="lin"))

@@ -175,6 +175,7 @@ def test_any_bytes_are_what_the_package_makes_of_them(
     assert np.array_equal(found[numbers].view(np.int32), expected[numbers].view(np.int32))
 
 
+@pytest.mark.slow
 def test_a_vocabulary_may_lie_across_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["x" * (i % 23) + "é中"[: i % 3] for i in range(2000)]
     write(tiny(MODELS["llama"]), tmp_path / "m.gguf", TYPE.Q8_0, tokenizer__words=words)

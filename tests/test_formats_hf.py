@@ -144,6 +144,7 @@ def logits(model: torch.nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_equal_transformers_both_ways(name: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
@@ -225,6 +226,7 @@ def test_transformers_reads_the_shards(folder: Path) -> None:
     torch.testing.assert_close(logits(oracle), logits(tiny()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtype_is_converted_once(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     model, tokenizer = load_model(folder, dtype=dtype)
@@ -246,6 +248,7 @@ def mixed(folder: Path, stated: str | None = "float16") -> dict[str, torch.Tenso
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stated", ["float16", "float32", "bfloat16", None])
 def test_tensors_of_several_dtypes_are_each_converted_from_what_they_are(stated: str | None, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
@@ -285,6 +288,7 @@ def test_a_tensor_that_is_no_float_is_refused_among_others(tmp_path: Path) -> No
     assert "model.norm.weight" in refused(tmp_path / "model", "model/dtype")
 
 
+@pytest.mark.slow
 def test_a_tied_head_stays_tied_and_is_stored_once(tmp_path: Path) -> None:
     config = ModelConfig("llama", 64, 32, 48, 1, 4, 2, 8, tie_word_embeddings=True)
     write_tokenizer(tmp_path)
@@ -534,6 +538,7 @@ def test_headers_that_lie(tmp_path: Path, raw: bytes, said: str) -> None:
 GOOD = save({"a": torch.ones(3, 2), "b": torch.zeros(5, dtype=torch.bfloat16), "c": torch.ones(())})
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 40))
 def test_a_mutated_header_is_refused_or_still_true(
     tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]], cut: int

@@ -89,6 +89,7 @@ def test_lora_of_full_rank_with_a_frozen_identity_is_full_training_step_by_step(
     assert found == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_plan_counts_the_moments_of_the_chosen_layers() -> None:
     shape = Shape(CONFIG, expected_shapes(empty_model(CONFIG)), {})
     run = RunConfig("", "", "", dtype="fp32", max_length=32, method="full", targets=("q_proj", "up_proj"))
@@ -114,6 +115,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_only_the_chosen_layers_of_the_saved_model_differ(shop: Path, tmp_path: Path) -> None:
     run = full(shop, tmp_path / "run", targets=("q_proj", "down_proj"))
     result = train(run, log=quiet)
@@ -132,6 +134,7 @@ def test_only_the_chosen_layers_of_the_saved_model_differ(shop: Path, tmp_path: 
         train(replace(again, targets=("q_proj",)), resume=True, log=quiet)
 
 
+@pytest.mark.slow
 def test_updates_below_the_last_bit_of_bf16_add_up(shop: Path, tmp_path: Path) -> None:
     """40 steps of at most lr each are 1/50 of the spacing of bf16 near 0.25: without masters every one of them is lost."""
     lr, steps = 2e-5, 40

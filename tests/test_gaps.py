@@ -25,6 +25,8 @@ from minisft.surgery import lora_modules
 from minisft.training.run_data import prepare_data
 from minisft.training.train import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_changes_nothing(poison: float) -> None:

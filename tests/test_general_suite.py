@@ -34,6 +34,8 @@ from minisft.evaluation.several import ALL_METRICS, evaluate_all
 from minisft.formats import load_model
 from minisft.surgery import apply_lora_, scale_adapters_
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Ein Text mit Umlauten: äöüß.", "柏林是德国的首都。" * 3, "x" * 200]
 HEADER = "The following are multiple choice questions (with answers) about  s.\n\n"
 MMLU = [

@@ -57,6 +57,7 @@ def by_recomputation(model: CausalLM, prompt: list[int], steps: int) -> list[int
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 @given(prompt_lists, st.integers(1, 8), st.integers(1, 4))
 def test_cache_equals_recomputation(model, prompts, steps, batch_size):
     found = generate(model, prompts, max_new_tokens=steps, eos_ids=(), batch_size=batch_size)
@@ -78,6 +79,7 @@ def test_a_common_beginning_is_read_once(model):
     assert seen == [9, 3 * 3, 2 * 5, 2 * 10, 10]
 
 
+@pytest.mark.slow
 @given(prompt_lists, st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5))
 def test_cached_states_equal_uncached(model, prompts, continuation):
     cache, hidden = read_prompts(model, prompts, len(continuation))
@@ -89,6 +91,7 @@ def test_cached_states_equal_uncached(model, prompts, continuation):
             hidden = model.hidden(torch.tensor([[continuation[n]]] * len(prompts)), cache=cache)[:, 0]
 
 
+@pytest.mark.slow
 @given(prompt_lists, st.integers(2, 6), st.floats(0.2, 3), st.floats(0.1, 1), st.integers(0, 5), st.integers(0, 99))
 def test_a_row_does_not_depend_on_its_batch(model, prompts, batch_size, temperature, top_p, top_k, seed):
     settings = {
@@ -103,6 +106,7 @@ def test_a_row_does_not_depend_on_its_batch(model, prompts, batch_size, temperat
     assert generate(model, prompts, batch_size=batch_size, **settings) == alone
 
 
+@pytest.mark.slow
 @given(prompt_lists, st.sets(st.integers(0, VOCAB - 1), min_size=1, max_size=6))
 def test_every_eos_stops_and_only_eos_does(model, prompts, eos_ids):
     for free, stopped in zip(
@@ -192,6 +196,7 @@ def test_the_distribution_is_the_formula(logits, temperature, top_p, top_k):
     assert found == pytest.approx({i: x for i, x in expected.items() if x > 0}, rel=1e-9, abs=1e-15)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     sampling = Sampling(temperature=1.0, top_k=3, seed=11)
@@ -283,6 +288,7 @@ def test_chat_streams_what_generate_says():
 # ---- groups of sampled answers ----
 
 
+@pytest.mark.slow
 @given(prompt_lists, st.integers(1, 3), st.integers(1, 6), st.sampled_from([0.7, 1.0, 1.6]), st.sets(tokens, max_size=3))
 def test_what_was_sampled_is_what_is_scored(model, prompts, G, steps, temperature, eos_ids):
     """Log-probabilities noted at the cache equal those of the whole text read at once, by hand; so do the entropies."""
@@ -302,6 +308,7 @@ def test_what_was_sampled_is_what_is_scored(model, prompts, G, steps, temperatur
             assert answer.stopped(eos_ids) or len(answer.ids) == steps
 
 
+@pytest.mark.slow
 def test_a_sample_does_not_depend_on_the_batch(model):
     prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 10, 11], [4]]
     settings = {"max_new_tokens": 6, "eos_ids": {0}, "seed": 8}

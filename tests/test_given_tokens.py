@@ -17,6 +17,8 @@ from minisft.data.messages import read_dataset
 from minisft.data.tokenizer import Tokenizer
 from minisft.training.train import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -61,6 +61,7 @@ def test_what_is_scored_is_what_was_sampled(model: CausalLM, temperature: float)
     assert stats.clip_share == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dapo", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("kind", ["mean", "zscore"])
 def test_the_gradient_of_a_step_is_that_of_the_formula(loss: str, kind: str) -> None:
@@ -110,6 +111,7 @@ def test_a_group_of_equal_rewards_still_counts_in_the_denominator(model: CausalL
         assert_close(together[name], share * gradient, 1e-12, name)
 
 
+@pytest.mark.slow
 @given(st.permutations(range(3)))
 def test_the_order_of_groups_and_of_answers_changes_nothing(order: list[int]) -> None:
     models = [make_model() for _ in range(2)]

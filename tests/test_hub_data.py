@@ -138,6 +138,7 @@ def test_without_a_list_a_folder_is_a_configuration() -> None:
     assert choose(names, nested, HubData("o/n", "x")).split == "test"
 
 
+@pytest.mark.slow
 def test_every_reader_of_rows_takes_one(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n"
     lay_out(cache, {"train.jsonl": pair, "test.jsonl.gz": gzip.compress(pair.encode())}, "org/pairs")

@@ -18,6 +18,8 @@ from minisft.evaluation.plain_text import bits_per_byte, kl_per_token
 from minisft.evaluation.sweep import REPORT
 from minisft.formats import load_model, save_model, save_quantized
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:

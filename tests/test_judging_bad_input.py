@@ -75,6 +75,7 @@ def test_two_files_with_different_rows_prompts_metrics_templates_or_decoding(des
     desk.refused(3, "data/not-comparable", "bits_per_byte", argv=desk.compare(a=loss, b=tokens))
 
 
+@pytest.mark.slow
 def test_duplicate_ids_bad_scores_and_files_that_are_none(desk):
     rows = task_rows(GOOD)
     twice = write_jsonl(desk.folder / "twice.rows.jsonl", [*rows, rows[3]])
@@ -98,6 +99,7 @@ def test_duplicate_ids_bad_scores_and_files_that_are_none(desk):
     desk.refused(3, "data/bad-head", argv=desk.compare())
 
 
+@pytest.mark.slow
 def test_gates_data_and_outputs_of_compare(desk):
     desk.refused(2, "config/bad-gate", "did you mean 'task'", argv=desk.compare("--gate", "tsk>=0.1"))
     desk.refused(2, "config/bad-gate", argv=desk.compare("--gate", "task>=ten"))
@@ -154,6 +156,7 @@ def test_units_that_cannot_be_judged(desk, lines, code, said):
     desk.refused(3, code, said, argv=desk.analyze(*lines))
 
 
+@pytest.mark.slow
 def test_designs_that_are_refused(desk):
     timed = [f"{line},{i}" for i, line in enumerate(ARMS)]
     sequential = ("--design", "sequential", "--tau", 0.1)

@@ -124,6 +124,7 @@ def test_equals_dense_autograd(layout, inputs, outputs, batch, bias, rslora, dat
         assert_close(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradcheck(dropout, bias):

@@ -35,6 +35,7 @@ def optimizer_of(model: CausalLM, ratio: float, eps: float = 1e-8, decay: float 
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("c", [2.0, 0.25])
 def test_under_adam_alpha_times_c_with_b_s_rate_divided_by_c_is_the_same_model_bit_for_bit(c: float) -> None:
     """B is c times smaller throughout, its gradient c times larger, and Adam divides that out; c is a power of two."""
@@ -67,6 +68,7 @@ def test_the_first_step_moves_b_by_r_times_the_rate_and_a_by_the_rate() -> None:
         tiny.assert_close(p, before[name] - rate * signs[name], 1e-12, name)
 
 
+@pytest.mark.slow
 def test_the_groups_are_pefts() -> None:
     """Which parameters get which rate; PEFT's are found by name, the embedding's apart (it has a rate of its own there)."""
     pytest.importorskip("peft")
@@ -132,6 +134,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shop(tmp_path_factory.mktemp("plus"))
 
 
+@pytest.mark.slow
 def test_a_run_uses_the_ratio_and_resumes_to_the_same_bits(shop: Path, tmp_path: Path) -> None:
     run = run_config(shop, tmp_path / "plus", steps=4, save_every=2, eval_every=4, lr_b_ratio=8.0)
     train(run, log=quiet)

@@ -129,6 +129,7 @@ def test_gradient_of_a_model_equals_full_logits(family):
     assert_same(gradients(model), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast_bf16", [False, True])
 def test_bf16_is_summed_in_fp32(fast_bf16):
     """A sum of 3000 terms near 2.5: bf16 could not count that far."""

@@ -157,6 +157,7 @@ def one_by_one(model: CausalLM, segments: list[list[int]]) -> list[Tensor]:
     return [model.hidden(torch.tensor([segment]))[0] for segment in segments]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["left", "right", "packed"])
 @given(family=any_family, layout=layouts)
 def test_layout_changes_nothing(how, family, layout):
@@ -175,6 +176,7 @@ def test_layout_changes_nothing(how, family, layout):
     assert_same(gradients(model), expected_gradients)
 
 
+@pytest.mark.slow
 @given(family=any_family, layout=layouts, seed=st.integers(0, 1000))
 def test_padding_neither_speaks_nor_learns(family, layout, seed):
     """Other ids at padding change no bit of a real token; the padding's own embeddings get a gradient of exactly zero."""

@@ -112,6 +112,7 @@ def test_a_planted_bug_gets_its_verdict(
     assert (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1  # the working tree is never touched
 
 
+@pytest.mark.slow
 def test_a_child_that_would_import_another_package_is_refused(tmp_path: Path, runners: Runners) -> None:
     status, _ = runners.run(tmp_path, ["tests/test_schedule.py"], 60.0)
     assert status == OTHER_PACKAGE

@@ -136,6 +136,7 @@ def test_logits_of_every_family(name: str, kind: str, adapted: bool) -> None:
     check_against(built(FAMILIES[name], kind, adapted), exact(FAMILIES[name], kind, adapted), PROMPTS, 6)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.lists(st.integers(0, tiny.VOCAB - 1), min_size=1, max_size=12), min_size=1, max_size=MAX_ROWS),
     st.sampled_from([ODD, FAMILIES["mistral"]]),
@@ -177,6 +178,7 @@ def readable_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_greedy_texts_of_200_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows end at different tokens, so they leave the batch one by one."""
     model = built(FAMILIES["llama"], "fp32", adapted=True)

@@ -148,6 +148,7 @@ def test_one_empty_row_is_near_to_nothing() -> None:
         assert not found(nd.near_pairs(runs([set(), set(), {1}, {2}]), 0.1, exact))
 
 
+@pytest.mark.slow
 def test_a_crowd_of_equal_rows_is_one_cluster() -> None:
     sets = runs([{1, 2, 3}] * 500 + [{7, 8}])
     (cluster,) = nd.join(501, nd.near_pairs(sets, 0.8, exact=False))

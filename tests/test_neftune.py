@@ -104,6 +104,7 @@ def noisy(shop: Path, out: Path, **changes: object) -> RunConfig:
     return run_config(shop, out, **{"neftune_alpha": 5.0, "steps": 4, "save_every": 2, "eval_every": 4, **changes})
 
 
+@pytest.mark.slow
 def test_runs_agree_packed_or_padded_and_resumed(shop: Path, tmp_path: Path) -> None:
     run = noisy(shop, tmp_path / "run")
     train(run, log=quiet)
@@ -117,6 +118,7 @@ def test_runs_agree_packed_or_padded_and_resumed(shop: Path, tmp_path: Path) -> 
     assert padded == pytest.approx(packed, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_noise_moves_the_loss_and_not_the_validation(shop: Path, tmp_path: Path) -> None:
     """With a rate of next to nothing both runs validate the same model, without noise."""
     for name, alpha in (("noisy", 5.0), ("plain", 0.0)):

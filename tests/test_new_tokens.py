@@ -30,6 +30,8 @@ from minisft.new_rows import EMBEDDING, HEAD, NOISE, grow_, train_rows_, wrap_ro
 from minisft.surgery import adapters_off, apply_lora_
 from minisft.trained_rows import EmbeddingRows, HeadRows, own_rows, row_modules
 
+pytestmark = pytest.mark.slow
+
 OLD = CONFIG.vocab_size
 FIXED = ("--rank", "2", "--alpha", "3", "--lr", "0.01", "--dtype", "fp32", "--batch-size", "4")
 

@@ -88,6 +88,7 @@ def test_gradients_equal_dense_autograd(
             assert torch.equal(ours, dense)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradcheck(bias: bool) -> None:
     module = layer(bias, torch.float64)
@@ -162,6 +163,7 @@ def test_no_dense_weight_is_saved_for_backward() -> None:
     assert any(tensor.numel() == OUT * IN for tensor in saved)
 
 
+@pytest.mark.slow
 def test_the_dense_weight_dies_with_each_product_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[Tensor]] = []
 
@@ -309,6 +311,7 @@ def test_a_bad_weight_is_named() -> None:
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_compiled_it_is_one_opaque_operator_each_way(double_quant: bool) -> None:
     torch._dynamo.reset()
@@ -334,6 +337,7 @@ def test_compiled_it_is_one_opaque_operator_each_way(double_quant: bool) -> None
     assert not any(word in name for name in forward + backward for word in ("index", "shift", "bitwise", "mm."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_the_operators_keep_pytorchs_contract(double_quant: bool) -> None:
     module = layer(double_quant=double_quant)

@@ -133,6 +133,7 @@ def test_both_sides_are_scored_up_to_their_end_token(encode: Callable[..., tuple
     assert spell(one.chosen, scored=False) == "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("longer", ["chosen", "rejected"])
 def test_both_sides_lose_the_same_start_of_the_prompt(encode: Callable[..., tuple[EncodedPair, ...]], longer: str) -> None:
     """Whichever side is too long by 7 tokens: 7 go from the start of either prompt, and no answer loses a token."""

@@ -27,6 +27,8 @@ from minisft.training.preference_config import DPOConfig
 from minisft.training.run_data import RunData
 from minisft.training.sft import SFTTrainer
 
+pytestmark = pytest.mark.slow
+
 SIZES = (2, 3)
 RAGGED = [9, 3, 14, 2, 7, 11, 5, 8]
 

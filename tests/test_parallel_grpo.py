@@ -142,6 +142,7 @@ def found(out: Path) -> dict[int, list[dict[str, Found]]]:
         return {1: [all_cases(ALONE)]} | {size: on_ranks(size, all_cases) for size in SIZES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", CASES)
 def test_any_number_of_processes_computes_the_same_step(found: dict[int, list[dict[str, Found]]], name: str, size: int) -> None:
@@ -162,6 +163,7 @@ def test_any_number_of_processes_computes_the_same_step(found: dict[int, list[di
             tiny.assert_same(mine, theirs, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_the_first_process_keeps_all_answers_in_the_order_of_prompts(
     found: dict[int, list[dict[str, Found]]], out: Path, size: int
@@ -176,6 +178,7 @@ def test_the_first_process_keeps_all_answers_in_the_order_of_prompts(
             assert found[size][0][name].counted[0][0] == sum(line["tokens"] for line in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_all_processes_train_the_same_bits(found: dict[int, list[dict[str, Found]]], size: int) -> None:
     first, *others = (one[LONG].trained for one in found[size])
@@ -183,6 +186,7 @@ def test_all_processes_train_the_same_bits(found: dict[int, list[dict[str, Found
         assert all(torch.equal(theirs[k], v) for mine, theirs in zip(first, other, strict=True) for k, v in mine.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, *SIZES])
 def test_a_step_without_anything_to_learn_moves_nothing(found: dict[int, list[dict[str, Found]]], size: int) -> None:
     """Not even by the moments of the step before it, or by weight decay."""
@@ -192,6 +196,7 @@ def test_a_step_without_anything_to_learn_moves_nothing(found: dict[int, list[di
         assert not all(torch.equal(later[name], value) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_the_cases_are_what_they_are_called(found: dict[int, list[dict[str, Found]]]) -> None:
     one, two, three = (found[size] for size in (1, 2, 3))
     assert [len(process["a process without prompts"].mine) for process in three] == [1, 1, 0]

@@ -57,6 +57,7 @@ def test_the_seed_and_the_side_matter():
     assert parcel_rows("train", 12, 0) != parcel_rows("test", 12, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_answer_can_be_read_off_the_message(split):
     book = PHRASEBOOKS[split]
@@ -70,6 +71,7 @@ def test_the_answer_can_be_read_off_the_message(split):
         assert any(phrase in text for phrase in book.urgent) == answer["urgent"]
 
 
+@pytest.mark.slow
 def test_orders_never_meet():
     orders = [{user_and_answer(r)[1]["order"] for r in parcel_rows(s, 3000, seed=s == "test")} for s in ("train", "test")]
     assert len(orders[0]) > 2900

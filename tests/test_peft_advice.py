@@ -99,6 +99,7 @@ def verdicts(found: Results) -> dict[str, tuple[str, str]]:
     return {claim: (word, figures) for claim, word, figures in claims(found)}
 
 
+@pytest.mark.slow
 def test_a_share_of_a_gain_needs_a_gain(tmp_path: Path) -> None:
     """Rank 16 loses 2 nats against the base and full loses 1: their ratio is 2, and says nothing."""
     arms = (("full", 10.0), ("r16", 11.0))

@@ -32,6 +32,7 @@ class Lookup(torch.nn.Module):
         return states
 
 
+@pytest.mark.slow
 def test_the_counter_reads_nothing_from_an_untrained_model_and_everything_from_a_lookup(tmp_path: Path) -> None:
     tokenizer = facts_lab.own_tokenizer(tmp_path / "tokenizer")
     rows = facts_lab.encode_facts(tokenizer, facts_lab.facts(40, 1))

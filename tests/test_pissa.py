@@ -108,6 +108,7 @@ def llama() -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=2, vocab_size=64, **shape)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_peft_trains_the_same_model_and_exchanges_adapters(use_rslora: bool, tmp_path: Path) -> None:
     """Three AdamW steps in both; then ours in PEFT on the original base, and PEFT's, converted, in ours."""
@@ -192,6 +193,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shop(tmp_path_factory.mktemp("pissa"))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_same_bits_and_saves_an_adapter_of_the_original_base(
     shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +248,7 @@ def test_a_bf16_base_is_kept_bit_for_bit_where_the_paper_s_residual_would_be_rou
     assert (paper - W.double()).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_plan_counts_the_start() -> None:
     shape = Shape(CONFIG, expected_shapes(empty_model(CONFIG)), {})
 

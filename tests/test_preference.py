@@ -98,11 +98,13 @@ def trained(loss: str, steps: int = 4000, lr: float = 1.0, **settings: float) ->
     return float((logits[0] - logits[1]).detach())
 
 
+@pytest.mark.slow
 def test_the_optimum_of_a_table_is_the_closed_form() -> None:
     assert trained("sigmoid", beta=0.5, label_smoothing=0.1) == pytest.approx(math.log(0.9 / 0.1) / 0.5, rel=1e-6)
     assert trained("ipo", beta=0.5, steps=200, lr=0.1) == pytest.approx(1.0, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_plain_sigmoid_on_one_sided_pairs_has_no_optimum() -> None:
     assert trained("sigmoid", beta=0.5, steps=4000) > trained("sigmoid", beta=0.5, steps=400) + 1.0
 

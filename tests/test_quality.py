@@ -55,6 +55,7 @@ def flagged(report: QualityReport) -> dict[str, set[int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_planted_faults_are_found_and_clean_rows_are_left_alone(seed: int) -> None:
     rows, kinds, tests = planted.labelled(seed=seed)
@@ -70,6 +71,7 @@ def test_planted_faults_are_found_and_clean_rows_are_left_alone(seed: int) -> No
     assert len(clean & partners) <= 0.2 * len(clean)
 
 
+@pytest.mark.slow
 def test_clean_rows_alone_have_no_fault() -> None:
     grammar = planted.Grammar(9)
     report = report_on([grammar.row() for _ in range(300)], [grammar.row() for _ in range(100)])
@@ -80,6 +82,7 @@ def test_clean_rows_alone_have_no_fault() -> None:
     assert not any(report.leaks.values())
 
 
+@pytest.mark.slow
 @given(st.permutations(range(30)))
 def test_the_order_of_the_rows_changes_no_group(order: list[int]) -> None:
     grammar = planted.Grammar(4)
@@ -253,6 +256,7 @@ def test_a_report_on_empty_answers_and_copies_keeps_every_row(tmp_path: Path) ->
     assert pool == replace(pool)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 30), st.floats(0.05, 0.6))
 def test_a_split_never_parts_near_copies(seed: int, share: float) -> None:
     grammar = planted.Grammar(12)

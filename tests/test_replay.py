@@ -108,6 +108,7 @@ def replayed(shop: Path, name: str = "run", file: str = "texts.jsonl", **changes
     return run_config(shop, shop / name, **{**settings, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "changes", "said"),
     [
@@ -134,6 +135,7 @@ def test_bad_files_are_one_error_and_leave_no_folder(
 # ---- runs ----
 
 
+@pytest.mark.slow
 def test_plain_text_is_replayed_by_the_share_and_resumes_to_the_same_bits(shop: Path) -> None:
     run, said = replayed(shop, max_length=64), []
     train(run, log=said.append)
@@ -165,6 +167,7 @@ def test_plain_text_is_replayed_by_the_share_and_resumes_to_the_same_bits(shop: 
     assert losses(shop / "again") == log
 
 
+@pytest.mark.slow
 def test_rows_that_are_validated_on_too_are_reported(shop: Path) -> None:
     said: list[str] = []
     (shop / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(31)))  # the data and one more row
@@ -174,6 +177,7 @@ def test_rows_that_are_validated_on_too_are_reported(shop: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_chats_are_replayed_and_the_tenth_is_the_default(shop: Path) -> None:
     run = replayed(shop, file="chats.jsonl", replay_share=None, steps=5)
     train(run, log=quiet)
@@ -182,6 +186,7 @@ def test_chats_are_replayed_and_the_tenth_is_the_default(shop: Path) -> None:
     assert Counter(row["replay_tokens"] > 0 for row in log) == {True: 2, False: 3}  # floor(5 * 4 * 0.1) rows
 
 
+@pytest.mark.slow
 def test_a_mixture_with_replay_draws_each_file_by_its_weight_and_refuses_to_replay_one_of_them(shop: Path) -> None:
     lines = [json.dumps(row) + "\n" for row in rows(16)]
     for name, part in (("a", lines[:12]), ("b", lines[12:])):

@@ -79,6 +79,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, name: str) -> types.SimpleNamespace:
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
 def test_a_tracker_is_shown_the_log_and_a_resumed_run_shows_all_of_it(
     shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -102,6 +103,7 @@ def test_a_tracker_is_shown_the_log_and_a_resumed_run_shows_all_of_it(
     assert [step for step, _ in told.shown] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_back_the_log_after_a_resume_too(shop: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install 'minisft[tensorboard]'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -140,6 +142,7 @@ class Raises:
         self._fail("close")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "error"), [("init", SystemExit(1)), ("write", Raises.error), ("close", OSError(28, "full"))])
 def test_a_tracker_that_fails_is_left_with_one_warning_and_changes_nothing(
     shop: Path,

@@ -104,6 +104,7 @@ def test_what_decides_nothing_finds_the_same_entry(prepare: Prepare, tmp_path: P
     assert len(entries(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_another_day_is_another_text_only_where_the_template_writes_it(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,7 @@ def test_a_decay_that_does_not_fit_is_refused(decay: int) -> None:
         learning_rate(1, 10, PEAK, 3, "wsd", decay)
 
 
+@pytest.mark.slow
 def test_a_run_s_decay_is_its_share_of_the_steps(tmp_path: Path) -> None:
     """10 steps, 1 of warm-up, the last 3 (0.25, rounded up) come down; the next run has the usual fifth of its steps."""
     shop = write_shop(tmp_path)

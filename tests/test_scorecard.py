@@ -137,6 +137,7 @@ def _measured_in_a_child(monkeypatch: pytest.MonkeyPatch, code: str) -> dict:
     return scorecard.measure(LINE, quick=False)
 
 
+@pytest.mark.slow
 def test_the_last_answer_of_a_process_counts_and_a_death_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = f"print('step 1'); print('SCORECARD ' + {json.dumps(GOOD)!r})"
     assert _measured_in_a_child(monkeypatch, answer)["verdict"] == "met"
@@ -221,6 +222,7 @@ def test_only_a_coded_error_of_one_line_is_a_refusal(error: BaseException, kind:
     assert scorecard_fuzz.judge(lambda draw, into: None, random.Random(0), tmp_path) == ("read", "")
 
 
+@pytest.mark.slow
 def test_a_reader_that_dies_hangs_or_takes_memory_is_a_fault_of_that_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +257,7 @@ def test_a_mutant_is_the_same_whenever_it_is_made_and_seldom_the_same_as_another
 # ---- tests as measurements -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_examples_failures_and_notes_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "conftest.py").write_text(
         "import os\nfrom hypothesis import settings\n"

@@ -158,6 +158,7 @@ def tiny_judge(folder: Path, batch_size: int) -> Judge:
     return Judge(model.eval(), tokenizer, resolve_template(tokenizer), 300, batch_size, True, True)
 
 
+@pytest.mark.slow
 def test_neither_the_batch_nor_its_padding_nor_the_order_changes_a_score(model_folder: Path) -> None:
     examples = [chat("q" * (1 + 7 * i % 40), "answer "[: 1 + i % 7] * (1 + i % 5), i) for i in range(23)]
     alone, together = scores(tiny_judge(model_folder, 1), examples), scores(tiny_judge(model_folder, 9), examples)
@@ -171,6 +172,7 @@ def test_neither_the_batch_nor_its_padding_nor_the_order_changes_a_score(model_f
         assert np.allclose(a.state.astype(float), b.state.astype(float), atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_threads_change_no_score(model_folder: Path) -> None:
     model, tokenizer = load_model(model_folder)
     judge = Judge(model.eval().requires_grad_(False), tokenizer, resolve_template(tokenizer), 400, 4, True, True)

@@ -81,6 +81,7 @@ def rows(num_rows: int = 30, seed: int = 1) -> list[Json]:
 # ---- what is picked ----
 
 
+@pytest.mark.slow
 def test_cleaning_drops_each_planted_fault_with_its_reason_and_partner(desk: Desk) -> None:
     pool, kinds, tests = planted.labelled(120, 6)
     desk.write(list(pool))
@@ -102,6 +103,7 @@ def test_cleaning_drops_each_planted_fault_with_its_reason_and_partner(desk: Des
     assert len(set(clean) - set(picked)) <= 0.05 * len(clean) + 12
 
 
+@pytest.mark.slow
 def test_what_is_picked_has_no_copy_left(desk: Desk) -> None:
     pool, _, _ = planted.labelled(80, 5)
     desk.write(list(pool))
@@ -195,6 +197,7 @@ def test_an_array_becomes_lines(desk: Desk) -> None:
 # ---- with a model ----
 
 
+@pytest.mark.slow
 def test_a_model_ranks_rows_and_its_scores_are_kept(desk: Desk) -> None:
     desk.write(rows(20))
     flags = ["--model", desk.model, "--score", "pmi", "--rows", 6]
@@ -219,6 +222,7 @@ def test_the_batch_size_changes_no_pick(desk: Desk, score: str) -> None:
     assert desk.select(*flags, "--batch-size", 1)[0] == desk.select(*flags, "--batch-size", 7)[0]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     from minisft.selection import model_scores
 
@@ -338,6 +342,7 @@ def test_an_output_that_is_there_is_kept(desk: Desk) -> None:
     desk.refused("config/bad-value", ".jsonl")
 
 
+@pytest.mark.slow
 def test_rows_that_are_too_long_or_have_nothing_to_learn_get_no_score(desk: Desk) -> None:
     pool = rows(5)
     pool[1]["completion"] = "word " * 300
@@ -348,6 +353,7 @@ def test_rows_that_are_too_long_or_have_nothing_to_learn_get_no_score(desk: Desk
     assert drop["reason"].startswith("no score: too long")
 
 
+@pytest.mark.slow
 def test_a_row_of_a_million_words_and_one_of_nul_bytes(desk: Desk) -> None:
     pool = rows(5)
     pool[0]["completion"] = " ".join(random.Random(0).choices(planted.NOUNS + [str(i) for i in range(999)], k=10**6))

@@ -36,6 +36,8 @@ from minisft.serving.lanes import load_lanes, sharing_copy
 from minisft.serving.requests import ApiError, parse
 from minisft.serving.stops import TextUntilStop
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("starlette", reason="needs starlette: pip install -e '.[serve]'")
 pytest.importorskip("uvicorn", reason="needs uvicorn: pip install -e '.[serve]'")
 

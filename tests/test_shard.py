@@ -153,6 +153,7 @@ def found(models: dict[str, str]) -> dict[int, list[dict[str, Found]]]:
     return {1: [all_forms(ALONE)], 2: on_ranks(2, all_forms), 3: on_ranks(3, some_forms)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), CASES)
 class TestShares:
     def test_gathered_they_are_the_bits_of_one_process(
@@ -202,6 +203,7 @@ class TestShares:
             assert one[name].codes_alive <= codes / 2  # with all of them gathered it would be more than all
 
 
+@pytest.mark.slow
 def test_a_process_with_fewer_rows_has_batches_without_targets() -> None:
     def counts(world: World) -> tuple[int, ...]:
         made = trainer(tiny.build(tiny.LLAMA), world, "none")
@@ -213,6 +215,7 @@ def test_a_process_with_fewer_rows_has_batches_without_targets() -> None:
     assert on_ranks(2, counts) == [(3, 0, 2), (3, 1, 2)]  # of 5 rows and 3 validated ones, each a micro-batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_the_plan_counts_the_share_that_the_first_process_holds(
     models: dict[str, str], found: dict[int, list[dict[str, Found]]], name: str, size: int
@@ -226,6 +229,7 @@ def test_the_plan_counts_the_share_that_the_first_process_holds(
     assert bytes_of.gathered == sum(whole.values()) - sum(layers) + 2 * layers[0]
 
 
+@pytest.mark.slow
 def test_the_bill_of_one_of_several_processes(models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     def bill(*words: str) -> dict[str, dict[str, dict[str, int]]]:
         argv = [

@@ -37,6 +37,8 @@ from minisft.training.sft import SFTTrainer
 from minisft.training.train import run_training
 from minisft.training.trainer import Log, TrainResult
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:

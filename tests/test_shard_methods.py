@@ -37,6 +37,8 @@ from minisft.training.sft import SFTTrainer
 from minisft.training.shard_plan import trained_bytes_of
 from minisft.training.shardable import require_shardable
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SIZES = (2, 3)  # three: shares of different sizes, and empty ones
 TOKENIZER = SimpleNamespace(pad_id=0, new_ids=())

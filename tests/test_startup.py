@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 MAX_CPU_SECONDS = 1.0  # about 0.15 without PyTorch, over 2 with it; CPU time, because a test machine is a busy one
 
 # Runs each command line in one process in which PyTorch cannot be imported, and prints (status, last line, first line).

@@ -40,6 +40,7 @@ def test_incomplete_beta_is_scipys(a, b, x):
     assert dist.incomplete_beta(a, b, x) == pytest.approx(special.betainc(a, b, x), abs=1e-10)
 
 
+@pytest.mark.slow
 @given(st.floats(-40, 40), st.floats(1, 500))
 def test_tails_are_scipys(t, degrees):
     stats = pytest.importorskip("scipy.stats")
@@ -94,6 +95,7 @@ def covered(intervals, truth):
     return np.mean([i.low - 1e-12 <= truth <= i.high + 1e-12 for i in intervals])
 
 
+@pytest.mark.slow
 def test_intervals_of_shares_cover():
     """95 % intervals hold the truth in about 95 % of 3 000 simulated evaluations; counts are discrete, so some n cover more."""
     rng = np.random.default_rng(1)
@@ -132,6 +134,7 @@ def test_bootstrap_ignores_the_order_and_mirrors(size):
         assert (ours.estimate, ours.low, ours.high) == pytest.approx((other.estimate, other.low, other.high), abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [lambda rng: rng.random(60) < 0.7, lambda rng: rng.exponential(1.0, 60)])
 def test_the_bootstrap_covers(draw):
     rng = np.random.default_rng(5)
@@ -140,6 +143,7 @@ def test_the_bootstrap_covers(draw):
     assert 0.90 <= covered(intervals, truth) <= 0.97
 
 
+@pytest.mark.slow
 def test_with_clusters_the_cluster_bootstrap_covers_and_the_row_bootstrap_does_not():
     rng = np.random.default_rng(7)
     by_row, by_cluster = [], []
@@ -161,6 +165,7 @@ def test_copies_of_a_file_do_not_narrow_a_clustered_interval():
     assert copied.high - copied.low < 0.8 * (once.high - once.low)
 
 
+@pytest.mark.slow
 def test_bootstrap_of_a_metric_is_the_bootstrap_of_a_mean_for_a_mean():
     values = np.random.default_rng(4).random(70)
     metric = bootstrap_metric(lambda rows: float(values[rows].mean()), 70, draws=3000)

@@ -62,6 +62,7 @@ def gradients_of(
     return loss, tiny.gradients(model)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(2, 14), min_size=8, max_size=8), st.sampled_from([1, 2, 3, 5]), st.booleans())
 def test_any_cut_of_a_step_gives_the_same_gradient(lengths: list[int], size: int, packing: bool) -> None:
     model, data = lora_model(), rows(lengths)
@@ -296,6 +297,7 @@ def test_dropout_follows_its_seed_and_leaves_the_global_generator_alone() -> Non
     assert torch.equal(torch.rand(3), undisturbed)
 
 
+@pytest.mark.slow
 @few
 @given(seed=st.integers(0, 99))
 def test_dropout_masks_belong_to_rows_however_they_lie(seed: int) -> None:
@@ -356,6 +358,7 @@ def golden_trace() -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_golden_twenty_step_trace() -> None:
     """fp64, so that one digest fits every CPU: its order of summation differs below the digits that are kept."""
     expected = [float(x) for x in GOLDEN.split()]

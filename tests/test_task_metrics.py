@@ -28,6 +28,7 @@ def scores_of(pairs, labels=LABELS):
     return label_scores(table_of(codes, len(labels)), labels)
 
 
+@pytest.mark.slow
 @given(PAIRS)
 def test_label_scores_are_scikit_learns(pairs):
     """With absent classes, classes that are only predicted, and predictions outside the label set."""
@@ -138,6 +139,7 @@ def test_a_corpus_score_is_not_the_mean_of_rows():
     assert "tok:13a" in result.extra["signature"]
 
 
+@pytest.mark.slow
 def test_rouge_is_rouge_scores_on_english():
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(list(text_metrics.ROUGE_TYPES))
     ours = text_metrics.rouge([p for _, p in TEXTS], [r for r, _ in TEXTS])

@@ -28,6 +28,8 @@ from minisft.training.task_metric import TaskMetric
 from minisft.training.train import run_training, train
 from minisft.training.trainer import Log
 
+pytestmark = pytest.mark.slow
+
 
 def task(count: int) -> list[dict[str, object]]:
     """One letter for each prompt: learned within a few steps."""

@@ -13,6 +13,8 @@ from minisft.common.errors import UserError
 from minisft.data.messages import Message
 from minisft.data.template import CHATML, PLAIN, ChatTemplate
 
+pytestmark = pytest.mark.slow
+
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 DEFAULT_SYSTEM = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

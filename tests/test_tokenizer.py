@@ -195,6 +195,7 @@ def test_special_tokens_come_as_strings_or_objects_and_eos_as_a_list(folder: Pat
     assert (tokenizer.eos_ids, tokenizer.pad_id) == ((2, 0, 5), 0)
 
 
+@pytest.mark.slow
 def test_the_template_file_goes_before_the_config(folder: Path) -> None:
     rewrite(
         folder,
@@ -217,6 +218,7 @@ def test_added_tokens_of_the_config_are_control_tokens_too(folder: Path) -> None
         tokenizer.encode("es")
 
 
+@pytest.mark.slow
 def test_missing_pad_and_eos_state_the_choice(folder: Path) -> None:
     (folder / "special_tokens_map.json").unlink()
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
@@ -229,6 +231,7 @@ def test_missing_pad_and_eos_state_the_choice(folder: Path) -> None:
     assert "no eos token" in bare.notes[0]
 
 
+@pytest.mark.slow
 def test_a_template_processor_that_writes_bos_is_noticed_but_not_applied(folder: Path) -> None:
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.post_processor = tokenizers.processors.TemplateProcessing(
@@ -243,6 +246,7 @@ def test_a_template_processor_that_writes_bos_is_noticed_but_not_applied(folder:
     assert tokenizer.encode("a", control=True) == byte_tokenizer().encode("a")
 
 
+@pytest.mark.slow
 def test_broken_folders_are_refused(folder: Path) -> None:
     good = (folder / "tokenizer.json").read_text()
     cases = [("{}", "tokenizer/unreadable"), ("not json", "tokenizer/unreadable"), (None, "tokenizer/no-file")]
@@ -268,6 +272,7 @@ def save_with_regex(folder: Path, pattern: str) -> None:
     backend.save(str(folder / "tokenizer.json"))
 
 
+@pytest.mark.slow
 def test_a_regular_expression_that_explodes_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_with_regex(tmp_path, "(a+)+$")
     with pytest.raises(UserError, match="tokenizer/probe"):

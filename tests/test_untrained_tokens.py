@@ -18,6 +18,8 @@ from minisft.model import CausalLM
 from minisft.surgery import apply_lora_
 from minisft.training.untrained_tokens import untrained_tokens, untrained_tokens_of
 
+pytestmark = pytest.mark.slow
+
 START, STOP = 256, 257
 
 

@@ -56,6 +56,7 @@ def test_ties_are_half_a_win_and_carry_no_certainty():
     assert few.sign_p is None
 
 
+@pytest.mark.slow
 def test_the_interval_that_is_valid_at_any_time_covers_at_every_vote():
     scores = np.random.default_rng(0).choice([0.0, 1.0, 0.5], (400, 200), p=[0.3, 0.5, 0.2])
     means = scores.cumsum(1) / np.arange(1, 201)
@@ -86,6 +87,7 @@ def test_two_models_have_the_logit_of_the_win_rate():
     assert sum(skills.values()) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_planted_skills_are_recovered_and_names_do_not_matter():
     truth = {"w": -1.0, "x": -0.2, "y": 0.4, "z": 0.8}
     votes = games(truth, 8000)

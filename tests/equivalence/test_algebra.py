@@ -61,6 +61,7 @@ def test_a_zero_update_has_nothing_to_lose(layer: tuple[str, str], zero: str) ->
     assert report.fraction_lost == report.layers[0].delta_ratio == 0
 
 
+@pytest.mark.slow
 @given(seed=seeds, rows=st.integers(0, 16))
 def test_rows_that_get_no_update_keep_their_bits(seed: int, rows: int) -> None:
     """L7 within one layer: a row of zeros in B leaves a row of W."""

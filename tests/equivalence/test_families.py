@@ -67,6 +67,7 @@ def test_ranks_and_scalings_of_their_own(family: str, base: str, use_dora: bool)
     assert_close(logits(model), expected, 1e-10)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_any_adapters_on_any_family(data: st.DataObject) -> None:
     """L1 with whatever targets, ranks and scalings hypothesis thinks of."""

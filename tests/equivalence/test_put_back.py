@@ -176,6 +176,7 @@ def test_without_adapters_there_is_nothing_to_merge(call: object) -> None:
     assert state(model) == before
 
 
+@pytest.mark.slow
 @given(data=st.data(), value=st.sampled_from(BROKEN), factor=st.sampled_from(["lora_A", "lora_B"]))
 def test_one_broken_number_in_one_layer_and_nothing_is_merged(data: st.DataObject, value: float, factor: str) -> None:
     """All or nothing, whichever layer it is, in place and into a new model. The message names the layer."""

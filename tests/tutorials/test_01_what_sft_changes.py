@@ -44,6 +44,7 @@ def agrees_log_probs(built: Namespace, model: CausalLM, prompt: list[int], answe
     torch.testing.assert_close(found.sum().item(), theirs, rtol=1e-9, atol=1e-9)  # fp64; the library adds in another order
 
 
+@pytest.mark.slow
 @given(families, texts, st.integers(1, 14), st.sets(token_ids, max_size=9))
 def test_greedy_equals_the_library(family: ModelConfig, prompt: list[int], limit: int, end_ids: set[int]) -> None:
     agrees_greedy(BUILD, tiny.shared(family), prompt, limit, end_ids)
@@ -54,6 +55,7 @@ def test_log_probs_equals_the_library(family: ModelConfig, prompt: list[int], an
     agrees_log_probs(BUILD, tiny.shared(family), prompt, answer)
 
 
+@pytest.mark.slow
 @given(families, texts)
 def test_the_probabilities_of_all_answers_of_one_token_add_up_to_one(family: ModelConfig, prompt: list[int]) -> None:
     total = sum(BUILD["log_probs"](tiny.shared(family), prompt, [token]).exp().item() for token in range(tiny.VOCAB))

@@ -99,6 +99,7 @@ def test_LoRALinear_equals_the_library(  # noqa: N802
     agrees_LoRALinear(BUILD, (rows, columns), min(rank, rows, columns), alpha, bias, dtype, seed)
 
 
+@pytest.mark.slow
 @given(st.sampled_from([LLAMA, QWEN3]), names, st.integers(1, 6), st.floats(0.5, 16), seeds)
 def test_add_lora__equals_the_library(config: Any, targets: list[str], rank: int, alpha: float, seed: int) -> None:
     agrees_add_lora_(BUILD, config, targets, rank, alpha, seed)

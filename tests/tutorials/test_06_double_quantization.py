@@ -181,6 +181,7 @@ MUTANTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_build_passes_for_the_library() -> None:
     agrees(BUILD)
 

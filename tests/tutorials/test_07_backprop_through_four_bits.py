@@ -76,6 +76,7 @@ def agrees_FourBitLinear(namespace: Namespace, weight: Tensor, x: Tensor) -> Non
     assert dense_bytes_alive_after(ours, x) == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(SIZES, SIZES, LEADING, DTYPES, st.integers(0, 99))
 def test_FourBitLinear_equals_the_library(outputs: int, inputs: int, leading: list[int], dtype: torch.dtype, seed: int) -> None:  # noqa: N802
@@ -102,6 +103,7 @@ def agrees_QLoRALinear(namespace: Namespace, weight: Tensor, x: Tensor, rank: in
     assert dense_bytes_alive_after(ours, x) == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.integers(4, 50), st.integers(4, 80), LEADING, st.integers(1, 4), st.floats(0.5, 32), st.integers(0, 99))
 def test_QLoRALinear_equals_the_library(  # noqa: N802
@@ -124,6 +126,7 @@ def agrees_with_a_dense_layer(namespace: Namespace, q: nf4.QuantizedWeight, x: T
     assert torch.autograd.gradcheck(lambda x: product(x, q), x.double().requires_grad_(), fast_mode=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 40), LEADING, DTYPES, st.sampled_from(nf4.BLOCK_SIZES), st.booleans())
 def test_gradients_are_those_of_a_dense_layer(

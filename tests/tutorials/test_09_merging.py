@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from minisft import merge_weights
 from minisft.lora import LoRALinear
 
+pytestmark = pytest.mark.slow
+
 PAGE = "09_merging"
 Namespace = dict[str, Any]
 Adapter = tuple[Tensor, Tensor, float]

@@ -110,6 +110,7 @@ def test_learning_rate_equals_the_library(data: st.DataObject, total: int, peak:
     agrees_learning_rate(BUILD, total, peak, data.draw(st.integers(0, total - 1)))
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.integers(2, 9), min_size=1, max_size=6), st.integers(1, 6), st.sampled_from([0.1, 100.0]), st.booleans(), seeds
 )
@@ -153,6 +154,7 @@ MUTANTS = [
 ]
 
 
+@pytest.mark.slow
 def test_the_build_passes_for_the_library() -> None:
     agrees(BUILD)
 

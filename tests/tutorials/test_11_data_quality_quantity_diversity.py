@@ -67,6 +67,7 @@ def agrees_ifd(built: Namespace, chats: Sequence[tuple[str, str]]) -> None:
     assert built["ifd"](MODEL, prompts, answers, blanks).tolist() == pytest.approx([s.ifd for s in wanted], rel=1e-4)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.text("abc ?", max_size=9), st.text("abc.", min_size=1, max_size=6)), min_size=1, max_size=4))
 def test_ifd_equals_the_library(chats: list[tuple[str, str]]) -> None:
     agrees_ifd(BUILD, [(x.strip(), y.strip()) for x, y in chats])

@@ -48,6 +48,7 @@ def agrees_reply_log_probs(
         torch.testing.assert_close(found[row][mask[row]], theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @given(families, st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
 def test_reply_log_probs_equals_the_library(family: ModelConfig, chats: list[tuple[list[int], list[int]]]) -> None:
     agrees_reply_log_probs(BUILD, tiny.shared(family), *zip(*chats, strict=True))
@@ -79,6 +80,7 @@ def agrees_sample_group(
     assert replies == [answer.ids for answer in group]
 
 
+@pytest.mark.slow
 @given(families, texts, st.integers(1, 5), st.integers(1, 6), st.sets(st.integers(0, tiny.VOCAB - 1), max_size=20), seeds)
 def test_sample_group_equals_the_library(
     family: ModelConfig, prompt: list[int], num_answers: int, limit: int, end_ids: set[int], seed: int

@@ -574,6 +574,7 @@ def test_pages_without_a_pretrained_model_run_as_scripts(page: Page, tmp_path: P
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_readme_lists_the_pages() -> None:
     readme = (TUTORIALS / "README.md").read_text(encoding="utf-8")
     assert builder.table(TUTORIALS) in readme, "run python tutorials/build.py: it writes the table"

@@ -58,6 +58,7 @@ def draw(monkeypatch: pytest.MonkeyPatch, folder: Path, points: int = 3, name: s
         shared.show(fig, name, alt="Points that lie anywhere.")
 
 
+@pytest.mark.slow
 def test_a_picture_is_saved_as_svg_and_always_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_picture_is_saved_as_svg_and_always_the_same(
     assert capsys.readouterr().out == "figure tutorials/figures/98_line.svg: Points that lie anywhere.\n" * 2
 
 
+@pytest.mark.slow
 def test_a_picture_of_many_things_is_saved_as_png_and_replaces_the_svg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(monkeypatch, tmp_path)
     draw(monkeypatch, tmp_path, points=5000)

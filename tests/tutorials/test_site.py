@@ -414,6 +414,7 @@ def test_a_formula_that_cannot_be_shown_is_refused(latex: str) -> None:
         extension("mathml").to_mathml(latex, "inline")
 
 
+@pytest.mark.slow
 def test_such_a_formula_stops_the_build_and_is_named(tmp_path: Path) -> None:
     needs("sphinx")
     needs("latex2mathml")
