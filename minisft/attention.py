@@ -4,7 +4,8 @@ Padded left or right, or packed end to end: a batch is always a set of segments.
 lie, and attention gathers them into a grid (S, L) with every segment at the left edge. There plain causal attention is
 all that is needed: a real token never sees what stands to its right, so padding needs no mask, and segments cannot see each
 other because they are different rows. Nothing is ever quadratic in the packed length. Where all segments of a batch row
-continue a common prefix, its keys stand once more to the left of each of them.
+continue a common prefix, its keys stand once more to the left of each of them; and so do those of a past, which all batch rows
+continue.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Segments:
     """Where each token of a batch (B, T) stands in its segment, and where each place of the grid (S, L) comes from.
 
     Attributes:
-        positions: (B, T) int64, 0 at the start of each segment, or P after a common prefix; 0 for padding.
+        positions: (B, T) int64, 0 at the start of each segment, or P after a common prefix, and behind a past as much more.
         take: (S * L,) int64: flat batch index of the token at each place of the grid. Places without one hold their segment's
             first token once more: it stands to the right of all real ones, so nobody sees it, and no gradient comes back.
         put: (N,) int64: flat grid place of each token; 0 for padding.
@@ -54,12 +55,16 @@ class Segments:
     owner: Tensor
 
     @classmethod
-    def of(cls, segment_ids: Tensor, prefix_length: int = 0) -> Segments:
+    def of(cls, segment_ids: Tensor, prefix_length: int = 0, past_length: int = 0) -> Segments:
         """Read the segments off ``segment_ids``.
 
         Args:
             segment_ids: (B, T) int64; 0 is padding, equal positive neighbours in a row are one segment.
             prefix_length: P; if not 0, the first P tokens of each row are what its other segments continue.
+            past_length: tokens before the batch that every row of it continues.
+
+        Returns:
+            The segments.
         """
         ids = segment_ids.cpu()[:, prefix_length:]
         B, T = ids.shape
@@ -79,7 +84,7 @@ class Segments:
         trivial = (S, L) == (B, T) and bool((put == index)[real].all())  # right padding leaves every token in its place
         positions = torch.cat((torch.arange(prefix_length).expand(B, -1), prefix_length + place.view(B, T)), 1)
         return cls(
-            positions=positions.to(device),
+            positions=(past_length + positions).to(device),
             take=take.to(device),
             put=put.to(device),
             padding=None if bool(real.all()) else (~real).view(-1, 1, 1).to(device),
@@ -194,14 +199,22 @@ def _attend_grid(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     return _fused_attention(q, k, v, window)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v within each segment and the common prefix before it, causal.
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    window: int | None = None,
+    past: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v within each segment and what it continues: the past of all, then its row's prefix; causal.
 
     Args:
         q: (B * T, H, E), rotated already.
         k, v: (B * T, K, E), K dividing H.
         segments: where the tokens lie.
         window: how many keys a query may see, itself included; None for all.
+        past: keys and values (1, C, K, E) of the tokens before the batch.
 
     Returns:
         (B * T, H, E) in the dtype of ``q``; what stands at padding is zero and sends no gradient.
@@ -209,21 +222,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | No
     Ref: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
     """
     P, B = segments.prefix_length, segments.batch_size
-    if P == 0:
+    if P == 0 and past is None:
         q_grid, k_grid, v_grid = (segments.to_grid(x) for x in (q, k, v))
         return segments.from_grid(_attend_grid(q_grid, k_grid, v_grid, window))
     q_BT, k_BT, v_BT = (x.view(B, -1, *x.shape[1:]) for x in (q, k, v))
     q_grid, k_grid, v_grid = (segments.to_grid(x[:, P:].flatten(0, 1)) for x in (q_BT, k_BT, v_BT))
-    prefix = _attend_grid(q_BT[:, :P], k_BT[:, :P], v_BT[:, :P], window)
+    k_before, v_before = k_BT[:, :P], v_BT[:, :P]
+    if past is not None:
+        k_before, v_before = (
+            torch.cat((x.expand(B, -1, -1, -1), before), 1) for x, before in zip(past, (k_before, v_before), strict=True)
+        )
     k_grid, v_grid = (
-        torch.cat((_for_each_segment(x[:, :P], segments), grid), 1) for x, grid in ((k_BT, k_grid), (v_BT, v_grid))
+        torch.cat((_for_each_segment(before, segments), grid), 1) for before, grid in ((k_before, k_grid), (v_before, v_grid))
     )
     rest = segments.from_grid(_attend_grid(q_grid, k_grid, v_grid, window))
+    if P == 0:
+        return rest
+    prefix = _attend_grid(q_BT[:, :P], k_before, v_before, window)
     return torch.cat((prefix, rest.view(B, -1, *rest.shape[1:])), 1).flatten(0, 1)
 
 
 def _for_each_segment(prefix: Tensor, segments: Segments) -> Tensor:
-    """(B, P, K, E) -> (S, P, K, E): each segment's own prefix."""
+    """(B, P, K, E) -> (S, P, K, E): what each segment continues."""
     S = segments.shape[0]
     return prefix.expand(S, -1, -1, -1) if segments.batch_size == 1 else prefix.index_select(0, segments.owner)
 

@@ -80,6 +80,11 @@ class KVCache:
         self.values[:, rows, :, :end] = other.values[:, :, :, :end]
         self.lengths[rows] = other.lengths
 
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, C, K, E) of a layer, as far as the longest row is filled."""
+        filled = slice(int(self.lengths.max()))
+        return self.keys[layer, :, :, filled].transpose(1, 2), self.values[layer, :, :, filled].transpose(1, 2)
+
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values.
 
@@ -108,8 +113,9 @@ class _Context:
         positions: Tensor,
         end: int,
         attn_masks: Mapping[int | None, Tensor],
+        past: KVCache | None,
     ) -> None:
-        self.angles, self.attn_masks = angles, attn_masks
+        self.angles, self.attn_masks, self.past = angles, attn_masks, past
         self.segments, self.cache, self.positions, self.end = segments, cache, positions, end
 
 
@@ -163,7 +169,8 @@ class Attention(nn.Module):
             q = q * self.q_scale
         if context.cache is None:
             assert context.segments is not None
-            out = attend(q, k, v, context.segments, self.window)
+            past = None if context.past is None else context.past.read(self.layer)
+            out = attend(q, k, v, context.segments, self.window, past)
         else:
             B, T = context.positions.shape
             keys, values = context.cache.append(
@@ -318,6 +325,7 @@ class CausalLM(nn.Module):
         prefix_length: int = 0,
         noise: Tensor | None = None,
         only: Tensor | None = None,
+        past: KVCache | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -327,12 +335,13 @@ class CausalLM(nn.Module):
             noise: (B, T, D), added to the embeddings; None for none.
             only: (n,) int64, the flat positions that are asked for; None for all. Of the others the last layer computes keys
                 and values, which is all that anybody reads of them there.
+            past: a cache of one row, which all rows continue; it is read, not appended to. Not together with ``cache``.
 
         Returns:
             (B, T, D) in the model's dtype, or (n, D).
         """
         B, T = input_ids.shape
-        context = self._context(input_ids, segment_ids, cache, prefix_length)
+        context = self._context(input_ids, segment_ids, cache, prefix_length, past)
         x_ND = self.model.embed_tokens(input_ids.reshape(-1))
         if (multiplier := self.config.embedding_multiplier) != 1.0:
             x_ND = x_ND * torch.tensor(multiplier, dtype=x_ND.dtype)  # rounded as the weights are: Gemma was trained so
@@ -343,10 +352,19 @@ class CausalLM(nn.Module):
         hidden = self.model.norm(x_ND)
         return hidden if only is not None else hidden.view(B, T, -1)
 
-    def _context(self, input_ids: Tensor, segment_ids: Tensor | None, cache: KVCache | None, prefix_length: int) -> _Context:
+    def _context(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None,
+        cache: KVCache | None,
+        prefix_length: int,
+        past: KVCache | None,
+    ) -> _Context:
         T = input_ids.shape[1]
         if cache is None:
-            segments = Segments.of(torch.ones_like(input_ids) if segment_ids is None else segment_ids, prefix_length)
+            past_length = 0 if past is None else int(past.lengths)
+            ids = torch.ones_like(input_ids) if segment_ids is None else segment_ids
+            segments = Segments.of(ids, prefix_length, past_length)
             positions, end = segments.positions, T
         else:
             real = torch.ones_like(input_ids) if segment_ids is None else (segment_ids > 0).long()
@@ -361,7 +379,7 @@ class CausalLM(nn.Module):
         angles = {local: rope_angles(self.config, positions.reshape(-1), self.dtype, local) for local in kinds}
         windows = {self.config.window(layer) for layer in range(self.config.num_layers) if cache is not None}
         attn_masks = {window: cache_attn_mask(positions, end, window) for window in windows}
-        return _Context(angles, segments, cache, positions, end, attn_masks)
+        return _Context(angles, segments, cache, positions, end, attn_masks, past)
 
 
 def rope_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype, local: bool = False) -> tuple[Tensor, Tensor]:

@@ -112,6 +112,11 @@ def test_a_shared_prefix_and_noise_reach_their_rows(folders: dict[str, Path], ki
     hidden = model.hidden(row, segment_ids=numbers, prefix_length=5)[0]
     first, second = (model.hidden(torch.cat([prefix, end])[None])[0] for end in ends)
     assert_close(hidden, torch.cat([first, second[5:]]))
+    for length in (5, 3):
+        past = model.new_cache(1, 8)
+        model.hidden(prefix[None, :length], cache=past)
+        rest = {"segment_ids": numbers[:, length:], "prefix_length": 5 - length, "past": past}
+        assert_close(model.hidden(row[:, length:], **rest)[0], torch.cat([first[length:], second[5:]]))
     noise = 0.1 * torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     numbers = torch.tensor([[1] * 9 + [2] * 3])
     alone = model.hidden(row[:, 9:], noise=noise[:, 9:])

@@ -110,22 +110,58 @@ def test_options_of_one_question_read_its_context_once(loaded, monkeypatch, batc
     assert tokens == apart if batch_size == 1 else tokens < 0.8 * apart
 
 
+@pytest.mark.parametrize("num_options", [1, 3])
+def test_what_all_contexts_begin_with_is_computed_once(loaded, monkeypatch, num_options):
+    model, _, _ = loaded
+    draw = torch.Generator().manual_seed(1)
+
+    def ids(n):
+        return torch.randint(3, 90, (n,), generator=draw).tolist()
+
+    instruction = ids(20)
+    # One context is the instruction and no more: its last token predicts, so it belongs to each part.
+    contexts = [instruction + ids(n) for n in (4, 0, 9, 4)]
+    parts = [Continuation(context, ids(2)) for context in contexts for _ in range(num_options)]
+    seen = []
+    hidden = model.hidden
+
+    def counting(input_ids, **more):
+        ids = more.get("segment_ids", torch.ones_like(input_ids))
+        seen.append(int((ids > 0).sum()))
+        return hidden(input_ids, **more)
+
+    monkeypatch.setattr(model, "hidden", counting)
+    found = log_probs(model, parts, 0, 2 * num_options)
+    monkeypatch.undo()
+    assert found == pytest.approx([naive(model, [*p.context, *p.target], len(p.context)) for p in parts], rel=1e-5)
+    assert seen[0] == 19
+    computed_once = 19 + sum(len(context) - 19 for context in contexts)
+    # A batch shares the shortest of its prefixes, all but a context's last token at best.
+    assert sum(seen) <= computed_once + num_options * (4 * 2 + 4 + 9)
+
+
+def test_a_beginning_of_little_length_is_left_in_each_part(monkeypatch):
+    monkeypatch.setattr(plain_text, "_sums", lambda model, families, pad_id, past: [0.0] * sum(map(len, families)))
+    parts = [Continuation([1, k], [*range(40)]) for k in range(8)]
+    assert log_probs(None, parts, 0) == [0.0] * 8  # type: ignore[arg-type]  # a model would be asked for a cache
+
+
 def test_batches_of_questions_compute_little_more_than_each_alone(monkeypatch):
     """Forty contexts of 40 to 79 tokens with four options each: a batch shares only the shortest of its contexts."""
-    made: list[tuple[int, int]] = []
+    made: list[tuple[int, int, int]] = []
 
-    def sums(model, families, pad_id):
-        made.append((plain_text._cost(families), sum(plain_text._cost([family]) for family in families)))
+    def sums(model, families, pad_id, past):
+        made.append((plain_text._cost(families), sum(plain_text._cost([family]) for family in families), len(families)))
         return [0.0] * sum(map(len, families))
 
     monkeypatch.setattr(plain_text, "_sums", sums)
-    parts = [Continuation([*range(n)], [k, 1, 2, 3]) for n in range(40, 80) for k in range(4)]
+    parts = [Continuation([n, *range(1, n)], [k, 1, 2, 3]) for n in range(40, 80) for k in range(4)]
     assert log_probs(None, parts, 0, len(parts)) == [0.0] * len(parts)  # type: ignore[arg-type]
-    assert sum(apart for _, apart in made) == sum(
+    assert sum(apart for _, apart, _ in made) == sum(
         n - 1 + 4 * (1 + 4) for n in range(40, 80)
     )  # a context's last token with each option
-    assert all(cost <= 1.15 * apart for cost, apart in made)
-    assert len(made) < 40
+    assert all(cost <= apart + 32 * (joined - 1) for cost, apart, joined in made)
+    assert len(made) < 20
 
 
 def test_trailing_spaces_of_a_context_belong_to_the_continuation(loaded):

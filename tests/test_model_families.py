@@ -65,6 +65,23 @@ def test_a_shared_prefix_is_computed_once_with_the_same_result(config: ModelConf
 
 
 @families
+@pytest.mark.parametrize("prefix_length", [0, 2])
+def test_rows_that_continue_a_past_are_as_if_each_had_it(config: ModelConfig, prefix_length: int) -> None:
+    model, before, rows = build(config), ids_of(6), ids_of(2, 7, seed=2)
+    numbers = torch.tensor([[1] * 2 + [2] * 3 + [3] * 2, [1] * 2 + [2] * 4 + [0]])
+    past = model.new_cache(1, 8)  # longer than what it holds
+    model.hidden(before[None], cache=past)
+    hidden = model.hidden(rows, segment_ids=numbers, prefix_length=prefix_length, past=past)
+    for row, number, found in zip(rows, numbers, hidden, strict=True):
+        for segment in range(1, int(number.max()) + 1):
+            mine = number == segment
+            prefix = row[:prefix_length] if segment > 1 else row[:0]
+            written_out = torch.cat([before, prefix, row[mine]])[None]
+            assert_close(found[mine], model.hidden(written_out)[0, -int(mine.sum()) :])
+    assert int(past.lengths) == 6
+
+
+@families
 def test_the_loss_is_that_of_the_logits(config: ModelConfig) -> None:
     """The head has a divisor or a cap in some: the fused loss would train another function."""
     model, ids, targets = build(config), ids_of(2, 6), ids_of(2, 6, seed=4)

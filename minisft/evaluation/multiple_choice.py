@@ -3,8 +3,8 @@
 Nothing is generated, so nothing has to be parsed. An option counts with its end of turn: "card" and "card_arrival" are
 then two different answers, and neither wins by being the other's prefix.
 
-The idea to take home: options share most of the work. The prompt runs once; its options lie one behind the other after it,
-and none sees another.
+The idea to take home: options share most of the work. What all prompts begin with runs once, then each prompt; its options lie
+one behind the other after it, and none sees another.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def option_log_probs(model: CausalLM, questions: Sequence[tuple[list[int], list[
     Returns:
         natural logarithms, in the order of the options.
 
-    Cost: each prompt once and every option's tokens, all questions at once (those of unlike length apart).
+    Cost: what all prompts begin with once, the rest of each prompt once and every option's tokens, all questions at once (those
+    of unlike length apart).
     """
     parts = [Continuation(prompt, option) for prompt, options in questions for option in options]
     scores = iter(log_probs(model, parts, pad_id=0, batch_size=len(parts)))

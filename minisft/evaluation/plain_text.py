@@ -17,15 +17,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisft.batching import collate, collate_families, shared_prefix
+from minisft.batching import MIN_SHARED_FRACTION, collate, collate_families, shared_prefix
 from minisft.data.chat import Encoded
 from minisft.data.tokenizer import Tokenizer
 from minisft.evaluation.results import Progress
 from minisft.loss import IGNORE_INDEX, token_log_probs
-from minisft.model import CausalLM
+from minisft.model import CausalLM, KVCache
 
 WINDOW = 1_024
-MOST_PADDING = 1.15  # families join a batch if that costs at most so much more than apart
+# A batch costs as much as so many tokens more (weights are read, layers called), so a family may add that much padding.
+BATCH_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -83,22 +84,23 @@ def log_probs(
     Returns:
         natural logarithms, in the order of the parts.
 
-    Cost: of parts with one long context, as the options of a question, the context is computed once.
+    Cost: what all contexts begin with is computed once, and so is the rest of a context that several parts have, as the
+    options of a question do.
     """
     found: dict[int, float] = {}
     families = _families(parts, batch_size)
+    past = _past(model, parts, families)
+    parts = parts if past is None else [_behind(part, int(past.lengths)) for part in parts]
     while families:
         chosen = [families.pop()]
         batch = [[_encoded(parts[i]) for i in chosen[0]]]
-        apart = _cost(batch)
         while families and sum(map(len, chosen)) + len(families[-1]) <= batch_size:
             following = [_encoded(parts[i]) for i in families[-1]]
-            apart += _cost([following])  # of all of them, or 15 % would be added again and again
-            if _cost([*batch, following]) > MOST_PADDING * apart:
+            if _cost([*batch, following]) > _cost(batch) + _cost([following]) + BATCH_TOKENS:
                 break
             batch.append(following)
             chosen.append(families.pop())
-        found |= dict(zip([i for family in chosen for i in family], _sums(model, batch, pad_id), strict=True))
+        found |= dict(zip([i for family in chosen for i in family], _sums(model, batch, pad_id, past), strict=True))
         if progress is not None:
             progress(len(found), len(parts))
     return [found[i] for i in range(len(found))]
@@ -120,6 +122,24 @@ def _families(parts: Sequence[Continuation], most: int) -> list[list[int]]:
     return sorted(families, key=lambda family: len(parts[family[0]].context) + sum(len(parts[i].target) for i in family))
 
 
+def _past(model: CausalLM, parts: Sequence[Continuation], families: Sequence[Sequence[int]]) -> KVCache | None:
+    """What all contexts begin with, computed; None where that would save little. A token of each context stays outside."""
+    if len(families) < 2:
+        return None
+    firsts = [_encoded(parts[family[0]]) for family in families]
+    shared = shared_prefix(firsts)
+    computed = sum(first.prompt_length for first in firsts) + sum(len(part.target) for part in parts)
+    if shared * (len(families) - 1) <= MIN_SHARED_FRACTION * computed:
+        return None
+    past = model.new_cache(1, shared)
+    model.hidden(torch.tensor([firsts[0].input_ids[:shared]], device=model.device), cache=past)
+    return past
+
+
+def _behind(part: Continuation, length: int) -> Continuation:
+    return Continuation(part.context[length:], part.target)
+
+
 def _prefix(families: Sequence[Sequence[Encoded]]) -> int:
     return min(map(shared_prefix, families)) if max(map(len, families)) > 1 else 0
 
@@ -130,11 +150,11 @@ def _cost(families: Sequence[Sequence[Encoded]]) -> int:
     return len(families) * max(P + sum(len(row.input_ids) - P for row in family) for family in families)
 
 
-def _sums(model: CausalLM, families: Sequence[Sequence[Encoded]], pad_id: int) -> list[float]:
+def _sums(model: CausalLM, families: Sequence[Sequence[Encoded]], pad_id: int, past: KVCache | None) -> list[float]:
     """The sums of a batch, family after family."""
     P = _prefix(families)
     batch = collate_families(families, pad_id, P).to(model.device)
-    hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=P)
+    hidden = model.hidden(batch.input_ids, segment_ids=batch.segment_ids, prefix_length=P, past=past)
     values = token_log_probs(hidden, model.loss_head, batch.target_ids)
     sizes = torch.tensor([len(family) for family in families], device=values.device)
     before = (sizes.cumsum(0) - sizes)[:, None] - (2 if P else 1)  # segments count from 1, the prefix first

@@ -110,16 +110,25 @@ class ForeignLM(CausalLM):
         prefix_length: int = 0,
         noise: Tensor | None = None,
         only: Tensor | None = None,
+        past: KVCache | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
-            input_ids, segment_ids, cache, prefix_length, noise, only: as in ``CausalLM.hidden``; a cache is a ``TokenCache``.
+            input_ids, segment_ids, cache, prefix_length, noise, only, past: as in ``CausalLM.hidden``; a cache is a
+                ``TokenCache``, so a past saves nothing here.
 
         Returns:
             (B, T, D) in the model's dtype, or (n, D).
         """
-        hidden = self._all_hidden(input_ids, segment_ids, cache, prefix_length, noise)
+        past_length = 0
+        if past is not None:
+            assert isinstance(past, TokenCache)
+            past_length = int(past.lengths)
+            ids = torch.ones_like(input_ids) if segment_ids is None else segment_ids
+            before = past.ids[:, :past_length].expand(len(input_ids), -1)
+            input_ids, segment_ids = torch.cat((before, input_ids), 1), torch.cat((torch.ones_like(before), ids), 1)
+        hidden = self._all_hidden(input_ids, segment_ids, cache, past_length + prefix_length, noise)[:, past_length:]
         return hidden if only is None else hidden.flatten(0, 1).index_select(0, only)
 
     def _all_hidden(
