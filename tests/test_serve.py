@@ -530,6 +530,58 @@ def test_what_fails_in_one_model_leaves_the_others_rows(folder, capsys):
     assert capsys.readouterr().out == "requests failed: RuntimeError: planted\n"
 
 
+def test_a_client_whose_loop_ends_in_the_middle_of_a_step_fails_nobody_else(folder, monkeypatch, capsys):
+    """It leaves when the step has looked who is still there, and its token is not yet handed over."""
+    made, gone, pieces = make_shop(folder, {}), threading.Event(), []
+
+    async def disconnect():
+        await asyncio.to_thread(gone.wait, 60)
+
+    client = threading.Thread(target=lambda: asyncio.run(ask_and_leave(made, disconnect)))
+    client.start()
+    until(lambda: made.engine.counts() == (0, 1))
+    made.engine.submit(Job(made.engine.lanes["model"], [3, 4], 1, 3, Sampling(), (), None, pieces.append))
+    choose = Batch._choose
+
+    def meanwhile(batch):
+        gone.set()
+        client.join()
+        return choose(batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "_choose", meanwhile)
+        made.engine._turn()
+    for _ in range(2):
+        made.engine._turn()
+    assert None not in pieces  # the request has not failed
+    assert [piece.finish for piece in pieces] == [None, None, "length"]
+    assert made.engine.counts() == (0, 0)
+    assert capsys.readouterr().out == ""
+
+
+async def ask_and_leave(shop, disconnect):
+    """A request, straight to the application, of a client that is gone when ``disconnect()`` returns."""
+    body = json.dumps({"model": "model", "messages": ASK, "max_tokens": 400, "temperature": 0}).encode()
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive():
+        if waiting:
+            return waiting.pop()
+        await disconnect()
+        return {"type": "http.disconnect"}
+
+    async def ignore(message):
+        pass
+
+    headers = [(b"host", f"127.0.0.1:{shop.port}".encode()), (b"content-type", b"application/json")]
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"", "query_string": b"",
+        "headers": headers, "scheme": "http", "server": ("127.0.0.1", 1), "client": ("x", 1), "http_version": "1.1",
+        "asgi": {"version": "3.0"}, "root_path": "",
+    }  # fmt: skip
+    await shop.app(scope, receive, ignore)
+
+
 # --- fuzzed bodies
 
 
@@ -643,23 +695,11 @@ def test_a_signal_ends_the_command_after_the_answer_in_progress(folder, number):
 def test_the_asyncio_of_a_lost_client_leaves_no_task(small):
     """A client that leaves before the first token: its row goes, and nothing stays behind in the loop."""
 
+    async def at_once() -> None:
+        pass
+
     async def leave() -> None:
-        body = json.dumps({"model": "model", "messages": ASK, "max_tokens": 400, "temperature": 0}).encode()
-        waiting = [{"type": "http.request", "body": body, "more_body": False}, {"type": "http.disconnect"}]
-
-        async def receive():
-            return waiting.pop(0)
-
-        async def ignore(message):
-            pass
-
-        headers = [(b"host", f"127.0.0.1:{small.port}".encode()), (b"content-type", b"application/json")]
-        scope = {
-            "type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"", "query_string": b"",
-            "headers": headers, "scheme": "http", "server": ("127.0.0.1", 1), "client": ("x", 1), "http_version": "1.1",
-            "asgi": {"version": "3.0"}, "root_path": "",
-        }  # fmt: skip
-        await small.app(scope, receive, ignore)
+        await ask_and_leave(small, at_once)
         await asyncio.sleep(0)
         assert len(asyncio.all_tasks()) == 1
 
