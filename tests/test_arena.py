@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from arena_server import PROMPTS, answer_a, answer_b, write_prompts
+from machine import free_port
 
 from minisft.common.errors import UserError
 from minisft.data.messages import Message
@@ -259,7 +260,7 @@ class Server:
     """The test arena in a process of its own."""
 
     def __init__(self, folder: Path, *more: str) -> None:
-        self.folder, self.port = folder, _free_port()
+        self.folder, self.port = folder, free_port()
         command = [sys.executable, str(TESTS / "arena_server.py"), str(folder), str(self.port), *more]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
@@ -268,14 +269,6 @@ class Server:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(20)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
@@ -437,13 +430,14 @@ def test_the_command_from_two_models_to_preference_pairs(tmp_path, capsys):
     write_model(tmp_path / "model", tmp_path / "scratch")
     model, _ = load_model(tmp_path / "model")
     apply_lora_(model, LoRAConfig(rank=2))
+    draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_()
+                parameter.normal_(generator=draw)
     save_adapter(model, tmp_path / "adapter")
     contestants = [str(tmp_path / "model"), f"{tmp_path / 'model'}+{tmp_path / 'adapter'}"]
-    port, out = _free_port(), tmp_path / "votes"
+    port, out = free_port(), tmp_path / "votes"
     command = [sys.executable, "-m", "minisft", "arena", "--a", contestants[0], "--b", contestants[1], "--port", str(port)]
     more = ["--prompts", str(write_prompts(tmp_path)), "--out", str(out), "--max-new-tokens", "5"]
     process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True)

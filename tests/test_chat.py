@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from machine import cpu_unit_s
 from texts import CONTROL, GENERATION, LLAMA3, byte_tokenizer, smollm2_tokenizer
 
 from minisft.common.errors import UserError
@@ -213,9 +214,9 @@ def test_encoding_is_fast(smollm2_path: Path) -> None:
     tokenizer = smollm2_tokenizer(smollm2_path)
     chat = (Message("user", "I ordered a card over a week ago; where is it?"), Message("assistant", "card_arrival"))
     examples = [Example(chat, i) for i in range(500)]
-    started = time.process_time()
+    unit, started = cpu_unit_s(), time.process_time()
     encode_dataset(examples, tokenizer, resolve_template(tokenizer), 1024)
-    assert time.process_time() - started < 0.5  # 1 000 rows a second of CPU time; over 3 000 measured
+    assert time.process_time() - started < 10 * unit  # 1 000 rows a second of CPU time where the unit is 0.05; 3 measured
 
 
 # ---- choosing and refusing templates ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import json
 import os
@@ -642,11 +643,16 @@ class Kills:
     invalid: int = 0  # kills after which a folder under its final name did not verify
 
 
-def kill_many(run: Path, num_kills: int, seed: int = 1, done: Callable[[Kills], object] = lambda _: None) -> Kills:
-    """Kill a process that saves one checkpoint after the other, at ``num_kills`` random instants; the next one goes on."""
+def kill_many(
+    run: Path, num_kills: int, seed: int = 1, done: Callable[[Kills], object] = lambda _: None, most: int = 0
+) -> Kills:
+    """Kill a process that saves one checkpoint after the other, at ``num_kills`` random instants; the next one goes on.
+
+    It is killed up to ``most`` times, until more than ``num_kills`` saves have returned: a busy machine saves slowly.
+    """
     rng, newest, found = random.Random(seed), 0, Kills()
     longest_s = 0.25
-    for _ in range(num_kills):
+    while found.kills < max(num_kills, most if found.acknowledged <= num_kills else 0):
         acknowledged = _kill_once(run, save, newest + 1, rng.uniform(0, longest_s))
         loaded = load_latest(run)
         reached = loaded.step if loaded else 0
@@ -661,19 +667,21 @@ def kill_many(run: Path, num_kills: int, seed: int = 1, done: Callable[[Kills], 
     return found
 
 
-def _is_harmless(found: Kills) -> bool:
-    return found.lost == found.invalid == 0 and found.acknowledged > found.kills
+def _require_harmless(run: Path, num_kills: int) -> None:
+    found = kill_many(run, num_kills, most=100)
+    assert found.lost == found.invalid == 0
+    assert found.acknowledged > num_kills
 
 
 def test_ten_kills_lose_nothing(ram: Path) -> None:
-    assert _is_harmless(kill_many(ram, 10))
+    _require_harmless(ram, 10)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("syncing")
 def test_many_kills_lose_nothing(tmp_path: Path) -> None:
     """On the real disk; ``benchmarks/scorecard.py --lines 10`` kills a thousand times."""
-    assert _is_harmless(kill_many(tmp_path, 20))
+    _require_harmless(tmp_path, 20)
 
 
 def _save_directly(run: Path, step: int) -> None:
@@ -721,10 +729,13 @@ def test_three_hundred_saves_leak_nothing(ram: Path) -> None:
             save_checkpoint(ram, step, groups, {"step": step}, IDENTITY, keep_last=2, protect=[1])
             load_latest(ram)
             if step == 100:
+                gc.collect()  # what earlier tests left may go at any time, and must not count
                 before = _process_sizes()
+        gc.collect()
         after = _process_sizes()
     assert after[0] - before[0] <= 2**20
-    assert after[1:] == before[1:]
+    assert after[1] <= before[1]
+    assert after[2] <= before[2]
     assert steps(ram) == ["step-1", "step-399", "step-400"]
 
 

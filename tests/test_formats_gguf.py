@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from machine import cpu_unit_s
 
 from minisft.common.errors import UserError
 from minisft.config import ModelConfig
@@ -230,11 +231,11 @@ def test_llama3_scaling_is_recovered_from_its_factors(tmp_path: Path) -> None:
 
 
 def refused(path: Path, code: str) -> str:
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(UserError) as caught:
         load_gguf(read_gguf(path), torch.float32, CPU)
     assert caught.value.code == code, str(caught.value)
-    assert time.monotonic() - begin < 2
+    assert time.process_time() - begin < 2
     return str(caught.value)
 
 
@@ -431,7 +432,8 @@ size = sum(p.numel() * p.element_size() for p in model.parameters())
 largest = max(p.numel() for p in model.parameters()) * 4
 print(peak() - before - size - largest, time.process_time() - begin)
 """
+    unit = cpu_unit_s()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     excess, seconds = map(float, done.stdout.split())
     assert excess < 64 * 2**20
-    assert seconds < 8  # of CPU; about 2 on an idle machine, and over 16 for a reader that loops in Python
+    assert seconds < 160 * unit  # of CPU; 15 to 40 on an idle machine, and over 320 for a reader that loops in Python

@@ -9,8 +9,9 @@ import subprocess
 import sys
 
 import pytest
+from machine import free_port
 from rows_files import write_jsonl
-from test_arena import _free_port, person, until
+from test_arena import person, until
 from tiny_folder import rows, write_shop
 
 from minisft.cli.main import main
@@ -32,7 +33,7 @@ def test_two_models_are_compared_voted_on_and_the_votes_train(tmp_path, browser,
 
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"say {letter * 3}"} for letter in "abcd"[:NUM_PROMPTS]])
     votes = tmp_path / "votes"
-    port = _free_port()
+    port = free_port()
     command = f"arena --a {model} --b {model}+{adapter} --prompts {prompts} --out {votes} --port {port} --max-new-tokens 6"
     with serving(command) as address:
         vote_for_all(browser, address)

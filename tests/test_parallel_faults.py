@@ -8,25 +8,26 @@ import importlib
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from machine import free_port
 from safetensors.torch import load_file
 from tiny_folder import digest, losses, stopped_copy, write_rows, write_shop
 
 from minisft.cli.main import main
 from minisft.common import atomic_files
 from minisft.common.errors import UserError
+from minisft.parallel import launch
 from minisft.parallel.launch import num_processes, read_place, reports
 from minisft.training.checkpoint import load_latest
 from minisft.training.runlog import read_metrics
 
 pytestmark = pytest.mark.slow
-LIMIT_S = 60.0
+LIMIT_S = 180.0
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +70,7 @@ class Group:
 
 def start(size: int, folder: Path, argv: Callable[[int], list[object]], before: Callable[[int], None] | None = None) -> Group:
     """Fork ``size`` processes that run the command ``argv(rank)``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder.mkdir(exist_ok=True)
     pids, outputs = [], [folder / f"printed-{rank}.txt" for rank in range(size)]
     for rank in range(size):
@@ -80,6 +79,9 @@ def start(size: int, folder: Path, argv: Callable[[int], list[object]], before: 
             continue
         status = 99
         try:
+            if hasattr(os, "sched_setaffinity"):  # two cores on any machine: a test reads how many threads follow from that
+                cores = sorted(os.sched_getaffinity(0))
+                os.sched_setaffinity(0, (cores + cores)[port % len(cores) :][:2])
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
             os.environ.update({name: str(value) for name, value in place.items()})
             os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
@@ -98,6 +100,11 @@ def start(size: int, folder: Path, argv: Callable[[int], list[object]], before: 
         finally:
             os._exit(status)
     return Group(pids, outputs)
+
+
+def patient(rank: int) -> None:
+    """Time for all processes to report the same error, on a busy machine too."""
+    launch.GRACE_S = 30.0
 
 
 def flags(shop: Path, out: Path, *more: object, data: str = "rows.jsonl") -> list[object]:
@@ -242,7 +249,9 @@ def test_an_error_of_one_process_is_reported_with_its_rank(shop: Path, tmp_path:
 
 
 def test_an_error_of_all_is_printed_once_without_a_rank(shop: Path, tmp_path: Path) -> None:
-    group = start(2, tmp_path / "printed", lambda rank: flags(shop, tmp_path / "run", "--steps", 3, data="nowhere.jsonl"))
+    group = start(
+        2, tmp_path / "printed", lambda rank: flags(shop, tmp_path / "run", "--steps", 3, data="nowhere.jsonl"), patient
+    )
     assert group.wait() == [3, 3]
     [error] = group.errors
     assert "rank" not in error
@@ -253,6 +262,7 @@ def test_a_full_disk_on_the_first_process_ends_all_after_three_saves(shop: Path,
         def full(folder: Path, payload_bytes: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
+        patient(rank)
         if rank == 0:
             atomic_files.require_space = full
 

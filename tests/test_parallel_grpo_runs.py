@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 from safetensors.torch import load_file
-from test_parallel_faults import start
+from test_parallel_faults import LIMIT_S, start
 from tiny_folder import digest, losses, stopped_copy, write_shop
 
 from minisft.cli.main import main
@@ -119,7 +119,7 @@ def test_a_checkpoint_knows_no_number_of_processes(whole: dict[int, Path], tmp_p
 def test_a_signal_to_one_process_stops_all_after_a_saved_step(shop: Path, whole: dict[int, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     group = start(2, tmp_path / "printed", lambda rank: flags(shop, out, "--steps", 100_000, "--save-every", 1))
-    end = time.monotonic() + 60
+    end = time.monotonic() + LIMIT_S
     while not list(out.glob("checkpoints/step-*")):
         assert time.monotonic() < end, [path.read_text() for path in group.outputs]
         time.sleep(0.05)

@@ -196,8 +196,10 @@ def test_a_resumed_run_reckons_with_its_own_steps() -> None:
 
 
 def test_a_bar_on_a_terminal() -> None:
+    import gc
     import threading
 
+    gc.collect()  # what earlier tests left may go at any time, and must not count
     stream, threads = Terminal(), threading.active_count()
     with Progress(4, start=1, stream=stream) as progress:
         progress.update(2, 0.5, 1e-4, 100.0)
@@ -209,7 +211,8 @@ def test_a_bar_on_a_terminal() -> None:
     assert "loss 0.2500" in text
     assert "ETA" in text
     assert "a note\n" in text
-    assert threading.active_count() == threads
+    gc.collect()
+    assert threading.active_count() <= threads
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def test_a_reader_that_dies_hangs_or_takes_memory_is_a_fault_of_that_file(
         if what == numbered[4]:
             mmap.mmap(-1, 2 * scorecard_fuzz.MEMORY_BYTES)  # new pages: malloc may hold freed ones of earlier tests
 
-    monkeypatch.setattr(scorecard_fuzz, "HANG_S", 0.5)
+    monkeypatch.setattr(scorecard_fuzz, "HANG_S", 5.0)
     found = list(scorecard_fuzz.results("x", read, 6, tmp_path))
     assert [number for number, *_ in found] == list(range(6))
     assert [kind for _, kind, *_ in found] == ["read", "fault", "read", "fault", "fault", "read"]

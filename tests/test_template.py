@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import threading
 import time
 
 import pytest
@@ -11,7 +13,7 @@ from texts import GENERATION, LLAMA3
 
 from minisft.common.errors import UserError
 from minisft.data.messages import Message
-from minisft.data.template import CHATML, PLAIN, ChatTemplate
+from minisft.data.template import CHATML, PLAIN, ChatTemplate, Rendered
 
 pytestmark = pytest.mark.slow
 
@@ -134,6 +136,27 @@ def test_a_generation_block_inside_a_macro_is_refused_not_misplaced() -> None:
     macro = "{% macro say(m) %}>{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}"
     with pytest.raises(UserError, match="macro"):
         ChatTemplate(macro + "{% for m in messages %}{{ say(m) }}{% endfor %}", {})
+
+
+def test_a_template_is_rendered_in_several_threads_at_once() -> None:
+    """A second rendering begins and ends while the first is in the middle of a generation block."""
+    others: list[Rendered] = []
+
+    class Meanwhile(datetime.datetime):
+        def strftime(self, form: str) -> str:
+            other = threading.Thread(target=lambda: others.append(template.render([Message("assistant", "another")])))
+            other.start()
+            other.join()
+            return form
+
+    source = (
+        "{% for m in messages %}{{ m.role }}:"
+        "{% generation %}{{ strftime_now(m.content) if m.role == 'user' else m.content }}{% endgeneration %}{% endfor %}"
+    )
+    template = ChatTemplate(source, {}, trusted=True, now=Meanwhile(2026, 1, 1))
+    first = template.render([Message("user", "a"), Message("assistant", "b")])
+    assert first == Rendered("user:aassistant:b", ((5, 6), (16, 17)))
+    assert others == [Rendered("assistant:another", ((10, 17),))]
 
 
 def test_rendering_is_fast() -> None:

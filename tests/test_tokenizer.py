@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from machine import cpu_unit_s
 from texts import CONTROL, byte_metadata, byte_tokenizer, smollm2_metadata, smollm2_tokenizer
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
@@ -66,9 +67,9 @@ def test_control_tokens_are_read_only_on_request() -> None:
 @pytest.mark.smollm2
 def test_smollm2_is_built_quickly_and_knows_its_special_tokens(smollm2_path: Path) -> None:
     metadata = smollm2_metadata(smollm2_path)
-    started = time.process_time()
+    unit, started = cpu_unit_s(), time.process_time()
     tokenizer = Tokenizer.from_gguf(metadata)
-    assert time.process_time() - started < 1.0
+    assert time.process_time() - started < 20 * unit  # 3 measured
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (49152, 1, (2,), 2)
     assert len(tokenizer.special_tokens) == 17
     assert tokenizer.chat_template is not None

@@ -14,6 +14,7 @@ import datetime
 import functools
 import hashlib
 import json
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Rendered:
 
 
 class ChatTemplate:
-    """A compiled chat template. One rendering at a time: it is not for several threads.
+    """A compiled chat template. Several threads may render it at once, as a server does.
 
     Args:
         source: Jinja2 source, at most 64 KiB.
@@ -188,7 +189,7 @@ class _GenerationBlock(jinja2.ext.Extension):
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
-        self.open([])
+        self._rendering = threading.local()  # a rendering stays in its thread, and there may be several at once
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -197,20 +198,20 @@ class _GenerationBlock(jinja2.ext.Extension):
 
     def open(self, pieces: list[str]) -> None:
         """Start a rendering whose output is collected in ``pieces``."""
-        self._pieces = pieces
-        self._blocks: list[tuple[int, str]] = []
+        self._rendering.pieces, self._rendering.blocks = pieces, []
 
     def note_block(self, caller: Callable[[], str]) -> str:
         # All that precedes the block has been yielded by now, unless the block stands inside a macro or a {% set %}.
         text = caller()
-        self._blocks.append((sum(map(len, self._pieces)), text))
+        self._rendering.blocks.append((sum(map(len, self._rendering.pieces)), text))
         return text
 
     def spans(self, rendered: str) -> tuple[tuple[int, int], ...]:
         """The spans of the blocks, checked against the finished text."""
-        if not all(rendered.startswith(text, start) for start, text in self._blocks):
+        blocks: list[tuple[int, str]] = self._rendering.blocks
+        if not all(rendered.startswith(text, start) for start, text in blocks):
             raise jinja2.TemplateError("a generation block stands inside a macro or a set block")
-        return tuple((start, start + len(text)) for start, text in self._blocks)
+        return tuple((start, start + len(text)) for start, text in blocks)
 
 
 class _Namespace(jinja2.utils.Namespace):

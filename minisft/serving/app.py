@@ -167,7 +167,11 @@ async def _answer(service: Service, request: Request, chat: bool) -> ASGIApp:
     loop = asyncio.get_running_loop()
 
     def emit(piece: Piece | None) -> None:
-        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        try:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        except RuntimeError:
+            if not loop.is_closed():  # where it is, the client has gone since the step began: nobody else may fail by that
+                raise
 
     job = Job(
         lane, prompt, asked.num_choices, asked.max_tokens or service.max_new_tokens, asked.sampling, asked.stops,

@@ -43,7 +43,7 @@ def report_of_the_child() -> str:
     command = [sys.executable, "-m", "pytest", __file__, "-rA", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
     folder = Path(__file__).parent
     child = subprocess.run(
-        command, env={**kept, "TRITON_INTERPRET": "1"}, cwd=folder, capture_output=True, text=True, timeout=600
+        command, env={**kept, "TRITON_INTERPRET": "1"}, cwd=folder, capture_output=True, text=True, timeout=1800
     )
     return child.stdout + child.stderr
 

@@ -240,16 +240,22 @@ def test_a_page_that_takes_too_long_is_not_written(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
-def test_a_cell_that_does_not_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "PAGE_LIMIT_S", 0.5)
+@pytest.mark.parametrize(("write", "name", "limit_s"), [(True, "PAGE_LIMIT_S", 2.5), (False, "CHECKED_CELL_LIMIT_S", 5.0)])
+def test_a_cell_that_does_not_end_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: bool, name: str, limit_s: float
+) -> None:
+    monkeypatch.setattr(builder, name, limit_s)
     source = builder.read_source(code_page(tmp_path, "x = 1\n\n# %%\nwhile True: x += 1"))
-    with pytest.raises(builder.PageError, match="cell 3, which begins 'while True: x \\+= 1', did not end within 1 s"):
-        builder.run(source)
+    with pytest.raises(builder.PageError, match="cell 3, which begins 'while True: x \\+= 1', did not end within 5 s"):
+        builder.run(source, write)
 
 
 @pytest.mark.slow
-def test_check_only_writes_nothing(tmp_path: Path) -> None:
-    path = code_page(tmp_path, "1 + 1")
+def test_check_only_writes_nothing_and_takes_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits of a page, of all pages and of a cell are for pages that are written."""
+    monkeypatch.setattr(builder, "PAGE_LIMIT_S", 0.5)
+    monkeypatch.setattr(builder, "TOTAL_LIMIT_S", 0.0)
+    path = code_page(tmp_path, "import time; time.sleep(1.5)")
     assert builder.main([str(path), "--check-only"]) == 0
     assert not path.with_suffix(".ipynb").exists()
 
@@ -262,8 +268,9 @@ def test_no_page_may_take_longer_than_the_limit_whatever_it_promises(tmp_path: P
 def test_all_pages_together_may_take_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = builder.read_source(code_page(tmp_path, "1"))
     monkeypatch.setattr(builder, "build", lambda source, write: 100.0)
-    assert builder.build_all([source] * 9, write=False) == []
-    assert builder.build_all([source] * 10, write=False) == ["all pages together took 1000 s, and may take 900 s"]
+    assert builder.build_all([source] * 9, write=True) == []
+    assert builder.build_all([source] * 10, write=True) == ["all pages together took 1000 s, and may take 900 s"]
+    assert builder.build_all([source] * 10, write=False) == []
 
 
 @pytest.mark.parametrize(

@@ -359,7 +359,7 @@ def test_dark_and_light(watched: Page, address: str) -> None:
 @pytest.mark.exhaustive
 def test_search_finds_a_function(watched: Page, address: str) -> None:
     watched.goto(address + "search.html?q=apply_lora_")
-    watched.locator("#search-results li a").first.wait_for(timeout=10_000)
+    watched.locator("#search-results li a").first.wait_for(timeout=60_000)
     assert "flat" in (watched.locator("#search-results li a").first.get_attribute("href") or "")
 
 
