@@ -31,7 +31,8 @@ class Segments:
     """Where each token of a batch (B, T) stands in its segment, and where each place of the grid (S, L) comes from.
 
     Attributes:
-        positions: (B, T) int64, 0 at the start of each segment, or P after a common prefix, and behind a past as much more.
+        positions: (B, T) int64: the place within the segment, plus P after a common prefix, plus the length of the past;
+            anything at padding.
         take: (S * L,) int64: flat batch index of the token at each place of the grid. Places without one hold their segment's
             first token once more: it stands to the right of all real ones, so nobody sees it, and no gradient comes back.
         put: (N,) int64: flat grid place of each token; 0 for padding.

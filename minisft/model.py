@@ -80,9 +80,9 @@ class KVCache:
         self.values[:, rows, :, :end] = other.values[:, :, :, :end]
         self.lengths[rows] = other.lengths
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, C, K, E) of a layer, as far as the longest row is filled."""
-        filled = slice(int(self.lengths.max()))
+    def first(self, length: int, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, length, K, E) of a layer."""
+        filled = slice(length)
         return self.keys[layer, :, :, filled].transpose(1, 2), self.values[layer, :, :, filled].transpose(1, 2)
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,8 +114,9 @@ class _Context:
         end: int,
         attn_masks: Mapping[int | None, Tensor],
         past: KVCache | None,
+        past_length: int,
     ) -> None:
-        self.angles, self.attn_masks, self.past = angles, attn_masks, past
+        self.angles, self.attn_masks, self.past, self.past_length = angles, attn_masks, past, past_length
         self.segments, self.cache, self.positions, self.end = segments, cache, positions, end
 
 
@@ -169,7 +170,7 @@ class Attention(nn.Module):
             q = q * self.q_scale
         if context.cache is None:
             assert context.segments is not None
-            past = None if context.past is None else context.past.read(self.layer)
+            past = None if context.past is None else context.past.first(context.past_length, self.layer)
             out = attend(q, k, v, context.segments, self.window, past)
         else:
             B, T = context.positions.shape
@@ -360,9 +361,8 @@ class CausalLM(nn.Module):
         prefix_length: int,
         past: KVCache | None,
     ) -> _Context:
-        T = input_ids.shape[1]
+        T, past_length = input_ids.shape[1], 0 if past is None else int(past.lengths)
         if cache is None:
-            past_length = 0 if past is None else int(past.lengths)
             ids = torch.ones_like(input_ids) if segment_ids is None else segment_ids
             segments = Segments.of(ids, prefix_length, past_length)
             positions, end = segments.positions, T
@@ -379,7 +379,7 @@ class CausalLM(nn.Module):
         angles = {local: rope_angles(self.config, positions.reshape(-1), self.dtype, local) for local in kinds}
         windows = {self.config.window(layer) for layer in range(self.config.num_layers) if cache is not None}
         attn_masks = {window: cache_attn_mask(positions, end, window) for window in windows}
-        return _Context(angles, segments, cache, positions, end, attn_masks, past)
+        return _Context(angles, segments, cache, positions, end, attn_masks, past, past_length)
 
 
 def rope_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype, local: bool = False) -> tuple[Tensor, Tensor]:

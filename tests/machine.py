@@ -11,7 +11,7 @@ import time
 FIRST_PORT, END_PORT = 20_000, 32_000  # below those that Linux gives to sockets that ask for any: 32768 to 60999
 PORTS_A_WORKER = 3_000
 
-_numbers = itertools.count(os.getpid())  # another run of the tests on this machine most likely begins elsewhere
+_numbers = itertools.count(int.from_bytes(os.urandom(2)))  # another process that counts here most likely began elsewhere
 
 
 def cpu_unit_s() -> float:

@@ -252,7 +252,6 @@ def step_gradient(model: nn.Module, rows: list[Encoded], size: int, packing: boo
     return total, gradients(model)
 
 
-@pytest.mark.slow
 @given(rows=data_rows(max_size=6), family=st.sampled_from(list(FAMILIES)), size=st.integers(1, 6), packing=st.booleans())
 def test_no_cut_of_a_step_changes_its_gradient(rows, family, size, packing):
     """Cut into ``size`` rows at a time, padded or packed, equals all at once, padded: ragged rows, fp64, 1e-12."""
@@ -264,7 +263,6 @@ def test_no_cut_of_a_step_changes_its_gradient(rows, family, size, packing):
     assert_same(found, expected)
 
 
-@pytest.mark.slow
 @given(
     beginning=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=7),
     lengths=st.lists(st.integers(2, 7), min_size=1, max_size=5),
@@ -306,7 +304,6 @@ def test_eight_by_one_equals_four_by_two_equals_one_by_eight(family):
         assert_same(found, expected)
 
 
-@pytest.mark.slow
 @given(rows=data_rows(max_size=4))
 def test_step_loss_is_the_mean_over_targets(rows):
     """Against the definition: -log p of every supervised token given the row before it, each row alone."""

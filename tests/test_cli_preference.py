@@ -295,7 +295,6 @@ OPTIONS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_of_train_works(shop: Preference, command: Command, option: str) -> None:
     """The run learns; recomputing activations changes no logged number beyond rounding."""
@@ -419,7 +418,6 @@ def test_a_signal_saves_and_the_message_names_the_command(
 # ---- PEFT ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("warm", [False, True])
 def test_the_adapter_gives_the_same_logits_in_peft(shop: Preference, command: Command, warm: bool) -> None:
     peft = pytest.importorskip("peft", reason="needs PEFT: pip install peft")

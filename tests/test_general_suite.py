@@ -344,13 +344,11 @@ def test_bad_texts_are_named(tmp_path):
         read_texts(write_jsonl(tmp_path / "e.jsonl", []))
 
 
-@pytest.mark.slow
 def test_distance_reads_forty_texts_at_most(loaded):
     model, tokenizer, _ = loaded
     assert distance(model, model, tokenizer, [(i, "abc") for i in range(50)]).n == 40
 
 
-@pytest.mark.slow
 def test_a_row_knows_what_was_asked(loaded, folder):
     """Another system message is another prompt; the suite's rows know their question and their text."""
     model, tokenizer, template = loaded

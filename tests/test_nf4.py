@@ -380,7 +380,6 @@ def test_pack_and_unpack_are_inverse_on_all_bytes_and_know_first_from_second() -
     assert unpack(torch.tensor([0x12, 0xAB], dtype=torch.uint8), 4).tolist() == [1, 2, 10, 11]
 
 
-@pytest.mark.slow
 @laws
 @given(st.lists(st.integers(0, 15), max_size=65))
 def test_pack_unpack_of_any_length(codes: list[int]) -> None:  # L10
@@ -400,7 +399,6 @@ def test_codes_rise_with_the_weight_for_every_16_bit_number(dtype: torch.dtype) 
     assert codes.unique().tolist() == list(range(16))
 
 
-@pytest.mark.slow
 @laws
 @given(weights(), block_sizes, st.booleans())
 @example(torch.tensor([1.0, -0.84810]), 32, False)  # the middle of the widest gap
@@ -418,7 +416,6 @@ def test_error_is_at_most_half_the_widest_gap(weight: Tensor, block_size: int, d
     assert bool(((weight.double() - dense).abs() <= bound).all())
 
 
-@pytest.mark.slow
 @laws
 @given(weights((torch.float32, torch.bfloat16)), block_sizes)
 def test_quantizing_twice_changes_nothing(weight: Tensor, block_size: int) -> None:  # L13
@@ -432,7 +429,6 @@ def test_quantizing_twice_changes_nothing(weight: Tensor, block_size: int) -> No
     assert torch.equal(nested.packed, q.packed)  # double quantization does not touch the codes
 
 
-@pytest.mark.slow
 @laws
 @given(weights((torch.float32,)), st.integers(-40, 40))
 def test_a_power_of_two_scales_only_the_scale(weight: Tensor, exponent: int) -> None:  # L14
@@ -443,7 +439,6 @@ def test_a_power_of_two_scales_only_the_scale(weight: Tensor, exponent: int) -> 
     assert torch.equal(scaled.absmax, q.absmax * 2.0**exponent)
 
 
-@pytest.mark.slow
 @laws
 @given(weights(), st.randoms(use_true_random=False))
 def test_blocks_are_independent(weight: Tensor, random: object) -> None:  # L15

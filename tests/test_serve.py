@@ -675,7 +675,6 @@ def test_a_short_key_is_refused(tmp_path):
             read_api_key(tmp_path / "key")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
 def test_a_signal_ends_the_command_after_the_answer_in_progress(folder, number):
     port = free_port()

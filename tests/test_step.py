@@ -62,7 +62,6 @@ def gradients_of(
     return loss, tiny.gradients(model)
 
 
-@pytest.mark.slow
 @given(st.lists(st.integers(2, 14), min_size=8, max_size=8), st.sampled_from([1, 2, 3, 5]), st.booleans())
 def test_any_cut_of_a_step_gives_the_same_gradient(lengths: list[int], size: int, packing: bool) -> None:
     model, data = lora_model(), rows(lengths)
@@ -358,7 +357,6 @@ def golden_trace() -> list[float]:
     return losses
 
 
-@pytest.mark.slow
 def test_golden_twenty_step_trace() -> None:
     """fp64, so that one digest fits every CPU: its order of summation differs below the digits that are kept."""
     expected = [float(x) for x in GOLDEN.split()]

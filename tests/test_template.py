@@ -9,6 +9,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from machine import cpu_unit_s
 from texts import GENERATION, LLAMA3
 
 from minisft.common.errors import UserError
@@ -161,7 +162,7 @@ def test_a_template_is_rendered_in_several_threads_at_once() -> None:
 
 def test_rendering_is_fast() -> None:
     template, chat = ChatTemplate(CHATML, {}, trusted=True), [Message("user", "q" * 80), Message("assistant", "a")]
-    started = time.process_time()
+    unit_s, started = cpu_unit_s(), time.process_time()
     for _ in range(500):
         template.render(chat)
-    assert time.process_time() - started < 0.25  # 2 000 rows a second of CPU time; 20 000 measured
+    assert time.process_time() - started < 5 * unit_s  # 2 000 rows a second of CPU time; 20 000 measured

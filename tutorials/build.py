@@ -346,7 +346,7 @@ def build_all(sources: Sequence[Source], write: bool) -> list[str]:
             _report(f"{source.path.stem}: FAILED")
             continue
         total += seconds
-        _report(f"{source.path.stem}: {seconds:.0f} s of {source.limit_s:.0f} s")
+        _report(f"{source.path.stem}: {seconds:.0f} s" + (f" of {source.limit_s:.0f} s" if write else ""))
     if write and total > TOTAL_LIMIT_S:
         problems.append(f"all pages together took {total:.0f} s, and may take {TOTAL_LIMIT_S:.0f} s")
     return problems

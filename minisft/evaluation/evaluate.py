@@ -40,7 +40,7 @@ from minisft.generation import generate, no_dropout
 from minisft.loss import head_loss_sum
 from minisft.model import CausalLM
 
-OPTIONS_AT_ONCE = 256  # rows of the option batch: enough to fill the matrix units, little enough for the KV cache
+OPTIONS_AT_ONCE = 256  # enough to fill the matrix units
 
 
 @dataclass(frozen=True)
@@ -270,15 +270,11 @@ def _require_json(examples: Sequence[Example], references: Sequence[str]) -> Non
 
 def _choice(scorer: Scorer, examples: Sequence[Example], labels: list[str]) -> EvalResult:
     questions = [make_question(example, labels, scorer.encode) for example in examples]
-    order = sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt))
-    group = max(1, OPTIONS_AT_ONCE // max(len(q.options) for q in questions))
-    rows: dict[int, RowResult] = {}
-    for start in range(0, len(order), group):
-        batch = order[start : start + group]
-        log_probs = option_log_probs(scorer.model, [(questions[i].prompt, questions[i].tails) for i in batch])
-        rows |= {i: _choice_row(questions[i], scores) for i, scores in zip(batch, log_probs, strict=True)}
-        scorer.report(len(rows), len(order))
-    in_order = [rows[i] for i in range(len(rows))]
+    asked = [(question.prompt, question.tails) for question in questions]
+    log_probs = option_log_probs(
+        scorer.model, asked, OPTIONS_AT_ONCE, lambda done, total: scorer.report(done * len(asked) // total, len(asked))
+    )
+    in_order = [_choice_row(question, scores) for question, scores in zip(questions, log_probs, strict=True)]
     result = _summary("choice", in_order, {})
     norm = sum(row.extra["prediction_norm"] == row.reference for row in in_order) / len(in_order)
     chance = sum(1 / len(question.options) for question in questions) / len(questions)

@@ -16,6 +16,7 @@ from minisft.common.errors import UserError, visible
 from minisft.data.chat import Encoded
 from minisft.data.examples import Example, Message
 from minisft.evaluation.plain_text import Continuation, log_probs
+from minisft.evaluation.results import Progress
 from minisft.model import CausalLM
 
 Encode = Callable[[Example, Sequence[Message]], Encoded]
@@ -80,19 +81,26 @@ def _answer_end(encoded: Encoded) -> int:
     return max(i for i, supervised in enumerate(encoded.supervised) if supervised) + 1
 
 
-def option_log_probs(model: CausalLM, questions: Sequence[tuple[list[int], list[list[int]]]]) -> list[list[float]]:
+def option_log_probs(
+    model: CausalLM,
+    questions: Sequence[tuple[list[int], list[list[int]]]],
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> list[list[float]]:
     """log p(option | prompt) = sum_t log p(o_t | prompt, o_<t) for every option of every (prompt, options).
 
     Args:
         model: any.
         questions: token ids of each prompt, at least one, and of its options.
+        batch_size: the most options at once, but all of a question; None for no limit (questions of unlike length lie apart).
+        progress: called with (options done, options in all).
 
     Returns:
         natural logarithms, in the order of the options.
 
-    Cost: what all prompts begin with once, the rest of each prompt once and every option's tokens, all questions at once (those
-    of unlike length apart).
+    Cost: what all prompts begin with once, the rest of each prompt once, and every option's tokens.
     """
     parts = [Continuation(prompt, option) for prompt, options in questions for option in options]
-    scores = iter(log_probs(model, parts, pad_id=0, batch_size=len(parts)))
+    size = len(parts) if batch_size is None else max(batch_size, *(len(options) for _, options in questions))
+    scores = iter(log_probs(model, parts, pad_id=0, batch_size=size, progress=progress))
     return [[next(scores) for _ in options] for _, options in questions]

@@ -27,6 +27,7 @@ from minisft.model import CausalLM, KVCache
 WINDOW = 1_024
 # A batch costs as much as so many tokens more (weights are read, layers called), so a family may add that much padding.
 BATCH_TOKENS = 32
+PAST_AT_ONCE = 512  # tokens: attention over a cache keeps the scores of all of them with all before
 
 
 @dataclass(frozen=True)
@@ -84,20 +85,23 @@ def log_probs(
     Returns:
         natural logarithms, in the order of the parts.
 
-    Cost: what all contexts begin with is computed once, and so is the rest of a context that several parts have, as the
-    options of a question do.
+    Cost: what all contexts begin with is computed once where that saves a tenth, and so is the rest of a context that several
+    parts have, as the options of a question do.
     """
     found: dict[int, float] = {}
     families = _families(parts, batch_size)
-    past = _past(model, parts, families)
-    parts = parts if past is None else [_behind(part, int(past.lengths)) for part in parts]
+    past, length = _past(model, parts, families)
+    parts = [Continuation(part.context[length:], part.target) for part in parts]
     while families:
         chosen = [families.pop()]
         batch = [[_encoded(parts[i]) for i in chosen[0]]]
+        cost = _cost(batch)
         while families and sum(map(len, chosen)) + len(families[-1]) <= batch_size:
             following = [_encoded(parts[i]) for i in families[-1]]
-            if _cost([*batch, following]) > _cost(batch) + _cost([following]) + BATCH_TOKENS:
+            joined = _cost([*batch, following])
+            if joined > cost + _cost([following]) + BATCH_TOKENS:
                 break
+            cost = joined
             batch.append(following)
             chosen.append(families.pop())
         found |= dict(zip([i for family in chosen for i in family], _sums(model, batch, pad_id, past), strict=True))
@@ -122,22 +126,19 @@ def _families(parts: Sequence[Continuation], most: int) -> list[list[int]]:
     return sorted(families, key=lambda family: len(parts[family[0]].context) + sum(len(parts[i].target) for i in family))
 
 
-def _past(model: CausalLM, parts: Sequence[Continuation], families: Sequence[Sequence[int]]) -> KVCache | None:
-    """What all contexts begin with, computed; None where that would save little. A token of each context stays outside."""
+def _past(model: CausalLM, parts: Sequence[Continuation], families: Sequence[Sequence[int]]) -> tuple[KVCache | None, int]:
+    """What all contexts begin with, computed, and its length; None where that saves little. A token of each stays outside."""
     if len(families) < 2:
-        return None
+        return None, 0
     firsts = [_encoded(parts[family[0]]) for family in families]
     shared = shared_prefix(firsts)
     computed = sum(first.prompt_length for first in firsts) + sum(len(part.target) for part in parts)
     if shared * (len(families) - 1) <= MIN_SHARED_FRACTION * computed:
-        return None
+        return None, 0
     past = model.new_cache(1, shared)
-    model.hidden(torch.tensor([firsts[0].input_ids[:shared]], device=model.device), cache=past)
-    return past
-
-
-def _behind(part: Continuation, length: int) -> Continuation:
-    return Continuation(part.context[length:], part.target)
+    for piece in torch.tensor([firsts[0].input_ids[:shared]], device=model.device).split(PAST_AT_ONCE, 1):
+        model.hidden(piece, cache=past)
+    return past, shared
 
 
 def _prefix(families: Sequence[Sequence[Encoded]]) -> int:

@@ -124,6 +124,7 @@ class ForeignLM(CausalLM):
         past_length = 0
         if past is not None:
             assert isinstance(past, TokenCache)
+            assert noise is None
             past_length = int(past.lengths)
             ids = torch.ones_like(input_ids) if segment_ids is None else segment_ids
             before = past.ids[:, :past_length].expand(len(input_ids), -1)

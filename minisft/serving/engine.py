@@ -41,7 +41,7 @@ class Engine:
         self._log = log
         self._batches = {name: Batch(lane.model) for name, lane in lanes.items()}
         self._waiting: deque[Job] = deque()
-        self._taken = 0  # rows that are written or are joining, each counted once, as of this turn
+        self._reserved = 0  # while prompts are read: rows that are written or joining, each counted once
         self._changed = threading.Condition()
         self._ended = False
         self.stopping = False  # set by a signal handler, which may take no lock
@@ -78,7 +78,7 @@ class Engine:
         return sum(len(batch.rows) for batch in self._batches.values()), len(self._waiting)
 
     def _free_rows(self) -> int:
-        return self.max_rows - self._taken
+        return self.max_rows - (self._reserved or self.counts()[0])
 
     def end(self) -> None:
         """Stop after the step in progress; what was not answered fails."""
@@ -103,10 +103,10 @@ class Engine:
             joining = [job for job in jobs if job.lane.name == name]
             with self._failing_alone(batch, joining):
                 batch.admit(joining)
+        self._reserved = 0
         for batch in self._batches.values():
             with self._failing_alone(batch):
                 batch.step()
-        self._taken = self.counts()[0]
 
     @contextlib.contextmanager
     def _failing_alone(self, batch: Batch, joining: Sequence[Job] = ()) -> Iterator[None]:
@@ -127,7 +127,7 @@ class Engine:
             while self._waiting and self._waiting[0].num_choices <= free:
                 jobs.append(self._waiting.popleft())
                 free -= jobs[-1].num_choices
-            self._taken += sum(job.num_choices for job in jobs)
+            self._reserved = self.max_rows - free
             return jobs
 
     def _fail_waiting(self) -> None:
