@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -259,16 +259,18 @@ def _scored_tokens(
     sampling: Sampling,
     ended: Collection[int] = (),
     scored: bool = True,
+    kept: ChatCache | None = None,
 ) -> Iterator[tuple[int, int, float, float]]:
     """(prompt index, token, its log-probability, entropy), step by step, for one batch; zeros unless ``scored``.
 
-    ``ended`` may grow meanwhile: prompts in it get no further token.
+    ``ended`` may grow meanwhile: prompts in it get no further token. With ``kept`` there is one prompt.
     """
     context = model.config.max_position_embeddings
     limits = {i: min(max_new_tokens, context - len(prompt)) for i, prompt in prompts.items()}
     rows = list(prompts)
     with no_dropout(model):
-        cache, hidden_BD = read_prompts(model, list(prompts.values()), max(limits.values()))
+        read = read_prompts if kept is None else kept.read
+        cache, hidden_BD = read(model, list(prompts.values()), max(limits.values()))
         logits_BV, next_logits = model.head(hidden_BD), next_logits_of(model, cache)
         for step in range(max_new_tokens):
             tokens = sampling.choose(logits_BV, rows, step)
@@ -284,6 +286,8 @@ def _scored_tokens(
                 rows, tokens = [rows[r] for r in active], tokens[torch.tensor(active, device=tokens.device)]
                 cache.keep_(active)
             logits_BV = next_logits(tokens, cache)
+            if kept is not None:
+                kept.ids += tokens.tolist()
 
 
 def holes_filled(active: Sequence[int]) -> list[int]:
@@ -335,6 +339,44 @@ def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     length = next((i for i, tokens in enumerate(columns) if len(set(tokens)) > 1), min(map(len, prompts)) - 1)
     return length if len(prompts) > 1 and length >= MIN_SHARED_PROMPT else 0
+
+
+@dataclass
+class ChatCache:
+    """What a model has read and said in a chat, so that the next turn computes only what is new.
+
+    Keys and values of a token depend on the tokens before it alone, so those of the prefix that the next prompt shares with the
+    last one and its answer are taken over; whatever differs, as after an edit, is computed anew. One model, as it stands.
+
+    Attributes:
+        ids: the tokens, in order.
+        cache: their keys and values, and perhaps more; None before the first turn.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    cache: KVCache | None = None
+
+    def read(self, model: CausalLM, prompts: Sequence[Sequence[int]], num_new: int) -> tuple[KVCache, Tensor]:
+        """``read_prompts`` of one prompt.
+
+        Args:
+            model: the decoder, the same in every turn.
+            prompts: the prompt's token ids, in a list.
+            num_new: how many more tokens the cache must hold.
+
+        Returns:
+            a KV cache of one row with space for ``num_new`` more tokens, and the hidden state (1, D) at the last token.
+        """
+        (prompt,) = prompts
+        pairs = zip(self.ids, prompt[:-1], strict=False)  # the last token is computed in any case: its state is asked for
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.ids), len(prompt) - 1))
+        cache = model.new_cache(1, len(prompt) + num_new)
+        if self.cache is not None:
+            self.cache.lengths = torch.full_like(self.cache.lengths, shared)
+            cache.put_(0, self.cache)
+        hidden_BTD = model.hidden(torch.tensor([list(prompt[shared:])], device=model.device), cache=cache)
+        self.ids, self.cache = list(prompt), cache
+        return cache, hidden_BTD[:, -1]
 
 
 @contextlib.contextmanager
@@ -396,6 +438,7 @@ def stream_chat(
     max_new_tokens: int,
     eos_ids: Collection[int],
     sampling: Sampling,
+    kept: ChatCache | None = None,
 ) -> str:
     """Answer one prompt, handing pieces of text to ``show`` as they come, made safe for a terminal.
 
@@ -407,6 +450,7 @@ def stream_chat(
         max_new_tokens: the most tokens to write.
         eos_ids: tokens that end the answer.
         sampling: how a token is chosen.
+        kept: what the turns before have left, and this one leaves; None to read the whole prompt.
 
     Returns:
         the whole answer, as the model said it (not made safe): what belongs into the next turn's history.
@@ -417,7 +461,7 @@ def stream_chat(
     _require_positive("max_new_tokens", max_new_tokens)
     _check_prompts(model, [prompt])
     stream, pieces = TextStream(tokenizer), []
-    for _, token, _, _ in _scored_tokens(model, {0: prompt}, max_new_tokens, eos_ids, sampling, scored=False):
+    for _, token, _, _ in _scored_tokens(model, {0: prompt}, max_new_tokens, eos_ids, sampling, scored=False, kept=kept):
         if token not in eos_ids:
             pieces.append(stream.push(token))
             show(safe_text(pieces[-1]))

@@ -9,9 +9,20 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from minisft import generation
 from minisft.common.errors import UserError
 from minisft.config import ModelConfig
-from minisft.generation import Sampling, TextStream, generate, no_dropout, read_prompts, safe_text, sample_groups, stream_chat
+from minisft.generation import (
+    ChatCache,
+    Sampling,
+    TextStream,
+    generate,
+    no_dropout,
+    read_prompts,
+    safe_text,
+    sample_groups,
+    stream_chat,
+)
 from minisft.model import CausalLM
 
 VOCAB = 23
@@ -283,6 +294,45 @@ def test_chat_streams_what_generate_says():
     answer = stream_chat(wide, ByteTokenizer(), [5, 6, 7], shown.append, max_new_tokens=20, eos_ids=(0,), sampling=Sampling())
     assert answer == bytes(t for t in expected if t).decode(errors="replace")
     assert "".join(shown) == safe_text(answer)
+
+
+turns = st.lists(
+    st.tuples(st.integers(0, 30), st.lists(tokens, min_size=1, max_size=5), st.integers(1, 4)), min_size=1, max_size=5
+)
+
+
+@pytest.mark.slow
+@given(turns)
+def test_every_turn_of_a_chat_says_what_it_says_when_read_whole(model, turns):
+    """A turn keeps some of what was read and said, all of it or less as after an edit, and adds to it."""
+    kept, text = ChatCache(), []
+    for stays, new, steps in turns:
+        prompt = [*text[:stays], *new]
+        if len(prompt) + steps > CONTEXT:
+            break
+        with torch.inference_mode():
+            cache, hidden = kept.read(model, [prompt], steps)
+        torch.testing.assert_close(hidden[0], model.hidden(torch.tensor([prompt]))[0, -1], rtol=1e-11, atol=1e-11)
+        assert (kept.ids, cache.lengths.tolist(), cache.max_length) == (prompt, [len(prompt)], len(prompt) + steps)
+        answer = generation._scored_tokens(model, {0: prompt}, steps, (), Sampling(), scored=False, kept=kept)
+        said = [token for _, token, _, _ in answer]
+        assert said == by_recomputation(model, prompt, steps)
+        text = [*prompt, *said]
+        assert kept.ids == text[:-1]  # nobody has read the last token yet
+
+
+def test_a_turn_of_a_chat_reads_what_is_new(model, monkeypatch):
+    read = []
+    hidden = CausalLM.hidden
+    monkeypatch.setattr(CausalLM, "hidden", lambda self, ids, **kw: (read.append(ids.numel()), hidden(self, ids, **kw))[1])
+    kept, first = ChatCache(), [1, 2, 3, 4, 5, 6, 7]
+    with torch.inference_mode():
+        kept.read(model, [first], 4)
+        kept.read(model, [[*first, 8, 9, 10]], 4)
+        kept.read(model, [[*first, 8, 9, 10]], 4)  # the same once more: the last token's state is asked for
+        kept.read(model, [[*first[:3], 11, 12]], 4)  # edited
+        kept.read(model, [[13]], 4)
+    assert read == [7, 3, 1, 2, 1]
 
 
 # ---- groups of sampled answers ----

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import operator
 import random
 import signal
 import socket
@@ -31,6 +32,7 @@ import minisft
 from minisft.cli.main import main
 from minisft.common.errors import UserError
 from minisft.generation import Sampling
+from minisft.serving import batch
 from minisft.serving.batch import Batch, Job
 from minisft.serving.engine import Engine, QueueFullError
 from minisft.serving.lanes import load_lanes, sharing_copy
@@ -463,24 +465,26 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_place(small):
     assert send(small, {"model": "model", "messages": ASK, "max_tokens": 1})[0] == 200
 
 
-def test_rows_that_are_joining_are_counted_once(folder, monkeypatch):
+@pytest.mark.parametrize("moment", ["read_prompts", "Batch._use"])  # before and after the row is in the batch
+def test_rows_that_are_joining_are_counted_once(folder, monkeypatch, moment):
     """One row, one place to wait: who asks while the first request is joining waits, and the next is refused."""
     lanes = load_lanes(folder / "model", {})
     engine = Engine(lanes, 1, 1, print)
     first, second, third = (Job(lanes["model"], [3, 4], 1, 5, Sampling(), (), None, lambda _: None) for _ in range(3))
-    use, refused = Batch._use, []
+    refused = []
+    real = operator.attrgetter(moment)(batch)
 
-    def asked_meanwhile(*of_the_rows):
+    def asked_meanwhile(*arguments):
         for job in (second, third):
             try:
                 engine.submit(job)
             except QueueFullError:
                 refused.append(job)
-        use(*of_the_rows)
+        return real(*arguments)
 
     engine.submit(first)
     with monkeypatch.context() as patch:
-        patch.setattr(Batch, "_use", asked_meanwhile)
+        patch.setattr(f"minisft.serving.batch.{moment}", asked_meanwhile)
         engine._turn()
     assert engine.counts() == (1, 1)
     assert refused == [third]

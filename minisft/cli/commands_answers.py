@@ -157,9 +157,9 @@ def chat_command(arguments: argparse.Namespace) -> int:
     load_libraries()
     from minisft.data.chat import encode_chat, stop_ids
     from minisft.data.messages import Message
-    from minisft.generation import stream_chat
+    from minisft.generation import ChatCache, stream_chat
 
-    sampling = _sampling(arguments)
+    sampling, kept = _sampling(arguments), ChatCache()
     model, tokenizer, template = load_adapted(arguments)
     stops = stop_ids(tokenizer, template)
     _show_notes(tokenizer)
@@ -169,7 +169,14 @@ def chat_command(arguments: argparse.Namespace) -> int:
         history = (*history, Message("user", text)) if history else _prompt_messages(arguments, text)
         prompt = encode_chat(tokenizer, template, history, add_generation_prompt=True)
         answer = stream_chat(
-            model, tokenizer, prompt.input_ids, _show, max_new_tokens=arguments.max_new_tokens, sampling=sampling, eos_ids=stops
+            model,
+            tokenizer,
+            prompt.input_ids,
+            _show,
+            max_new_tokens=arguments.max_new_tokens,
+            sampling=sampling,
+            eos_ids=stops,
+            kept=kept,
         )
         print()
         history = (*history, Message("assistant", answer))
