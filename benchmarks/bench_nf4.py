@@ -128,7 +128,8 @@ def _draw(axes: Axes, name: str, order: list[str], cells: list[dict]) -> None:
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.7), max(high, 1.5))
     low, high = axes.get_xlim()
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high]
+    fine = (0.6, 0.7, 0.8, 1.2, 1.4) if high < 3 * low else ()
+    ticks = sorted(t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, *fine) if low <= t <= high)
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks], fontsize=7)
     axes.minorticks_off()
     axes.set_yticks(range(len(order)), order, fontsize=7)
