@@ -99,6 +99,24 @@ def test_a_wrong_merge_is_noticed_before_anything_is_timed() -> None:
         merge_cases.differences(outputs, subject, work, SIZES.main_rank)
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_peer_that_multiplies_4_bits_in_bf16_is_held_to_bf16_and_our_merge_is_not(
+    packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: packs)
+    subject, work = layer("nf4"), Work("prefill", 1, 7)
+    exact = torch.randn(7, 24, generator=torch.Generator().manual_seed(0))
+    ours, theirs, merged = Form(MINISFT, BASE), Form(PEFT, BASE), Form(MINISFT, MERGED)
+    outputs = {ours: exact, theirs: 1.01 * exact}
+    if packs:
+        assert merge_cases.differences(outputs, subject, work, 4)[ours].limit == merge_cases.TOLERANCE["bf16"]
+    else:
+        with pytest.raises(AssertionError, match="minisft base is off by"):
+            merge_cases.differences(outputs, subject, work, 4)
+    with pytest.raises(AssertionError, match="minisft merged is off"):
+        merge_cases.differences({Form(MINISFT, UNMERGED, 4): exact, merged: 1.01 * exact}, subject, work, 4)
+
+
 @pytest.mark.parametrize("columns", [16, 48, 64, 80, 128])
 def test_a_peer_that_decodes_its_own_weight_wrongly_is_refused(columns: int) -> None:
     """By their tables alone: whether this machine's bitsandbytes is right is its own affair, that we notice is ours."""
