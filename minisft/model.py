@@ -20,6 +20,8 @@ from minisft.config import ModelConfig
 from minisft.elementwise import geglu, rms_norm, rotate, swiglu
 from minisft.matmul import Linear
 
+READ_AT_ONCE = 512  # tokens: attention over a cache holds the scores of so many with all before them, in every head
+
 
 class Wrap(Protocol):
     """How a block is called: directly, or through activation checkpointing."""
@@ -80,10 +82,10 @@ class KVCache:
         self.values[:, rows, :, :end] = other.values[:, :, :, :end]
         self.lengths[rows] = other.lengths
 
-    def first(self, length: int, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, length, K, E) of a layer."""
-        filled = slice(length)
-        return self.keys[layer, :, :, filled].transpose(1, 2), self.values[layer, :, :, filled].transpose(1, 2)
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (layers, B, C, K, E), as far as the longest row is filled."""
+        end = int(self.lengths.max())
+        return self.keys[:, :, :, :end].transpose(2, 3), self.values[:, :, :, :end].transpose(2, 3)
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values.
@@ -113,10 +115,9 @@ class _Context:
         positions: Tensor,
         end: int,
         attn_masks: Mapping[int | None, Tensor],
-        past: KVCache | None,
-        past_length: int,
+        past: tuple[Tensor, Tensor] | None,
     ) -> None:
-        self.angles, self.attn_masks, self.past, self.past_length = angles, attn_masks, past, past_length
+        self.angles, self.attn_masks, self.past = angles, attn_masks, past
         self.segments, self.cache, self.positions, self.end = segments, cache, positions, end
 
 
@@ -170,7 +171,7 @@ class Attention(nn.Module):
             q = q * self.q_scale
         if context.cache is None:
             assert context.segments is not None
-            past = None if context.past is None else context.past.first(context.past_length, self.layer)
+            past = None if context.past is None else (context.past[0][self.layer], context.past[1][self.layer])
             out = attend(q, k, v, context.segments, self.window, past)
         else:
             B, T = context.positions.shape
@@ -342,6 +343,11 @@ class CausalLM(nn.Module):
             (B, T, D) in the model's dtype, or (n, D).
         """
         B, T = input_ids.shape
+        if cache is not None and T > READ_AT_ONCE:
+            ids = torch.ones_like(input_ids) if segment_ids is None else segment_ids
+            pieces = zip(input_ids.split(READ_AT_ONCE, 1), ids.split(READ_AT_ONCE, 1), strict=True)
+            hidden = torch.cat([self.hidden(piece, segment_ids=real, cache=cache) for piece, real in pieces], 1)
+            return hidden if only is None else hidden.flatten(0, 1).index_select(0, only)
         context = self._context(input_ids, segment_ids, cache, prefix_length, past)
         x_ND = self.model.embed_tokens(input_ids.reshape(-1))
         if (multiplier := self.config.embedding_multiplier) != 1.0:
@@ -361,10 +367,10 @@ class CausalLM(nn.Module):
         prefix_length: int,
         past: KVCache | None,
     ) -> _Context:
-        T, past_length = input_ids.shape[1], 0 if past is None else int(past.lengths)
+        T, before = input_ids.shape[1], None if past is None else past.filled()
         if cache is None:
             ids = torch.ones_like(input_ids) if segment_ids is None else segment_ids
-            segments = Segments.of(ids, prefix_length, past_length)
+            segments = Segments.of(ids, prefix_length, 0 if before is None else before[0].shape[2])
             positions, end = segments.positions, T
         else:
             real = torch.ones_like(input_ids) if segment_ids is None else (segment_ids > 0).long()
@@ -379,7 +385,7 @@ class CausalLM(nn.Module):
         angles = {local: rope_angles(self.config, positions.reshape(-1), self.dtype, local) for local in kinds}
         windows = {self.config.window(layer) for layer in range(self.config.num_layers) if cache is not None}
         attn_masks = {window: cache_attn_mask(positions, end, window) for window in windows}
-        return _Context(angles, segments, cache, positions, end, attn_masks, past, past_length)
+        return _Context(angles, segments, cache, positions, end, attn_masks, before)
 
 
 def rope_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype, local: bool = False) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from tiny import SWITCHED_FAMILIES, VOCAB, assert_close, build, build_with_lora
 from torch import Tensor
 
+from minisft import model as decoder
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
 from minisft.formats import load_adapter_, save_adapter
 from minisft.generation import read_prompts
@@ -62,6 +63,23 @@ def test_a_shared_prefix_is_computed_once_with_the_same_result(config: ModelConf
     hidden = model.hidden(row, segment_ids=torch.tensor([[1] * 5 + [2] * 4 + [3] * 3]), prefix_length=5)[0]
     first, second = (model.hidden(torch.cat([prefix, end])[None])[0] for end in ends)
     assert_close(hidden, torch.cat([first, second[5:]]))
+
+
+@families
+def test_what_is_long_is_read_in_pieces_with_the_same_result(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lengths, at_once = build(config), [8, 3, 5], []
+    prompts = [ids_of(length, seed=length).tolist() for length in lengths]
+    attend = decoder.attend_cached
+    monkeypatch.setattr(decoder, "attend_cached", lambda q, *more: at_once.append(q.shape[1]) or attend(q, *more))
+    monkeypatch.setattr(decoder, "READ_AT_ONCE", 3)
+    cache, last = read_prompts(model, prompts, 2)
+    assert at_once == [3] * 2 * config.num_layers + [2] * config.num_layers
+    assert cache.lengths.tolist() == lengths
+    next_ids = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    found = torch.cat((last[:, None], model.hidden(next_ids, cache=cache)), 1)
+    for row, prompt in enumerate(prompts):
+        whole = model.hidden(torch.tensor([[*prompt, *next_ids[row].tolist()]]))[0]
+        assert_close(found[row], whole[-3:])
 
 
 @families

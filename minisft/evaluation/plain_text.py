@@ -27,7 +27,6 @@ from minisft.model import CausalLM, KVCache
 WINDOW = 1_024
 # A batch costs as much as so many tokens more (weights are read, layers called), so a family may add that much padding.
 BATCH_TOKENS = 32
-PAST_AT_ONCE = 512  # tokens: attention over a cache keeps the scores of all of them with all before
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,7 @@ def _past(model: CausalLM, parts: Sequence[Continuation], families: Sequence[Seq
     if shared * (len(families) - 1) <= MIN_SHARED_FRACTION * computed:
         return None, 0
     past = model.new_cache(1, shared)
-    for piece in torch.tensor([firsts[0].input_ids[:shared]], device=model.device).split(PAST_AT_ONCE, 1):
-        model.hidden(piece, cache=past)
+    model.hidden(torch.tensor([firsts[0].input_ids[:shared]], device=model.device), cache=past)
     return past, shared
 
 
