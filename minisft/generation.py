@@ -336,9 +336,14 @@ def read_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], num_new: int
 
 def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Length of the prefix that all prompts share, leaving each at least one token of its own; 0 where it saves little."""
-    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-    length = next((i for i, tokens in enumerate(columns) if len(set(tokens)) > 1), min(map(len, prompts)) - 1)
+    length = _num_common([prompt[:-1] for prompt in prompts])
     return length if len(prompts) > 1 and length >= MIN_SHARED_PROMPT else 0
+
+
+def _num_common(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with."""
+    columns = enumerate(zip(*rows, strict=False))
+    return next((i for i, tokens in columns if len(set(tokens)) > 1), min(map(len, rows)))
 
 
 @dataclass
@@ -368,8 +373,7 @@ class ChatCache:
             a KV cache of one row with space for ``num_new`` more tokens, and the hidden state (1, D) at the last token.
         """
         (prompt,) = prompts
-        pairs = zip(self.ids, prompt[:-1], strict=False)  # the last token is computed in any case: its state is asked for
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.ids), len(prompt) - 1))
+        shared = _num_common([self.ids, prompt[:-1]])  # the last token is computed in any case: its state is asked for
         cache = model.new_cache(1, len(prompt) + num_new)
         if self.cache is not None:
             self.cache.lengths = torch.full_like(self.cache.lengths, shared)
