@@ -101,6 +101,6 @@ def option_log_probs(
     Cost: what all prompts begin with once, the rest of each prompt once, and every option's tokens.
     """
     parts = [Continuation(prompt, option) for prompt, options in questions for option in options]
-    size = len(parts) if batch_size is None else max(batch_size, *(len(options) for _, options in questions))
+    size = len(parts) if batch_size is None else max([batch_size, *(len(options) for _, options in questions)])
     scores = iter(log_probs(model, parts, pad_id=0, batch_size=size, progress=progress))
     return [[next(scores) for _ in options] for _, options in questions]
