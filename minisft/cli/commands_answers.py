@@ -122,24 +122,27 @@ def _prompt_messages(arguments: argparse.Namespace, text: str) -> tuple[Message,
 def generate_command(arguments: argparse.Namespace) -> int:
     """Answer one prompt, token by token."""
     load_libraries()
-    from minisft.data.chat import encode_chat, stop_ids
-    from minisft.generation import stream_chat
-
-    sampling = _sampling(arguments)
-    model, tokenizer, template = load_adapted(arguments)
-    _show_notes(tokenizer)
-    prompt = encode_chat(tokenizer, template, _prompt_messages(arguments, arguments.prompt), add_generation_prompt=True)
-    stream_chat(
-        model,
-        tokenizer,
-        prompt.input_ids,
-        _show,
-        max_new_tokens=arguments.max_new_tokens,
-        sampling=sampling,
-        eos_ids=stop_ids(tokenizer, template),
-    )
-    print()
+    _answerer(arguments)(_prompt_messages(arguments, arguments.prompt))
     return 0
+
+
+def _answerer(arguments: argparse.Namespace) -> Callable[[Sequence[Message]], str]:
+    """Loads the model; what answers messages as they come, knows what it has read before, and gives the whole answer."""
+    from minisft.data.chat import encode_chat, stop_ids
+    from minisft.generation import ChatCache, stream_chat
+
+    sampling, kept = _sampling(arguments), ChatCache()
+    model, tokenizer, template = load_adapted(arguments)
+    settings = {"max_new_tokens": arguments.max_new_tokens, "eos_ids": stop_ids(tokenizer, template), "sampling": sampling}
+    _show_notes(tokenizer)
+
+    def answer(messages: Sequence[Message]) -> str:
+        prompt = encode_chat(tokenizer, template, messages, add_generation_prompt=True).input_ids
+        said = stream_chat(model, tokenizer, prompt, _show, **settings, kept=kept)
+        print()
+        return said
+
+    return answer
 
 
 def _show(piece: str) -> None:
@@ -155,31 +158,14 @@ def _show_notes(tokenizer: Tokenizer) -> None:
 def chat_command(arguments: argparse.Namespace) -> int:
     """Answer on and on, until an empty line."""
     load_libraries()
-    from minisft.data.chat import encode_chat, stop_ids
     from minisft.data.messages import Message
-    from minisft.generation import ChatCache, stream_chat
 
-    sampling, kept = _sampling(arguments), ChatCache()
-    model, tokenizer, template = load_adapted(arguments)
-    stops = stop_ids(tokenizer, template)
-    _show_notes(tokenizer)
+    answer = _answerer(arguments)
     print("An empty line or Ctrl-D ends the chat.", file=sys.stderr)
     history: tuple[Message, ...] = ()
     while text := _ask():
         history = (*history, Message("user", text)) if history else _prompt_messages(arguments, text)
-        prompt = encode_chat(tokenizer, template, history, add_generation_prompt=True)
-        answer = stream_chat(
-            model,
-            tokenizer,
-            prompt.input_ids,
-            _show,
-            max_new_tokens=arguments.max_new_tokens,
-            sampling=sampling,
-            eos_ids=stops,
-            kept=kept,
-        )
-        print()
-        history = (*history, Message("assistant", answer))
+        history = (*history, Message("assistant", answer(history)))
     return 0
 
 
