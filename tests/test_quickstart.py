@@ -2,6 +2,7 @@
 
 import importlib.resources
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from minisft.common.errors import UserError
 from minisft.data.messages import read_dataset
 from minisft.evaluation.evaluate import EvalResult
+from minisft.quickstart.parcel_task import parcel_rows
 from minisft.quickstart.run import QuickstartResult, Scores, general_rows, next_commands, report, run_quickstart, write_data
 from minisft.training.train import TrainResult
 
@@ -72,6 +74,14 @@ def test_the_table_says_what_was_measured():
     assert "50 of 1,000 parameters (5.0%) in 2 min 05 s, 4 min 10 s" in text
     assert max(map(len, lines)) < 150
     assert all(command in text for command in next_commands(Path("q")))
+
+
+def test_the_model_is_talked_to_as_it_was_trained():
+    """Without the instruction of its rows the adapter writes JSON that nobody asked for."""
+    chat = shlex.split(next_commands(Path("q"))[0])
+    system = parcel_rows("train", 1, seed=0)[0]["messages"][0]
+    assert chat[chat.index("--system") + 1] == system["content"]
+    assert system["role"] == "system"
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -31,7 +32,7 @@ from minisft.evaluation.metrics import wilson
 from minisft.formats import load_adapter_, load_model
 from minisft.formats.source import SMOLLM2
 from minisft.model import CausalLM
-from minisft.quickstart.parcel_task import parcel_rows
+from minisft.quickstart.parcel_task import INSTRUCTION, parcel_rows
 from minisft.training.runlog import duration
 from minisft.training.train import TrainResult, train
 
@@ -213,7 +214,7 @@ def next_commands(out: Path) -> list[str]:
     program = "minisft" if shutil.which("minisft") else os.path.relpath(Path(sys.executable).with_name("minisft"))
     tuned = f"--model {SMOLLM2} --adapter {out / 'run' / 'adapter'}"
     return [
-        f"{program} chat {tuned}",
+        f"{program} chat {tuned} --system {shlex.quote(INSTRUCTION)}",
         f"{program} eval {tuned} --data {out / 'data' / 'test.jsonl'} --metric json --out {out / 'eval' / 'again.json'}",
         f"{program} train --model {SMOLLM2} --data YOUR_ROWS.jsonl --out runs/first",
     ]
