@@ -37,7 +37,7 @@ def seconds(work: Callable[[], object], repeats: int) -> dict[str, float]:
 
 def functions(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """What stands between the products, forward and with its backward."""
-    from minisft import elementwise, matmul
+    from minisft import elementwise
 
     numbers = functools.partial(torch.randn, dtype=dtype)
     x, gate, up, weight = (numbers(*size) for size in ((NUM_TOKENS, D), (NUM_TOKENS, WIDE), (NUM_TOKENS, WIDE), (D,)))
@@ -54,13 +54,6 @@ def functions(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         found[f"{name}, its backward"] = functools.partial(
             torch.autograd.grad, y, leaves, torch.randn_like(y), retain_graph=True
         )
-    for rank in (8, 16):
-        found |= {
-            f"x A^T of rank {rank} over {tensor.shape[1]}": functools.partial(
-                matmul.narrow, tensor, numbers(rank, tensor.shape[1])
-            )
-            for tensor in (x, up)
-        }
     return found
 
 

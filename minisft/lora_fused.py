@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minisft.common.autograd import Context
-from minisft.matmul import FrozenWeight, Linear, compute_dtype, frozen_linear_t, frozen_linear_with_update, narrow
+from minisft.matmul import FrozenWeight, Linear, compute_dtype, frozen_linear_t, frozen_linear_with_update
 from minisft.nf4_linear import NF4Linear
 
 
@@ -68,7 +68,7 @@ class _AdaptedLinear(torch.autograd.Function):
         x, lora_A, lora_B, xa = ctx.saved_tensors
         dtype = compute_dtype(grad)
         g = grad.reshape(-1, grad.shape[-1]).to(dtype)  # (M, out)
-        gb = narrow(g, lora_B.to(dtype).T.contiguous()) * ctx.scaling  # (M, rank)
+        gb = g @ lora_B.to(dtype) * ctx.scaling  # (M, rank)
         grad_A = gb.T @ x.reshape(-1, x.shape[-1]).to(dtype) if ctx.needs_input_grad[1] else None
         grad_B = (xa.T @ g).T * ctx.scaling if ctx.needs_input_grad[2] else None  # this order: g is read along its rows
         grad_x = None

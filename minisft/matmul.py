@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from minisft import nf4
 from minisft.common.autograd import Context
-from minisft.kernels import cpu_elementwise, cpu_nf4
+from minisft.kernels import cpu_nf4
 from minisft.kernels.arguments import FLOATS, GROUP, MATVEC_ROWS, SMALL_ROWS
 from minisft.kernels.cpu_matmul import Update, add_update_, can_use_native, native_matmul
 from minisft.kernels.workspace import borrowed
@@ -125,7 +125,7 @@ def frozen_linear_with_update(
         y = add_update_(frozen_linear(rows, weight, bias, native), rows, update)
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[1]), update.down
     rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (M, in)
-    xa = narrow(rows, lora_A.to(dtype))  # (M, rank)
+    xa = rows @ lora_A.to(dtype).T  # (M, rank)
     y = _add_to_linear(rows, weight, bias, xa * scaling, lora_B.to(dtype).T, native)
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[1]), xa
 
@@ -137,14 +137,6 @@ def _add_to_linear(rows: Tensor, weight: FrozenWeight, bias: Tensor | None, xa: 
     # Bias first, as nn.Linear does it: a zero update then leaves every bit in place, whatever the order of the sums below.
     y = xa @ up if bias is None else torch.addmm(bias.to(rows.dtype), xa, up)
     return y.addmm_(rows, weight.to(rows.dtype).T)
-
-
-def narrow(x: Tensor, factor: Tensor) -> Tensor:
-    """x factor^T for a factor of a few rows, where a BLAS made for large matrices is slow: (M, in), (rank, in) -> (M, rank)."""
-    few = len(factor) <= cpu_elementwise.MAX_RANK and x.shape[1:] == factor.shape[1:]
-    if few and x.dtype == torch.float32 and cpu_elementwise.can_use_native(x, factor):
-        return cpu_elementwise.narrow(x, factor)
-    return x @ factor.T
 
 
 def frozen_linear_t(grad: Tensor, weight: FrozenWeight, added: tuple[Tensor, Tensor] | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Norms, SwiGLU, RoPE and narrow products in one pass: fp32 and bf16 against fp64, within bounds from their roundings.
+"""Norms, SwiGLU and RoPE in one pass: fp32 and bf16 against fp64, within bounds from their roundings.
 
 ``e`` is half the distance from 1 to the next fp32 number. A sum of k terms is off by at most k e of the sum of their sizes, in
 whatever order it is taken; each other operation adds one e, and e^x at most 4. In bf16 each number is computed in fp32 and
@@ -15,7 +15,7 @@ from test_cpu_nf4 import needs_native, threads
 from tiny import randn
 from torch import Tensor
 
-from minisft import elementwise, lora_fused, matmul
+from minisft import elementwise
 from minisft.elementwise import rms_norm, rotate, swiglu
 from minisft.kernels import cpu_elementwise, cpu_nf4
 
@@ -110,30 +110,6 @@ def test_rotate(rows: int, heads: int, half: int, dtype: torch.dtype, count: int
         assert_within(found, exact, sizes, 2, stored=2)
 
 
-@given(st.integers(1, 13), st.integers(1, 70), st.integers(1, cpu_elementwise.MAX_RANK), COUNTS, SEEDS)
-def test_narrow(rows: int, size: int, rank: int, count: int, seed: int) -> None:
-    x, factor = fp32(rows, size, seed=seed), fp32(rank, size, seed=seed + 1)
-    with threads(count):
-        found = matmul.narrow(x, factor)
-    assert_within(found, x.double() @ factor.double().T, x.double().abs() @ factor.double().T.abs(), size + 2)
-
-
-def test_an_adapter_multiplies_by_it_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[tuple[int, ...]] = []
-    narrow = cpu_elementwise.narrow
-    monkeypatch.setattr(cpu_elementwise, "narrow", lambda x, factor: called.append(tuple(factor.shape)) or narrow(x, factor))
-    base = matmul.Linear(40, 24, bias=False).requires_grad_(False)
-    one = [fp32(20, 40, seed=0), fp32(3, 40, seed=1), fp32(24, 3, seed=2)]
-    upstream = fp32(20, 24, seed=3)
-    x, A, B = (t.clone().requires_grad_() for t in one)
-    found = gradients(lora_fused.adapted_linear(x, A, B, base, 0.5), upstream, x, A, B)
-    assert called == [(3, 40), (3, 24)]
-    x, A, B = (t.double().requires_grad_() for t in one)
-    exact = gradients(x @ base.weight.double().T + 0.5 * x @ A.T @ B.T, upstream.double(), x, A, B)
-    for a, b in zip(found, exact, strict=True):
-        assert float((a - b).abs().max() / b.abs().max()) < 1e-6
-
-
 def test_bf16_is_rounded_where_pytorchs_operators_store_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each bit but a few where e^x or a sum lies beside the middle of two numbers; one rounding less moves a fifth of them."""
     x, gate, up, angle, weight = drawn(torch.bfloat16, 0, (64, 3, 64), (64, 192), (64, 192), (64, 1, 32), (192,))
@@ -155,11 +131,10 @@ def test_bf16_is_rounded_where_pytorchs_operators_store_it(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("dtype", STORED)
 def test_bits_depend_on_neither_threads_nor_other_rows(dtype: torch.dtype) -> None:
-    x, gate, weight, factor = drawn(dtype, 0, (700, 36), (700, 36), (36,), (5, 36))
+    x, gate, weight = drawn(dtype, 0, (700, 36), (700, 36), (36,))
     functions = {
         "rms_norm": lambda rows: rms_norm(x[rows], weight, 1e-5),
         "swiglu": lambda rows: swiglu(gate[rows], x[rows]),
-        "narrow": lambda rows: matmul.narrow(x[rows].float(), factor.float()),
     }
     for name, function in functions.items():
         with threads(1):
@@ -179,30 +154,23 @@ def test_what_is_left_to_pytorch(which: str, monkeypatch: pytest.MonkeyPatch) ->
     if which == "no library":
         monkeypatch.setattr(cpu_nf4, "library", lambda: None)
     weight = torch.ones(x.shape[1], dtype=torch.float32 if which == "two dtypes" else x.dtype)
-    found = [rms_norm(x, weight, 1e-5), swiglu(x, x.to(weight.dtype)), matmul.narrow(x, x[:3])]
+    found = [rms_norm(x, weight, 1e-5), swiglu(x, x.to(weight.dtype))]
     exact = x.double()
-    expected = [
-        exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt(),
-        exact * exact * exact.sigmoid(),
-        exact @ exact[:3].T,
-    ]
+    expected = [exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt(), exact * exact * exact.sigmoid()]
     for a, b in zip(found, expected, strict=True):
         assert float((a - b).abs().max() / b.abs().max()) < {"two dtypes": 0.02, "fp16": 0.002}.get(which, 1e-6)
 
 
-def test_a_number_less_or_a_column_more_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_less_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     call = cpu_elementwise._call
     monkeypatch.setattr(cpu_elementwise, "_call", lambda name, *arguments: called.append(name) or call(name, *arguments))
     monkeypatch.setattr(cpu_elementwise, "MIN_NUMBERS", 80)
     swiglu(fp32(79, seed=0), fp32(79, seed=1))
-    matmul.narrow(fp32(2, 40, seed=0), fp32(cpu_elementwise.MAX_RANK + 1, 40, seed=1))
-    matmul.narrow(*drawn(torch.bfloat16, 0, (2, 40), (3, 40)))
     assert called == []
     swiglu(fp32(80, seed=0), fp32(80, seed=1))
     swiglu(*drawn(torch.bfloat16, 0, (80,), (80,)))
-    matmul.narrow(fp32(2, 40, seed=0), fp32(cpu_elementwise.MAX_RANK, 40, seed=1))
-    assert called == ["swiglu", "swiglu", "narrow"]
+    assert called == ["swiglu", "swiglu"]
 
 
 def test_sizes_that_do_not_fit_are_pytorchs_to_refuse() -> None:
@@ -211,7 +179,6 @@ def test_sizes_that_do_not_fit_are_pytorchs_to_refuse() -> None:
         lambda: rms_norm(x, torch.ones(7), 1e-5),
         lambda: swiglu(x, x[:, :3]),
         lambda: rotate(x, torch.ones(5, 1, 4), torch.ones(5, 1, 4)),
-        lambda: matmul.narrow(x[0], torch.ones(2, 7)),
     ):
         with pytest.raises(RuntimeError, match=r"size|shape"):
             function()

@@ -1,7 +1,6 @@
-// What stands between the matrix products of a training step, each in one pass over memory: norms, SwiGLU, RoPE, and LoRA's products
-// with a few columns.
+// What stands between the matrix products of a training step, each in one pass over memory: norms, SwiGLU and RoPE.
 //
-// The references are the formulas in PyTorch of minisft/elementwise.py and lora_fused.py. Between two large products a step is limited
+// The references are the formulas in PyTorch of minisft/elementwise.py. Between two large products a step is limited
 // by memory: PyTorch reads and writes an activation once for each operator, this once for each function. Numbers are fp32 or bf16, rows
 // lie one behind the other without gaps, and every row is computed by one thread in one order: the bits depend on neither the number
 // of threads nor the other rows. Python checks every size, dtype and layout before it calls: nothing is checked here.
@@ -20,31 +19,6 @@ inline void spans(int64_t length, int threads, Each each) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t begin = 0; begin < length; begin += SPAN) each(begin, length - begin < SPAN ? length - begin : SPAN);
 }
-
-// ROWS rows of x times RANKS rows of a: y[row][rank] = x_row . a_rank.
-template <int ROWS, int RANKS>
-inline void narrow_tile(const float* x, const float* a, int64_t in, int64_t rank, float* y) {
-    Floats sums[ROWS][RANKS] = {};
-    vectors(in, [&](int64_t k, auto lanes) {
-        Floats columns[RANKS];
-        for (int r = 0; r < RANKS; ++r) columns[r] = lanes.load(a + r * in + k);
-        for (int row = 0; row < ROWS; ++row) {
-            const Floats numbers = lanes.load(x + row * in + k);
-            for (int r = 0; r < RANKS; ++r) sums[row][r] = multiply_add(numbers, columns[r], sums[row][r]);
-        }
-    });
-    for (int row = 0; row < ROWS; ++row)
-        for (int r = 0; r < RANKS; ++r) y[row * rank + r] = sum(sums[row][r]);
-}
-
-template <int ROWS>
-inline void narrow_rows(const float* x, const float* a, int64_t in, int64_t rank, float* y) {
-    int64_t r = 0;
-    for (; r + 4 <= rank; r += 4) narrow_tile<ROWS, 4>(x, a + r * in, in, rank, y + r);
-    for (; r < rank; ++r) narrow_tile<ROWS, 1>(x, a + r * in, in, rank, y + r);
-}
-
-constexpr int ROWS_AT_ONCE = LANES == 16 ? 5 : 2;  // with 4 ranks: sums that fit in the registers
 
 // y = weight * (x rstd), rstd = 1 / sqrt(mean(x^2) + eps); rstd (rows,) is kept for backward.
 template <class T>
@@ -126,16 +100,4 @@ void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t tokens, int64_
 extern "C" {
 FOR(float, fp32)
 FOR(uint16_t, bf16)
-
-// y (rows, rank) = x (rows, in) a^T for a (rank, in), a rank of a few columns; in bf16 a BLAS is faster.
-void narrow_fp32(const float* x, const float* a, float* y, int64_t rows, int64_t in, int64_t rank, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE) {
-        if (row + ROWS_AT_ONCE <= rows) {
-            narrow_rows<ROWS_AT_ONCE>(x + row * in, a, in, rank, y + row * rank);
-        } else {
-            for (int64_t last = row; last < rows; ++last) narrow_rows<1>(x + last * in, a, in, rank, y + last * rank);
-        }
-    }
-}
 }

@@ -1,7 +1,7 @@
-"""Norms, SwiGLU, RoPE and LoRA's narrow products on a CPU, by ``cpu_elementwise.cpp``: one pass over memory each.
+"""Norms, SwiGLU and RoPE on a CPU, by ``cpu_elementwise.cpp``: one pass over memory each.
 
-All of it is in fp32 or bf16 (``narrow``: fp32) and without gradients. ``elementwise.py`` and ``matmul.py`` hold the same in
-PyTorch; they ask ``can_use_native`` who computes. bf16 is computed with in fp32 and rounded where PyTorch's operators round.
+All of it is in fp32 or bf16 and without gradients. ``elementwise.py`` holds the same in PyTorch and asks ``can_use_native`` who
+computes. bf16 is computed with in fp32 and rounded where PyTorch's operators round.
 Sums are added in another order and e^x comes from another series, so bits may differ.
 """
 
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from minisft.kernels import cpu_nf4
 
-MIN_NUMBERS = 2**13  # of a tensor; for fewer, asking takes longer than PyTorch's SwiGLU or narrow product
-MAX_RANK = 16  # columns of a narrow product; at 32, the BLAS is faster (measured: ``benchmarks/LOG.md``)
+MIN_NUMBERS = 2**13  # of a tensor; for fewer, asking takes longer than PyTorch's SwiGLU
 
 # The parameters of each function: pointers, sizes, a float, the number of threads.
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}
@@ -26,7 +25,6 @@ _PARAMETERS = {
     "swiglu": "pppnt",
     "swiglu_backward": "pppppnt",
     "rotate": "ppppnnnft",
-    "narrow": "pppnnnt",
 }
 
 
@@ -121,19 +119,4 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: float) -> Tensor:
     """
     y = torch.empty_like(x)
     _call("rotate", x, cos, sin, y, *x.shape[:2], x.shape[2] // 2, turn)
-    return y
-
-
-def narrow(x: Tensor, factor: Tensor) -> Tensor:
-    """x factor^T for a factor of a few rows, in fp32.
-
-    Args:
-        x: (M, in).
-        factor: (rank, in).
-
-    Returns:
-        (M, rank).
-    """
-    y = x.new_empty(len(x), len(factor))
-    _call("narrow", x, factor, y, len(x), x.shape[1], len(factor))
     return y
