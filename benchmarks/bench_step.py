@@ -13,7 +13,8 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gemm_share
@@ -35,9 +36,23 @@ def seconds(work: Callable[[], object], repeats: int) -> dict[str, float]:
     return {**spread(times), "least": min(times)}
 
 
+@contextmanager
+def by_cpp(wanted: bool) -> Iterator[None]:
+    """Whether the package's C++ computes what stands between the products."""
+    from minisft import attention
+    from minisft.kernels import cpu_elementwise
+
+    before = cpu_elementwise.MIN_NUMBERS, attention.NATIVE_KEYS
+    if not wanted:
+        cpu_elementwise.MIN_NUMBERS, attention.NATIVE_KEYS = 2**62, 0
+    yield
+    cpu_elementwise.MIN_NUMBERS, attention.NATIVE_KEYS = before
+
+
 def functions(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """What stands between the products, forward and with its backward."""
     from minisft import elementwise
+    from minisft.attention import Segments, attend
 
     numbers = functools.partial(torch.randn, dtype=dtype)
     x, gate, up, weight = (numbers(*size) for size in ((NUM_TOKENS, D), (NUM_TOKENS, WIDE), (NUM_TOKENS, WIDE), (D,)))
@@ -47,6 +62,12 @@ def functions(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         ("norm", lambda x: elementwise.rms_norm(x, weight, 1e-5), [x]),
         ("SwiGLU", elementwise.swiglu, [gate, up]),
         ("RoPE", lambda q: elementwise.rotate(q, angle, angle), [q]),
+        *(
+            (f"attention of {rows} rows of {length}", functools.partial(attend, segments=segments), qkv)
+            for rows, length in ((8, 80), (4, 256), (2, 512), (1, 1024))
+            for segments in [Segments.of(torch.arange(1, rows + 1).repeat_interleave(length)[None])]
+            for qkv in [[numbers(rows * length, heads, D // HEADS) for heads in (HEADS, HEADS // 3, HEADS // 3)]]
+        ),
     ):
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         y = function(*leaves)
@@ -66,14 +87,12 @@ def main() -> None:
     arguments = parser.parse_args()
     dtype = arguments.dtype
     if arguments.functions:
-        from minisft.kernels import cpu_elementwise
-
-        usual = cpu_elementwise.MIN_NUMBERS
-        for name, work in functions(DTYPES[dtype]).items():
-            cpu_elementwise.MIN_NUMBERS = 2**62
-            plain = seconds(work, 50)["median"]
-            cpu_elementwise.MIN_NUMBERS = usual
-            print(f"{name:35} {1e6 * plain:6.0f} us by PyTorch, {1e6 * seconds(work, 50)['median']:6.0f} us")
+        found = []
+        for native in (False, True):  # what backward does is settled forward
+            with by_cpp(native):
+                found.append({name: seconds(work, 50)["median"] for name, work in functions(DTYPES[dtype]).items()})
+        for name, plain, ours in zip(found[0], *(times.values() for times in found), strict=False):
+            print(f"{name:40} {1e6 * plain:6.0f} us by PyTorch, {1e6 * ours:6.0f} us")
         return
     with tempfile.TemporaryDirectory() as folder:
         path = make_rows(BANKING77 if BANKING77.exists() else None, BATCH_SIZE, [dtype], Path(folder))

@@ -1,11 +1,11 @@
 """Causal attention over segments, however they lie in the batch.
 
 Padded left or right, or packed end to end: a batch is always a set of segments. ``Segments`` knows where their tokens
-lie, and attention gathers them into a grid (S, L) with every segment at the left edge. There plain causal attention is
-all that is needed: a real token never sees what stands to its right, so padding needs no mask, and segments cannot see each
-other because they are different rows. Nothing is ever quadratic in the packed length. Where all segments of a batch row
-continue a common prefix, its keys stand once more to the left of each of them; and so do those of a past, which all batch rows
-continue.
+lie. On a CPU ``kernels.cpu_attention`` takes short ones where they are; otherwise attention gathers them into a grid (S, L) with
+every segment at the left edge. There plain causal attention is all that is needed: a real token never sees what stands to its
+right, so padding needs no mask, and segments cannot see each other because they are different rows. Nothing is ever quadratic
+in the packed length. Where all segments of a batch row continue a common prefix, its keys stand once more to the left of each
+of them; and so do those of a past, which all batch rows continue.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minisft.common.autograd import Context
+from minisft.kernels import cpu_attention
+from minisft.kernels.cpu_attention import Spans
 from minisft.matmul import compute_dtype
 
-# Up to this many keys, batched products beat the backward of PyTorch's fused CPU kernel in bf16, at 32 keys four times over; in
-# fp32 the kernel wins at every length (benchmarks/LOG.md).
-SHORT_ROW = 128
+# Up to this many keys the C++, where each thread computes a kv head of a segment, is faster than PyTorch's fused kernel:
+# forward and backward, in fp32 and in bf16 (benchmarks/LOG.md).
+NATIVE_KEYS = 512
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Segments:
             the fields above, positions aside, speak of the N = B * (T - P) tokens after them.
         batch_size: B.
         owner: (S,) int64: the batch row of each segment.
+        spans: the same for the C++, in the flat batch; the prefixes are segments there.
     """
 
     positions: Tensor
@@ -54,6 +57,7 @@ class Segments:
     prefix_length: int
     batch_size: int
     owner: Tensor
+    spans: Spans
 
     @classmethod
     def of(cls, segment_ids: Tensor, prefix_length: int = 0, past_length: int = 0) -> Segments:
@@ -82,6 +86,7 @@ class Segments:
         take = (first if len(first) else index[:1]).repeat_interleave(L)
         take[put[real]] = index[real]
         device = segment_ids.device
+        owner = first // max(T, 1) if len(first) else torch.zeros(1, dtype=torch.int64)
         trivial = (S, L) == (B, T) and bool((put == index)[real].all())  # right padding leaves every token in its place
         positions = torch.cat((torch.arange(prefix_length).expand(B, -1), prefix_length + place.view(B, T)), 1)
         return cls(
@@ -93,7 +98,8 @@ class Segments:
             trivial=trivial,
             prefix_length=prefix_length,
             batch_size=B,
-            owner=(first // T if len(first) else torch.zeros(1, dtype=torch.int64)).to(device),
+            owner=owner.to(device),
+            spans=_spans_of(first, owner[: len(first)], segment[real], prefix_length, T, B),
         )
 
     def to_grid(self, flat: Tensor) -> Tensor:
@@ -108,6 +114,19 @@ class Segments:
         return flat if self.padding is None else flat.masked_fill(self.padding, 0)  # in the gradient that comes back too
 
 
+def _spans_of(first: Tensor, owner: Tensor, segment: Tensor, prefix_length: int, T: int, B: int) -> Spans:
+    """``first`` of B rows of T tokens after the prefix; ``segment``: that of each real token."""
+    lengths = torch.bincount(segment, minlength=len(first))
+    longest = prefix_length + int(lengths.max()) if len(first) else prefix_length
+    complete = len(segment) == B * T
+    first = first + (owner + 1) * prefix_length
+    if prefix_length == 0:
+        return Spans(first, lengths, torch.full_like(first, -1), 0, 0, longest, complete)
+    rows = torch.arange(B)
+    first, lengths = torch.cat((first, rows * (prefix_length + T))), torch.cat((lengths, torch.full_like(rows, prefix_length)))
+    return Spans(first, lengths, torch.cat((owner, torch.full_like(rows, -1))), B, prefix_length, longest, complete)
+
+
 def _hidden_keys(L: int, C: int, window: int | None, device: torch.device) -> Tensor:
     """(L, C) bool, True where one of the last L of C tokens must not look: the future, and what lies before a window."""
     ones = torch.ones(L, C, dtype=torch.bool, device=device)
@@ -116,37 +135,33 @@ def _hidden_keys(L: int, C: int, window: int | None, device: torch.device) -> Te
 
 
 class _AttentionContext(Context, Protocol):
+    spans: Spans
     window: int | None
+    past: tuple[Tensor, Tensor] | None
 
 
-class _ShortAttention(torch.autograd.Function):
-    """PyTorch's fused attention, with a backward of batched products: query heads grouped over the kv head that they share.
-
-    Keeps q, k and v; the (L, C) weights are computed in backward.
-    """
+class _NativeAttention(torch.autograd.Function):
+    """Attention by the C++. Keeps q, k and v; the weights are computed again in backward."""
 
     @staticmethod
-    def forward(ctx: _AttentionContext, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def forward(
+        ctx: _AttentionContext,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spans: Spans,
+        window: int | None,
+        past: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.window = window
-        return _fused_attention(q, k, v, window)
+        ctx.spans, ctx.window, ctx.past = spans, window, past
+        return cpu_attention.forward(q, k, v, spans, window, past)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _AttentionContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        L = q.shape[1]
-        q_grid, k_grid, v_grid = _grouped(q, k, v)
-        weights = _weights(q_grid, k_grid, L, ctx.window)
-        g = _group_queries(grad, k.shape[2])
-        grad_v = weights.to(g.dtype).transpose(-1, -2) @ g
-        grad_weights = (g @ v_grid.transpose(-1, -2)).to(weights.dtype)
-        # dS = P * (dP - rowsum(dP * P)), in one pass
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        grad_scores = grad_scores.mul_(1 / math.sqrt(q.shape[-1])).to(g.dtype)
-        grad_q = _ungrouped(grad_scores @ k_grid, L, q.dtype)
-        grad_k = (grad_scores.transpose(-1, -2) @ q_grid).transpose(1, 2).to(k.dtype)
-        return grad_q, grad_k, grad_v.transpose(1, 2).to(v.dtype), None
+        return *cpu_attention.backward(grad.contiguous(), q, k, v, ctx.spans, ctx.window, ctx.past), None, None, None
 
 
 def _group_queries(grid: Tensor, num_kv_heads: int) -> Tensor:
@@ -154,28 +169,6 @@ def _group_queries(grid: Tensor, num_kv_heads: int) -> Tensor:
     S, L, H, E = grid.shape
     grouped = grid.view(S, L, num_kv_heads, H // num_kv_heads, E).permute(0, 2, 3, 1, 4)
     return grouped.to(compute_dtype(grid)).reshape(S, num_kv_heads, -1, E)
-
-
-def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    k_grid, v_grid = (x.transpose(1, 2).to(compute_dtype(x)) for x in (k, v))
-    return _group_queries(q, k.shape[2]), k_grid, v_grid
-
-
-def _weights(q_grid: Tensor, k_grid: Tensor, L: int, window: int | None) -> Tensor:
-    """(S, K, G * L, C) softmax weights in fp32 at least, zero where a query must not look."""
-    (S, K, GL, E), C = q_grid.shape, k_grid.shape[2]
-    mask = torch.zeros(L, C, dtype=q_grid.dtype, device=q_grid.device)
-    mask = mask.masked_fill_(_hidden_keys(L, C, window, q_grid.device), -torch.inf).repeat(GL // L, 1)
-    # Scale and mask ride along in the product instead of taking passes of their own.
-    q_rows, k_columns = q_grid.reshape(S * K, GL, E), k_grid.reshape(S * K, C, E).transpose(1, 2)
-    scores = torch.baddbmm(mask, q_rows, k_columns, alpha=1 / math.sqrt(E)).view(S, K, GL, C)
-    return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
-
-
-def _ungrouped(grouped: Tensor, L: int, dtype: torch.dtype) -> Tensor:
-    """(S, K, G * L, E) -> (S, L, H, E)."""
-    S, K, GL, E = grouped.shape
-    return grouped.to(dtype).view(S, K, GL // L, L, E).permute(0, 3, 1, 2, 4).reshape(S, L, -1, E)
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -189,15 +182,12 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
     return out.transpose(1, 2).to(q.dtype)
 
 
-def _prefers_short(q: Tensor, num_keys: int) -> bool:
-    return q.device.type == "cpu" and compute_dtype(q) == torch.bfloat16 and num_keys <= SHORT_ROW
-
-
-def _attend_grid(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Causal attention of the last L of C tokens: q (S, L, H, E), k and v (S, C, K, E) -> (S, L, H, E)."""
-    if _prefers_short(q, k.shape[1]):
-        return _ShortAttention.apply(q, k, v, window)
-    return _fused_attention(q, k, v, window)
+def _can_use_native(q: Tensor, k: Tensor, v: Tensor, spans: Spans, past: tuple[Tensor, Tensor] | None) -> bool:
+    before = () if past is None else past
+    num_keys = spans.longest + (0 if past is None else past[0].shape[1])
+    if num_keys > NATIVE_KEYS or len(spans.first) * k.shape[1] < torch.get_num_threads():
+        return False
+    return cpu_attention.can_use_native(q, k, v, *before) and not any(x.requires_grad for x in before)
 
 
 def attend(
@@ -222,10 +212,12 @@ def attend(
 
     Ref: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
     """
+    if _can_use_native(q, k, v, segments.spans, past):
+        return _NativeAttention.apply(q, k, v, segments.spans, window, past)
     P, B = segments.prefix_length, segments.batch_size
     if P == 0 and past is None:
         q_grid, k_grid, v_grid = (segments.to_grid(x) for x in (q, k, v))
-        return segments.from_grid(_attend_grid(q_grid, k_grid, v_grid, window))
+        return segments.from_grid(_fused_attention(q_grid, k_grid, v_grid, window))
     q_BT, k_BT, v_BT = (x.view(B, -1, *x.shape[1:]) for x in (q, k, v))
     q_grid, k_grid, v_grid = (segments.to_grid(x[:, P:].flatten(0, 1)) for x in (q_BT, k_BT, v_BT))
     k_before, v_before = k_BT[:, :P], v_BT[:, :P]
@@ -236,10 +228,10 @@ def attend(
     k_grid, v_grid = (
         torch.cat((_for_each_segment(before, segments), grid), 1) for before, grid in ((k_before, k_grid), (v_before, v_grid))
     )
-    rest = segments.from_grid(_attend_grid(q_grid, k_grid, v_grid, window))
+    rest = segments.from_grid(_fused_attention(q_grid, k_grid, v_grid, window))
     if P == 0:
         return rest
-    prefix = _attend_grid(q_BT[:, :P], k_before, v_before, window)
+    prefix = _fused_attention(q_BT[:, :P], k_before, v_before, window)
     return torch.cat((prefix, rest.view(B, -1, *rest.shape[1:])), 1).flatten(0, 1)
 
 

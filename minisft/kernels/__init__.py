@@ -11,6 +11,8 @@
 | ``cpu_nf4.py`` ``cpu_nf4.cpp`` ``cpu_build.py`` | the same on a CPU, in C++ compiled at the first call | in registers |
 | ``cpu_matmul.py`` | y = x W^T for up to 32 rows on a CPU | in registers |
 | ``cpu_decode.py`` ``cpu_decode.cpp`` | a whole decoder, one token for each of up to 16 rows, on a CPU | in registers |
+| ``cpu_elementwise.py`` ``cpu_elementwise.cpp`` | norms, SwiGLU and RoPE of a training step, on a CPU | - |
+| ``cpu_attention.py`` ``cpu_attention.cpp`` | attention within segments, and its backward, on a CPU | - |
 | ``cpu_gguf.py`` ``cpu_gguf.cpp`` | stored blocks of a GGUF file to fp32, on a CPU | once, to memory |
 
 Importing this package imports no Triton. The files with kernels in them import it at their top, because ``@triton.jit``

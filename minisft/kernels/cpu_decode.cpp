@@ -13,12 +13,6 @@
 #include "cpu_elementwise.h"
 #include "cpu_products.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#else
-static int omp_get_thread_num() { return 0; }
-#endif
-
 namespace {
 
 enum Kind : int32_t { FP32, BF16, NF4 };

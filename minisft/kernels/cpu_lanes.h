@@ -9,6 +9,12 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+static inline int omp_get_thread_num() { return 0; }
+static inline int omp_get_num_threads() { return 1; }
+#endif
 // NF4_PORTABLE and NF4_AVX2 ask for less than the CPU has: so do tests.
 #if defined(__AVX512F__) && !defined(NF4_PORTABLE) && !defined(NF4_AVX2)
 #include <immintrin.h>
