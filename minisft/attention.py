@@ -1,11 +1,11 @@
 """Causal attention over segments, however they lie in the batch.
 
 Padded left or right, or packed end to end: a batch is always a set of segments. ``Segments`` knows where their tokens
-lie. On a CPU ``kernels.cpu_attention`` takes short ones where they are; otherwise attention gathers them into a grid (S, L) with
-every segment at the left edge. There plain causal attention is all that is needed: a real token never sees what stands to its
-right, so padding needs no mask, and segments cannot see each other because they are different rows. Nothing is ever quadratic
-in the packed length. Where all segments of a batch row continue a common prefix, its keys stand once more to the left of each
-of them; and so do those of a past, which all batch rows continue.
+lie. On a CPU ``kernels.cpu_attention`` takes short ones where they are; otherwise attention gathers them into a grid (S, L)
+with every segment at the left edge. There plain causal attention is all that is needed: a real token never sees what stands to
+its right, so padding needs no mask, and segments cannot see each other because they are different rows. Nothing is ever
+quadratic in the packed length. Where all segments of a batch row continue a common prefix, its keys stand once more to the
+left of each of them; and so do those of a past, which all batch rows continue.
 """
 
 from __future__ import annotations

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from minisft.attention import Segments, attend, attend_cached, cache_attn_mask
+from minisft.common.autograd import computed_again
 from minisft.config import ModelConfig
 from minisft.elementwise import geglu, rms_norm, rotate, swiglu
 from minisft.matmul import Linear
@@ -193,7 +195,13 @@ def _normed(x: Tensor, norm: RMSNorm) -> Tensor:
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)), see ``elementwise.swiglu`` and ``geglu``."""
+    """down(act(gate(x)) * up(x)), see ``elementwise.swiglu`` and ``geglu``.
+
+    Attributes:
+        keeps_all: see ``Layer``; here it is the product of gate and up.
+    """
+
+    keeps_all = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -204,7 +212,10 @@ class MLP(nn.Module):
         self.gated = geglu if config.activation == "gelu" else swiglu
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return self.down_proj(self.gated(self.gate_proj(x_ND), self.up_proj(x_ND)))
+        gate, up = self.gate_proj(x_ND), self.up_proj(x_ND)
+        product = self.gated(gate, up)
+        with _computed_again(self, product, self.gated, gate, up):
+            return self.down_proj(product)
 
 
 # Hugging Face's names of a layer's norms: before attention, after it, before the MLP, after it.
@@ -216,7 +227,13 @@ _NORMS: dict[str, tuple[str | None, ...]] = {
 
 
 class Layer(nn.Module):
-    """x + m * norm(attention(norm(x))), then x + m * norm(MLP(norm(x))); most families have m = 1 and norms before only."""
+    """x + m * norm(attention(norm(x))), then x + m * norm(MLP(norm(x))); most families have m = 1 and norms before only.
+
+    Attributes:
+        keeps_all: whether backward finds what the norms gave, or computes it again: a pass over memory instead of the memory.
+    """
+
+    keeps_all = False
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -228,13 +245,25 @@ class Layer(nn.Module):
 
     def forward(self, x_ND: Tensor, context: _Context, wrap_mlp: Wrap, only: Tensor | None = None) -> Tensor:
         before, after, before_mlp, after_mlp = (getattr(self, name) if name else _unchanged for name in self.norm_names)
-        attended = self.self_attn(before(x_ND), context, only)
+        normed = before(x_ND)
+        with _computed_again(self, normed, before, x_ND):
+            attended = self.self_attn(normed, context, only)
         x_ND = _rows(x_ND, only).add(after(attended), alpha=self.multiplier)
-        return x_ND.add(after_mlp(wrap_mlp(self.mlp, before_mlp(x_ND))), alpha=self.multiplier)
+        normed = before_mlp(x_ND)
+        with _computed_again(self, normed, before_mlp, x_ND):
+            return x_ND.add(after_mlp(wrap_mlp(self.mlp, normed)), alpha=self.multiplier)
 
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
+
+
+def _computed_again(
+    block: Layer | MLP, result: Tensor, function: Callable[..., Tensor], *inputs: Tensor
+) -> AbstractContextManager[None]:
+    if block.keeps_all or function is _unchanged or not torch.is_grad_enabled():
+        return nullcontext()
+    return computed_again(result, function, *inputs)
 
 
 class Transformer(nn.Module):

@@ -21,7 +21,7 @@ from minisft.batching import Batch, row_pieces
 from minisft.common.errors import UserError, listing
 from minisft.config import RunConfig
 from minisft.loss import IGNORE_INDEX, head_loss_sum
-from minisft.model import CausalLM
+from minisft.model import MLP, CausalLM, Layer
 from minisft.new_rows import set_fresh_rows_, train_rows_
 from minisft.optim import MasterAdamW
 from minisft.surgery import apply_lora_, lora_modules, lora_plus_ratios, train_fully_
@@ -224,6 +224,9 @@ def set_checkpointing(model: CausalLM, kind: str) -> None:
         model.wrap_layer = recomputed
     elif kind == "selective":
         model.wrap_mlp = recomputed
+    for block in model.modules():  # what is computed again as a whole keeps nothing anyway
+        if (isinstance(block, MLP) and kind != "none") or (isinstance(block, Layer) and kind == "full"):
+            block.keeps_all = True
 
 
 def optimizer_of(model: CausalLM, parameters: Mapping[str, nn.Parameter], run: RunConfig) -> MasterAdamW:
