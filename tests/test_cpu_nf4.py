@@ -319,23 +319,26 @@ def test_an_update_is_added_to_a_product_or_in_place(weight: str, rank: int, cou
     down = rows.double() @ lora_A.double().T
     added = 1.5 * down @ lora_B.double().T
     update = cpu_matmul.Update(lora_A, lora_B, 1.5, torch.empty(count, rank))
+    nothing = update._replace(lora_B=torch.zeros_like(lora_B), down=torch.empty(count, rank))
+    stored = {"nf4": nf4.quantize, "bf16": Tensor.bfloat16}.get(weight, lambda W: W)(W)
     with threads(2):
         if weight == "none":
             before, after = y.clone(), cpu_matmul.add_update_(y, rows, update)
             assert after is y
-        elif weight == "nf4":
-            q = nf4.quantize(W)
-            before, after = cpu_matmul.native_matmul(rows, q), cpu_matmul.native_matmul(rows, q, update=update)
+            zero = cpu_matmul.add_update_(before.clone(), rows, nothing)
+            base, sizes = before.double(), before.double().abs()
         else:
-            W = W.bfloat16() if weight == "bf16" else W
-            before, after = cpu_matmul.native_matmul(rows, W), cpu_matmul.native_matmul(rows, W, update=update)
-    # Sums of width and of rank products in fp32, the factor, and the sum with what was there before.
+            before, after, zero = (cpu_matmul.native_matmul(rows, stored, None, u) for u in (None, update, nothing))
+            W = (nf4.dequantize(stored) if weight == "nf4" else stored).double().T
+            base, sizes = rows.double() @ W, rows.double().abs() @ W.abs()
+    assert torch.equal(zero, before), "a zero update leaves every bit"
+    # Sums of width and of rank products in fp32, the factor, and both together in one sum.
     unit = 2.0**-24
     off_down = (width + 2) * unit * (rows.double().abs() @ lora_A.double().abs().T)
-    sizes = 1.5 * down.abs() @ lora_B.double().abs().T
-    off = 1.5 * off_down @ lora_B.double().abs().T + (rank + 3) * unit * sizes + 2 * unit * after.double().abs()
+    sizes += 1.5 * down.abs() @ lora_B.double().abs().T
+    off = 1.5 * off_down @ lora_B.double().abs().T + (width + rank + 3) * unit * sizes
     assert ((update.down.double() - down).abs() <= off_down).all()
-    assert ((after.double() - before.double() - added).abs() <= 1.01 * off).all()
+    assert ((after.double() - base - added).abs() <= 1.01 * off).all()
 
 
 def test_which_updates_are_served() -> None:

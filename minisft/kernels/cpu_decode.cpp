@@ -97,19 +97,21 @@ struct Worker {
 
     // Calls store(row, column, value) for this thread's share of the outputs; nobody waits for the others.
     template <class Matrix, class Store>
-    void multiply(const Matrix& matrix, const float* in, int64_t out, Store store) {
+    void multiply(const Matrix& matrix, const float* in, int64_t out, const Added& added, Store store) {
 #pragma omp for schedule(static) nowait
         for (int64_t column = 0; column < out; column += COLUMNS_AT_ONCE) {
             const int count = out - column < COLUMNS_AT_ONCE ? out - column : COLUMNS_AT_ONCE;
-            outputs(matrix, in, s.rows, column, count, store);
+            outputs(matrix, in, s.rows, column, count, added, store);
         }
     }
 
     template <class Store>
-    void multiply(const Linear& l, const float* in, Store store) {
-        if (l.kind == FP32) return multiply(DenseMatrix<float>{static_cast<const float*>(l.weight), l.in}, in, l.out, store);
-        if (l.kind == BF16) return multiply(DenseMatrix<uint16_t>{static_cast<const uint16_t*>(l.weight), l.in}, in, l.out, store);
-        multiply(PackedMatrix(*static_cast<const Weight*>(l.weight), l.in), halves, l.out, store);
+    void multiply(const Linear& l, const float* in, const float* down, Store store) {
+        const Added added{l.A ? l.B : nullptr, down, l.rank, 1.0f};
+        const int64_t out = l.out;
+        if (l.kind == FP32) return multiply(DenseMatrix<float>{static_cast<const float*>(l.weight), l.in}, in, out, added, store);
+        if (l.kind == BF16) return multiply(DenseMatrix<uint16_t>{static_cast<const uint16_t*>(l.weight), l.in}, in, out, added, store);
+        multiply(PackedMatrix(*static_cast<const Weight*>(l.weight), l.in), halves, out, added, store);
     }
 
     struct Output {
@@ -128,7 +130,7 @@ struct Worker {
             adapted |= l.A != nullptr;
             float* down = low + i * s.rows * s.max_rank;
             if (l.A)
-                multiply(DenseMatrix<float>{l.A, l.in}, in, l.rank,
+                multiply(DenseMatrix<float>{l.A, l.in}, in, l.rank, Added{},
                          [&](int64_t row, int64_t r, float value) { down[row * l.rank + r] = l.scaling * value; });
         }
         if (packed) split(in, s.rows * outputs[0].linear.in, halves);
@@ -138,9 +140,8 @@ struct Worker {
         for (int i = 0; i < COUNT; ++i) {
             const auto& [l, y, stride] = outputs[i];
             const float* down = low + i * s.rows * s.max_rank;
-            multiply(l, in, [&, y = y, stride = stride](int64_t row, int64_t j, float value) {
+            multiply(l, in, down, [&, y = y, stride = stride](int64_t row, int64_t j, float value) {
                 if (l.bias) value += l.bias[j];
-                if (l.A) value += dot(l.B + j * l.rank, down + row * l.rank, l.rank);
                 float& place = y[row * stride + j];
                 place = add ? place + value : value;
             });

@@ -85,6 +85,15 @@ inline V load_some(const void* from, int64_t bytes) {  // the rest is zero
     return v;
 }
 
+// The first `count` numbers, fewer than LANES; the rest is zero.
+inline Floats load_first(const float* from, int64_t count) {
+#if LANES == 16 && !defined(NF4_PORTABLE)
+    return _mm512_maskz_loadu_ps((1u << count) - 1, from);
+#else
+    return load_some<Floats>(from, 4 * count);
+#endif
+}
+
 inline Table operator*(Table table, float scale) {
     for (Floats& part : table.part) part = part * scale + 0.0f;  // + 0: no weight is -0, see nf4.dequantize
     return table;

@@ -92,10 +92,11 @@ struct Product {
 
 template <class Matrix>
 void product(const Product& p, const Matrix& matrix, const float* x) {
+    const Added added{p.A ? p.B : nullptr, p.down, p.rank, p.scaling};
 #pragma omp parallel for num_threads(p.threads) schedule(static)
     for (int64_t column = 0; column < p.out; column += COLUMNS_AT_ONCE) {
         const int count = p.out - column < COLUMNS_AT_ONCE ? int(p.out - column) : COLUMNS_AT_ONCE;
-        outputs(matrix, x, p.rows, column, count, [&](int64_t row, int64_t j, float value) {
+        outputs(matrix, x, p.rows, column, count, added, [&](int64_t row, int64_t j, float value) {
             p.y[row * p.out + j] = value + (p.bias ? p.bias[j] : 0.0f);
         });
     }
@@ -109,15 +110,21 @@ void multiply(const Product& p, const Weight* weight) {
     product(p, PackedMatrix(*weight, p.in), p.halves);
 }
 
-// y += scaling * (x A^T) B^T.
-void add_update(const Product& p) {
+// down = x A^T.
+void multiply_down(const Product& p) {
     Product down = p;
     down.y = p.down;
-    down.bias = nullptr;
+    down.A = down.bias = nullptr;
     down.out = p.rank;
     if (p.rows * p.rank * (p.in + p.out) < WORTH_A_THREAD) down.threads = 1;
     multiply(down, p.A);
-#pragma omp parallel for num_threads(down.threads) schedule(static)
+}
+
+// y += scaling * (x A^T) B^T.
+void add_update(const Product& p) {
+    multiply_down(p);
+    const int threads = p.rows * p.rank * (p.in + p.out) < WORTH_A_THREAD ? 1 : p.threads;
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t column = 0; column < p.out; ++column)
         for (int64_t row = 0; row < p.rows; ++row)
             p.y[row * p.out + column] += p.scaling * dot(p.B + column * p.rank, p.down + row * p.rank, p.rank);
@@ -126,8 +133,8 @@ void add_update(const Product& p) {
 template <class Numbers>
 void matmul(const Product& p) {
     if (!p.fp32) {
+        if (p.A) multiply_down(p);
         multiply(p, static_cast<const Numbers*>(p.weight));
-        if (p.A) add_update(p);
         return;
     }
     Product fp32 = p;

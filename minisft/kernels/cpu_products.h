@@ -106,10 +106,37 @@ inline void split(const float* x, int64_t length, float* out) {
         }
 }
 
+// What a low-rank adapter adds to a product, scaling * down B^T with down = x A^T: its sums begin with it, which costs a
+// multiply-add an output instead of a sum of its own.
+struct Added {
+    const float *B, *down;  // (out, rank), null for nothing; (rows, rank)
+    int64_t rank;
+    float scaling;
+};
+
+template <int ROWS, int COLUMNS>
+inline void begin(const Added& added, int64_t column, Floats* sums) {
+    const auto some_ranks = [&](int64_t r, auto numbers_at) ALWAYS_INLINE {
+        Floats up[COLUMNS];
+        each<COLUMNS>([&](int c) ALWAYS_INLINE { up[c] = numbers_at(added.B + (column + c) * added.rank + r); });
+        each<ROWS>([&](int row) ALWAYS_INLINE {
+            const Floats down = numbers_at(added.down + row * added.rank + r) * added.scaling;
+            each<COLUMNS>([&](int c) ALWAYS_INLINE {
+                sums[row * COLUMNS + c] = multiply_add(up[c], down, sums[row * COLUMNS + c]);
+            });
+        });
+    };
+    int64_t r = 0;
+    for (; r + LANES <= added.rank; r += LANES) some_ranks(r, [](const float* at) ALWAYS_INLINE { return load<Floats>(at); });
+    if (const int64_t rest = added.rank - r)
+        some_ranks(r, [=](const float* at) ALWAYS_INLINE { return load_first(at, rest); });
+}
+
 // y (rows, COLUMNS_AT_ONCE): COLUMNS outputs from `column` on, of ROWS rows of x.
 template <int ROWS, int COLUMNS, class Matrix>
-inline void tile(const Matrix& matrix, const float* x, int64_t column, float* y) {
+inline void tile(const Matrix& matrix, const float* x, int64_t column, const Added& added, float* y) {
     Floats sums[ROWS * COLUMNS] = {};
+    if (added.B) begin<ROWS, COLUMNS>(added, column, sums);
     matrix.template walk<COLUMNS>(column, [&](int c, int64_t k, Floats weights) ALWAYS_INLINE {
         each<ROWS>([&](int row) ALWAYS_INLINE {
             Floats& total = sums[row * COLUMNS + c];
@@ -121,28 +148,30 @@ inline void tile(const Matrix& matrix, const float* x, int64_t column, float* y)
 
 // `count` outputs of at most ROWS rows. Few rows leave registers for the sums of several outputs.
 template <int ROWS, class Matrix>
-inline void tiles(const Matrix& matrix, const float* x, int64_t rows, int64_t column, int count, float* y) {
+inline void tiles(const Matrix& matrix, const float* x, int64_t rows, int64_t column, int count, const Added& added, float* y) {
     if constexpr (ROWS > 1)
-        if (rows < ROWS) return tiles<ROWS - 1>(matrix, x, rows, column, count, y);
+        if (rows < ROWS) return tiles<ROWS - 1>(matrix, x, rows, column, count, added, y);
     constexpr int AT_ONCE = ROWS <= 2 ? COLUMNS_AT_ONCE : 2;
     int c = 0;
-    for (; c + AT_ONCE <= count; c += AT_ONCE) tile<ROWS, AT_ONCE>(matrix, x, column + c, y + c);
-    for (; c < count; ++c) tile<ROWS, 1>(matrix, x, column + c, y + c);
+    for (; c + AT_ONCE <= count; c += AT_ONCE) tile<ROWS, AT_ONCE>(matrix, x, column + c, added, y + c);
+    for (; c < count; ++c) tile<ROWS, 1>(matrix, x, column + c, added, y + c);
 }
 
 // y (rows, COLUMNS_AT_ONCE): `count` outputs from `column` on, COLUMNS_AT_ONCE at most, of at most ROWS_AT_ONCE rows of x.
 template <class Matrix>
-__attribute__((noinline)) void some_rows(const Matrix& matrix, const float* x, int64_t rows, int64_t column, int count, float* y) {
-    tiles<ROWS_AT_ONCE>(matrix, x, rows, column, count, y);
+__attribute__((noinline)) void some_rows(const Matrix& matrix, const float* x, int64_t rows, int64_t column, int count,
+                                         const Added& added, float* y) {
+    tiles<ROWS_AT_ONCE>(matrix, x, rows, column, count, added, y);
 }
 
 // Calls store(row, column, value) for these outputs of all rows of x (rows, in).
 template <class Matrix, class Store>
-inline void outputs(const Matrix& matrix, const float* x, int64_t rows, int64_t column, int count, Store store) {
+inline void outputs(const Matrix& matrix, const float* x, int64_t rows, int64_t column, int count, Added added, Store store) {
     for (int64_t first = 0; first < rows; first += ROWS_AT_ONCE) {
         const int64_t some = rows - first < ROWS_AT_ONCE ? rows - first : ROWS_AT_ONCE;
         float y[ROWS_AT_ONCE * COLUMNS_AT_ONCE];
-        some_rows(matrix, x + first * matrix.in, some, column, count, y);
+        some_rows(matrix, x + first * matrix.in, some, column, count, added, y);
+        added.down += some * added.rank;
         for (int64_t row = 0; row < some; ++row)
             for (int c = 0; c < count; ++c) store(first + row, column + c, y[row * COLUMNS_AT_ONCE + c]);
     }
