@@ -70,7 +70,9 @@ class _AdaptedLinear(torch.autograd.Function):
         g = grad.reshape(-1, grad.shape[-1]).to(dtype)  # (M, out)
         gb = g @ lora_B.to(dtype) * ctx.scaling  # (M, rank)
         grad_A = gb.T @ x.reshape(-1, x.shape[-1]).to(dtype) if ctx.needs_input_grad[1] else None
-        grad_B = (xa.T @ g).T * ctx.scaling if ctx.needs_input_grad[2] else None  # this order: g is read along its rows
+        grad_B = (
+            (xa.to(dtype).T @ g).T * ctx.scaling if ctx.needs_input_grad[2] else None
+        )  # this order: g is read along its rows
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = frozen_linear_t(g, _weight(ctx.base), (gb, lora_A.to(dtype))).to(x.dtype).view(x.shape)

@@ -114,16 +114,18 @@ def frozen_linear_with_update(
         native: see ``frozen_linear``.
 
     Returns:
-        y, (..., out) in the dtype of ``x``, and x A^T, (M, rank) in ``compute_dtype(x)``, which backward needs.
+        y, (..., out) in the dtype of ``x``, and x A^T, (M, rank) in fp32 or ``compute_dtype(x)``, which backward needs.
     """
-    dtype, factors = compute_dtype(x), (lora_A, lora_B)
-    if dtype == torch.float32 and can_use_native(x, None, factors):
-        update = Update(lora_A, lora_B, scaling, torch.empty(x.numel() // x.shape[-1], lora_A.shape[0], dtype=dtype))
-        if (native or isinstance(weight, QuantizedWeight)) and can_use_native(x, weight):
-            return native_matmul(x, weight, bias, update), update.down
+    dtype = compute_dtype(x)
+    in_one_call = (native or isinstance(weight, QuantizedWeight)) and can_use_native(x, weight)
+    if (in_one_call or dtype == torch.float32) and can_use_native(x, None, (lora_A, lora_B)):
+        down = torch.empty(x.numel() // x.shape[-1], lora_A.shape[0], dtype=torch.float32)
+        update = Update(lora_A, lora_B, scaling, down)
+        if in_one_call:
+            return native_matmul(x, weight, bias, update), down
         rows = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
         y = add_update_(frozen_linear(rows, weight, bias, native), rows, update)
-        return y.to(x.dtype).view(*x.shape[:-1], y.shape[1]), update.down
+        return y.to(x.dtype).view(*x.shape[:-1], y.shape[1]), down
     rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (M, in)
     xa = rows @ lora_A.to(dtype).T  # (M, rank)
     y = _add_to_linear(rows, weight, bias, xa * scaling, lora_B.to(dtype).T, native)
