@@ -26,6 +26,7 @@ from minisft.matmul import compute_dtype
 # Up to this many keys the C++, where each thread computes a kv head of a segment, is faster than PyTorch's fused kernel:
 # forward and backward, in fp32 and in bf16 (benchmarks/LOG.md).
 NATIVE_KEYS = 512
+PREFIX_NUMBERS = 2**23  # of keys in the prefixes of a batch, and as many of values, once a thread: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,13 @@ def _spans_of(first: Tensor, owner: Tensor, segment: Tensor, prefix_length: int,
     """``first`` of B rows of T tokens after the prefix; ``segment``: that of each real token."""
     lengths = torch.bincount(segment, minlength=len(first))
     longest = prefix_length + int(lengths.max()) if len(first) else prefix_length
-    complete = len(segment) == B * T
+    num_tokens, complete = B * (prefix_length + T), len(segment) == B * T
     first = first + (owner + 1) * prefix_length
     if prefix_length == 0:
-        return Spans(first, lengths, torch.full_like(first, -1), 0, 0, longest, complete)
+        return Spans(first, lengths, torch.full_like(first, -1), 0, 0, longest, num_tokens, complete)
     rows = torch.arange(B)
     first, lengths = torch.cat((first, rows * (prefix_length + T))), torch.cat((lengths, torch.full_like(rows, prefix_length)))
-    return Spans(first, lengths, torch.cat((owner, torch.full_like(rows, -1))), B, prefix_length, longest, complete)
+    return Spans(first, lengths, torch.cat((owner, torch.full_like(rows, -1))), B, prefix_length, longest, num_tokens, complete)
 
 
 def _hidden_keys(L: int, C: int, window: int | None, device: torch.device) -> Tensor:
@@ -137,7 +138,6 @@ def _hidden_keys(L: int, C: int, window: int | None, device: torch.device) -> Te
 class _AttentionContext(Context, Protocol):
     spans: Spans
     window: int | None
-    past: tuple[Tensor, Tensor] | None
 
 
 class _NativeAttention(torch.autograd.Function):
@@ -153,15 +153,16 @@ class _NativeAttention(torch.autograd.Function):
         window: int | None,
         past: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.spans, ctx.window, ctx.past = spans, window, past
+        ctx.save_for_backward(q, k, v, *(past or ()))
+        ctx.spans, ctx.window = spans, window
         return cpu_attention.forward(q, k, v, spans, window, past)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _AttentionContext, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        return *cpu_attention.backward(grad.contiguous(), q, k, v, ctx.spans, ctx.window, ctx.past), None, None, None
+        q, k, v, *past = ctx.saved_tensors
+        before = (past[0], past[1]) if past else None
+        return *cpu_attention.backward(grad.contiguous(), q, k, v, ctx.spans, ctx.window, before), None, None, None
 
 
 def _group_queries(grid: Tensor, num_kv_heads: int) -> Tensor:
@@ -183,9 +184,14 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
 
 
 def _can_use_native(q: Tensor, k: Tensor, v: Tensor, spans: Spans, past: tuple[Tensor, Tensor] | None) -> bool:
-    before = () if past is None else past
+    if not q.is_cpu or torch.compiler.is_compiling():
+        return False
+    before, threads = () if past is None else past, torch.get_num_threads()
     num_keys = spans.longest + (0 if past is None else past[0].shape[1])
-    if num_keys > NATIVE_KEYS or len(spans.first) * k.shape[1] < torch.get_num_threads():
+    if num_keys > NATIVE_KEYS or len(spans.first) * k.shape[1] < threads:
+        return False
+    # Each thread sums the gradients of all prefixes by itself.
+    if threads * spans.prefixes * spans.prefix_length * k[0].numel() > PREFIX_NUMBERS:
         return False
     return cpu_attention.can_use_native(q, k, v, *before) and not any(x.requires_grad for x in before)
 
@@ -212,6 +218,8 @@ def attend(
 
     Ref: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
     """
+    if past is not None and q.is_cpu:
+        past = (past[0].contiguous(), past[1].contiguous())  # those of a cache are views
     if _can_use_native(q, k, v, segments.spans, past):
         return _NativeAttention.apply(q, k, v, segments.spans, window, past)
     P, B = segments.prefix_length, segments.batch_size

@@ -113,6 +113,7 @@ def test_a_common_beginning_is_as_good_as_one_in_each_segment(dtype, tolerance, 
     assert segments.positions.flatten()[take].tolist() == [i for places in copies for i in range(len(places))]
     with threads(count):
         out = attend(*ours, segments, window)
+    assert ("Native" in type(out.grad_fn).__name__) == (dtype == torch.float32)
     expected = naive(*(x[take] for x in inputs), apart, window)
     assert_close(out[take], expected, tolerance)
     upstream = randn(*out.shape, seed=seed + 3)
@@ -245,12 +246,14 @@ def test_cached_attention(dtype, tolerance, fast_bf16, heads, filled, new, windo
 def test_a_past_is_as_if_each_row_began_with_it(past, prefix, rests, heads, window, seed):
     H, K = heads
     ids = torch.tensor([[1] * prefix + [2 + i for i, n in enumerate(rests) for _ in range(n)]])
-    before = tuple(randn(1, past, K, 4, seed=seed + i) for i in range(2))
+    before = tuple(randn(1, K, past, 4, seed=seed + i).transpose(1, 2) for i in range(2))  # as a cache holds it
     inputs = [randn(ids.numel(), n, 4, seed=seed + 2 + i) for i, n in enumerate((H, K, K))]
     segments = Segments.of(ids, prefix, past)
     exact = attend(*inputs, segments, window, before)
     q, *keys_values = (x.float().requires_grad_() for x in inputs)
-    assert_close(attend(q, *keys_values, segments, window, tuple(x.float() for x in before)), exact, 1e-5)
+    found = attend(q, *keys_values, segments, window, tuple(x.float() for x in before))
+    assert "Native" in type(found.grad_fn).__name__
+    assert_close(found, exact, 1e-5)
     for i, n in enumerate(rests):  # each segment written out
         own = (ids[0] == 2 + i).nonzero()[:, 0]
         tokens = torch.cat((torch.arange(prefix), own))
@@ -324,6 +327,25 @@ def test_threads_without_a_head_are_left_to_pytorch() -> None:
     with threads(2):
         one, two = (attend(q, k, k, Segments.of(torch.tensor([ids]))) for ids in ([1] * 8, [1] * 4 + [2] * 4))
     assert ["Native" in type(out.grad_fn).__name__ for out in (one, two)] == [False, True]
+
+
+def test_many_long_prefixes_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = (randn(8, heads, 4, seed=0, dtype=torch.float32).requires_grad_() for heads in (2, 1))
+    segments = Segments.of(torch.tensor([[1, 1, 1, 2]] * 2), 3)  # two prefixes of three keys of four numbers
+    found = []
+    for most in (24, 23):
+        monkeypatch.setattr(attention, "PREFIX_NUMBERS", most)
+        found.append(attend(q, k, k, segments))
+    assert ["Native" in type(out.grad_fn).__name__ for out in found] == [True, False]
+    assert_close(*found, 1e-6)
+
+
+def test_attention_can_be_traced() -> None:
+    """The compiler sees PyTorch's operators alone, without a break."""
+    q = randn(9, 2, 4, seed=0, dtype=torch.float32)
+    segments = Segments.of(torch.ones(1, 9, dtype=torch.int64))
+    compiled = torch.compile(lambda q: attend(q, q, q, segments), backend="eager", fullgraph=True)
+    assert_close(compiled(q), attend(q, q, q, segments), 1e-6)
 
 
 def test_without_a_compiler_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -911,7 +911,7 @@ shared.grade(check_take, take)
 # - **Order and resuming.** Which rows a step sees should follow from the seed and the step's number alone; then a stopped run goes on with the same rows (`batching.step_rows`).
 # - **A step that goes wrong.** The library's step changes nothing if the loss or the gradient is not finite, and checks in the first step that every adapter gets a gradient and nothing frozen does.
 # - **Memory.** Logits of `[B, T, V]` are the largest tensor of the step when the vocabulary is large; `minisft.loss` never builds them whole, and can compute activations again instead of keeping them (page 07).
-# - **Attention without a mask.** A `[T, T]` mask grows with the square of the packed length. The library gathers the segments into a grid instead and needs no mask at all (`attention.Segments`).
+# - **Attention without a mask.** A `[T, T]` mask grows with the square of the packed length. The library computes each segment by itself, or gathers them into a grid, and needs no mask at all (`attention.Segments`).
 # - **Validation.** Three splits, one of them locked away: whatever you choose by looking at a set can no longer be judged on it. Our validation rows are drawn from the same few hundred possible rows as the training rows. So that number says how well the model fits, not how it generalizes.
 # - **Cutting rows.** Joining all text and cutting it at the capacity wastes nothing either, and tears answers apart; Ding et al. show what that costs in pretraining.
 

@@ -3,8 +3,8 @@
 // The reference is minisft/attention.py in PyTorch's operators. Segments lie where they lie: nothing is padded, moved to a grid or
 // repeated for the query heads that share a key, and what the mask hides is hardly multiplied. One thread computes a kv head of a
 // segment with all its query heads, some queries at a time against all their keys; so the order of a sum depends on neither the
-// number of threads nor the other segments. Numbers are fp32 or bf16; everything is multiplied and summed in fp32, and rounded where
-// it is stored. Python checks every size, dtype and layout before it calls: nothing is checked here.
+// number of threads nor the other segments, but for the gradient of a prefix. Numbers are fp32 or bf16; everything is multiplied and
+// summed in fp32, and rounded where it is stored. Python checks every size, dtype and layout before it calls: nothing is checked here.
 
 #include "cpu_elementwise.h"
 

@@ -43,6 +43,7 @@ class Spans(NamedTuple):
         prefixes: how many of the segments are prefixes.
         prefix_length: the tokens of each prefix.
         longest: the most keys that a segment has, those of its prefix included.
+        num_tokens: N.
         complete: whether each of the N tokens is in a segment.
     """
 
@@ -52,6 +53,7 @@ class Spans(NamedTuple):
     prefixes: int
     prefix_length: int
     longest: int
+    num_tokens: int
     complete: bool
 
 
@@ -117,14 +119,18 @@ def _call(
     past: tuple[Tensor, Tensor] | None,
     **others: Tensor,
 ) -> None:
-    library = cpu_nf4.library()
+    library, (N, H, E), K = cpu_nf4.library(), q.shape, k.shape[1]
     assert library is not None, "ask can_use_native first"
+    assert k.shape == v.shape == (N, K, E), f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}"
+    assert H % K == 0, f"{H} heads do not share {K} kv heads evenly"
+    assert spans.num_tokens == N, f"segments of {spans.num_tokens} tokens for {N}"
+    assert past is None or past[0].shape == past[1].shape == (1, past[0].shape[1], K, E), "a past of other heads"
     tensors = {"q": q, "k": k, "v": v, "first": spans.first, "length": spans.length, "owner": spans.owner, **others}
     if past is not None:
         tensors |= {"past_k": past[0], "past_v": past[1]}
     call = _Attention(**{name: tensor.data_ptr() for name, tensor in tensors.items()})
     call.past = 0 if past is None else past[0].shape[1]
-    call.S, (_, call.H, call.E), call.K = len(spans.first), q.shape, k.shape[1]
+    call.S, call.H, call.K, call.E = len(spans.first), H, K, E
     call.prefixes, call.prefix_length = spans.prefixes, spans.prefix_length
     call.window, call.longest, call.threads = window or 0, spans.longest + call.past, torch.get_num_threads()
     library.attention_memory.restype = ctypes.c_int64
