@@ -261,7 +261,7 @@ def _unchanged(x: Tensor) -> Tensor:
 def _computed_again(
     block: Layer | MLP, result: Tensor, function: Callable[..., Tensor], *inputs: Tensor
 ) -> AbstractContextManager[None]:
-    if block.keeps_all or function is _unchanged or not torch.is_grad_enabled():
+    if block.keeps_all or function is _unchanged or not (result.requires_grad and torch.is_grad_enabled()):
         return nullcontext()
     return computed_again(result, function, *inputs)
 

@@ -212,7 +212,7 @@ def validation_sums(model: CausalLM, batches: Sequence[Batch]) -> tuple[float, i
 def set_checkpointing(model: CausalLM, kind: str) -> None:
     """Choose what backward computes again instead of keeping.
 
-    Nothing (``none``), each MLP (``selective``: the three widest activations), or whole layers (``full``).
+    Nothing (``none``), each MLP (``selective``: the two widest activations), or whole layers (``full``).
     """
 
     def recomputed(block: nn.Module, *args: object) -> Tensor:

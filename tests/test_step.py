@@ -142,6 +142,35 @@ def test_norms_and_products_are_computed_again_for_backward() -> None:
     assert all(torch.equal(found[name], grad) for name, grad in expected.items())
 
 
+def test_what_stays_for_backward_may_not_change() -> None:
+    """Under the hooks that compute again, autograd does not look; we do."""
+    model = tiny.build(tiny.LLAMA)
+    (batch,) = batches(rows([5]), 1)
+    loss = batch_loss_sum(model, batch)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_nothing_is_computed_again_for_what_has_no_gradient() -> None:
+    """An adapter on down_proj alone, in the first layer: gate and up are kept by nobody, so their product is."""
+
+    def kept(keeps_all: bool) -> int:
+        model = tiny.build(replace(tiny.LLAMA, num_layers=1))
+        apply_lora_(model, replace(LORA, targets=("down_proj",)))
+        for block in model.modules():
+            if isinstance(block, (Layer, MLP)):
+                block.keeps_all = keeps_all
+        (batch,) = batches(rows([9, 6, 4]), 3)
+        with MemoryTracker() as tracker:
+            loss = batch_loss_sum(model, batch)
+        assert loss.requires_grad
+        return sum(n for _, n in tracker.events)
+
+    assert kept(False) == kept(True)
+
+
 # ---- only what is needed ----
 
 

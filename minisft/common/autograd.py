@@ -34,29 +34,41 @@ def computed_again(result: Tensor, function: Callable[..., Tensor], *inputs: Ten
 
     Returns:
         the block's context.
+
+    Raises:
+        RuntimeError: in backward, if what the block keeps was changed in place: under these hooks, autograd does not look.
     """
     inputs = tuple(x.detach() for x in inputs)
     results = [result]  # nothing in this block may hold it afterwards
-    kept: list[Tensor] = []  # the one of backward, while it is still asked for
+    again: list[Tensor] = []  # the one of backward, while it is still asked for
     num_uses = 0
 
-    def pack(tensor: Tensor) -> Tensor | None:
+    def pack(tensor: Tensor) -> tuple[Tensor, int] | None:
         nonlocal num_uses
-        if not tensor.is_set_to(results[0]):
-            return tensor
+        if not _is_same(tensor, results[0]):
+            return tensor, tensor._version
         num_uses += 1
         return None
 
-    def unpack(tensor: Tensor | None) -> Tensor:
+    def unpack(kept: tuple[Tensor, int] | None) -> Tensor:
         nonlocal num_uses
-        if tensor is not None:
-            return tensor
-        if not kept:
+        if kept is not None:
+            if kept[0]._version != kept[1]:
+                raise RuntimeError("a tensor that backward needs has been modified by an inplace operation")
+            return kept[0]
+        if not again:
             with torch.no_grad():
-                kept.append(function(*inputs))
+                again.append(function(*inputs))
         num_uses -= 1
-        return kept.pop() if num_uses <= 0 else kept[0]
+        return again.pop() if num_uses <= 0 else again[0]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
     results.clear()
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """``one.is_set_to(other)`` without an operator, which tensors without memory do not have."""
+    if one.untyped_storage()._cdata != other.untyped_storage()._cdata or one.dtype != other.dtype:
+        return False
+    return (one.shape, one.stride(), one.storage_offset()) == (other.shape, other.stride(), other.storage_offset())

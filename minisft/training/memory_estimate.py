@@ -35,7 +35,7 @@ from minisft.step import batch_loss_sum, optimizer_of, prepare_method
 from minisft.surgery import match_targets
 
 KINDS = ("weights", "adapters", "optimizer", "gradients", "activations", "temporary")
-MEASURED_LAYERS = (2, 3)  # layers; not 1: the first layer's input needs no gradient, so it keeps less than the others
+MEASURED_LAYERS = (3, 4)  # layers: the first one's input needs no gradient, the last one computes little more than the targets
 PLACEHOLDER = "placeholder"  # a dense weight in the position of one in 4 bits: it is in no sum
 
 Amounts = Mapping[str, float]  # bytes by kind
