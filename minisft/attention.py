@@ -193,7 +193,9 @@ def _can_use_native(q: Tensor, k: Tensor, v: Tensor, spans: Spans, past: tuple[T
     # Each thread sums the gradients of all prefixes by itself.
     if threads * spans.prefixes * spans.prefix_length * k[0].numel() > PREFIX_NUMBERS:
         return False
-    return cpu_attention.can_use_native(q, k, v, *before) and not any(x.requires_grad for x in before)
+    if any(x.requires_grad for x in before):
+        return False
+    return cpu_attention.can_use_native(q, k, v, *before)
 
 
 def attend(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,27 +35,31 @@ def computed_again(result: Tensor, function: Callable[..., Tensor], *inputs: Ten
     Returns:
         the block's context.
 
+    Hooks that stand around this block see what it keeps, as if there were none here.
+
     Raises:
         RuntimeError: in backward, if what the block keeps was changed in place: under these hooks, autograd does not look.
     """
     inputs = tuple(x.detach() for x in inputs)
+    outer_pack, outer_unpack = torch._C._autograd._top_saved_tensors_default_hooks(False) or (_unchanged, _unchanged)
     results = [result]  # nothing in this block may hold it afterwards
     again: list[Tensor] = []  # the one of backward, while it is still asked for
     num_uses = 0
 
-    def pack(tensor: Tensor) -> tuple[Tensor, int] | None:
+    def pack(tensor: Tensor) -> tuple[object, int] | None:
         nonlocal num_uses
         if not _is_same(tensor, results[0]):
-            return tensor, tensor._version
+            return outer_pack(tensor), tensor._version
         num_uses += 1
         return None
 
-    def unpack(kept: tuple[Tensor, int] | None) -> Tensor:
+    def unpack(kept: tuple[object, int] | None) -> Tensor:
         nonlocal num_uses
         if kept is not None:
-            if kept[0]._version != kept[1]:
+            tensor = outer_unpack(kept[0])
+            if tensor is kept[0] and tensor._version != kept[1]:
                 raise RuntimeError("a tensor that backward needs has been modified by an inplace operation")
-            return kept[0]
+            return tensor
         if not again:
             with torch.no_grad():
                 again.append(function(*inputs))
@@ -65,6 +69,10 @@ def computed_again(result: Tensor, function: Callable[..., Tensor], *inputs: Ten
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
     results.clear()
+
+
+def _unchanged(kept: Any) -> Any:
+    return kept
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from minisft.kernels import cpu_nf4
 
@@ -58,12 +59,19 @@ class Spans(NamedTuple):
 
 
 def can_use_native(*tensors: Tensor) -> bool:
-    """Whether the C++ takes q, k, v and what goes with them: all fp32 or all bf16, on the CPU and without gaps."""
+    """Whether the C++ takes q, k, v and what goes with them: all fp32 or all bf16, on the CPU and without gaps.
+
+    Fake tensors are taken too and give fake ones: what a step keeps is then what ``minisft plan`` counts.
+    """
     first = tensors[0]
     if first.dtype not in _DTYPES or not first.is_cpu or torch.compiler.is_compiling():
         return False
-    plain = all(t.dtype == first.dtype and cpu_nf4.has_numbers(t) and t.numel() for t in tensors)
+    plain = all(t.dtype == first.dtype and (_is_fake(t) or cpu_nf4.has_numbers(t)) and t.numel() for t in tensors)
     return plain and cpu_nf4.library() is not None
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)
 
 
 def forward(
@@ -119,6 +127,8 @@ def _call(
     past: tuple[Tensor, Tensor] | None,
     **others: Tensor,
 ) -> None:
+    if _is_fake(q):
+        return
     library, (N, H, E), K = cpu_nf4.library(), q.shape, k.shape[1]
     assert library is not None, "ask can_use_native first"
     assert k.shape == v.shape == (N, K, E), f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}"
