@@ -176,33 +176,12 @@ struct Head {
             float* scores = m.p + i * m.keys;
             const int64_t begin = first_key(b.query + i) - b.key, end = before + b.query + i + 1 - b.key;
             for (int64_t key = 0; key < begin; ++key) scores[key] = 0.0f;
-            softmax(scores + begin, end - begin);
+            const float inverse = 1.0f / softmax(scores + begin, end - begin);
+            vectors(end - begin, [&](int64_t k, auto lanes) {
+                lanes.store(scores + begin + k, lanes.load(scores + begin + k) * inverse);
+            });
             for (int64_t key = end; key < b.keys; ++key) scores[key] = 0.0f;
         }
-    }
-
-    static float largest(const float* scores, int64_t count) {
-        Floats most = Floats{} + scores[0];
-        int64_t k = 0;
-        for (; k + LANES <= count; k += LANES) {
-            const Floats next = load<Floats>(scores + k);
-            most = next > most ? next : most;
-        }
-        float best = scores[0];
-        for (int lane = 0; lane < LANES; ++lane) best = most[lane] > best ? most[lane] : best;
-        for (; k < count; ++k) best = scores[k] > best ? scores[k] : best;
-        return best;
-    }
-
-    static void softmax(float* scores, int64_t count) {
-        const float most = largest(scores, count);
-        Floats total = {};
-        vectors(count, [&](int64_t k, auto lanes) {
-            lanes.store(scores + k, exponential(lanes.load(scores + k) - most));
-            total += lanes.load(scores + k);  // beyond the end there are zeros
-        });
-        const float inverse = 1.0f / sum(total);
-        vectors(count, [&](int64_t k, auto lanes) { lanes.store(scores + k, lanes.load(scores + k) * inverse); });
     }
 
     template <class Each>

@@ -47,20 +47,6 @@ struct Step {
     int32_t embedding_kind, cache_kind, threads;
 };
 
-// ---- softmax ---------------------------------------------------------------------------------------------------------------
-
-// scores = exp(scores - max); returns their sum.
-float softmax(float* scores, int64_t length) {
-    float most = scores[0];
-    for (int64_t c = 1; c < length; ++c) most = scores[c] > most ? scores[c] : most;
-    Floats total = {};
-    vectors(length, [&](int64_t c, auto lanes) {
-        lanes.store(scores + c, exponential(lanes.load(scores + c) - most));
-        total += lanes.load(scores + c);  // beyond the end there are zeros
-    });
-    return sum(total);
-}
-
 inline void store(float x, float* out) { *out = x; }
 inline void store(float x, uint16_t* out) {
     uint16_t lanes[LANES];

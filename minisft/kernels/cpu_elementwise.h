@@ -1,4 +1,4 @@
-// What stands between the products, of one row: RMSNorm, SwiGLU and RoPE, for a training step and for the decoder.
+// What stands between the products, of one row: RMSNorm, softmax, SwiGLU and RoPE, for a training step and for the decoder.
 
 #pragma once
 #include "cpu_lanes.h"
@@ -55,6 +55,30 @@ inline float norm_row(const T* x, const T* weight, int64_t size, float eps, T* y
         lanes.store(y + k, lanes.load(weight + k) * rounded<T>(lanes.load(x + k) * rstd));
     });
     return rstd;
+}
+
+inline float largest(const float* numbers, int64_t length) {
+    Floats most = Floats{} + numbers[0];
+    int64_t k = 0;
+    for (; k + LANES <= length; k += LANES) {
+        const Floats next = load<Floats>(numbers + k);
+        most = next > most ? next : most;
+    }
+    float best = numbers[0];
+    for (int lane = 0; lane < LANES; ++lane) best = most[lane] > best ? most[lane] : best;
+    for (; k < length; ++k) best = numbers[k] > best ? numbers[k] : best;
+    return best;
+}
+
+// scores = exp(scores - max); returns their sum, which softmax divides by.
+inline float softmax(float* scores, int64_t length) {
+    const float most = largest(scores, length);
+    Floats total = {};
+    vectors(length, [&](int64_t k, auto lanes) {
+        lanes.store(scores + k, exponential(lanes.load(scores + k) - most));
+        total += lanes.load(scores + k);  // beyond the end there are zeros
+    });
+    return sum(total);
 }
 
 // y = silu(gate) up; y may be either.
