@@ -33,14 +33,13 @@ def computed_again(result: Tensor, function: Callable[..., Tensor], *inputs: Ten
         inputs: those that somebody else keeps too cost nothing.
 
     Returns:
-        the block's context.
-
-    Hooks that stand around this block see what it keeps, as if there were none here.
+        the block's context. Hooks that stand around it see what it keeps, as if there were none here.
 
     Raises:
         RuntimeError: in backward, if what the block keeps was changed in place: under these hooks, autograd does not look.
     """
     inputs = tuple(x.detach() for x in inputs)
+    # PyTorch calls the innermost hooks alone and has no public way to ask for those around them.
     outer_pack, outer_unpack = torch._C._autograd._top_saved_tensors_default_hooks(False) or (_unchanged, _unchanged)
     results = [result]  # nothing in this block may hold it afterwards
     again: list[Tensor] = []  # the one of backward, while it is still asked for
