@@ -110,21 +110,23 @@ void multiply(const Product& p, const Weight* weight) {
     product(p, PackedMatrix(*weight, p.in), p.halves);
 }
 
+// Both halves of an update together are little work for most layers: then one thread does it.
+int threads_of_update(const Product& p) { return p.rows * p.rank * (p.in + p.out) < WORTH_A_THREAD ? 1 : p.threads; }
+
 // down = x A^T.
 void multiply_down(const Product& p) {
     Product down = p;
     down.y = p.down;
     down.A = down.bias = nullptr;
     down.out = p.rank;
-    if (p.rows * p.rank * (p.in + p.out) < WORTH_A_THREAD) down.threads = 1;
+    down.threads = threads_of_update(p);
     multiply(down, p.A);
 }
 
 // y += scaling * (x A^T) B^T.
 void add_update(const Product& p) {
     multiply_down(p);
-    const int threads = p.rows * p.rank * (p.in + p.out) < WORTH_A_THREAD ? 1 : p.threads;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads_of_update(p)) schedule(static)
     for (int64_t column = 0; column < p.out; ++column)
         for (int64_t row = 0; row < p.rows; ++row)
             p.y[row * p.out + column] += p.scaling * dot(p.B + column * p.rank, p.down + row * p.rank, p.rank);
