@@ -184,18 +184,13 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
 
 
 def _can_use_native(q: Tensor, k: Tensor, v: Tensor, spans: Spans, past: tuple[Tensor, Tensor] | None) -> bool:
-    if not q.is_cpu or torch.compiler.is_compiling():
+    before = () if past is None else past
+    if not cpu_attention.can_use_native(q, k, v, *before) or any(x.requires_grad for x in before):
         return False
-    before, threads = () if past is None else past, torch.get_num_threads()
-    num_keys = spans.longest + (0 if past is None else past[0].shape[1])
-    if num_keys > NATIVE_KEYS or len(spans.first) * k.shape[1] < threads:
-        return False
+    num_keys, threads = spans.longest + (0 if past is None else past[0].shape[1]), torch.get_num_threads()
     # Each thread sums the gradients of all prefixes by itself.
-    if threads * spans.prefixes * spans.prefix_length * k[0].numel() > PREFIX_NUMBERS:
-        return False
-    if any(x.requires_grad for x in before):
-        return False
-    return cpu_attention.can_use_native(q, k, v, *before)
+    prefix_numbers = threads * spans.prefixes * spans.prefix_length * k[0].numel()
+    return num_keys <= NATIVE_KEYS and len(spans.first) * k.shape[1] >= threads and prefix_numbers <= PREFIX_NUMBERS
 
 
 def attend(
@@ -220,8 +215,6 @@ def attend(
 
     Ref: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
     """
-    if past is not None and q.is_cpu:
-        past = (past[0].contiguous(), past[1].contiguous())  # those of a cache are views
     if _can_use_native(q, k, v, segments.spans, past):
         return _NativeAttention.apply(q, k, v, segments.spans, window, past)
     P, B = segments.prefix_length, segments.batch_size

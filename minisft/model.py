@@ -85,9 +85,10 @@ class KVCache:
         self.lengths[rows] = other.lengths
 
     def filled(self) -> tuple[Tensor, Tensor]:
-        """Keys and values (layers, B, C, K, E), as far as the longest row is filled."""
+        """Keys and values (layers, B, C, K, E), as far as the longest row is filled; copies, as attention takes them."""
         end = int(self.lengths.max())
-        return self.keys[:, :, :, :end].transpose(2, 3), self.values[:, :, :, :end].transpose(2, 3)
+        keys, values = (x[:, :, :, :end].transpose(2, 3).contiguous() for x in (self.keys, self.values))
+        return keys, values
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values.

@@ -246,7 +246,7 @@ def test_cached_attention(dtype, tolerance, fast_bf16, heads, filled, new, windo
 def test_a_past_is_as_if_each_row_began_with_it(past, prefix, rests, heads, window, seed):
     H, K = heads
     ids = torch.tensor([[1] * prefix + [2 + i for i, n in enumerate(rests) for _ in range(n)]])
-    before = tuple(randn(1, K, past, 4, seed=seed + i).transpose(1, 2) for i in range(2))  # as a cache holds it
+    before = tuple(randn(1, past, K, 4, seed=seed + i) for i in range(2))
     inputs = [randn(ids.numel(), n, 4, seed=seed + 2 + i) for i, n in enumerate((H, K, K))]
     segments = Segments.of(ids, prefix, past)
     exact = attend(*inputs, segments, window, before)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
 import torch
+from test_cpu_nf4 import needs_native, threads
 from tiny import SWITCHED_FAMILIES, VOCAB, assert_close, build, build_with_lora
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from minisft import model as decoder
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
 from minisft.formats import load_adapter_, save_adapter
 from minisft.generation import read_prompts
+from minisft.kernels import cpu_attention
 from minisft.loss import cross_entropy_sum, head_loss_sum, token_log_probs
 from minisft.merge_weights import merge_
 from minisft.model import CausalLM, KVCache
@@ -97,6 +100,17 @@ def test_rows_that_continue_a_past_are_as_if_each_had_it(config: ModelConfig, pr
             written_out = torch.cat([before, prefix, row[mine]])[None]
             assert_close(found[mine], model.hidden(written_out)[0, -int(mine.sum()) :])
     assert int(past.lengths) == 6
+
+
+@torch.no_grad()
+def test_a_past_of_a_cache_goes_to_the_native_attention() -> None:
+    needs_native()
+    model = build(tiny.LLAMA, torch.float32)
+    past = model.new_cache(1, 8)
+    model.hidden(ids_of(6)[None], cache=past)
+    with mock.patch.object(cpu_attention, "forward", wraps=cpu_attention.forward) as native, threads(1):
+        model.hidden(ids_of(2, 7, seed=2), past=past)
+    assert native.call_count == model.config.num_layers
 
 
 @families
