@@ -9,7 +9,7 @@ The commands, and the calls that do the same:
 - ``dpo``: ``dpo(DPOConfig(...))``
 - ``grpo``: ``grpo(GRPOConfig(...), reward=None)``
 - ``eval``: ``evaluate``
-- ``generate``, ``chat``: ``generate``
+- ``generate``, ``chat``: ``generate``, after ``fast_decode_`` for ``--fast-decode``
 - ``inspect``: ``inspect_rows``, and ``inspect_quality`` for ``--quality``
 - ``select``: ``select_rows``
 - ``quantize``: ``quantize_folder``; step by step ``load_model(..., quant=QuantConfig())`` and ``save_quantized``
@@ -49,6 +49,7 @@ from minisft.dora import DoRALinear
 from minisft.effect import MergeReport
 from minisft.evaluation import evaluate as evaluation
 from minisft.evaluation.evaluate import EvalResult, Metric
+from minisft.evaluation.fast_decode import exact_decode_, fast_decode_
 from minisft.evaluation.interpolate import interpolated
 from minisft.evaluation.sweep import sweep
 from minisft.formats import load_adapter_, load_model, load_tokenizer, save_adapter, save_model, save_quantized
@@ -106,8 +107,10 @@ __all__ = [
     "dpo",
     "dpo_loss",
     "evaluate",
+    "exact_decode_",
     "export_gguf",
     "export_peft",
+    "fast_decode_",
     "generate",
     "grpo",
     "grpo_loss",

@@ -416,7 +416,7 @@ def test_without_a_compiler_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> 
 # ---- other instructions, and a compiler that looks for faults ------------------------------------------------------------
 
 
-OTHERS = ("attention", "cpu_elementwise", "cpu_nf4", "formats_gguf")
+OTHERS = ("attention", "cpu_elementwise", "cpu_nf4", "fast_decode", "formats_gguf")
 
 
 def run_again(folder: Path, options: str, environment: dict[str, str]) -> str:
@@ -425,7 +425,7 @@ def run_again(folder: Path, options: str, environment: dict[str, str]) -> str:
     compiler = environment.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
     environment["CXX"] = f"{compiler} {options}"
     chosen = "family or lengths or same_bits or full_cache or rms_norm or swiglu or rotate or few_rows or any_bytes"
-    chosen += " or values_and_gradients or common_beginning or past_is or blocks_of_queries"
+    chosen += " or values_and_gradients or common_beginning or past_is or blocks_of_queries or rounded_weights"
     files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("native_decode", *OTHERS)]
     command = [sys.executable, "-m", "pytest", *files, "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)

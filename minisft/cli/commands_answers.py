@@ -135,6 +135,11 @@ def _answerer(arguments: argparse.Namespace) -> Callable[[Sequence[Message]], st
     model, tokenizer, template = load_adapted(arguments)
     settings = {"max_new_tokens": arguments.max_new_tokens, "eos_ids": stop_ids(tokenizer, template), "sampling": sampling}
     _show_notes(tokenizer)
+    if arguments.fast_decode:
+        from minisft.evaluation.fast_decode import fast_decode_
+        from minisft.merging.golden import prompts
+
+        print(fast_decode_(model, [prompt.ids for prompt in prompts(tokenizer, template)]), file=sys.stderr)
 
     def answer(messages: Sequence[Message]) -> str:
         prompt = encode_chat(tokenizer, template, messages, add_generation_prompt=True).input_ids

@@ -34,6 +34,7 @@ def serve_command(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         device=arguments.device,
         quant=None if arguments.quant == "none" else QuantConfig(arguments.quant, double_quant=arguments.double_quant),
+        fast_decode=arguments.fast_decode,
         log=lambda text: print(text, flush=True),
     )
     return 0 if received is None else 128 + received

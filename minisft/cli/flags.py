@@ -17,7 +17,7 @@ from minisft.cli.flags_data import quality_flags, select_flags
 from minisft.cli.flags_export import export_flags, verify_gguf_flags
 from minisft.cli.flags_judging import eval_metric_flags, judging_flags
 from minisft.cli.flags_lab import NOT_SEARCHED, card_flags, diff_flags, lr_find_flags
-from minisft.cli.flags_serve import serve_flags
+from minisft.cli.flags_serve import fast_decode_flag, serve_flags
 from minisft.common.checks import check_calibration, check_sampling, require
 from minisft.common.errors import UserError, nearest, visible
 from minisft.common.settings import field_type, flag_name
@@ -142,6 +142,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     _scale_flag(made["eval"])
     _sweep_flags(made["sweep"])
     for name in ("generate", "chat"):
+        fast_decode_flag(made[name])
         _scale_flag(made[name])
         _sampling_flags(made[name])
     made["generate"].add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")

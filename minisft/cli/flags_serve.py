@@ -1,4 +1,4 @@
-"""The flags of ``serve``."""
+"""The flags of ``serve``, and one that it shares with ``generate`` and ``chat``."""
 
 from __future__ import annotations
 
@@ -35,3 +35,10 @@ def serve_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--double-quant", action=argparse.BooleanOptionalAction, default=True, help="with --quant: scales in 8 bits"
     )
+    fast_decode_flag(parser)
+
+
+def fast_decode_flag(parser: argparse.ArgumentParser) -> None:
+    """Whether new tokens may be computed from rounded weights."""
+    text = "on a CPU: read dense weights in 8 bits for each new token; prints how far that is from the model's own answers"
+    parser.add_argument("--fast-decode", action="store_true", default=False, help=text)

@@ -15,11 +15,17 @@
 
 namespace {
 
-enum Kind : int32_t { FP32, BF16, NF4 };
+enum Kind : int32_t { FP32, BF16, NF4, EIGHT_BIT };
+
+struct EightBit {
+    const int8_t* codes;
+    const float* scales;
+    int64_t block;
+};
 
 // y = x W^T + b + scaling * (x A^T) B^T. kernels/cpu_decode.py declares the same structs.
 struct Linear {
-    const void* weight;  // (out, in): numbers, or a Weight
+    const void* weight;  // (out, in): numbers, a Weight or an EightBit
     const float *bias, *A, *B;  // (out,) or null; (rank, in) and (out, rank), null where there is no adapter
     int64_t in, out, rank;
     float scaling;
@@ -97,6 +103,10 @@ struct Worker {
         const int64_t out = l.out;
         if (l.kind == FP32) return multiply(DenseMatrix<float>{static_cast<const float*>(l.weight), l.in}, in, out, added, store);
         if (l.kind == BF16) return multiply(DenseMatrix<uint16_t>{static_cast<const uint16_t*>(l.weight), l.in}, in, out, added, store);
+        if (l.kind == EIGHT_BIT) {
+            const auto& w = *static_cast<const EightBit*>(l.weight);
+            return multiply(EightBitMatrix{w.codes, w.scales, l.in, w.block}, in, out, added, store);
+        }
         multiply(PackedMatrix(*static_cast<const Weight*>(l.weight), l.in), halves, out, added, store);
     }
 

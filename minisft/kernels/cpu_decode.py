@@ -14,16 +14,23 @@ from torch import Tensor
 
 from minisft.kernels import cpu_nf4
 from minisft.kernels.cpu_matmul import COLUMNS
+from minisft.kernels.eight_bit import EightBitWeight
 from minisft.nf4 import QuantizedWeight
 
 MAX_ROWS = 16  # rows of a step; more of them go to the BLAS, which reads each weight once for all rows
 PACKED_COLUMNS = 32  # a row of 4-bit weights is read in groups of 32, a dense one in groups of COLUMNS
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
-NF4 = 2
+NF4, EIGHT_BIT = 2, 3
 
 
 class Unsupported(Exception):  # noqa: N818  # no error: the readable model takes over
     """What the native step does not compute; its text is the reason."""
+
+
+class EightBitFields(ctypes.Structure):
+    """``EightBit`` in cpu_decode.cpp."""
+
+    _fields_ = (("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("block", ctypes.c_int64))
 
 
 class LinearFields(ctypes.Structure):
@@ -114,12 +121,16 @@ class Pointers:
         return self.numbers(tensor.detach().float(), what)
 
     def linear(
-        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, update: tuple[Tensor, Tensor, float] | None, what: str
+        self,
+        weight: Tensor | QuantizedWeight | EightBitWeight,
+        bias: Tensor | None,
+        update: tuple[Tensor, Tensor, float] | None,
+        what: str,
     ) -> LinearFields:
         """A linear layer and its adapter.
 
         Args:
-            weight: (out, in), dense or quantized.
+            weight: (out, in), dense or in 4 or 8 bits.
             bias: (out,) or None.
             update: lora_A (rank, in), lora_B (out, rank) in fp32, and the scaling; or None.
             what: the layer's name, for the reason.
@@ -137,6 +148,10 @@ class Pointers:
             fields = cpu_nf4.pointers_to(weight)
             self._kept += [weight, fields]
             address, kind = ctypes.addressof(fields), NF4
+        elif isinstance(weight, EightBitWeight):
+            eight = EightBitFields(weight.codes.data_ptr(), weight.scales.data_ptr(), weight.block_size)
+            self._kept += [weight, eight]
+            address, kind = ctypes.addressof(eight), EIGHT_BIT
         else:
             require(in_features % COLUMNS == 0, f"{what} has {in_features} inputs, no multiple of {COLUMNS}")
             address = self.numbers(weight, what)

@@ -42,6 +42,7 @@ typedef float Quad __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef uint8_t PairBytes __attribute__((vector_size(LANES / 2)));
+typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
 
 // One 4-bit weight; cpu_nf4.py declares the same struct. map is null where absmax holds fp32 scales, not 8-bit codes.
 // NESTED_BLOCK_SIZE is nf4.py's: cpu_build.py hands it to the compiler.
@@ -189,6 +190,15 @@ inline Floats widened(const uint16_t* bf16) {
     return (Floats)((Words)_mm512_cvtepu16_epi32(load<__m256i>(bf16)) << 16);
 #else
     return (Floats)((Words)_mm256_cvtepu16_epi32(load<__m128i>(bf16)) << 16);
+#endif
+}
+inline Floats widened(const int8_t* codes) {
+#if defined(NF4_PORTABLE)
+    return __builtin_convertvector(load<SignedBytes>(codes), Floats);
+#elif LANES == 16
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(codes)));
+#else
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load<int64_t>(codes))));
 #endif
 }
 

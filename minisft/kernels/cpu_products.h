@@ -31,6 +31,28 @@ struct DenseMatrix {
     }
 };
 
+// (out, in) in 8 bits: each code times the scale of its block, see eight_bit.py. in is a multiple of block, and that of LANES.
+struct EightBitMatrix {
+    const int8_t* codes;
+    const float* scales;  // (out, in / block)
+    int64_t in, block;
+
+    template <int COLUMNS, class Visit>
+    inline ALWAYS_INLINE void walk(int64_t column, Visit visit) const {
+        const int8_t* rows = codes + column * in;
+        const int64_t blocks = in / block;
+        for (int64_t b = 0; b < blocks; ++b) {
+            float scale[COLUMNS];
+            each<COLUMNS>([&](int c) ALWAYS_INLINE {
+                scale[c] = scales[(column + c) * blocks + b];
+                __builtin_prefetch(rows + c * in + b * block + AHEAD);
+            });
+            for (int64_t k = b * block, end = k + block; k < end; k += LANES)
+                each<COLUMNS>([&](int c) ALWAYS_INLINE { visit(c, k, widened(rows + c * in + k) * scale[c]); });
+        }
+    }
+};
+
 // (out, in) in 4 bits; in is a multiple of 2 LANES, and so is the block size. x is laid out as split() does.
 struct PackedMatrix {
     const Weight& weight;

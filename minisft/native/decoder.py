@@ -8,8 +8,8 @@ or 4 bits), and what enters the cache is rounded to its dtype.
 The readable model stays the reference, and it does the step where ``decode_path`` says so: for a model with
 ``ModelConfig.switches`` (SmolLM3, Granite, OLMo 2, Gemma 3), one that transformers computes or that processes share, on a GPU,
 in fp64 or fp16, while a module has hooks, under autocast, for DoRA and for adapters of the embedding, for more than 16 rows,
-and without a C++ compiler. Weights are never copied. Pointers are taken when a decoder is made, which is once for each batch of
-prompts, so whatever was trained, merged, replaced or turned off before is seen.
+and without a C++ compiler. Weights are not copied, but for a model in ``in_eight_bits``. Pointers are taken when a decoder is
+made, which is once for each batch of prompts, so whatever was trained, merged, replaced or turned off before is seen.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import ctypes
 import functools
 import warnings
 from collections.abc import Callable
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,17 @@ from minisft.adapter import RowDropout
 from minisft.common.shares import is_share
 from minisft.kernels import cpu_build, cpu_nf4
 from minisft.kernels.cpu_decode import KINDS, MAX_ROWS, LayerFields, LinearFields, Pointers, StepFields, Unsupported, require
+from minisft.kernels.eight_bit import EightBitWeight, eight_bits_of
 from minisft.lora import LoRALinear
 from minisft.matmul import Linear
 from minisft.model import MLP, Attention, CausalLM, KVCache, Layer, RMSNorm, Transformer, rope_angles
+from minisft.nf4 import QuantizedWeight
 from minisft.nf4_linear import NF4Linear
 
 _MODULES: tuple[type[nn.Module], ...] = (CausalLM, Transformer, nn.ModuleList, Layer, Attention, MLP, RMSNorm, nn.Embedding)
 _MODULES += (Linear, nn.Linear, NF4Linear, LoRALinear, RowDropout)
+
+in_eight_bits: WeakSet[CausalLM] = WeakSet()  # models whose dense weights are read in 8 bits, see evaluation/fast_decode.py
 
 
 def decode_path(model: CausalLM, num_rows: int = 1) -> str:
@@ -87,7 +92,7 @@ def next_logits_of(model: CausalLM, cache: KVCache) -> Callable[[Tensor, KVCache
         a function of tokens (B,) int64 and their cache, which it appends to; it gives logits (B, V) in the model's dtype.
     """
     try:
-        decoder = NativeDecoder(model, cache)
+        decoder = NativeDecoder(model, cache, eight_bits=model in in_eight_bits)
     except Unsupported:
         decoder = None
 
@@ -106,7 +111,7 @@ class _Model:
         Unsupported: something that the native step does not compute.
     """
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, eight_bits: bool = False) -> None:
         require(not any(map(is_share, model.parameters())), "processes share the model")
         require(type(model) is CausalLM, "transformers computes the model")
         require(not torch.is_autocast_enabled("cpu"), "autocast is on")
@@ -119,6 +124,7 @@ class _Model:
         _require_plain(model)
         if cpu_nf4.library() is None:
             raise Unsupported(_no_library())
+        self._eight_bits = eight_bits
         self.pointers, self.config, body = Pointers(), model.config, model.model
         self.max_rank, D, V = 0, model.config.hidden_size, model.config.vocab_size
         require(len(body.layers) == model.config.num_layers, "layers were added or taken away")
@@ -158,7 +164,10 @@ class _Model:
                 self.max_rank = max(self.max_rank, layer.rank)
             layer = layer.base
         assert isinstance(layer, (nn.Linear, NF4Linear))
+        weight: Tensor | QuantizedWeight | EightBitWeight
         weight = layer.quantized if isinstance(layer, NF4Linear) else layer.weight
+        if self._eight_bits and isinstance(weight, Tensor):
+            weight = eight_bits_of(weight)
         require(weight.shape == shape, f"{what} has the shape {tuple(weight.shape)}, not {shape}")
         return self.pointers.linear(weight, layer.bias, update, what)
 
@@ -169,13 +178,14 @@ class NativeDecoder:
     Args:
         model: in ``eval`` mode; its weights must not move while this object is used.
         cache: what the prompts left behind.
+        eight_bits: read dense weights in 8 bits, see ``kernels/eight_bit.py``.
 
     Raises:
         Unsupported: see ``decode_path``.
     """
 
-    def __init__(self, model: CausalLM, cache: KVCache) -> None:
-        config, found = model.config, _Model(model)
+    def __init__(self, model: CausalLM, cache: KVCache, eight_bits: bool = False) -> None:
+        config, found = model.config, _Model(model, eight_bits)
         self._model, self._dtype, self._vocabulary = found, model.dtype, model.lm_head.out_features
         threads, self._max_length = torch.get_num_threads(), cache.max_length
         D, H, K, E, I = (  # noqa: E741

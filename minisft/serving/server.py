@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from minisft.common.errors import visible
 from minisft.common.local_server import LOOPBACK, address_of, own_hosts, run_server
 from minisft.config import QuantConfig
+from minisft.evaluation.fast_decode import fast_decode_
+from minisft.merging.golden import prompts
 from minisft.native.decoder import decode_path
 from minisft.serving.app import Service, make_app
 from minisft.serving.engine import Engine
@@ -30,6 +33,7 @@ def serve(
     dtype: str = "auto",
     device: str = "auto",
     quant: QuantConfig | None = None,
+    fast_decode: bool = False,
     log: Callable[[str], None] = print,
 ) -> int | None:
     """Serve a model and its adapters as OpenAI's chat completions and completions do, until SIGTERM or SIGINT.
@@ -48,7 +52,9 @@ def serve(
         dtype: ``auto``, ``bf16`` or ``fp32``.
         device: ``auto``, ``cpu`` or ``cuda``.
         quant: hold the model's linears in 4 bits.
-        log: called with the address once it listens, and with one line for each error of the server's own.
+        fast_decode: read dense weights in 8 bits for each new token, see ``fast_decode_``.
+        log: called with what that costs, model by model, with the address once it listens, and with one line for each error of
+            the server's own.
 
     Returns:
         the number of the signal that ended it, if it was one.
@@ -59,6 +65,9 @@ def serve(
     check_serving(host, port, api_key, max_rows, max_waiting, max_new_tokens)
     check_adapters(model, adapters or {})
     lanes = load_lanes(model, adapters or {}, template=template, dtype=dtype, device=device, quant=quant)
+    for lane in lanes.values() if fast_decode else ():
+        drift = fast_decode_(lane.model, [prompt.ids for prompt in prompts(lane.tokenizer, lane.template)])
+        log(f"{visible(lane.name)}: {drift}")
     engine = Engine(lanes, max_rows, max_waiting, log)
     hosts = own_hosts(host, port) if host in LOOPBACK else None
     app = make_app(Service(engine, hosts, api_key, max_new_tokens, log))
