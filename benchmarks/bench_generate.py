@@ -9,8 +9,9 @@ llama.cpp comes with the wheel xllamacpp (extra ``llamacpp``; without it these c
 AVX-512: its own defaults (fp16 cache, flash attention), eight slots for eight streams, all prompts in one request; exports of
 ours in fp32 and bf16, and beside NF4 the model's own Q4_1 file, whose head has 8 bits (Q8_0); our head stays in the dtype of
 the rest, fp32 or ("rest bf16") bf16. "readable" is minisft without its native decoding (and with its native products), in one
-stream. NF4 has no contestant in transformers on a CPU that multiplies without decoding the weight first. The adapter has
-rank 16, on every linear but the head.
+stream; "fast decode" reads dense weights in 8 bits (``--fast-decode``), and its drift from the exact one is measured in its
+answers to the same prompts. NF4 has no contestant in transformers on a CPU that multiplies without decoding the weight first.
+The adapter has rank 16, on every linear but the head.
 
 A step is (time of 64 tokens - time of 1) / 63 for everybody, so reading the prompts is left out of it; llama.cpp's own count
 (``predicted_ms`` over 63) stands beside it. The memory limit is the bytes of a contestant's weights over the speed at which
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING
 import decode_contestants
 import decode_llama_cpp
 import torch
-from decode_contestants import ADAPTED, FP32, HALF, LLAMA_CPP, MINISFT, PLAIN, READABLE, TRANSFORMERS, Contestant
+from decode_contestants import ADAPTED, FAST, FP32, HALF, LLAMA_CPP, MINISFT, PLAIN, READABLE, TRANSFORMERS, Contestant
 from harness import Worker, note, out_folder, provenance, save, save_svg, spread
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ QUESTIONS = (
 NAMES = {"fp32": "fp32", "bf16": "bf16", "nf4": "NF4"}
 OVER = {"fp32": PLAIN, "nf4": MINISFT}  # what an adapter beside the weights is compared with
 COLOURS = {
-    TRANSFORMERS: "#8a8a8a", READABLE: "#a6d4f2", MINISFT: "#0072b2", HALF: "#56b4e9", LLAMA_CPP: "#d55e00",
+    TRANSFORMERS: "#8a8a8a", READABLE: "#a6d4f2", MINISFT: "#0072b2", HALF: "#56b4e9", FAST: "#009e73",
+    LLAMA_CPP: "#d55e00",
 }  # fmt: skip
 
 
@@ -116,8 +118,12 @@ def compete(
             for name, answer in answers.items():
                 found[name].append(answer)
         note(f"{weights}, {streams} streams, turn {turn}")
-    sizes = {who.name: process.ready["weight_bytes"] for who, process in workers.items()}
-    rows = [row(who, found, reads, sizes[who.name], streams) | same[who.name] for who in workers]
+    said = {who.name: process.ready for who, process in workers.items()}
+    drifts = {name: {"drift": ready["drift"]} for name, ready in said.items() if "drift" in ready}
+    rows = [
+        row(who, found, reads, said[who.name]["weight_bytes"], streams) | same[who.name] | drifts.get(who.name, {})
+        for who in workers
+    ]
     python = spread([1e3 * (answer["step_s"] - answer["native_s"]) for answer in found[MINISFT]])
     speeds = {clock: spread([speed[clock] for speed in reads]) for clock in CLOCKS}
     return {
@@ -219,8 +225,12 @@ def targets(found: list[dict], clock: str) -> list[dict]:
     """What was hoped for, and whether it came true; nothing where a contestant is missing."""
     wanted = [(weights, 1, MINISFT, None, 0.7) for weights in ("fp32", "bf16")]
     wanted += [(weights, 1, MINISFT, name, 3.0) for weights in ("fp32", "bf16") for name in (READABLE, TRANSFORMERS)]
-    wanted += [("nf4", 1, name, peer, least) for peer, least in ((LLAMA_CPP, 0.9), (FP32, 2.5)) for name in (MINISFT, HALF)]
-    wanted += [("nf4", 8, MINISFT, LLAMA_CPP, 1.0), ("fp32", 8, MINISFT, TRANSFORMERS, 3.0)]
+    wanted += [
+        ("nf4", 1, name, peer, least) for peer, least in ((LLAMA_CPP, 0.9), (FP32, 2.5)) for name in (MINISFT, HALF, FAST)
+    ]
+    wanted += [("nf4", 8, name, LLAMA_CPP, 1.0) for name in (MINISFT, FAST)]
+    wanted += [("fp32", 8, name, TRANSFORMERS, 3.0) for name in (MINISFT, FAST)]
+    wanted += [(weights, 1, FAST, TRANSFORMERS, 3.0) for weights in ("fp32", "bf16")]
     verdicts = []
     for weights, streams, name, peer, least in wanted:
         mine, other = (contestant(found, weights, streams, who or name) for who in (name, peer))
@@ -262,6 +272,8 @@ def line(cell: dict, row: dict, clock: str) -> str:
     text = f"{cell['weights']}, {plural(cell['streams'])}, {row['name']}: {step['median']:.1f} ms a step, {speed:.1f} tokens/s"
     text += f", {shown(row['ratio'][clock])} of minisft's time, {row['memory_share'][clock]['median']:.2f} of memory's speed"
     text += f", {row['peak_bytes'] / 1e9:.2f} GB, {sum(row['same_tokens'])} of {sum(row['of'])} tokens the same"
+    if "drift" in row:
+        text += f"; KL {row['drift']['mean_kl']:.1e}"
     return text + (f"; by its own clock {row['own_step_ms']['median']:.1f} ms" if "own_step_ms" in row else "")
 
 
@@ -279,7 +291,7 @@ def plot(found: list[dict], clock: str, path: Path) -> None:
     _adapters(panels[2], found, clock)
     handles = [panels[0].bar([0], [0], color=colour, label=name) for name, colour in COLOURS.items()]
     handles += panels[0].plot([], [], color="black", linewidth=1.5, label="what reading its weights allows (one stream)")
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
+    figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False, fontsize=8.5)
     title = "Greedy decoding, SmolLM2-135M; llama.cpp beside NF4 reads its Q4_1 file; median and quartiles"
     figure.suptitle(title, fontsize=10)
     save_svg(figure, path)
@@ -289,7 +301,7 @@ def _speeds(axes: Axes, some: list[dict], clock: str) -> None:
     for x, cell in enumerate(some):
         rows = [row for name in COLOURS for row in cell["contestants"] if row["name"] == name]
         for k, row in enumerate(rows):
-            speed, at, width = row["tokens_per_s"][clock], x + (k - (len(rows) - 1) / 2) * 0.19, 0.18
+            speed, at, width = row["tokens_per_s"][clock], x + (k - (len(rows) - 1) / 2) * 0.17, 0.16
             spans = [[speed["median"] - speed["q1"]], [speed["q3"] - speed["median"]]]
             axes.bar(at, speed["median"], width, yerr=spans, color=COLOURS[row["name"]], capsize=2)
             ink = "black" if row["name"] in (READABLE, HALF) else "white"

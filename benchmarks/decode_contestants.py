@@ -25,16 +25,18 @@ MOST_ROWS = 8
 
 @dataclass(frozen=True)
 class Contestant:
-    """``program``: transformers, readable (minisft without its native step), minisft or llama.cpp."""
+    """``program``: transformers, readable (minisft without its native step), minisft or llama.cpp; ``fast``: --fast-decode."""
 
     name: str
     program: str
     weights: str
     adapter: str = NONE
+    fast: bool = False
 
 
 TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP = "transformers", "readable", "minisft", "llama.cpp"
 ADAPTED, PLAIN, FP32, HALF = "minisft, adapter", "minisft, merged", "minisft, fp32", "minisft, rest bf16"
+FAST = "minisft, fast decode"
 
 
 def contestants_of(weights: str, streams: int, llama_cpp: bool) -> list[Contestant]:
@@ -42,6 +44,7 @@ def contestants_of(weights: str, streams: int, llama_cpp: bool) -> list[Contesta
     programs = ([TRANSFORMERS] if weights != "nf4" else []) + ([READABLE] if streams == 1 else [])
     programs += [MINISFT] + ([LLAMA_CPP] if llama_cpp else [])
     found = [Contestant(program, program, weights) for program in programs]
+    found.append(Contestant(FAST, MINISFT, weights, fast=True))
     if weights == "nf4":
         found.append(Contestant(HALF, MINISFT, "nf4, rest bf16"))
     if weights == "nf4" and streams == 1:
@@ -70,8 +73,17 @@ def adapt_(model: nn.Module, merged: bool) -> None:
         merge_(model)
 
 
-def ours(folder: str, contestant: Contestant) -> tuple[Answer, Callable[[], float], int]:
-    """What continues prompts, what tells how long the native step ran since it was last asked, and bytes of weights."""
+def eight_bits_(model: nn.Module, prompts: list[list[int]]) -> tuple[int, dict]:
+    """Switch fast decoding on: by how many bytes a step reads less, and the drift in the model's answers to these prompts."""
+    from minisft import fast_decode_
+
+    drift = fast_decode_(model, prompts)
+    dense = {m.weight.data_ptr(): m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear)}
+    return sum(dense.values()) - drift.num_bytes, {"drift": asdict(drift)}
+
+
+def ours(folder: str, contestant: Contestant, prompts: list[list[int]]) -> tuple[Answer, Callable[[], float], int, dict]:
+    """What continues prompts, what tells how long the native step ran since it was last asked, bytes of weights; the drift."""
     from minisft import QuantConfig, generation
     from minisft.formats import load_model
     from minisft.kernels import cpu_nf4
@@ -83,6 +95,7 @@ def ours(folder: str, contestant: Contestant) -> tuple[Answer, Callable[[], floa
     if contestant.adapter != NONE:
         adapt_(model, contestant.adapter == MERGED)
     model.eval()
+    less, drift = eight_bits_(model, prompts) if contestant.fast else (0, {})
     inside = [0.0]
     if contestant.program == MINISFT:
         assert decode_path(model, MOST_ROWS).startswith("native code"), decode_path(model, MOST_ROWS)
@@ -107,7 +120,7 @@ def ours(folder: str, contestant: Contestant) -> tuple[Answer, Callable[[], floa
         seconds, inside[0] = inside[0], 0.0
         return seconds
 
-    return answer, taken, weight_bytes(model)
+    return answer, taken, weight_bytes(model) - less, drift
 
 
 def theirs(folder: str, weights: str) -> tuple[Answer, int]:
@@ -139,9 +152,9 @@ def measured(answer: Answer, prompts: list[list[int]], new_tokens: int) -> tuple
 def worker(contestant: Contestant, folder: str, prompts_path: str) -> None:
     prompts = json.loads(Path(prompts_path).read_text())
     if contestant.program == TRANSFORMERS:
-        (answer, num_bytes), taken = theirs(folder, contestant.weights), lambda: 0.0
+        (answer, num_bytes), taken, more = theirs(folder, contestant.weights), lambda: 0.0, {}
     else:
-        answer, taken, num_bytes = ours(folder, contestant)
+        answer, taken, num_bytes, more = ours(folder, contestant, prompts)
 
     def work(command: dict) -> dict:
         """The time of one token and of all of them, on as many streams as were asked for."""
@@ -155,7 +168,7 @@ def worker(contestant: Contestant, folder: str, prompts_path: str) -> None:
             "cpu_step_s": (cpu - first_cpu) / steps, "native_s": taken() / steps, "peak_bytes": peak_rss_bytes(),
         }  # fmt: skip
 
-    serve({"weight_bytes": num_bytes}, work)
+    serve({"weight_bytes": num_bytes, **more}, work)
 
 
 def command_of(contestant: Contestant, folder: Path, prompts: Path) -> list[str]:

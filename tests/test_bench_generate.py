@@ -22,6 +22,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_generate  # noqa: E402
 from decode_contestants import (  # noqa: E402
     ADAPTED,
+    FAST,
     FP32,
     HALF,
     LLAMA_CPP,
@@ -43,7 +44,7 @@ def answers(*steps: float) -> list[dict]:
 def cell(weights: str, streams: int, **steps: float) -> dict:
     """As ``compete`` makes one, of contestants by name and their steps, on a machine that reads 10 bytes a second."""
     found = {name.replace("_", " "): answers(step) for name, step in steps.items()}
-    who = {"adapter": ADAPTED, "merged": PLAIN, "llama": LLAMA_CPP, "half": HALF, "fp32": FP32}
+    who = {"adapter": ADAPTED, "merged": PLAIN, "llama": LLAMA_CPP, "half": HALF, "fp32": FP32, "fast": FAST}
     found = {who.get(name, name): mine for name, mine in found.items()}
     reads = [{"wall": 10.0, "cpu": 20.0}]
     for mine in found.get(LLAMA_CPP, []):
@@ -55,12 +56,12 @@ def cell(weights: str, streams: int, **steps: float) -> dict:
 def test_who_takes_part_where() -> None:
     names = {(w, s): [c.name for c in contestants_of(w, s, True)] for w in ("fp32", "bf16", "nf4") for s in (1, 8)}
     assert names == {
-        ("fp32", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, ADAPTED, PLAIN],
-        ("fp32", 8): [TRANSFORMERS, MINISFT, LLAMA_CPP],
-        ("bf16", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP],
-        ("bf16", 8): [TRANSFORMERS, MINISFT, LLAMA_CPP],
-        ("nf4", 1): [READABLE, MINISFT, LLAMA_CPP, HALF, FP32, ADAPTED],
-        ("nf4", 8): [MINISFT, LLAMA_CPP, HALF],
+        ("fp32", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, FAST, ADAPTED, PLAIN],
+        ("fp32", 8): [TRANSFORMERS, MINISFT, LLAMA_CPP, FAST],
+        ("bf16", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, FAST],
+        ("bf16", 8): [TRANSFORMERS, MINISFT, LLAMA_CPP, FAST],
+        ("nf4", 1): [READABLE, MINISFT, LLAMA_CPP, FAST, HALF, FP32, ADAPTED],
+        ("nf4", 8): [MINISFT, LLAMA_CPP, FAST, HALF],
     }
     assert LLAMA_CPP not in [c.name for c in contestants_of("nf4", 1, False)]
 
@@ -100,7 +101,7 @@ def test_a_row_pairs_turns_and_holds_the_step_to_reading_its_weights() -> None:
 def test_targets_are_met_or_missed_by_the_numbers() -> None:
     found = [
         cell("fp32", 1, transformers=31.0, readable=20.0, minisft=10.0, llama=8.0, adapter=10.6, merged=10.0),
-        cell("nf4", 1, readable=20.0, minisft=4.0, llama=3.7, half=3.0, fp32=9.0, adapter=4.1),
+        cell("nf4", 1, readable=20.0, minisft=4.0, llama=3.7, half=3.0, fast=2.0, fp32=9.0, adapter=4.1),
         cell("nf4", 8, minisft=4.0, llama=3.7),
         cell("fp32", 8, transformers=30.0, minisft=10.0, llama=8.0),
     ]
@@ -113,6 +114,8 @@ def test_targets_are_met_or_missed_by_the_numbers() -> None:
         "nf4, rest bf16, one stream: times as fast as llama.cpp": (3.7 / 3.0, True),
         "nf4, one stream: times as fast as minisft, fp32": (2.25, False),
         "nf4, rest bf16, one stream: times as fast as minisft, fp32": (3.0, True),
+        "nf4, fast decode, one stream: times as fast as llama.cpp": (3.7 / 2.0, True),
+        "nf4, fast decode, one stream: times as fast as minisft, fp32": (4.5, True),
         "nf4, eight streams: times as fast as llama.cpp": (0.925, False),
         "fp32, eight streams: times as fast as transformers": (3.0, True),
         "fp32, one stream: adapter beside the weights over merged": (1.06, False),
