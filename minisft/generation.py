@@ -334,6 +334,32 @@ def read_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], num_new: int
     return cache, hidden_BTD[torch.arange(len(prompts)), lengths - 1]
 
 
+def read_rests(
+    model: CausalLM, prompts: Sequence[Sequence[int]], pasts: Sequence[KVCache], num_new: int
+) -> tuple[KVCache, Tensor]:
+    """``read_prompts`` where a beginning of each is known.
+
+    Args:
+        model: the decoder.
+        prompts: token ids.
+        pasts: for each a cache of one row, which holds a beginning of it, without the last token at least.
+        num_new: how many more tokens a row the cache must hold.
+
+    Returns:
+        a KV cache with space for ``num_new`` more tokens a row, and the hidden state (B, D) at each prompt's last token.
+    """
+    rests = [prompt[int(past.lengths) :] for prompt, past in zip(prompts, pasts, strict=True)]
+    lengths = torch.tensor([len(rest) for rest in rests])
+    longest = int(lengths.max())
+    cache = model.new_cache(len(prompts), max(int(past.lengths) for past in pasts) + longest + num_new)
+    for row, past in enumerate(pasts):
+        cache.put_(row, past)
+    input_ids = torch.tensor([[*rest, *[0] * (longest - len(rest))] for rest in rests], device=model.device)
+    segment_ids = (torch.arange(longest) < lengths[:, None]).long().to(model.device)
+    hidden_BTD = model.hidden(input_ids, segment_ids=segment_ids, cache=cache)
+    return cache, hidden_BTD[torch.arange(len(prompts)), lengths - 1]
+
+
 def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Length of the prefix that all prompts share, leaving each at least one token of its own; 0 where it saves little."""
     length = _num_common([prompt[:-1] for prompt in prompts])
@@ -374,13 +400,10 @@ class ChatCache:
         """
         (prompt,) = prompts
         shared = _num_common([self.ids, prompt[:-1]])  # the last token is computed in any case: its state is asked for
-        cache = model.new_cache(1, len(prompt) + num_new)
-        if self.cache is not None:
-            self.cache.lengths = torch.full_like(self.cache.lengths, shared)
-            cache.put_(0, self.cache)
-        hidden_BTD = model.hidden(torch.tensor([list(prompt[shared:])], device=model.device), cache=cache)
+        past = model.new_cache(1, 0) if self.cache is None else self.cache.part(0, shared)
+        cache, hidden_BD = read_rests(model, prompts, [past], num_new)
         self.ids, self.cache = list(prompt), cache
-        return cache, hidden_BTD[:, -1]
+        return cache, hidden_BD
 
 
 @contextlib.contextmanager

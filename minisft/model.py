@@ -63,6 +63,13 @@ class KVCache:
         chosen.lengths = self.lengths[rows]
         return chosen
 
+    def part(self, row: int, length: int) -> KVCache:
+        """A view of one row's first ``length`` tokens."""
+        chosen = object.__new__(KVCache)
+        chosen.keys, chosen.values = self.keys[:, row : row + 1, :, :length], self.values[:, row : row + 1, :, :length]
+        chosen.lengths = torch.full_like(self.lengths[:1], length)
+        return chosen
+
     def keep_(self, rows: Sequence[int]) -> None:
         """Forget all rows but these; row ``rows[i]`` becomes row i, and only what moves is copied.
 

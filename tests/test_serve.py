@@ -108,7 +108,7 @@ def make_shop(folder: Path, adapters: dict[str, str], **changes: int) -> Shop:
     from minisft.serving.app import Service, make_app
 
     port = free_port()
-    limits = {"max_rows": 8, "max_waiting": 64, **changes}
+    limits = {"max_rows": 8, "max_waiting": 64, "max_kept_bytes": 10**6, **changes}
     engine = Engine(load_lanes(folder / "model", adapters), log=print, **limits)
     service = Service(engine, own_hosts("127.0.0.1", port), None, 16, print)
     return Shop(folder, port, engine, service, make_app(service))
@@ -287,6 +287,18 @@ def test_usage_counts_tokens_and_the_limit_ends_an_answer(client, folder):
     assert answer.usage.completion_tokens == 5
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 5
     assert answer.choices[0].finish_reason == "length"
+
+
+def test_the_next_turn_of_a_chat_is_known_but_for_what_is_new(client, folder):
+    talk = [{"role": "user", "content": "tell me about rain, wind, snow and the weather of all the days before"}]
+    settings = {"model": "blue", "temperature": 0, "max_tokens": 8}
+    first = client.chat.completions.create(messages=talk, **settings)
+    assert first.usage.prompt_tokens_details.cached_tokens < first.usage.prompt_tokens / 2
+    said = first.choices[0].message.content
+    talk += [{"role": "assistant", "content": said}, {"role": "user", "content": "and then?"}]
+    second = client.chat.completions.create(messages=talk, **settings)
+    assert second.choices[0].message.content == expected(folder, talk, "blue", max_new_tokens=8)
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens
 
 
 def test_a_stop_string_at_every_position_ends_the_answer(client):

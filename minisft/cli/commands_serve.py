@@ -16,7 +16,7 @@ def serve_command(arguments: argparse.Namespace) -> int:
     adapters = adapters_by_name(arguments.adapter)
     check_adapters(arguments.model, adapters)
     key = None if arguments.api_key_file is None else read_api_key(arguments.api_key_file)
-    counts = arguments.max_rows, arguments.max_waiting, arguments.max_new_tokens
+    counts = arguments.max_rows, arguments.max_waiting, arguments.max_new_tokens, arguments.prefix_cache_mb
     check_serving(arguments.host, arguments.port, key, *counts)
     load_libraries()
     from minisft.serving.server import serve
@@ -31,6 +31,7 @@ def serve_command(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         max_rows=arguments.max_rows,
         max_waiting=arguments.max_waiting,
+        prefix_cache_mb=arguments.prefix_cache_mb,
         dtype=arguments.dtype,
         device=arguments.device,
         quant=None if arguments.quant == "none" else QuantConfig(arguments.quant, double_quant=arguments.double_quant),

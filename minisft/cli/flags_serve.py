@@ -28,6 +28,10 @@ def serve_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-waiting", type=int, default=64, metavar="N", help="requests that may wait; more get 429 (default %(default)s)"
     )
+    parser.add_argument(
+        "--prefix-cache-mb", type=int, default=512, metavar="N",
+        help="memory for what was read: requests that begin like earlier ones compute only what is new (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--template", default=None, metavar="T", help="chat template: a .jinja file, chatml or plain")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")

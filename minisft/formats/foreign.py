@@ -37,6 +37,12 @@ class TokenCache(KVCache):
         chosen.ids, chosen.lengths = self.ids[rows], self.lengths[rows]
         return chosen
 
+    def part(self, row: int, length: int) -> TokenCache:
+        """A view of one row's first ``length`` tokens."""
+        chosen = TokenCache(0, 0, self.ids.device)
+        chosen.ids, chosen.lengths = self.ids[row : row + 1, :length], torch.full_like(self.lengths[:1], length)
+        return chosen
+
     def keep_(self, rows: Any) -> None:
         """Forget all rows but these."""
         index = torch.tensor(list(rows), device=self.ids.device)

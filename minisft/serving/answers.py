@@ -1,7 +1,8 @@
 """Answers as clients read them: one JSON object, or the same in pieces as server-sent events.
 
 ``finish_reason`` is ``stop`` after an end token or a stop string and ``length`` at the limit of tokens; it stands in the last
-piece of each choice and nowhere else. ``usage`` counts what was computed, end tokens and the tokens of a stop string included.
+piece of each choice and nowhere else. ``usage`` counts tokens, end tokens and those of a stop string included; of the prompt's,
+``cached_tokens`` were known from earlier requests and not computed again.
 
 Ref: OpenAI's API reference, the objects chat.completion, chat.completion.chunk and text_completion.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from minisft.common.safe_json import JSON
 from minisft.data.tokenizer import Tokenizer
 from minisft.generation import REPLACEMENT
-from minisft.serving.batch import Piece, TokenScore
+from minisft.serving.batch import Job, Piece, TokenScore
 from minisft.serving.requests import Asked
 
 DONE = b"data: [DONE]\n\n"
@@ -35,11 +36,11 @@ class Answer:
     Args:
         asked: the request.
         tokenizer: turns token ids of scores into text.
-        prompt_tokens: how many tokens the prompt has.
+        job: what computes it.
     """
 
-    def __init__(self, asked: Asked, tokenizer: Tokenizer, prompt_tokens: int) -> None:
-        self._asked, self._tokenizer, self._prompt_tokens = asked, tokenizer, prompt_tokens
+    def __init__(self, asked: Asked, tokenizer: Tokenizer, job: Job) -> None:
+        self._asked, self._tokenizer, self._job = asked, tokenizer, job
         self._completion_tokens = 0
         self._choices = [_Choice() for _ in range(asked.num_choices)]
         self._begun: set[int] = set()
@@ -108,8 +109,10 @@ class Answer:
         return value | {"text": text}
 
     def _usage(self) -> dict[str, JSON]:
-        prompt, completion = self._prompt_tokens, self._completion_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        prompt, completion = len(self._job.prompt), self._completion_tokens
+        details: dict[str, JSON] = {"cached_tokens": self._job.num_known}
+        total = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {**total, "prompt_tokens_details": details}
 
 
 def event(value: JSON) -> bytes:

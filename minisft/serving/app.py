@@ -185,7 +185,7 @@ async def _answer(service: Service, request: Request, chat: bool) -> ASGIApp:
         raise ApiError(429, message, "queue_full", headers=headers) from None
     except StoppingError:
         raise _stopping() from None
-    answer = Answer(asked, lane.tokenizer, len(prompt))
+    answer = Answer(asked, lane.tokenizer, job)
     events = _pieces(service, request, job, pieces)
     return _Stream(answer, events, lambda: service.engine.cancel(job)) if asked.stream else await _whole(answer, events)
 

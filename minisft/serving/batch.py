@@ -13,9 +13,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from minisft.generation import Sampling, TextStream, holes_filled, read_prompts
+from minisft.generation import Sampling, TextStream, holes_filled, read_prompts, read_rests
 from minisft.model import CausalLM, KVCache
-from minisft.native.decoder import next_logits_of
+from minisft.native.decoder import in_eight_bits, next_logits_of
+from minisft.serving.kept_prefixes import KeptPrefixes
 from minisft.serving.lanes import Lane
 from minisft.serving.stops import TextUntilStop
 
@@ -69,6 +70,7 @@ class Job:
         top_logprobs: None without scores.
         emit: called in the computing thread with each ``Piece``, or once with None when the request failed.
         cancelled: nobody waits for it any more.
+        num_known: tokens of the prompt whose keys and values were kept from earlier requests.
     """
 
     lane: Lane
@@ -80,23 +82,25 @@ class Job:
     top_logprobs: int | None
     emit: Callable[[Piece | None], None]
     cancelled: bool = field(default=False)
+    num_known: int = field(default=0)
 
 
 class Row:
     """One choice of a job on its way."""
 
     def __init__(self, job: Job, choice: int) -> None:
-        self.job, self.choice, self.count = job, choice, 0
+        self.job, self.choice = job, choice
+        self.ids: list[int] = []
         self._stream, self._text = TextStream(job.lane.tokenizer), TextUntilStop(job.stops)
         context = job.lane.model.config.max_position_embeddings
         self._limit = min(job.max_tokens, context - len(job.prompt))
 
     def push(self, token: int, score: TokenScore | None) -> bool:
         """Take the next token; returns whether the row goes on."""
-        self.count += 1
+        self.ids.append(token)
         ends = token in self.job.lane.eos_ids
         text = "" if ends else self._text.push(self._stream.push(token))
-        finish = "stop" if ends or self._text.stopped else "length" if self.count >= self._limit else None
+        finish = "stop" if ends or self._text.stopped else "length" if len(self.ids) >= self._limit else None
         if finish is not None:
             text += self._text.push(self._stream.finish()) + self._text.finish()
             finish = "stop" if self._text.stopped else finish
@@ -109,10 +113,11 @@ class Batch:
 
     Args:
         model: the decoder, in ``eval`` mode.
+        kept: what rows that have ended leave behind.
     """
 
-    def __init__(self, model: CausalLM) -> None:
-        self._model = model
+    def __init__(self, model: CausalLM, kept: KeptPrefixes) -> None:
+        self._model, self._kept = model, kept
         self.rows: list[Row] = []
         self._cache: KVCache | None = None
         self._logits_BV = torch.empty(0)
@@ -120,13 +125,25 @@ class Batch:
     @torch.inference_mode()
     def admit(self, jobs: Sequence[Job]) -> None:
         """Read the prompts of ``jobs`` and let their rows join."""
-        for group in _groups([Row(job, choice) for job in jobs for choice in range(job.num_choices)]):
-            cache, hidden_BD = read_prompts(self._model, [row.job.prompt for row in group], ROOM)
-            logits_BV = self._model.head(hidden_BD)
-            if self._cache is not None:
-                cache, logits_BV = joined(self._model, (self._cache, cache)), torch.cat((self._logits_BV, logits_BV))
-            self.rows += group
-            self._use(cache, logits_BV)
+        pasts = {job: past for job in jobs if (past := self._kept.find(self._model, job.prompt)) is not None}
+        for job, past in pasts.items():
+            job.num_known = int(past.lengths)
+        for group in _groups(jobs, known=False):
+            self._join(group, read_prompts(self._model, [job.prompt for job in group], ROOM))
+        for group in _groups(jobs, known=True):
+            self._join(group, read_rests(self._model, [job.prompt for job in group], [pasts[job] for job in group], ROOM))
+
+    def _join(self, group: Sequence[Job], read: tuple[KVCache, Tensor]) -> None:
+        cache, hidden_BD = read
+        rows = [(i, Row(job, choice)) for i, job in enumerate(group) for choice in range(job.num_choices)]
+        logits_BV = self._model.head(hidden_BD)
+        if len(rows) > len(group):
+            places = torch.tensor([i for i, _ in rows], device=logits_BV.device)
+            cache, logits_BV = cache.select(places), logits_BV[places]
+        if self._cache is not None:
+            cache, logits_BV = joined(self._model, (self._cache, cache)), torch.cat((self._logits_BV, logits_BV))
+        self.rows += [row for _, row in rows]
+        self._use(cache, logits_BV)
 
     def _use(self, cache: KVCache, logits_BV: Tensor) -> None:
         self._cache, self._logits_BV = cache, logits_BV
@@ -153,7 +170,7 @@ class Batch:
         chosen: list[int] = self._logits_BV.argmax(-1).tolist()
         for r, row in enumerate(self.rows):
             if row.job.sampling.temperature > 0:
-                chosen[r] = int(row.job.sampling.choose(self._logits_BV[r : r + 1], [row.choice], row.count))
+                chosen[r] = int(row.job.sampling.choose(self._logits_BV[r : r + 1], [row.choice], len(row.ids)))
         return chosen
 
     def _score(self, r: int, token: int) -> TokenScore | None:
@@ -169,6 +186,8 @@ class Batch:
         """Only these rows stay; returns them in the order in which they now stand."""
         if len(active) == len(self.rows):
             return active
+        for r in set(range(len(self.rows))).difference(active):
+            self._leave_behind(r)
         active = holes_filled(active)
         self.rows = [self.rows[r] for r in active]
         if not active:
@@ -178,6 +197,14 @@ class Batch:
             self._logits_BV = self._logits_BV[torch.tensor(active, device=self._logits_BV.device)]
         return active
 
+    def _leave_behind(self, r: int) -> None:
+        """Keep what a row has read and written; read alone where steps take rounded weights, and once for several choices."""
+        row = self.rows[r]
+        if self._cache is None or row.choice > 0:
+            return
+        length = len(row.job.prompt) if self._model in in_eight_bits else int(self._cache.lengths[r])
+        self._kept.keep(self._model, [*row.job.prompt, *row.ids][:length], self._cache.part(r, length))
+
     def clear(self) -> list[Job]:
         """Give up all rows; returns their jobs, one for each row."""
         jobs = [row.job for row in self.rows]
@@ -185,15 +212,20 @@ class Batch:
         return jobs
 
 
-def _groups(rows: Collection[Row]) -> list[list[Row]]:
-    """Rows whose prompts are read together: those of one length beside each other, and not too many tokens at once."""
-    groups: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: -len(row.job.prompt)):
-        if groups and (len(groups[-1]) + 1) * len(groups[-1][0].job.prompt) <= MAX_PREFILL:
-            groups[-1].append(row)
+def _groups(jobs: Collection[Job], known: bool) -> list[list[Job]]:
+    """Jobs whose prompts are read together, of those with or without a known beginning: one length beside another, and not
+    too many tokens at once."""
+    groups: list[list[Job]] = []
+    for job in sorted((job for job in jobs if bool(job.num_known) == known), key=_num_to_read, reverse=True):
+        if groups and (len(groups[-1]) + 1) * _num_to_read(groups[-1][0]) <= MAX_PREFILL:
+            groups[-1].append(job)
         else:
-            groups.append([row])
+            groups.append([job])
     return groups
+
+
+def _num_to_read(job: Job) -> int:
+    return len(job.prompt) - job.num_known
 
 
 def joined(model: CausalLM, caches: Sequence[KVCache]) -> KVCache:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from minisft.common.errors import visible
 from minisft.serving.batch import Batch, Job
+from minisft.serving.kept_prefixes import KeptPrefixes
 from minisft.serving.lanes import Lane
 
 IDLE_S = 0.2  # how often an idle thread looks whether the server is stopping
@@ -34,12 +35,21 @@ class Engine:
         max_rows: answers that are written at once, all models together.
         max_waiting: requests that may wait.
         log: called with one line when a request fails.
+        max_kept_bytes: memory for what earlier requests have read, see ``KeptPrefixes``.
     """
 
-    def __init__(self, lanes: Mapping[str, Lane], max_rows: int, max_waiting: int, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        lanes: Mapping[str, Lane],
+        max_rows: int,
+        max_waiting: int,
+        log: Callable[[str], None],
+        max_kept_bytes: int = 0,
+    ) -> None:
         self.lanes, self.max_rows, self.max_waiting = lanes, max_rows, max_waiting
         self._log = log
-        self._batches = {name: Batch(lane.model) for name, lane in lanes.items()}
+        kept = KeptPrefixes(max_kept_bytes)
+        self._batches = {name: Batch(lane.model, kept) for name, lane in lanes.items()}
         self._waiting: deque[Job] = deque()
         self._reserved = 0  # while prompts are read: rows that are written or joining, each counted once
         self._changed = threading.Condition()

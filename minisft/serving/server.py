@@ -30,6 +30,7 @@ def serve(
     max_new_tokens: int = 256,
     max_rows: int = 16,
     max_waiting: int = 64,
+    prefix_cache_mb: int = 512,
     dtype: str = "auto",
     device: str = "auto",
     quant: QuantConfig | None = None,
@@ -49,6 +50,8 @@ def serve(
         max_new_tokens: the longest answer where a request names no limit.
         max_rows: answers written at once.
         max_waiting: requests that may wait; the next one is refused with 429.
+        prefix_cache_mb: memory, in millions of bytes, for keys and values of earlier requests: one that begins alike computes
+            only what is new. 0 keeps nothing.
         dtype: ``auto``, ``bf16`` or ``fp32``.
         device: ``auto``, ``cpu`` or ``cuda``.
         quant: hold the model's linears in 4 bits.
@@ -62,13 +65,13 @@ def serve(
     Raises:
         UserError: a setting that is out of range, files that cannot be read, a port that is taken.
     """
-    check_serving(host, port, api_key, max_rows, max_waiting, max_new_tokens)
+    check_serving(host, port, api_key, max_rows, max_waiting, max_new_tokens, prefix_cache_mb)
     check_adapters(model, adapters or {})
     lanes = load_lanes(model, adapters or {}, template=template, dtype=dtype, device=device, quant=quant)
     for lane in lanes.values() if fast_decode else ():
         drift = fast_decode_(lane.model, [prompt.ids for prompt in prompts(lane.tokenizer, lane.template)])
         log(f"{visible(lane.name)}: {drift}")
-    engine = Engine(lanes, max_rows, max_waiting, log)
+    engine = Engine(lanes, max_rows, max_waiting, log, 10**6 * prefix_cache_mb)
     hosts = own_hosts(host, port) if host in LOOPBACK else None
     app = make_app(Service(engine, hosts, api_key, max_new_tokens, log))
     decode_path(next(iter(lanes.values())).model)  # compiles the native code, if that is still to do: no client waits for it

@@ -39,11 +39,13 @@ def read_api_key(path: str | Path) -> str:
     return key
 
 
-def check_serving(host: str, port: int, api_key: str | None, max_rows: int, max_waiting: int, max_new_tokens: int) -> None:
+def check_serving(
+    host: str, port: int, api_key: str | None, max_rows: int, max_waiting: int, max_new_tokens: int, prefix_cache_mb: int
+) -> None:
     """Refuse settings that no server could run with, before anything is loaded.
 
     Args:
-        host, port, api_key, max_rows, max_waiting, max_new_tokens: see ``serve``.
+        host, port, api_key, max_rows, max_waiting, max_new_tokens, prefix_cache_mb: see ``serve``.
 
     Raises:
         UserError: ``config/...``.
@@ -54,6 +56,7 @@ def check_serving(host: str, port: int, api_key: str | None, max_rows: int, max_
     require(1 <= max_rows <= 256, "--max-rows", max_rows, "1 to 256", "16 is what the fast code for CPUs computes at once")
     require(1 <= max_waiting <= 10_000, "--max-waiting", max_waiting, "1 to 10000", "64 is usual")
     require(max_new_tokens >= 1, "--max-new-tokens", max_new_tokens, "at least 1", "256 is usual")
+    require(prefix_cache_mb >= 0, "--prefix-cache-mb", prefix_cache_mb, "0 or more", "512 is usual; 0 keeps nothing")
 
 
 def base_id(model: str | Path) -> str:
