@@ -22,7 +22,7 @@ from minisft.common.errors import UserError, visible
 from minisft.common.seeds import derive_seed
 from minisft.data.tokenizer import Tokenizer
 from minisft.model import CausalLM, KVCache
-from minisft.native.decoder import next_logits_of
+from minisft.native.decoder import in_eight_bits, next_logits_of
 
 MIN_SHARED_PROMPT = 8  # tokens: a shorter shared prefix is not worth a pass of its own
 LIKELIEST = 256  # tokens in which nearly every draw ends: finding them costs a twentieth of sorting a vocabulary of 49152
@@ -286,7 +286,7 @@ def _scored_tokens(
                 rows, tokens = [rows[r] for r in active], tokens[torch.tensor(active, device=tokens.device)]
                 cache.keep_(active)
             logits_BV = next_logits(tokens, cache)
-            if kept is not None:
+            if kept is not None and model not in in_eight_bits:  # a later prompt is read with the weights as they are
                 kept.ids += tokens.tolist()
 
 

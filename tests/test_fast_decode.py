@@ -21,11 +21,13 @@ from minisft.cli.main import main
 from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
 from minisft.evaluation.fast_decode import DRIFT_TOKENS, Drift, exact_decode_, fast_decode_
-from minisft.generation import generate, read_prompts
+from minisft.generation import ChatCache, Sampling, _scored_tokens, generate, read_prompts
 from minisft.kernels import cpu_build, eight_bit
+from minisft.kernels.cpu_decode import Unsupported
 from minisft.kernels.eight_bit import eight_bits_of, quantize_8bit
 from minisft.model import CausalLM
 from minisft.native.decoder import NativeDecoder, in_eight_bits, next_logits_of
+from minisft.optim import MasterAdamW
 from minisft.serving.lanes import sharing_copy
 from minisft.surgery import apply_lora_, lora_modules, quantize_
 
@@ -182,9 +184,8 @@ def replace_parameter_(model: CausalLM) -> None:
 
 
 def change_behind_its_back_(model: CausalLM) -> None:
-    """Not counted by PyTorch: it takes a second call."""
+    """Not counted by PyTorch."""
     model.model.layers[1].mlp.up_proj.weight.data.mul_(-3)
-    fast_decode_(model, PROMPTS)
 
 
 @needs_native
@@ -200,6 +201,86 @@ def test_changed_weights_are_rounded_again(change) -> None:
     scale_in_place_(fresh)
     fast_decode_(fresh, PROMPTS)
     assert torch.equal(after, scores(fresh))
+
+
+@needs_native
+def test_training_in_full_is_seen() -> None:
+    """The fused AdamW of PyTorch writes to fp32 parameters without counting it."""
+    model = made()
+    fast_decode_(model, PROMPTS)
+    for parameter in model.parameters():
+        parameter.requires_grad_().grad = torch.ones_like(parameter)
+    MasterAdamW(dict(model.named_parameters()), betas=(0.9, 0.999), weight_decay=0.0).step(0.05)
+    after = scores(model)
+    fast_decode_(model, PROMPTS)
+    assert torch.equal(after, scores(model))
+
+
+@needs_native
+def test_more_rows_than_one_native_step_takes() -> None:
+    """In parts, so that a row's text does not depend on how many others there are."""
+    model = made(adapted=True)
+    fast_decode_(model, PROMPTS)
+    prompts = [[1, 2, n % 20, 3] for n in range(37)]
+    together = generate(model, prompts, max_new_tokens=6, eos_ids=(), batch_size=37)
+    assert together == generate(model, prompts, max_new_tokens=6, eos_ids=(), batch_size=5)
+    exact_decode_(model)
+    assert together != generate(model, prompts, max_new_tokens=6, eos_ids=())
+
+
+@needs_native
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+def test_an_adapter_of_the_head(config: ModelConfig) -> None:
+    model = made(config)
+    apply_lora_(model, LoRAConfig(rank=3, targets=("lm_head", "q_proj")))
+    for layer in lora_modules(model).values():
+        nn.init.normal_(layer.lora_B)
+    model.eval()
+    exact = scores(model)
+    with torch.inference_mode():
+        cache = read_prompts(model, PROMPTS, 1)[0]
+        tiny.assert_close(exact, model.head(model.hidden(torch.tensor([[1], [2], [3], [4]]), cache=cache)[:, 0]), 1e-5)
+    fast_decode_(model, PROMPTS)
+    assert (scores(model) - exact).abs().max() > 1e-4
+    with torch.inference_mode():
+        caches = [read_prompts(m, PROMPTS, 1)[0] for m in (model, model)]
+        same = NativeDecoder(rounded(model), caches[0]).logits(torch.arange(4), caches[0])
+        assert torch.equal(NativeDecoder(model, caches[1], eight_bits=True).logits(torch.arange(4), caches[1]), same)
+
+
+@needs_native
+def test_turns_of_a_chat_are_read_with_the_weights_as_they_are() -> None:
+    model, kept, turns = made(), ChatCache(), []
+    fast_decode_(model, PROMPTS)
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    for _ in range(3):
+        tokens = [token for _, token, *_ in _scored_tokens(model, {0: prompt}, 8, (), Sampling(), scored=False, kept=kept)]
+        turns.append(tokens)
+        assert tokens == generate(model, [prompt], max_new_tokens=8, eos_ids=())[0]
+        prompt = [*prompt, *tokens, 9, 3]
+        cache, _ = kept.read(model, [prompt], 1)
+        fresh, _ = read_prompts(model, [prompt], 1)
+        tiny.assert_close(cache.keys[:, :, :, : len(prompt)], fresh.keys[:, :, :, : len(prompt)], 1e-5)
+    assert len(set(map(tuple, turns))) == 3
+
+
+@needs_native
+def test_a_model_that_native_code_cannot_decode_any_more_is_an_error() -> None:
+    model = made()
+    fast_decode_(model, PROMPTS)
+    apply_lora_(model, LoRAConfig(rank=2, use_dora=True))
+    with pytest.raises(UserError, match=r"config/fast-decode.*DoRALinear"):
+        generate(model.eval(), PROMPTS, max_new_tokens=2, eos_ids=())
+    exact_decode_(model)
+    assert len(generate(model, PROMPTS, max_new_tokens=2, eos_ids=())) == len(PROMPTS)
+
+
+@needs_native
+def test_rows_that_are_no_groups_of_16_are_not_read() -> None:
+    with torch.inference_mode():
+        model = made(tiny.LLAMA)
+        with pytest.raises(Unsupported, match="no multiple of 16"):
+            NativeDecoder(model, model.new_cache(1, 4), eight_bits=True)
 
 
 @needs_native
@@ -279,16 +360,28 @@ def test_the_drift_in_words() -> None:
     [
         (lambda: made().double(), "computes in float64"),
         (lambda: made(replace(CONFIG, activation="gelu")), "activation is gelu"),
-        (lambda: made(tiny.LLAMA), "no multiple of 16"),
+        pytest.param(lambda: made(tiny.LLAMA), "no multiple of 16", marks=needs_native),
     ],
 )
 def test_where_it_is_not_possible_nothing_is_switched_on(model, reason: str) -> None:
     asked = model()
-    with pytest.raises(UserError, match=f"config/fast-decode.*{reason}"):
-        fast_decode_(asked, PROMPTS)
-    with pytest.raises(UserError, match="data/no-prompt"):
-        fast_decode_(asked, [])
+    with pytest.raises(UserError, match=f"config/fast-decode.*blue.*{reason}"):
+        fast_decode_(asked, PROMPTS, "blue")
+    assert asked not in in_eight_bits
     assert len(generate(asked, PROMPTS, max_new_tokens=2, eos_ids=())) == len(PROMPTS)
+
+
+@needs_native
+def test_what_cannot_be_measured_is_refused() -> None:
+    model = made()
+    fast_decode_(model, PROMPTS)
+    for nothing in ([], [[]], [[1], []]):
+        with pytest.raises(UserError, match="data/no-prompt"):
+            fast_decode_(model, nothing)
+    assert model in in_eight_bits  # it was on, and stays so
+    model.model.layers[0].mlp.up_proj.weight[3, 3] = float("nan")
+    with pytest.raises(UserError, match="model/non-finite-weight"):
+        fast_decode_(model, PROMPTS)
 
 
 @pytest.fixture(scope="module")

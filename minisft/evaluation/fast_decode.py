@@ -2,12 +2,13 @@
 
 At one token a step takes as long as reading the weights does. ``fast_decode_`` has the native steps of a model read every dense
 linear and the head as ``kernels/eight_bit.py`` rounds them; beside 4-bit layers the head is most of what is read. Prompts,
-scores, training and merging use the weights as they are, and so do steps of more rows than a native one takes. Adapters, norms
-and the table of embeddings stay as they are. ``Drift`` says what was traded.
+scores of given answers, training and merging use the weights as they are. Adapters, norms and the table of embeddings stay
+as they are. ``Drift`` says what was traded.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from minisft.common.errors import UserError
 from minisft.generation import no_dropout, read_prompts
 from minisft.kernels.cpu_decode import MAX_ROWS, Unsupported
-from minisft.kernels.eight_bit import eight_bits_of, forget
+from minisft.kernels.eight_bit import eight_bits_of, forget, is_made
 from minisft.model import CausalLM
-from minisft.native.decoder import NativeDecoder, in_eight_bits
+from minisft.native.decoder import NativeDecoder, in_eight_bits, not_fast
 
 DRIFT_TOKENS = 16  # written after each prompt
 
@@ -29,7 +30,7 @@ class Drift:
     """How far steps in 8 bits are from the model's own, at tokens that the model itself writes greedily.
 
     Attributes:
-        num_bytes: memory that the 8 bits take, beside the weights.
+        num_bytes: memory that the 8 bits take, beside the weights, but for those that another model of the same weights has.
         num_tokens: compared.
         mean_kl, largest_kl: KL(model || model in 8 bits) of the next token's distribution, in nats a token.
         num_same: tokens at which the likeliest one is the same.
@@ -47,36 +48,43 @@ class Drift:
         return f"fast decoding: dense weights read in 8 bits ({self.num_bytes / 1e6:.0f} MB more memory): {kl}; {same}"
 
 
-def fast_decode_(model: CausalLM, prompts: Sequence[Sequence[int]]) -> Drift:
-    """Let steps of one token read a model's dense weights in 8 bits, until ``exact_decode_``.
+def fast_decode_(model: CausalLM, prompts: Sequence[Sequence[int]], name: str = "") -> Drift:
+    """Let steps of one token read a model's dense weights in 8 bits, until ``exact_decode_``; copies of it do as before.
 
     Args:
-        model: with or without adapters. A weight that changes is rounded again for the next batch of prompts, but for a change
-            in place through ``.data``, which PyTorch does not count: then call this again.
+        model: with or without adapters. A weight that changes is rounded again for the next batch of prompts, see
+            ``eight_bits_of`` for the changes that are not seen: then call this again.
         prompts: token ids of a few texts like those to come, none empty: the drift is measured in the model's answers to them.
             The first 16 are taken, and of each the end, if it is longer than the model's context.
+        name: the model's among several, for the error.
 
     Returns:
         what it costs.
 
     Raises:
-        UserError: ``config/fast-decode``: native code does not decode this model here; ``data/no-prompt``.
+        UserError: ``config/fast-decode``: native code does not decode this model here; ``data/no-prompt``;
+            ``model/non-finite-weight``: the model's logits are no numbers.
 
-    Cost: 8.5 bits for each dense weight, a second or two for a thousand million of them, and the time of 32 steps.
+    Cost: 8.5 bits for each dense weight, four seconds for a thousand million of them, and the time of 32 steps.
     """
-    if not prompts:
-        raise UserError("data/no-prompt", "there is no prompt to measure the drift with", expected="token ids of a text")
+    if not prompts or not all(prompts):
+        expected = "token ids of at least one text"
+        raise UserError("data/no-prompt", "there is nothing to measure the drift with", expected=expected)
     if model in in_eight_bits:
         exact_decode_(model)
+    new = [weight for weight in _dense(model) if not is_made(weight)]
     try:
-        drift = _drift(model, prompts[:MAX_ROWS])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that PyTorch generates: here nothing is generated
+            kl, num_same = _drift(model, prompts[:MAX_ROWS])
     except Unsupported as reason:
-        raise UserError(
-            "config/fast-decode", "fast decoding is not possible here", where="--fast-decode", found=str(reason),
-            expected="a model that native code decodes: on a CPU, with a C++ compiler", fix="leave --fast-decode away",
-        ) from reason  # fmt: skip
+        raise not_fast(reason, name) from reason
+    if not bool(kl.isfinite().all()):
+        raise UserError("model/non-finite-weight", "the model's logits are not finite", where=name or "the model")
     in_eight_bits.add(model)
-    return drift
+    copies = {id(weight): eight_bits_of(weight) for weight in new}.values()
+    num_bytes = sum(made.codes.nbytes + made.scales.nbytes for made in copies)
+    return Drift(num_bytes, len(kl), float(kl.mean()), float(kl.max()), num_same)
 
 
 def exact_decode_(model: CausalLM) -> None:
@@ -92,7 +100,8 @@ def _dense(model: CausalLM) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def _drift(model: CausalLM, prompts: Sequence[Sequence[int]]) -> Drift:
+def _drift(model: CausalLM, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+    """KL (N,) at the tokens that the model writes, and at how many of them the likeliest is the same."""
     context = model.config.max_position_embeddings
     num_tokens = min(DRIFT_TOKENS, context // 2)
     ends = [prompt[-(context - num_tokens) :] for prompt in prompts]
@@ -107,7 +116,4 @@ def _drift(model: CausalLM, prompts: Sequence[Sequence[int]]) -> Drift:
             kls.append((p.exp() * (p - q)).sum(-1))
             tokens = p.argmax(-1)
             same.append(tokens == q.argmax(-1))
-    kl = torch.cat(kls)
-    copies = {id(weight): eight_bits_of(weight) for weight in _dense(model)}.values()
-    num_bytes = sum(copy.codes.nbytes + copy.scales.nbytes for copy in copies)
-    return Drift(num_bytes, len(kl), float(kl.mean()), float(kl.max()), int(torch.cat(same).sum()))
+    return torch.cat(kls), int(torch.cat(same).sum())

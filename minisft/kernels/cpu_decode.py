@@ -142,6 +142,7 @@ class Pointers:
             Unsupported: the layer is stored in another way.
         """
         out_features, in_features = weight.shape
+        require(in_features % COLUMNS == 0, f"{what} has {in_features} inputs, no multiple of {COLUMNS}")
         if isinstance(weight, QuantizedWeight):
             require(cpu_nf4.is_plain(weight), f"{what} is quantized in another layout")
             require(in_features % PACKED_COLUMNS == 0, f"{what} has {in_features} inputs, no multiple of {PACKED_COLUMNS}")
@@ -153,7 +154,6 @@ class Pointers:
             self._kept += [weight, eight]
             address, kind = ctypes.addressof(eight), EIGHT_BIT
         else:
-            require(in_features % COLUMNS == 0, f"{what} has {in_features} inputs, no multiple of {COLUMNS}")
             address = self.numbers(weight, what)
             kind = KINDS[weight.dtype]
         A = B = None

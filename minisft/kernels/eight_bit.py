@@ -4,8 +4,8 @@ A block of up to 64 neighbours of a row shares one scale, its largest absolute v
 
     code = round(w / scale),  w' = code * scale,  |w - w'| <= scale / 2
 
-Codes are int8 from -127 to 127, scales fp32: 8.5 bits a weight. ``cpu_decode.cpp`` multiplies code and scale in fp32, so a step
-has the bits that the weights w' would give it.
+Codes are int8 from -127 to 127, scales fp32: 8.5 bits a weight in blocks of 64. ``cpu_decode.cpp`` multiplies code and scale in
+fp32, so a step has the bits that the weights w' would give it.
 
 Ref: absmax quantization with a scale for each block: Dettmers et al. 2021, arXiv:2110.02861, section 2.1.
 """
@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 LARGEST_CODE = 127
 MAX_BLOCK = 64
 AT_ONCE = 2**20  # weights: what is in between stays in the cache
+NUM_SEEN = 256  # weights that are compared to see a change
 
 _made = WeakTensorKeyDictionary()  # weight -> (its state, EightBitWeight), as long as the weight lives
 
@@ -83,18 +84,26 @@ def eight_bits_of(weight: Tensor) -> EightBitWeight:
     """``quantize_8bit``, remembered: models that share a weight share its codes, and one that changes is rounded again.
 
     Args:
-        weight: as for ``quantize_8bit``. A change in place through ``.data``, which PyTorch does not count, is not seen.
+        weight: as for ``quantize_8bit``. Not every change is counted by PyTorch (its fused AdamW's is not, nor those through
+            ``.data``), so 256 of the numbers are compared too; what changes a few others alone is not seen.
 
     Returns:
         its codes and scales, kept as long as the weight lives.
     """
-    state = (0 if weight.is_inference() else weight._version, weight.data_ptr(), weight.dtype)
+    flat = weight.detach().flatten()
+    seen = flat[:: max(1, len(flat) // NUM_SEEN)].float().numpy().tobytes()
+    state = (0 if weight.is_inference() else weight._version, weight.data_ptr(), seen)
     kept: tuple[object, EightBitWeight] | None = _made.get(weight)
     if kept is not None and kept[0] == state:
         return kept[1]
     made = quantize_8bit(weight.detach())
     _made[weight] = (state, made)
     return made
+
+
+def is_made(weight: Tensor) -> bool:
+    """Whether ``eight_bits_of`` keeps something of a weight."""
+    return weight in _made
 
 
 def forget(weight: Tensor) -> None:

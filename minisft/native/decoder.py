@@ -24,9 +24,19 @@ import torch
 from torch import Tensor, nn
 
 from minisft.adapter import RowDropout
+from minisft.common.errors import UserError
 from minisft.common.shares import is_share
 from minisft.kernels import cpu_build, cpu_nf4
-from minisft.kernels.cpu_decode import KINDS, MAX_ROWS, LayerFields, LinearFields, Pointers, StepFields, Unsupported, require
+from minisft.kernels.cpu_decode import (
+    KINDS,
+    MAX_ROWS,
+    LayerFields,
+    LinearFields,
+    Pointers,
+    StepFields,
+    Unsupported,
+    require,
+)
 from minisft.kernels.eight_bit import EightBitWeight, eight_bits_of
 from minisft.lora import LoRALinear
 from minisft.matmul import Linear
@@ -52,14 +62,10 @@ def decode_path(model: CausalLM, num_rows: int = 1) -> str:
     """
     try:
         _Model(model)
-        _require_rows(num_rows)
+        require(num_rows <= MAX_ROWS, f"{num_rows} rows, more than {MAX_ROWS}")
     except Unsupported as reason:
         return f"PyTorch ({reason})"
     return cpu_nf4.path()
-
-
-def _require_rows(num_rows: int) -> None:
-    require(num_rows <= MAX_ROWS, f"{num_rows} rows, more than {MAX_ROWS}")
 
 
 def _require_plain(model: nn.Module) -> None:
@@ -81,6 +87,15 @@ def _no_library() -> str:
     return reason
 
 
+def not_fast(reason: Unsupported, name: str = "") -> UserError:
+    """The error of a model, perhaps one of several, that was to decode from 8 bits and cannot."""
+    return UserError(
+        "config/fast-decode", "fast decoding is not possible here", where=", ".join(filter(None, ("--fast-decode", name))),
+        found=str(reason), expected="a model that native code decodes: on a CPU, with a C++ compiler",
+        fix="leave --fast-decode away",
+    )  # fmt: skip
+
+
 def next_logits_of(model: CausalLM, cache: KVCache) -> Callable[[Tensor, KVCache], Tensor]:
     """What computes the next token's logits from the newest tokens: native where it can, else the readable model.
 
@@ -90,14 +105,20 @@ def next_logits_of(model: CausalLM, cache: KVCache) -> Callable[[Tensor, KVCache
 
     Returns:
         a function of tokens (B,) int64 and their cache, which it appends to; it gives logits (B, V) in the model's dtype.
+
+    Raises:
+        UserError: ``config/fast-decode``: 8 bits were asked for and native code does not compute the model any more.
     """
+    is_fast = model in in_eight_bits
     try:
-        decoder = NativeDecoder(model, cache, eight_bits=model in in_eight_bits)
-    except Unsupported:
+        decoder = NativeDecoder(model, cache, eight_bits=is_fast)
+    except Unsupported as reason:
+        if is_fast:
+            raise not_fast(reason) from reason
         decoder = None
 
     def next_logits(tokens: Tensor, cache: KVCache) -> Tensor:
-        if decoder is not None and len(tokens) <= MAX_ROWS:
+        if decoder is not None and (is_fast or len(tokens) <= MAX_ROWS):
             return decoder.logits(tokens, cache)
         return model.head(model.hidden(tokens[:, None], cache=cache)[:, 0])
 
@@ -186,7 +207,8 @@ class NativeDecoder:
 
     def __init__(self, model: CausalLM, cache: KVCache, eight_bits: bool = False) -> None:
         config, found = model.config, _Model(model, eight_bits)
-        self._model, self._dtype, self._vocabulary = found, model.dtype, model.lm_head.out_features
+        self._model, self._dtype, self._vocabulary = found, model.dtype, config.vocab_size
+        self._most_rows = None if eight_bits else MAX_ROWS
         threads, self._max_length = torch.get_num_threads(), cache.max_length
         D, H, K, E, I = (  # noqa: E741
             config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size
@@ -215,7 +237,7 @@ class NativeDecoder:
         """One step.
 
         Args:
-            tokens: (B,) int64, the newest token of each row; 1 to 16 rows.
+            tokens: (B,) int64, the newest token of each row; 1 to 16 rows, with 8 bits any number.
             cache: the rows' keys and values; those of the new tokens are appended.
 
         Returns:
@@ -226,19 +248,22 @@ class NativeDecoder:
             Unsupported: more than 16 rows, or a cache in another dtype or layout.
         """
         B = len(tokens)
-        _require_rows(B)
+        require(self._most_rows is None or self._most_rows >= B, f"{B} rows, more than {MAX_ROWS}")
         self._require_cache(cache, B)
         if (longest := int(cache.lengths.max())) >= cache.max_length:
             raise ValueError(f"the KV cache holds {cache.max_length} tokens; {longest + 1} are needed")
         logits, slots = torch.empty(B, self._vocabulary), torch.arange(B)
         step, positions, ids = self._step, cache.lengths.contiguous(), tokens.contiguous()
-        step.rows, step.ids, step.positions, step.slots = B, ids.data_ptr(), positions.data_ptr(), slots.data_ptr()
-        step.keys, step.values, step.logits = cache.keys.data_ptr(), cache.values.data_ptr(), logits.data_ptr()
+        step.keys, step.values = cache.keys.data_ptr(), cache.values.data_ptr()
         step.layer_stride, step.slot_stride, step.head_stride, step.position_stride, _ = cache.keys.stride()
         step.cache_kind = KINDS[cache.keys.dtype]
         library = cpu_nf4.library()
         assert library is not None
-        library.decode_step(ctypes.byref(step))
+        for first in range(0, B, MAX_ROWS):
+            some = slice(first, first + MAX_ROWS)
+            pointers = [tensor[some].data_ptr() for tensor in (ids, positions, slots, logits)]
+            step.rows, step.ids, step.positions, step.slots, step.logits = min(MAX_ROWS, B - first), *pointers
+            library.decode_step(ctypes.byref(step))
         cache.lengths = cache.lengths + 1
         return logits.to(self._dtype)
 

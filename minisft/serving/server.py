@@ -69,7 +69,7 @@ def serve(
     check_adapters(model, adapters or {})
     lanes = load_lanes(model, adapters or {}, template=template, dtype=dtype, device=device, quant=quant)
     for lane in lanes.values() if fast_decode else ():
-        drift = fast_decode_(lane.model, [prompt.ids for prompt in prompts(lane.tokenizer, lane.template)])
+        drift = fast_decode_(lane.model, [prompt.ids for prompt in prompts(lane.tokenizer, lane.template)], lane.name)
         log(f"{visible(lane.name)}: {drift}")
     engine = Engine(lanes, max_rows, max_waiting, log, 10**6 * prefix_cache_mb)
     hosts = own_hosts(host, port) if host in LOOPBACK else None
