@@ -154,18 +154,78 @@ def test_cache_lengths_and_windows(length: int, window: int | None) -> None:
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp32+nf4"])
 def test_a_row_gives_the_same_bits_alone_and_in_a_batch(kind: str) -> None:
-    """Whatever the number of rows and of threads: every output is summed by one thread in one order."""
+    """Whatever the number of rows and of threads: every output is summed by one thread in one order. Bf16 has two orders."""
     model = built(FAMILIES["qwen3"], kind, adapted=True)
     prompts, tokens = [[1, 2, n] for n in range(MAX_ROWS)], torch.arange(MAX_ROWS)
     with torch.inference_mode():
         whole = read_prompts(model, prompts, 3)[0]
-        wanted = {}
-        for count in (MAX_ROWS, 9, 8, 5, 3, 2, 1):
+        wanted: dict[tuple[bool, int], Tensor] = {}
+        for count in (MAX_ROWS, 9, 8, 6, 5, 3, 2, 1):
             cache = whole.select(torch.arange(count))
             with threads(1 + count % 2):
                 found = NativeDecoder(model, cache).logits(tokens[:count], cache)
-            wanted = wanted or dict(enumerate(found))
-            assert all(torch.equal(row, wanted[i]) for i, row in enumerate(found))
+            by_tiles = kind == "bf16" and count >= TILED
+            assert all(torch.equal(row, wanted.setdefault((by_tiles, i), row)) for i, row in enumerate(found))
+
+
+# ---- bf16 by AMX ---------------------------------------------------------------------------------------------------------
+
+TILED = 6  # rows from which on tiles multiply
+TAILS = replace(FAMILIES["llama"], intermediate_size=96, vocab_size=77)  # 77 outputs: two tiles and a part, odd
+needs_tiles = pytest.mark.skipif(not native_decoder._can_use_tiles(), reason="needs a CPU with AMX, and leave to use it")
+
+
+@needs_tiles
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("count", [6, 9, 16])
+@pytest.mark.parametrize("config", [FAMILIES["qwen3"], FAMILIES["llama-biases"], TAILS], ids=["qwen3", "biases", "tails"])
+def test_tiles_against_the_readable_model(config: ModelConfig, count: int, adapted: bool) -> None:
+    prompts = [[1 + n % 7, 2, 3, *range(n % 5)] for n in range(count)]
+    check_against(built(config, "bf16", adapted), exact(config, "bf16", adapted), prompts, 3)
+
+
+@needs_tiles
+@pytest.mark.parametrize("count", [6, 7, 16])
+@pytest.mark.parametrize("sizes", [(64, 77), (32, 32), (576, 100)])
+def test_tiles_lose_no_bit_of_what_they_multiply(sizes: tuple[int, int], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head alone, whose logits are fp32 until they are rounded: as exact as the products of fp32 vectors are."""
+    D, V = sizes
+    shape = {"hidden_size": D, "vocab_size": V, "num_layers": 1, "rms_norm_eps": 1e-9, "tie_word_embeddings": False}
+    config = replace(FAMILIES["llama"], **shape)
+    model = tiny.build(config, torch.bfloat16).eval().requires_grad_(False)
+    model.model.norm.weight.fill_(1)
+    for linear in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
+        linear.weight.zero_()  # a layer that adds nothing
+    tokens = torch.arange(count)
+    x = model.model.embed_tokens.weight[:count].double()
+    wanted = x / x.square().mean(-1, keepdim=True).sqrt() @ model.lm_head.weight.double().T
+    terms = (x / x.square().mean(-1, keepdim=True).sqrt()).abs() @ model.lm_head.weight.double().abs().T
+    errors = []
+    for tiled in (True, False):
+        monkeypatch.setattr(native_decoder, "USE_TILES", tiled)
+        with torch.inference_mode():
+            cache = KVCache(config, count, 2, model.dtype)
+            decoder = NativeDecoder(model, cache)
+            decoder._dtype = torch.float32
+            found = decoder.logits(tokens, cache)
+        errors.append(float(((found.double() - wanted).abs() / terms).max()))
+    assert max(errors) <= 8 * 2.0**-24
+    assert errors[0] != errors[1]  # they were two ways
+
+
+@needs_tiles
+def test_tiles_leave_the_registers_as_they_were() -> None:
+    """oneDNN multiplies by the same registers in the same threads."""
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(512, 512, generator=draw).bfloat16() for _ in range(2))
+    model = built(TAILS, "bf16")
+    with torch.inference_mode():
+        wanted = a @ b
+        cache = read_prompts(model, [[1, 2, n] for n in range(8)], 40)[0]
+        decoder = NativeDecoder(model, cache)
+        for n in range(8):
+            decoder.logits(torch.arange(8), cache)
+            assert torch.equal(a[: 512 - n] @ b, wanted[: 512 - n])
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from minisft.common.user_cache import cache_folder, is_private
 
 _HERE = Path(__file__).parent
 SOURCES = [_HERE / f"cpu_{name}.cpp" for name in ("nf4", "decode", "elementwise", "attention", "gguf")]
-HEADERS = [_HERE / name for name in ("cpu_lanes.h", "cpu_products.h", "cpu_elementwise.h")]
+HEADERS = [_HERE / name for name in ("cpu_lanes.h", "cpu_products.h", "cpu_tiles.h", "cpu_elementwise.h")]
 # -ffp-contract=off: a fused multiply-add has other bits. -fno-math-errno: a square root is an instruction, no call.
 # -nodefaultlibs: no C++ runtime, no second OpenMP runtime.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-exceptions", "-fno-math-errno", "-Wno-psabi"]

@@ -12,6 +12,7 @@
 
 #include "cpu_elementwise.h"
 #include "cpu_products.h"
+#include "cpu_tiles.h"
 
 namespace {
 
@@ -50,7 +51,7 @@ struct Step {
     int64_t num_layers, rows, D, H, K, E, I, max_rank, window, own_size;  // window: 0 for none
     int64_t layer_stride, slot_stride, head_stride, position_stride;
     float eps;
-    int32_t embedding_kind, cache_kind, threads;
+    int32_t embedding_kind, cache_kind, threads, use_tiles;
 };
 
 inline void store(float x, float* out) { *out = x; }
@@ -66,8 +67,10 @@ struct Worker {
     const Step& s;
     float *x, *qkv, *attended, *gate, *up, *low;  // shared by all threads; low (R, 3 max_rank): x A^T of up to three adapters
     float *normed, *halves, *scratch;             // this thread's own: (R, max in) twice, and what attention needs
+    uint16_t* packed;                             // and a row's input as tiles read it
+    const Tiles tiles;
 
-    explicit Worker(const Step& step) : s(step) {
+    explicit Worker(const Step& step) : s(step), tiles(step.use_tiles) {
         const int64_t widest = s.I > s.H * s.E ? s.I : s.H * s.E, in = widest > s.D ? widest : s.D;
         float* at = s.shared;
         for (auto [place, size] : {Part{&x, s.D}, Part{&qkv, (s.H + 2 * s.K) * s.E}, Part{&attended, s.H * s.E},
@@ -75,7 +78,9 @@ struct Worker {
             *place = at;
             at += s.rows * size;
         }
-        normed = s.own + omp_get_thread_num() * s.own_size;
+        float* own = s.own + omp_get_thread_num() * s.own_size;
+        packed = reinterpret_cast<uint16_t*>(own);
+        normed = own + TILE_FLOATS * in;
         halves = normed + s.rows * in;
         scratch = halves + s.rows * in;
     }
@@ -97,11 +102,38 @@ struct Worker {
         }
     }
 
+    bool is_tiled(const Linear& l) const {
+        return tiles && s.rows >= MIN_ROWS && l.kind == BF16 && l.in % TILE_NUMBERS == 0 && l.out >= TILE_OUTPUTS;
+    }
+
+    // The same by tiles, of what `packed` holds. The last outputs are computed with some before them, which are there already.
+    template <class Store>
+    void multiply_tiles(const Linear& l, const float* in, const Added& added, Store store) {
+        const auto* weight = static_cast<const uint16_t*>(l.weight);
+#pragma omp for schedule(static) nowait
+        for (int64_t column = 0; column < l.out; column += TILE_OUTPUTS) {
+            const int64_t first = column + TILE_OUTPUTS <= l.out ? column : l.out - TILE_OUTPUTS;
+            alignas(64) float y[TILE_OUTPUTS * TILE_ROWS];
+            tile_outputs(weight + first * l.in, l.in, packed, y);
+            if (!added.B) {
+                for (int64_t row = 0; row < s.rows; ++row)
+                    for (int64_t j = column; j < first + TILE_OUTPUTS; ++j) store(row, j, y[(j - first) * TILE_ROWS + row]);
+                continue;
+            }
+            const auto add = [&](int64_t row, int64_t j, float value) { store(row, j, value + y[(j - first) * TILE_ROWS + row]); };
+            for (int64_t j = column; j < first + TILE_OUTPUTS; j += COLUMNS_AT_ONCE) {
+                const int64_t rest = first + TILE_OUTPUTS - j;
+                outputs(NoMatrix{}, in, s.rows, j, rest < COLUMNS_AT_ONCE ? rest : COLUMNS_AT_ONCE, added, add);
+            }
+        }
+    }
+
     template <class Store>
     void multiply(const Linear& l, const float* in, const float* down, Store store) {
         const Added added{l.A ? l.B : nullptr, down, l.rank, 1.0f};
         const int64_t out = l.out;
         if (l.kind == FP32) return multiply(DenseMatrix<float>{static_cast<const float*>(l.weight), l.in}, in, out, added, store);
+        if (is_tiled(l)) return multiply_tiles(l, in, added, store);
         if (l.kind == BF16) return multiply(DenseMatrix<uint16_t>{static_cast<const uint16_t*>(l.weight), l.in}, in, out, added, store);
         if (l.kind == EIGHT_BIT) {
             const auto& w = *static_cast<const EightBit*>(l.weight);
@@ -119,17 +151,19 @@ struct Worker {
     // y = (or, with add, +=) the linears of one input (R, in).
     template <int COUNT>
     void linears(const float* in, const Output (&outputs)[COUNT], bool add = false) {
-        bool adapted = false, packed = false;
+        bool adapted = false, quantized = false, tiled = false;
         for (int i = 0; i < COUNT; ++i) {
             const Linear& l = outputs[i].linear;
-            packed |= l.kind == NF4;
+            quantized |= l.kind == NF4;
+            tiled |= is_tiled(l);
             adapted |= l.A != nullptr;
             float* down = low + i * s.rows * s.max_rank;
             if (l.A)
                 multiply(DenseMatrix<float>{l.A, l.in}, in, l.rank, Added{},
                          [&](int64_t row, int64_t r, float value) { down[row * l.rank + r] = l.scaling * value; });
         }
-        if (packed) split(in, s.rows * outputs[0].linear.in, halves);
+        if (tiled) pack(in, s.rows, outputs[0].linear.in, packed);
+        if (quantized) split(in, s.rows * outputs[0].linear.in, halves);
         if (adapted) {
 #pragma omp barrier
         }
@@ -265,3 +299,5 @@ extern "C" void decode_step(const Step* step) {
 #pragma omp parallel num_threads(step->threads)
     Worker(*step).run();
 }
+
+extern "C" int32_t can_use_tiles() { return tiles_allowed(); }

@@ -19,6 +19,7 @@ from minisft.nf4 import QuantizedWeight
 
 MAX_ROWS = 16  # rows of a step; more of them go to the BLAS, which reads each weight once for all rows
 PACKED_COLUMNS = 32  # a row of 4-bit weights is read in groups of 32, a dense one in groups of COLUMNS
+TILE_FLOATS = 24  # as in cpu_tiles.h
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 NF4, EIGHT_BIT = 2, 3
 
@@ -64,7 +65,7 @@ class StepFields(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_layers", "rows", "D", "H", "K", "E", "I", "max_rank", "window")),
         *((name, ctypes.c_int64) for name in ("own_size", "layer_stride", "slot_stride", "head_stride", "position_stride")),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("embedding_kind", "cache_kind", "threads")),
+        *((name, ctypes.c_int32) for name in ("embedding_kind", "cache_kind", "threads", "use_tiles")),
     )
 
 

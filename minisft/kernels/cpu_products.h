@@ -119,6 +119,14 @@ struct OrderedMatrix {
     }
 };
 
+// No matrix: of a product only what an adapter adds.
+struct NoMatrix {
+    static constexpr int64_t in = 0;
+
+    template <int COLUMNS, class Visit>
+    inline ALWAYS_INLINE void walk(int64_t, Visit) const {}
+};
+
 // x for PackedMatrix: of each 2 LANES numbers the even ones first, which are the high nibbles, then the odd ones.
 inline void split(const float* x, int64_t length, float* out) {
     for (int64_t k = 0; k < length; k += 2 * LANES)
