@@ -41,7 +41,10 @@ LIBRARIES = ("torch", "numpy", "pytest", "hypothesis", "tokenizers", "jinja2", "
 
 @dataclass(frozen=True)
 class Mutant:
-    """One bug: ``old``, which stands once in ``file``, becomes ``new``, and ``test`` has to fail; ``why`` it matters."""
+    """One bug: ``old``, which stands once in ``file``, becomes ``new``, and ``test`` has to fail; ``why`` it matters.
+
+    ``needs`` names what a CPU must be able to do for that, in the words of /proc/cpuinfo; nothing for most.
+    """
 
     name: str
     file: str
@@ -49,6 +52,7 @@ class Mutant:
     new: str
     test: str
     why: str
+    needs: str = ""
 
     def plant(self, root: Path) -> None:
         """Write the bug into the copy of the project at ``root``.
@@ -254,6 +258,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for mutant in mutants:
             print(f"{mutant.name}: {mutant.why}\n    {mutant.file}, killed by {mutant.test}")
         return 0
+    cpu = Path("/proc/cpuinfo")
+    features = set(cpu.read_text(encoding="utf-8").split()) if cpu.exists() else set()
+    if left_out := [mutant.name for mutant in mutants if mutant.needs and mutant.needs not in features]:
+        print(f"left out, for this CPU cannot do it: {', '.join(left_out)}")
+        mutants = [mutant for mutant in mutants if mutant.name not in left_out]
     # Whoever goes on editing meanwhile changes nothing in the copy.
     with compiled_copy() as clean, Runners() as runners:
         if problem := check_clean(mutants, clean, runners):

@@ -27,6 +27,7 @@ from minisft.formats import load_adapter_, save_adapter
 from minisft.generation import generate, read_prompts, sample_groups
 from minisft.kernels import cpu_build, cpu_nf4
 from minisft.kernels.cpu_decode import MAX_ROWS, Unsupported
+from minisft.kernels.eight_bit import quantize_8bit
 from minisft.merge_weights import merge_
 from minisft.model import CausalLM, KVCache
 from minisft.native import decoder as native_decoder
@@ -154,7 +155,7 @@ def test_cache_lengths_and_windows(length: int, window: int | None) -> None:
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp32+nf4"])
 def test_a_row_gives_the_same_bits_alone_and_in_a_batch(kind: str) -> None:
-    """Whatever the number of rows and of threads: every output is summed by one thread in one order. Bf16 has two orders."""
+    """Whatever the number of rows and of threads: every output is summed by one thread in one order, or with AMX in two."""
     model = built(FAMILIES["qwen3"], kind, adapted=True)
     prompts, tokens = [[1, 2, n] for n in range(MAX_ROWS)], torch.arange(MAX_ROWS)
     with torch.inference_mode():
@@ -164,51 +165,66 @@ def test_a_row_gives_the_same_bits_alone_and_in_a_batch(kind: str) -> None:
             cache = whole.select(torch.arange(count))
             with threads(1 + count % 2):
                 found = NativeDecoder(model, cache).logits(tokens[:count], cache)
-            by_tiles = kind == "bf16" and count >= TILED
+            by_tiles = count >= TILED.get(kind, MAX_ROWS + 1)
             assert all(torch.equal(row, wanted.setdefault((by_tiles, i), row)) for i, row in enumerate(found))
 
 
-# ---- bf16 by AMX ---------------------------------------------------------------------------------------------------------
+# ---- tiles of AMX --------------------------------------------------------------------------------------------------------
 
-TILED = 6  # rows from which on tiles multiply
-TAILS = replace(FAMILIES["llama"], intermediate_size=96, vocab_size=77)  # 77 outputs: two tiles and a part, odd
+TILED = {"bf16": 6, "fp32+nf4": 10}  # rows from which on tiles multiply
+TAILS = replace(FAMILIES["llama"], intermediate_size=128, vocab_size=77)  # 77 outputs: two tiles and a part, odd
 needs_tiles = pytest.mark.skipif(not native_decoder._can_use_tiles(), reason="needs a CPU with AMX, and leave to use it")
 
 
 @needs_tiles
 @pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("count", [6, 9, 16])
+@pytest.mark.parametrize(("kind", "count"), [("bf16", 6), ("bf16", 9), ("bf16", 16), ("fp32+nf4", 10), ("bf16+nf4-plain", 16)])
 @pytest.mark.parametrize("config", [FAMILIES["qwen3"], FAMILIES["llama-biases"], TAILS], ids=["qwen3", "biases", "tails"])
-def test_tiles_against_the_readable_model(config: ModelConfig, count: int, adapted: bool) -> None:
+def test_tiles_against_the_readable_model(config: ModelConfig, kind: str, count: int, adapted: bool) -> None:
     prompts = [[1 + n % 7, 2, 3, *range(n % 5)] for n in range(count)]
-    check_against(built(config, "bf16", adapted), exact(config, "bf16", adapted), prompts, 3)
+    check_against(built(config, kind, adapted), exact(config, kind, adapted), prompts, 3)
 
 
 @needs_tiles
-@pytest.mark.parametrize("count", [6, 7, 16])
-@pytest.mark.parametrize("sizes", [(64, 77), (32, 32), (576, 100)])
-def test_tiles_lose_no_bit_of_what_they_multiply(sizes: tuple[int, int], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_that_two_tiles_compute_are_added_once() -> None:
+    """48 outputs are a tile and a half, and what attention and MLP give is added to what is there."""
+    config = replace(TAILS, hidden_size=48)
+    prompts = [[1 + n % 7, 2, 3] for n in range(9)]
+    check_against(built(config, "bf16"), exact(config, "bf16"), prompts, 3)
+
+
+@needs_tiles
+@pytest.mark.parametrize("count", [10, 11, 16])
+@pytest.mark.parametrize("sizes", [(64, 77), (128, 32), (576, 100)])
+@pytest.mark.parametrize("kind", ["bf16", "nf4", "nf4-plain", "8 bits"])
+def test_tiles_lose_no_bit_of_what_they_multiply(
+    kind: str, sizes: tuple[int, int], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The head alone, whose logits are fp32 until they are rounded: as exact as the products of fp32 vectors are."""
     D, V = sizes
     shape = {"hidden_size": D, "vocab_size": V, "num_layers": 1, "rms_norm_eps": 1e-9, "tie_word_embeddings": False}
     config = replace(FAMILIES["llama"], **shape)
-    model = tiny.build(config, torch.bfloat16).eval().requires_grad_(False)
+    model = tiny.build(config, torch.bfloat16 if kind == "bf16" else torch.float32).eval().requires_grad_(False)
     model.model.norm.weight.fill_(1)
     for linear in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
         linear.weight.zero_()  # a layer that adds nothing
-    tokens = torch.arange(count)
-    x = model.model.embed_tokens.weight[:count].double()
-    wanted = x / x.square().mean(-1, keepdim=True).sqrt() @ model.lm_head.weight.double().T
-    terms = (x / x.square().mean(-1, keepdim=True).sqrt()).abs() @ model.lm_head.weight.double().abs().T
+    weight = model.lm_head.weight
+    if kind.startswith("nf4"):
+        model.lm_head = NF4Linear.from_linear(model.lm_head, double_quant=kind == "nf4")
+        weight = model.lm_head.dequantized_weight(torch.float32)
+    elif kind == "8 bits":
+        weight = quantize_8bit(weight).dequantize()
+    x = model.model.embed_tokens.weight[torch.arange(count) % V].double()
+    normed, true = x / (x.square().mean(-1, keepdim=True) + 1e-9).sqrt(), weight.double()
     errors = []
     for tiled in (True, False):
         monkeypatch.setattr(native_decoder, "USE_TILES", tiled)
         with torch.inference_mode():
             cache = KVCache(config, count, 2, model.dtype)
-            decoder = NativeDecoder(model, cache)
+            decoder = NativeDecoder(model, cache, eight_bits=kind == "8 bits")
             decoder._dtype = torch.float32
-            found = decoder.logits(tokens, cache)
-        errors.append(float(((found.double() - wanted).abs() / terms).max()))
+            found = decoder.logits(torch.arange(count) % V, cache)
+        errors.append(float(((found.double() - normed @ true.T).abs() / (normed.abs() @ true.abs().T)).max()))
     assert max(errors) <= 8 * 2.0**-24
     assert errors[0] != errors[1]  # they were two ways
 
@@ -479,13 +495,13 @@ def test_without_a_compiler_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> 
 OTHERS = ("attention", "cpu_elementwise", "cpu_nf4", "fast_decode", "formats_gguf")
 
 
-def run_again(folder: Path, options: str, environment: dict[str, str]) -> str:
+def run_again(folder: Path, options: str, environment: dict[str, str], more: str = "") -> str:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment = {**kept, "MINISFT_CACHE": str(folder), **environment}
     compiler = environment.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
     environment["CXX"] = f"{compiler} {options}"
     chosen = "family or lengths or same_bits or full_cache or rms_norm or swiglu or rotate or few_rows or any_bytes"
-    chosen += " or values_and_gradients or common_beginning or past_is or blocks_of_queries or rounded_weights"
+    chosen += " or values_and_gradients or common_beginning or past_is or blocks_of_queries or rounded_weights" + more
     files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("native_decode", *OTHERS)]
     command = [sys.executable, "-m", "pytest", *files, "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
@@ -511,7 +527,8 @@ def test_with_sanitizers(tmp_path: Path) -> None:
     script.write_text(SANITIZED.format(compiler=compiler, libraries=f"{asan} {ubsan}"))
     script.chmod(0o755)
     environment = {"CXX": str(script), "LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0", "MINISFT_HYPOTHESIS": "fast"}
-    assert " passed" in run_again(tmp_path / "cache", "", environment)
+    more = " or tiles" if native_decoder._can_use_tiles() else ""
+    assert " passed" in run_again(tmp_path / "cache", "", environment, more)
 
 
 SANITIZED = """#!/bin/sh

@@ -17,6 +17,7 @@
 namespace {
 
 enum Kind : int32_t { FP32, BF16, NF4, EIGHT_BIT };
+constexpr int64_t MIN_TILED[] = {INT64_MAX, 6, 10, 10};  // rows, by kind: fewer take less time by vectors than by tiles
 
 struct EightBit {
     const int8_t* codes;
@@ -103,18 +104,30 @@ struct Worker {
     }
 
     bool is_tiled(const Linear& l) const {
-        return tiles && s.rows >= MIN_ROWS && l.kind == BF16 && l.in % TILE_NUMBERS == 0 && l.out >= TILE_OUTPUTS;
+        if (!tiles || s.rows < MIN_TILED[l.kind] || l.in % TILE_NUMBERS || l.out < TILE_OUTPUTS) return false;
+        int64_t block = l.in;  // of one scale: whole ones in a row, whole tiles in a block
+        if (l.kind == EIGHT_BIT) block = static_cast<const EightBit*>(l.weight)->block;
+        if (l.kind == NF4) block = int64_t(1) << static_cast<const Weight*>(l.weight)->block_shift;
+        return l.in % block == 0 && block % TILE_NUMBERS == 0;
+    }
+
+    // 32 outputs from `first` on.
+    void tile(const Linear& l, int64_t first, float* y) const {
+        const int64_t at = first * l.in;
+        if (l.kind == BF16) return tile_outputs(static_cast<const uint16_t*>(l.weight) + at, l.in, packed, y);
+        if (l.kind == NF4) return tile_outputs(*static_cast<const Weight*>(l.weight), first, l.in, packed, y);
+        const auto& w = *static_cast<const EightBit*>(l.weight);
+        tile_outputs(w.codes + at, w.scales + at / w.block, w.block, l.in, packed, y);
     }
 
     // The same by tiles, of what `packed` holds. The last outputs are computed with some before them, which are there already.
     template <class Store>
     void multiply_tiles(const Linear& l, const float* in, const Added& added, Store store) {
-        const auto* weight = static_cast<const uint16_t*>(l.weight);
 #pragma omp for schedule(static) nowait
         for (int64_t column = 0; column < l.out; column += TILE_OUTPUTS) {
             const int64_t first = column + TILE_OUTPUTS <= l.out ? column : l.out - TILE_OUTPUTS;
             alignas(64) float y[TILE_OUTPUTS * TILE_ROWS];
-            tile_outputs(weight + first * l.in, l.in, packed, y);
+            tile(l, first, y);
             if (!added.B) {
                 for (int64_t row = 0; row < s.rows; ++row)
                     for (int64_t j = column; j < first + TILE_OUTPUTS; ++j) store(row, j, y[(j - first) * TILE_ROWS + row]);
@@ -132,8 +145,8 @@ struct Worker {
     void multiply(const Linear& l, const float* in, const float* down, Store store) {
         const Added added{l.A ? l.B : nullptr, down, l.rank, 1.0f};
         const int64_t out = l.out;
-        if (l.kind == FP32) return multiply(DenseMatrix<float>{static_cast<const float*>(l.weight), l.in}, in, out, added, store);
         if (is_tiled(l)) return multiply_tiles(l, in, added, store);
+        if (l.kind == FP32) return multiply(DenseMatrix<float>{static_cast<const float*>(l.weight), l.in}, in, out, added, store);
         if (l.kind == BF16) return multiply(DenseMatrix<uint16_t>{static_cast<const uint16_t*>(l.weight), l.in}, in, out, added, store);
         if (l.kind == EIGHT_BIT) {
             const auto& w = *static_cast<const EightBit*>(l.weight);
@@ -154,8 +167,8 @@ struct Worker {
         bool adapted = false, quantized = false, tiled = false;
         for (int i = 0; i < COUNT; ++i) {
             const Linear& l = outputs[i].linear;
-            quantized |= l.kind == NF4;
             tiled |= is_tiled(l);
+            quantized |= l.kind == NF4 && !is_tiled(l);
             adapted |= l.A != nullptr;
             float* down = low + i * s.rows * s.max_rank;
             if (l.A)

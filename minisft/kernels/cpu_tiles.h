@@ -1,8 +1,9 @@
-// y = x W^T for 6 to 16 rows of x and a W in bf16, by AMX: 32 outputs of all rows at once, at the speed at which W is read.
+// y = x W^T for up to 16 rows of x, by AMX: 32 outputs of all rows at once.
 //
-// A tile register holds 16 rows of 64 bytes. Tiles of W are read as they lie: 16 outputs and 32 numbers of each. x is fp32 and is
-// split without a remainder into three numbers of bf16, x = high + middle + low (8 bits each), so the products are those of fp32
-// and only the order of their sums differs from DenseMatrix's. Numbers below 2^-126 count as zero, the parts of x among them.
+// A tile register holds 16 rows of 64 bytes. Tiles of a W in bf16 are read as they lie, 16 outputs and 32 numbers of each; for one
+// in 4 or 8 bits they are made. x is fp32 and is split without a remainder into three numbers of bf16, x = high + middle + low (8
+// bits each), so the products are those of fp32 and only the order of their sums differs from DenseMatrix's. Numbers below 2^-126
+// count as zero, the parts of x among them. Splitting a W in fp32 too takes longer than multiplying it by vectors.
 // The kernel saves these registers only for who asked for them (arch_prctl), and oneDNN uses them in the same threads: whoever
 // computes here puts back the configuration that was there.
 //
@@ -19,7 +20,6 @@
 
 namespace {
 
-constexpr int64_t MIN_ROWS = 6;  // fewer take less time by DenseMatrix
 constexpr int64_t TILE_ROWS = 16, TILE_OUTPUTS = 32, TILE_NUMBERS = 32, SPLITS = 3;
 constexpr int64_t TILE_AHEAD = 1024;         // numbers before a weight is read it is asked for
 constexpr int64_t TILE_FLOATS = SPLITS * 8;  // memory for packed rows of x, in fp32 numbers for each number of a row
@@ -43,6 +43,9 @@ struct TileConfig {
         else asm volatile("tilerelease");
     }
 };
+
+// What was stored must be in memory before tiles are loaded: GCC does not know that _tile_loadd reads.
+inline void written() { asm volatile("" : : : "memory"); }
 
 // All eight tiles 16 x 64 bytes as long as it lives; then what was there before, without the numbers.
 class Tiles {
@@ -87,19 +90,22 @@ inline void transpose(__m512i* v) {
     }
 }
 
+// 32 fp32 numbers as three parts of bf16, `apart` from one another.
+inline ALWAYS_INLINE void split_numbers(const float* from, int64_t apart, void* to) {
+    __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
+    each<SPLITS>([&](int part) ALWAYS_INLINE {
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+        _mm512_storeu_si512(static_cast<char*>(to) + part * apart, both);
+        a -= (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16);
+        b -= (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16);
+    });
+}
+
 // x (rows, in) for tiles: for each 32 numbers the three parts, each 16 pairs of numbers x 16 rows; missing rows are zero.
 inline void pack(const float* x, int64_t rows, int64_t in, uint16_t* out) {
     for (int64_t k = 0; k < in; k += TILE_NUMBERS, out += SPLITS * 512) {
         __m512i parts[SPLITS][TILE_ROWS] = {};
-        for (int64_t row = 0; row < rows; ++row) {
-            __m512 a = _mm512_loadu_ps(x + row * in + k), b = _mm512_loadu_ps(x + row * in + k + 16);
-            for (int part = 0; part < SPLITS; ++part) {
-                const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-                parts[part][row] = both;
-                a -= (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16);
-                b -= (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16);
-            }
-        }
+        for (int64_t row = 0; row < rows; ++row) split_numbers(x + row * in + k, sizeof parts[0], &parts[0][row]);
         for (int part = 0; part < SPLITS; ++part) {
             transpose(parts[part]);
             memcpy(out + part * 512, parts[part], sizeof parts[part]);
@@ -107,8 +113,9 @@ inline void pack(const float* x, int64_t rows, int64_t in, uint16_t* out) {
     }
 }
 
-// y (32, 16): outputs from weight on, which is (32, in), of packed rows.
+// y (32, 16): 32 outputs of packed rows, from a weight (32, in) in bf16 on.
 inline void tile_outputs(const uint16_t* weight, int64_t in, const uint16_t* packed, float* y) {
+    written();
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t k = 0; k < in; k += TILE_NUMBERS, packed += SPLITS * 512) {
@@ -129,6 +136,85 @@ inline void tile_outputs(const uint16_t* weight, int64_t in, const uint16_t* pac
     _tile_stored(1, y + 256, 64);
 }
 
+// The same for weights that are no bf16: fill(output, k, to) writes PARTS times 32 numbers of bf16, 512 apart, whose sum times
+// scale(output, block) is the weight; of their products with the parts of x those below fp32's last bit are left out.
+template <int PARTS, class Fill, class Scale>
+inline void made_tile_outputs(int64_t in, int64_t block, const uint16_t* packed, Fill fill, Scale scale, float* y) {
+    alignas(64) uint16_t made[2][2][PARTS * 512];  // two of each: one is filled while the other is read
+    alignas(64) float sums[TILE_OUTPUTS * TILE_ROWS];
+    memset(y, 0, sizeof sums);
+    for (int64_t k = 0, b = 0; k < in; ++b) {
+        _tile_zero(0);
+        _tile_zero(1);
+        for (const int64_t end = k + block; k < end; k += TILE_NUMBERS, packed += SPLITS * 512) {
+            auto& tiles = made[k / TILE_NUMBERS % 2];
+            for (int64_t i = 0; i < TILE_OUTPUTS; ++i) fill(i, k, tiles[i / 16] + i % 16 * 32);
+            written();
+            _tile_loadd(4, packed, 64);
+            _tile_loadd(5, packed + 512, 64);
+            _tile_loadd(6, packed + 1024, 64);
+            _tile_loadd(2, tiles[0], 64);
+            _tile_loadd(3, tiles[1], 64);
+            _tile_dpbf16ps(0, 2, 4);
+            _tile_dpbf16ps(1, 3, 4);
+            _tile_dpbf16ps(0, 2, 5);
+            _tile_dpbf16ps(1, 3, 5);
+            _tile_dpbf16ps(0, 2, 6);
+            _tile_dpbf16ps(1, 3, 6);
+            if constexpr (PARTS > 1) {
+                _tile_loadd(2, tiles[0] + 512, 64);
+                _tile_loadd(3, tiles[1] + 512, 64);
+                _tile_dpbf16ps(0, 2, 4);
+                _tile_dpbf16ps(1, 3, 4);
+                _tile_dpbf16ps(0, 2, 5);
+                _tile_dpbf16ps(1, 3, 5);
+                _tile_loadd(2, tiles[0] + 1024, 64);
+                _tile_loadd(3, tiles[1] + 1024, 64);
+                _tile_dpbf16ps(0, 2, 4);
+                _tile_dpbf16ps(1, 3, 4);
+            }
+        }
+        _tile_stored(0, sums, 64);
+        _tile_stored(1, sums + 256, 64);
+        for (int64_t i = 0; i < TILE_OUTPUTS; ++i) {
+            const Floats more = load<Floats>(sums + 16 * i) * scale(i, b);
+            put(y + 16 * i, load<Floats>(y + 16 * i) + more);
+        }
+    }
+}
+
+// Codes of 8 bits are numbers of bf16 as they are.
+inline void tile_outputs(const int8_t* codes, const float* scales, int64_t block, int64_t in, const uint16_t* packed, float* y) {
+    const auto fill = [=](int64_t i, int64_t k, uint16_t* to) ALWAYS_INLINE {
+        const int8_t* from = codes + i * in + k;
+        __builtin_prefetch(from + 2 * TILE_AHEAD);
+        const __m512 low = (__m512)widened(from), high = (__m512)widened(from + 16);
+        _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    };
+    const auto scale = [=](int64_t i, int64_t b) ALWAYS_INLINE { return scales[i * (in / block) + b]; };
+    made_tile_outputs<1>(in, block, packed, fill, scale, y);
+}
+
+// 4 bits from the row `first` on: a permutation looks up 32 levels at a time, in each of their three parts.
+inline void tile_outputs(const Weight& weight, int64_t first, int64_t in, const uint16_t* packed, float* y) {
+    alignas(64) float levels[32];
+    for (int i = 0; i < 32; ++i) levels[i] = weight.levels[i % 16];  // twice: bit 4 of an index belongs to the next code
+    __m512i tables[SPLITS];
+    split_numbers(levels, 64, tables);
+    const int64_t block = int64_t(1) << weight.block_shift, blocks = in >> weight.block_shift;
+    const auto fill = [&](int64_t i, int64_t k, uint16_t* to) ALWAYS_INLINE {
+        const uint8_t* from = weight.packed + (((first + i) * in + k) >> 1);
+        __builtin_prefetch(from + TILE_AHEAD);
+        const __m512i bytes = _mm512_cvtepu8_epi32(load<__m128i>(from));
+        const __m512i codes = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+        each<SPLITS>([&](int part) ALWAYS_INLINE {
+            _mm512_store_si512(to + part * 512, _mm512_permutexvar_epi16(codes, tables[part]));
+        });
+    };
+    const auto scale = [&](int64_t i, int64_t b) ALWAYS_INLINE { return weight.scale((first + i) * blocks + b); };
+    made_tile_outputs<3>(in, block, packed, fill, scale, y);
+}
+
 #else
 
 inline bool tiles_allowed() { return false; }
@@ -138,6 +224,8 @@ struct Tiles {
 };
 inline void pack(const float*, int64_t, int64_t, uint16_t*) {}
 inline void tile_outputs(const uint16_t*, int64_t, const uint16_t*, float*) {}
+inline void tile_outputs(const int8_t*, const float*, int64_t, int64_t, const uint16_t*, float*) {}
+inline void tile_outputs(const Weight&, int64_t, int64_t, const uint16_t*, float*) {}
 
 #endif
 
