@@ -14,6 +14,7 @@ that only its own turns are known. Seconds are those from sending a turn to the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import socket
@@ -136,18 +137,19 @@ def talk(server: Server, name: str) -> tuple[list[float], list[str], list[int]]:
 
 def talks(model: str, rounds: int) -> dict:
     """Chats of two servers in turns, the first chat to warm up."""
-    servers = {name: Server(model, "--prefix-cache-mb", str(size)) for name, size in KEEPING.items()}
-    seconds: dict[str, list[list[float]]] = {name: [] for name in servers}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in KEEPING}
     same, prompts = 0, {}
-    try:
+    with contextlib.ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(contextlib.closing(Server(model, "--prefix-cache-mb", str(size))))
+            for name, size in KEEPING.items()
+        }
         for round_ in range(rounds + 1):
-            found = {name: talk(server, f"Chat {round_}") for name, server in servers.items()}
+            order = list(servers.items())[:: -1 if round_ % 2 else 1]
+            found = {name: talk(server, f"Chat {round_}") for name, server in order}
             same += all(answers == found["kept"][1] for _, answers, _ in found.values())
             for name, (times, _, prompts[name]) in found.items():
                 seconds[name] += [times] if round_ else []
-    finally:
-        for server in servers.values():
-            server.close()
     ratios = [sum(b[1:]) / sum(a[1:]) for a, b in zip(seconds["kept"], seconds["nothing kept"], strict=True)]
     return {
         "turn_s": {name: [harness.spread(list(turn)) for turn in zip(*times, strict=True)] for name, times in seconds.items()},

@@ -334,20 +334,24 @@ def read_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], num_new: int
     return cache, hidden_BTD[torch.arange(len(prompts)), lengths - 1]
 
 
-def read_rests(
+def read_suffixes(
     model: CausalLM, prompts: Sequence[Sequence[int]], pasts: Sequence[KVCache], num_new: int
 ) -> tuple[KVCache, Tensor]:
-    """``read_prompts`` where a beginning of each is known.
+    """``read_prompts`` where a prefix of each is known; a longer one that all of them share is read once.
 
     Args:
         model: the decoder.
         prompts: token ids.
-        pasts: for each a cache of one row, which holds a beginning of it, without the last token at least.
+        pasts: for each a cache of one row: its prefix, at most all of its tokens but the last.
         num_new: how many more tokens a row the cache must hold.
 
     Returns:
         a KV cache with space for ``num_new`` more tokens a row, and the hidden state (B, D) at each prompt's last token.
     """
+    P = _shared_prefix(prompts)
+    if max(int(past.lengths) for past in pasts) + MIN_SHARED_PROMPT <= P:
+        cache, _ = read_suffixes(model, [prompts[0][:P]], pasts[:1], 0)
+        pasts = [cache.part(0, P)] * len(prompts)
     rests = [prompt[int(past.lengths) :] for prompt, past in zip(prompts, pasts, strict=True)]
     lengths = torch.tensor([len(rest) for rest in rests])
     longest = int(lengths.max())
@@ -401,7 +405,7 @@ class ChatCache:
         (prompt,) = prompts
         shared = _num_common([self.ids, prompt[:-1]])  # the last token is computed in any case: its state is asked for
         past = model.new_cache(1, 0) if self.cache is None else self.cache.part(0, shared)
-        cache, hidden_BD = read_rests(model, prompts, [past], num_new)
+        cache, hidden_BD = read_suffixes(model, prompts, [past], num_new)
         self.ids, self.cache = list(prompt), cache
         return cache, hidden_BD
 

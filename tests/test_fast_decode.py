@@ -206,6 +206,17 @@ def test_changed_weights_are_rounded_again(change) -> None:
 
 
 @needs_native
+def test_a_change_of_one_row_is_seen() -> None:
+    """Of a large weight, in which few numbers are compared: PyTorch counts it."""
+    model = made(replace(CONFIG, intermediate_size=960))
+    fast_decode_(model, PROMPTS)
+    before = scores(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 7:9].add_(2.0)
+    assert not torch.equal(scores(model), before)
+
+
+@needs_native
 def test_training_in_full_is_seen() -> None:
     """The fused AdamW of PyTorch writes to fp32 parameters without counting it."""
     model = made()

@@ -29,6 +29,7 @@ from minisft.merge_weights import merge, merge_
 from minisft.native.decoder import decode_path, next_logits_of
 from minisft.serving.batch import Batch, Job
 from minisft.serving.lanes import load_lanes
+from minisft.serving.prefix_cache import PrefixCache
 from minisft.step import set_checkpointing
 from minisft.surgery import apply_lora_, lora_modules, nf4_modules
 
@@ -204,7 +205,7 @@ def test_rows_of_the_server_join_leave_and_grow(
     texts = []
     for lane, model in zip(lanes.values(), (loaded(folders[kind]), adapted), strict=True):
         lane = replace(lane, eos_ids=frozenset())
-        batch, found = Batch(lane.model), [[] for _ in prompts]
+        batch, found = Batch(lane.model, PrefixCache(10**9)), [[] for _ in prompts]
         for out, prompt, length in zip(found, prompts, lengths, strict=True):
             batch.admit([Job(lane, prompt, 1, length, Sampling(), (), 0, lambda piece, out=out: out.append(piece.score.token))])
             batch.step()

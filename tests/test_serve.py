@@ -108,7 +108,7 @@ def make_shop(folder: Path, adapters: dict[str, str], **changes: int) -> Shop:
     from minisft.serving.app import Service, make_app
 
     port = free_port()
-    limits = {"max_rows": 8, "max_waiting": 64, "max_kept_bytes": 10**6, **changes}
+    limits = {"max_rows": 8, "max_waiting": 64, "max_cache_bytes": 10**6, **changes}
     engine = Engine(load_lanes(folder / "model", adapters), log=print, **limits)
     service = Service(engine, own_hosts("127.0.0.1", port), None, 16, print)
     return Shop(folder, port, engine, service, make_app(service))

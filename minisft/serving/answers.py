@@ -110,7 +110,7 @@ class Answer:
 
     def _usage(self) -> dict[str, JSON]:
         prompt, completion = len(self._job.prompt), self._completion_tokens
-        details: dict[str, JSON] = {"cached_tokens": self._job.num_known}
+        details: dict[str, JSON] = {"cached_tokens": self._job.num_cached}
         total = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         return {**total, "prompt_tokens_details": details}
 

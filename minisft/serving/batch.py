@@ -13,11 +13,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from minisft.generation import Sampling, TextStream, holes_filled, read_prompts, read_rests
-from minisft.model import CausalLM, KVCache
+from minisft.generation import Sampling, TextStream, holes_filled, read_prompts, read_suffixes
+from minisft.model import READ_AT_ONCE, CausalLM, KVCache
 from minisft.native.decoder import in_eight_bits, next_logits_of
-from minisft.serving.kept_prefixes import KeptPrefixes
 from minisft.serving.lanes import Lane
+from minisft.serving.prefix_cache import PrefixCache
 from minisft.serving.stops import TextUntilStop
 
 ROOM = 128  # tokens by which a KV cache grows: a request may ask for far more than it will use
@@ -70,7 +70,7 @@ class Job:
         top_logprobs: None without scores.
         emit: called in the computing thread with each ``Piece``, or once with None when the request failed.
         cancelled: nobody waits for it any more.
-        num_known: tokens of the prompt whose keys and values were kept from earlier requests.
+        num_cached: tokens of the prompt whose keys and values were kept from earlier requests.
     """
 
     lane: Lane
@@ -82,7 +82,7 @@ class Job:
     top_logprobs: int | None
     emit: Callable[[Piece | None], None]
     cancelled: bool = field(default=False)
-    num_known: int = field(default=0)
+    num_cached: int = field(default=0)
 
 
 class Row:
@@ -116,7 +116,7 @@ class Batch:
         kept: what rows that have ended leave behind.
     """
 
-    def __init__(self, model: CausalLM, kept: KeptPrefixes) -> None:
+    def __init__(self, model: CausalLM, kept: PrefixCache) -> None:
         self._model, self._kept = model, kept
         self.rows: list[Row] = []
         self._cache: KVCache | None = None
@@ -127,19 +127,19 @@ class Batch:
         """Read the prompts of ``jobs`` and let their rows join."""
         pasts = {job: past for job in jobs if (past := self._kept.find(self._model, job.prompt)) is not None}
         for job, past in pasts.items():
-            job.num_known = int(past.lengths)
-        for group in _groups(jobs, known=False):
+            job.num_cached = int(past.lengths)
+        for group in _groups([job for job in jobs if job not in pasts]):
             self._join(group, read_prompts(self._model, [job.prompt for job in group], ROOM))
-        for group in _groups(jobs, known=True):
-            self._join(group, read_rests(self._model, [job.prompt for job in group], [pasts[job] for job in group], ROOM))
+        for group in _groups(pasts):
+            self._join(group, read_suffixes(self._model, [job.prompt for job in group], [pasts[job] for job in group], ROOM))
 
     def _join(self, group: Sequence[Job], read: tuple[KVCache, Tensor]) -> None:
         cache, hidden_BD = read
         rows = [(i, Row(job, choice)) for i, job in enumerate(group) for choice in range(job.num_choices)]
         logits_BV = self._model.head(hidden_BD)
         if len(rows) > len(group):
-            places = torch.tensor([i for i, _ in rows], device=logits_BV.device)
-            cache, logits_BV = cache.select(places), logits_BV[places]
+            index = torch.tensor([i for i, _ in rows], device=logits_BV.device)
+            cache, logits_BV = cache.select(index), logits_BV[index]
         if self._cache is not None:
             cache, logits_BV = joined(self._model, (self._cache, cache)), torch.cat((self._logits_BV, logits_BV))
         self.rows += [row for _, row in rows]
@@ -187,7 +187,7 @@ class Batch:
         if len(active) == len(self.rows):
             return active
         for r in set(range(len(self.rows))).difference(active):
-            self._leave_behind(r)
+            self._keep_prefix(r)
         active = holes_filled(active)
         self.rows = [self.rows[r] for r in active]
         if not active:
@@ -197,8 +197,8 @@ class Batch:
             self._logits_BV = self._logits_BV[torch.tensor(active, device=self._logits_BV.device)]
         return active
 
-    def _leave_behind(self, r: int) -> None:
-        """Keep what a row has read and written; read alone where steps take rounded weights, and once for several choices."""
+    def _keep_prefix(self, r: int) -> None:
+        """Keep what a row has read and written; only its prompt if steps read 8 bits, and of several choices only the first."""
         row = self.rows[r]
         if self._cache is None or row.choice > 0:
             return
@@ -212,20 +212,24 @@ class Batch:
         return jobs
 
 
-def _groups(jobs: Collection[Job], known: bool) -> list[list[Job]]:
-    """Jobs whose prompts are read together, of those with or without a known beginning: one length beside another, and not
-    too many tokens at once."""
+def _groups(jobs: Collection[Job]) -> list[list[Job]]:
+    """Jobs whose prompts are read together: those of one length beside each other, and not too many tokens at once.
+
+    Attention over a cache holds scores of every token that is read with all before it, so their number has a limit too.
+    """
     groups: list[list[Job]] = []
-    for job in sorted((job for job in jobs if bool(job.num_known) == known), key=_num_to_read, reverse=True):
-        if groups and (len(groups[-1]) + 1) * _num_to_read(groups[-1][0]) <= MAX_PREFILL:
-            groups[-1].append(job)
+    for job in sorted(jobs, key=_num_to_read, reverse=True):
+        group = [*groups[-1], job] if groups else []
+        tokens = len(group) * _num_to_read(group[0]) if group else 0
+        if group and tokens <= MAX_PREFILL and tokens * max(len(job.prompt) for job in group) <= MAX_PREFILL * READ_AT_ONCE:
+            groups[-1] = group
         else:
             groups.append([job])
     return groups
 
 
 def _num_to_read(job: Job) -> int:
-    return len(job.prompt) - job.num_known
+    return len(job.prompt) - job.num_cached
 
 
 def joined(model: CausalLM, caches: Sequence[KVCache]) -> KVCache:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from minisft.common.errors import visible
 from minisft.serving.batch import Batch, Job
-from minisft.serving.kept_prefixes import KeptPrefixes
 from minisft.serving.lanes import Lane
+from minisft.serving.prefix_cache import PrefixCache
 
 IDLE_S = 0.2  # how often an idle thread looks whether the server is stopping
 
@@ -35,7 +35,7 @@ class Engine:
         max_rows: answers that are written at once, all models together.
         max_waiting: requests that may wait.
         log: called with one line when a request fails.
-        max_kept_bytes: memory for what earlier requests have read, see ``KeptPrefixes``.
+        max_cache_bytes: memory for what earlier requests have read, see ``PrefixCache``.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class Engine:
         max_rows: int,
         max_waiting: int,
         log: Callable[[str], None],
-        max_kept_bytes: int = 0,
+        max_cache_bytes: int = 0,
     ) -> None:
         self.lanes, self.max_rows, self.max_waiting = lanes, max_rows, max_waiting
         self._log = log
-        kept = KeptPrefixes(max_kept_bytes)
+        kept = PrefixCache(max_cache_bytes)
         self._batches = {name: Batch(lane.model, kept) for name, lane in lanes.items()}
         self._waiting: deque[Job] = deque()
         self._reserved = 0  # while prompts are read: rows that are written or joining, each counted once

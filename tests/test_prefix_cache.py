@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from dataclasses import replace
 
@@ -14,14 +13,14 @@ from hypothesis import strategies as st
 
 from minisft.cli.main import main
 from minisft.config import LoRAConfig
-from minisft.data.tokenizer import Tokenizer
 from minisft.evaluation.fast_decode import fast_decode_
-from minisft.generation import Sampling, generate, read_prompts, read_rests
+from minisft.generation import Sampling, generate, read_prompts, read_suffixes
 from minisft.kernels import cpu_build
 from minisft.model import CausalLM, KVCache
+from minisft.serving import batch, prefix_cache
 from minisft.serving.batch import Batch, Job, Piece
-from minisft.serving.kept_prefixes import MIN_SHARED, KeptPrefixes
 from minisft.serving.lanes import Lane, sharing_copy
+from minisft.serving.prefix_cache import MIN_SHARED, PrefixCache
 from minisft.surgery import apply_lora_, lora_modules
 from tests.test_native_decode import FAMILIES
 
@@ -42,30 +41,28 @@ class Words:
 
 
 def lane_of(model: CausalLM) -> Lane:
-    words = Words()
-    assert not isinstance(words, Tokenizer)
-    return Lane("m", model, words, None, frozenset([EOS]))  # type: ignore[arg-type]
+    return Lane("m", model, Words(), None, frozenset([EOS]))  # type: ignore[arg-type]
 
 
 class Asked:
     """Requests of a batch, and what they were given."""
 
     def __init__(self, max_bytes: int = 10**9) -> None:
-        self.kept = KeptPrefixes(max_bytes)
+        self.cache = PrefixCache(max_bytes)
         self.batches: dict[int, Batch] = {}
 
     def start(self, model: CausalLM, *prompts: list[int], tokens: int = 6, choices: int = 1) -> list[Job]:
-        batch = self.batches.setdefault(id(model), Batch(model, self.kept))
+        rows = self.batches.setdefault(id(model), Batch(model, self.cache))
         jobs = [Job(lane_of(model), p, choices, tokens, Sampling(), (), None, lambda _: None) for p in prompts]
-        batch.admit(jobs)
+        rows.admit(jobs)
         return jobs
 
     def rows(self, model: CausalLM) -> list[list[int]]:
         """What all rows say until they end, row by row as they were admitted."""
-        batch = self.batches[id(model)]
-        rows = list(batch.rows)
-        while batch.rows:
-            batch.step()
+        going = self.batches[id(model)]
+        rows = list(going.rows)
+        while going.rows:
+            going.step()
         return [row.ids for row in rows]
 
     def __call__(self, model: CausalLM, *prompts: list[int], **more: int) -> tuple[list[list[int]], list[int]]:
@@ -77,7 +74,7 @@ class Asked:
         for row, ids in zip(rows, said, strict=True):
             if (place := order.get(id(row.job.prompt))) is not None:
                 found[place] = ids
-        return found, [job.num_known for job in jobs]
+        return found, [job.num_cached for job in jobs]
 
 
 def wanted(model: CausalLM, *prompts: list[int], tokens: int = 6) -> list[list[int]]:
@@ -94,7 +91,7 @@ def test_the_next_turn_computes_what_is_new() -> None:
     assert known == [len(LONG) + len(first[0]) - 1]  # the last token that was written was never read
     again, known = asked(model, turn)
     assert (again, known) == (second, [len(turn) - 1])
-    assert len(asked.kept._rows) == 1  # a chat is kept once, as far as it has come
+    assert len(asked.cache._rows) == 1  # a chat is kept once, as far as it has come
 
 
 def test_edits_and_other_chats_use_the_beginning_that_is_the_same() -> None:
@@ -136,15 +133,52 @@ BASES = [[random.Random(seed // 2).randrange(2, 20) for _ in range(60)] for seed
 
 
 def test_several_choices_are_read_once_and_kept_once() -> None:
+    """Drawn ones, which differ."""
     model, asked = built(), Asked()
     asked(model, LONG)
-    prompt = [*LONG, 3]
-    jobs = asked.start(model, prompt, [*LONG[:40], 9], choices=3)
-    assert [row.choice for row in asked.batches[id(model)].rows] == [0, 1, 2] * 2
+    rows_of, sampling = asked.batches[id(model)], Sampling(temperature=1.0, seed=3)
+    prompts = [*LONG, 3], [*LONG[:40], 9]
+    jobs = [Job(lane_of(model), prompt, 3, 6, sampling, (), None, lambda _: None) for prompt in prompts]
+    rows_of.admit(jobs)
+    assert [row.choice for row in rows_of.rows] == [0, 1, 2] * 2
     said = asked.rows(model)
-    assert said == [ids for ids in wanted(model, prompt, [*LONG[:40], 9]) for _ in range(3)]
-    assert [job.num_known for job in jobs] == [50, 40]
-    assert len(asked.kept._rows) == 3  # with that of the request before, which went on in another way
+    drawn = [generate(model, [p] * 3, max_new_tokens=6, eos_ids=(EOS,), temperature=1.0, seed=3) for p in prompts]
+    assert said == [*drawn[0], *drawn[1]]
+    assert len(set(map(tuple, said))) > 3
+    assert [job.num_cached for job in jobs] == [50, 40]
+    assert len(asked.cache._rows) == 3  # with that of the request before, which went on in another way
+
+
+def test_prompts_that_share_more_than_is_known_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked, computed = built(), Asked(), list[int]()
+    asked(model, LONG)
+    hidden = CausalLM.hidden
+
+    def counting(self: CausalLM, input_ids: torch.Tensor, **more: object) -> torch.Tensor:
+        computed.append(input_ids.numel())
+        return hidden(self, input_ids, **more)
+
+    document = [*LONG[:40], *[3, 7, 11] * 20]
+    prompts = [[*document, n, 4] for n in range(5)]
+    right = wanted(model, *prompts)
+    with monkeypatch.context() as patch:
+        patch.setattr(CausalLM, "hidden", counting)
+        asked.start(model, *prompts)
+    assert sum(computed) == 60 + 5 * 2
+    assert asked.rows(model) == right
+
+
+def test_scores_over_long_prefixes_have_a_limit() -> None:
+    """New tokens are few, and each looks at all that is known."""
+    model = built()
+    jobs = [Job(lane_of(model), [1] * 4000, 1, 1, Sampling(), (), None, lambda _: None) for _ in range(6)]
+    for job in jobs:
+        job.num_cached = 3700
+    sizes = [len(group) for group in batch._groups(jobs)]
+    assert sizes == [1] * 6
+    for job in jobs:
+        job.num_cached = 3900
+    assert [len(group) for group in batch._groups(jobs)] == [5, 1]
 
 
 def test_models_do_not_read_each_others_keys() -> None:
@@ -169,7 +203,7 @@ def test_a_row_that_nobody_waits_for_is_kept_as_far_as_it_came() -> None:
     ids = [*LONG, *asked.batches[id(model)].rows[0].ids]
     job.cancelled = True
     asked.batches[id(model)].step()
-    assert [row.ids.tolist() for row in asked.kept._rows] == [ids]  # all four were read by the step after them
+    assert [row.ids.tolist() for row in asked.cache._rows] == [ids]  # all four were read by the step after them
     prompt = [*ids, 3, 4]
     assert asked(model, prompt) == (wanted(model, prompt), [len(ids)])
 
@@ -183,7 +217,7 @@ def test_rounded_weights_leave_no_keys_behind() -> None:
     turn = [*LONG, *said[0], 3]
     assert asked(model, turn) == (wanted(model, turn), [len(LONG)])
     cache, _ = read_prompts(model, [LONG], 0)
-    (kept,) = [row for row in asked.kept._rows if row.ids.tolist()[: len(LONG)] == LONG]
+    (kept,) = [row for row in asked.cache._rows if row.ids.tolist()[: len(LONG)] == LONG]
     tiny.assert_close(kept.cache.keys[:, 0, :, : len(LONG)], cache.keys[:, 0], 1e-6)
 
 
@@ -211,7 +245,7 @@ def test_the_store_against_lists(steps: list[tuple[bool, list[int]]], capacity: 
     """By another road: rows as lists in the order of their use, compared token by token."""
     one = sum(x.nbytes for x in (row_of(SHARED, [0]).keys, row_of(SHARED, [0]).values))
     limit = capacity * MIN_SHARED * one
-    store, model_rows = KeptPrefixes(limit), list[list[int]]()
+    store, model_rows = PrefixCache(limit), list[list[int]]()
     for is_find, ids in steps:
         if is_find:
             commons = [
@@ -229,7 +263,7 @@ def test_the_store_against_lists(steps: list[tuple[bool, list[int]]], capacity: 
                 model_rows.append(model_rows.pop(last))
         else:
             store.keep(SHARED, ids, row_of(SHARED, ids))
-            if len(ids) >= MIN_SHARED and not any(r[: len(ids)] == ids for r in model_rows):
+            if len(ids) >= MIN_SHARED and len(ids) * one <= limit and not any(r[: len(ids)] == ids for r in model_rows):
                 model_rows = [r for r in model_rows if ids[: len(r)] != r] + [ids]
                 while sum(map(len, model_rows)) * one > limit:
                     model_rows.pop(0)
@@ -239,7 +273,7 @@ def test_the_store_against_lists(steps: list[tuple[bool, list[int]]], capacity: 
 
 def test_what_is_kept_is_a_copy() -> None:
     """A row lies in a cache that goes on being written."""
-    store, row = KeptPrefixes(10**9), row_of(SHARED, LONG)
+    store, row = PrefixCache(10**9), row_of(SHARED, LONG)
     store.keep(SHARED, LONG, row)
     row.keys.zero_()
     found = store.find(SHARED, LONG)
@@ -252,7 +286,7 @@ def test_nothing_is_kept_of_models_without_keys() -> None:
         pass
 
     model = Foreign(CONFIG).eval()
-    store = KeptPrefixes(10**9)
+    store = PrefixCache(10**9)
     store.keep(model, LONG, row_of(SHARED, LONG))
     assert store.num_bytes == 0
 
@@ -263,16 +297,46 @@ def test_without_memory_nothing_is_kept() -> None:
         assert asked(SHARED, LONG) == (wanted(SHARED, LONG), [0])
 
 
-def test_rests_of_any_length_are_read_as_whole_prompts_are() -> None:
-    model = copy.deepcopy(SHARED).double()
-    prompts = [LONG, LONG[:20], [3, 4], [7]]
-    whole, hidden = read_prompts(model, prompts, 2)
-    pasts = [read_prompts(model, [p], 0)[0].part(0, n) for p, n in zip(prompts, (30, 19, 1, 0), strict=True)]
-    cache, found = read_rests(model, prompts, pasts, 2)
-    tiny.assert_close(found, hidden)
-    assert cache.lengths.tolist() == whole.lengths.tolist() == [50, 20, 2, 1]
+ALL = {**tiny.FAMILIES, "gemma3": tiny.GEMMA3, "smollm3": tiny.SMOLLM3, "window": replace(tiny.LLAMA, sliding_window=7)}
+
+
+LENGTHS = [((50, 30), (20, 19), (2, 1), (1, 0)), ((50, 49), (40, 1)), ((600, 3), (530, 529), (40, 5))]  # of prompts; known
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_suffixes_of_any_length_are_read_as_whole_prompts_are(name: str, lengths: tuple[tuple[int, int], ...]) -> None:
+    """Of windows, of RoPE of two kinds, and longer than what is read at once."""
+    model = tiny.build(replace(ALL[name], max_position_embeddings=700)).eval().requires_grad_(False)
+    draw = random.Random(5)
+    prompts = [[draw.randrange(2, 20) for _ in range(length)] for length, _ in lengths]
+    whole, hidden = read_prompts(model, prompts, 1)
+    pasts = [read_prompts(model, [p], 0)[0].part(0, known) for p, (_, known) in zip(prompts, lengths, strict=True)]
+    cache, found = read_suffixes(model, prompts, pasts, 1)
+    tiny.assert_close(found, hidden, 1e-11)
+    assert cache.lengths.tolist() == whole.lengths.tolist() == [length for length, _ in lengths]
     for row, length in enumerate(cache.lengths.tolist()):
-        tiny.assert_close(cache.part(row, length).keys, whole.part(row, length).keys)
+        tiny.assert_close(cache.part(row, length).keys, whole.part(row, length).keys, 1e-11)
+    tokens = torch.tensor([[3]] * len(prompts))
+    tiny.assert_close(model.hidden(tokens, cache=cache), model.hidden(tokens, cache=whole), 1e-11)
+
+
+def test_a_row_larger_than_the_memory_pushes_nothing_out() -> None:
+    one = sum(x.nbytes for x in (row_of(SHARED, [0]).keys, row_of(SHARED, [0]).values))
+    store = PrefixCache(100 * one)
+    store.keep(SHARED, LONG, row_of(SHARED, LONG))
+    longer = [*LONG, *range(60)]
+    store.keep(SHARED, longer, row_of(SHARED, longer))
+    assert [row.ids.tolist() for row in store._rows] == [LONG]
+
+
+def test_rows_have_a_limit_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_cache, "MAX_KEPT_ROWS", 2)
+    store = PrefixCache(10**9)
+    rows = [[n, *LONG] for n in range(4)]
+    for ids in rows:
+        store.keep(SHARED, ids, row_of(SHARED, ids))
+    assert [row.ids.tolist() for row in store._rows] == rows[2:]
 
 
 def test_a_negative_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,10 +349,10 @@ def test_pieces_are_as_before() -> None:
     """A batch tells the same to whoever asked, known or not."""
     model, asked, told = built(), Asked(), [list[Piece | None](), list[Piece | None]()]
     for pieces in told:
-        batch = asked.batches.setdefault(id(model), Batch(model, asked.kept))
-        batch.admit([Job(lane_of(model), LONG, 1, 5, Sampling(), (), 2, pieces.append)])
-        while batch.rows:
-            batch.step()
+        rows = asked.batches.setdefault(id(model), Batch(model, asked.cache))
+        rows.admit([Job(lane_of(model), LONG, 1, 5, Sampling(), (), 2, pieces.append)])
+        while rows.rows:
+            rows.step()
     first, second = told
     assert len(first) == 5
     for a, b in zip(first, second, strict=True):
