@@ -17,7 +17,8 @@
 namespace {
 
 enum Kind : int32_t { FP32, BF16, NF4, EIGHT_BIT };
-constexpr int64_t MIN_TILED[] = {INT64_MAX, 6, 10, 10};  // rows, by kind: fewer take less time by vectors than by tiles
+// Rows, by kind: fewer take less time by vectors than by tiles, on one thread and on two, with the widths of SmolLM2-135M.
+constexpr int64_t MIN_TILED[] = {INT64_MAX, 6, 10, 10};
 
 struct EightBit {
     const int8_t* codes;
@@ -68,10 +69,10 @@ struct Worker {
     const Step& s;
     float *x, *qkv, *attended, *gate, *up, *low;  // shared by all threads; low (R, 3 max_rank): x A^T of up to three adapters
     float *normed, *halves, *scratch;             // this thread's own: (R, max in) twice, and what attention needs
-    uint16_t* packed;                             // and a row's input as tiles read it
-    const Tiles tiles;
+    uint16_t* packed;                             // and that input as tiles read it
+    const Tiles config;
 
-    explicit Worker(const Step& step) : s(step), tiles(step.use_tiles) {
+    explicit Worker(const Step& step) : s(step), config(step.use_tiles && step.rows >= MIN_TILED[BF16]) {
         const int64_t widest = s.I > s.H * s.E ? s.I : s.H * s.E, in = widest > s.D ? widest : s.D;
         float* at = s.shared;
         for (auto [place, size] : {Part{&x, s.D}, Part{&qkv, (s.H + 2 * s.K) * s.E}, Part{&attended, s.H * s.E},
@@ -81,7 +82,7 @@ struct Worker {
         }
         float* own = s.own + omp_get_thread_num() * s.own_size;
         packed = reinterpret_cast<uint16_t*>(own);
-        normed = own + TILE_FLOATS * in;
+        normed = own + (s.use_tiles ? TILE_FLOATS * in : 0);
         halves = normed + s.rows * in;
         scratch = halves + s.rows * in;
     }
@@ -104,7 +105,7 @@ struct Worker {
     }
 
     bool is_tiled(const Linear& l) const {
-        if (!tiles || s.rows < MIN_TILED[l.kind] || l.in % TILE_NUMBERS || l.out < TILE_OUTPUTS) return false;
+        if (!s.use_tiles || s.rows < MIN_TILED[l.kind] || l.in % TILE_NUMBERS || l.out < TILE_OUTPUTS) return false;
         int64_t block = l.in;  // of one scale: whole ones in a row, whole tiles in a block
         if (l.kind == EIGHT_BIT) block = static_cast<const EightBit*>(l.weight)->block;
         if (l.kind == NF4) block = int64_t(1) << static_cast<const Weight*>(l.weight)->block_shift;
@@ -112,7 +113,7 @@ struct Worker {
     }
 
     // 32 outputs from `first` on.
-    void tile(const Linear& l, int64_t first, float* y) const {
+    void outputs_by_tiles(const Linear& l, int64_t first, float* y) const {
         const int64_t at = first * l.in;
         if (l.kind == BF16) return tile_outputs(static_cast<const uint16_t*>(l.weight) + at, l.in, packed, y);
         if (l.kind == NF4) return tile_outputs(*static_cast<const Weight*>(l.weight), first, l.in, packed, y);
@@ -122,12 +123,12 @@ struct Worker {
 
     // The same by tiles, of what `packed` holds. The last outputs are computed with some before them, which are there already.
     template <class Store>
-    void multiply_tiles(const Linear& l, const float* in, const Added& added, Store store) {
+    void multiply_by_tiles(const Linear& l, const Added& added, Store store) {
 #pragma omp for schedule(static) nowait
         for (int64_t column = 0; column < l.out; column += TILE_OUTPUTS) {
             const int64_t first = column + TILE_OUTPUTS <= l.out ? column : l.out - TILE_OUTPUTS;
             alignas(64) float y[TILE_OUTPUTS * TILE_ROWS];
-            tile(l, first, y);
+            outputs_by_tiles(l, first, y);
             if (!added.B) {
                 for (int64_t row = 0; row < s.rows; ++row)
                     for (int64_t j = column; j < first + TILE_OUTPUTS; ++j) store(row, j, y[(j - first) * TILE_ROWS + row]);
@@ -136,7 +137,7 @@ struct Worker {
             const auto add = [&](int64_t row, int64_t j, float value) { store(row, j, value + y[(j - first) * TILE_ROWS + row]); };
             for (int64_t j = column; j < first + TILE_OUTPUTS; j += COLUMNS_AT_ONCE) {
                 const int64_t rest = first + TILE_OUTPUTS - j;
-                outputs(NoMatrix{}, in, s.rows, j, rest < COLUMNS_AT_ONCE ? rest : COLUMNS_AT_ONCE, added, add);
+                outputs(NoMatrix{}, nullptr, s.rows, j, rest < COLUMNS_AT_ONCE ? rest : COLUMNS_AT_ONCE, added, add);
             }
         }
     }
@@ -145,7 +146,7 @@ struct Worker {
     void multiply(const Linear& l, const float* in, const float* down, Store store) {
         const Added added{l.A ? l.B : nullptr, down, l.rank, 1.0f};
         const int64_t out = l.out;
-        if (is_tiled(l)) return multiply_tiles(l, in, added, store);
+        if (is_tiled(l)) return multiply_by_tiles(l, added, store);
         if (l.kind == FP32) return multiply(DenseMatrix<float>{static_cast<const float*>(l.weight), l.in}, in, out, added, store);
         if (l.kind == BF16) return multiply(DenseMatrix<uint16_t>{static_cast<const uint16_t*>(l.weight), l.in}, in, out, added, store);
         if (l.kind == EIGHT_BIT) {
@@ -313,4 +314,5 @@ extern "C" void decode_step(const Step* step) {
     Worker(*step).run();
 }
 
-extern "C" int32_t can_use_tiles() { return tiles_allowed(); }
+// Memory that tiles need of a thread's own, for each number of a row; 0 where there are none.
+extern "C" int64_t tile_floats() { return tiles_allowed() ? TILE_FLOATS : 0; }

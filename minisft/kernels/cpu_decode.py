@@ -19,7 +19,6 @@ from minisft.nf4 import QuantizedWeight
 
 MAX_ROWS = 16  # rows of a step; more of them go to the BLAS, which reads each weight once for all rows
 PACKED_COLUMNS = 32  # a row of 4-bit weights is read in groups of 32, a dense one in groups of COLUMNS
-TILE_FLOATS = 24  # as in cpu_tiles.h
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 NF4, EIGHT_BIT = 2, 3
 

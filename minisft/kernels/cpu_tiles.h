@@ -1,11 +1,12 @@
 // y = x W^T for up to 16 rows of x, by AMX: 32 outputs of all rows at once.
 //
 // A tile register holds 16 rows of 64 bytes. Tiles of a W in bf16 are read as they lie, 16 outputs and 32 numbers of each; for one
-// in 4 or 8 bits they are made. x is fp32 and is split without a remainder into three numbers of bf16, x = high + middle + low (8
-// bits each), so the products are those of fp32 and only the order of their sums differs from DenseMatrix's. Numbers below 2^-126
-// count as zero, the parts of x among them. Splitting a W in fp32 too takes longer than multiplying it by vectors.
-// The kernel saves these registers only for who asked for them (arch_prctl), and oneDNN uses them in the same threads: whoever
-// computes here puts back the configuration that was there.
+// in 4 or 8 bits they are made, and a block's sum is multiplied by its scale. x is fp32 and is split without a remainder into three
+// numbers of bf16, x = high + middle + low (8 bits each), and so are the levels of 4 bits, so nothing is lost that fp32 would keep;
+// the order of sums is another than DenseMatrix's. Numbers below 2^-126 count as zero, parts of x among them, and infinities become
+// NaN. Splitting a W in fp32 as well takes longer than multiplying it by vectors.
+// Linux lets only a process that asked use these registers (arch_prctl), and oneDNN uses them in the same threads: whoever computes
+// here puts back the configuration that was there.
 //
 // Ref: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBF16PS, LDTILECFG.
 
@@ -21,8 +22,9 @@
 namespace {
 
 constexpr int64_t TILE_ROWS = 16, TILE_OUTPUTS = 32, TILE_NUMBERS = 32, SPLITS = 3;
-constexpr int64_t TILE_AHEAD = 1024;         // numbers before a weight is read it is asked for
-constexpr int64_t TILE_FLOATS = SPLITS * 8;  // memory for packed rows of x, in fp32 numbers for each number of a row
+constexpr int64_t TILE_SIZE = TILE_ROWS * TILE_NUMBERS;  // numbers of bf16; of fp32 half as many
+constexpr int64_t TILE_AHEAD = 2048;                     // bytes before a weight is read it is asked for
+constexpr int64_t TILE_FLOATS = SPLITS * TILE_ROWS / 2;  // memory of packed x, in floats for each number of a row
 
 #ifdef TILES
 
@@ -103,79 +105,86 @@ inline ALWAYS_INLINE void split_numbers(const float* from, int64_t apart, void* 
 
 // x (rows, in) for tiles: for each 32 numbers the three parts, each 16 pairs of numbers x 16 rows; missing rows are zero.
 inline void pack(const float* x, int64_t rows, int64_t in, uint16_t* out) {
-    for (int64_t k = 0; k < in; k += TILE_NUMBERS, out += SPLITS * 512) {
+    for (int64_t k = 0; k < in; k += TILE_NUMBERS, out += SPLITS * TILE_SIZE) {
         __m512i parts[SPLITS][TILE_ROWS] = {};
         for (int64_t row = 0; row < rows; ++row) split_numbers(x + row * in + k, sizeof parts[0], &parts[0][row]);
         for (int part = 0; part < SPLITS; ++part) {
             transpose(parts[part]);
-            memcpy(out + part * 512, parts[part], sizeof parts[part]);
+            memcpy(out + part * TILE_SIZE, parts[part], sizeof parts[part]);
         }
     }
 }
 
-// y (32, 16): 32 outputs of packed rows, from a weight (32, in) in bf16 on.
-inline void tile_outputs(const uint16_t* weight, int64_t in, const uint16_t* packed, float* y) {
+// Tiles 0 and 1 are sums of 2 x 16 outputs, 2 and 3 their weights, 4 to 6 the parts of x.
+inline ALWAYS_INLINE void load_parts(const uint16_t* packed) {
     written();
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int64_t k = 0; k < in; k += TILE_NUMBERS, packed += SPLITS * 512) {
-        for (int64_t i = 0; i < TILE_OUTPUTS; ++i) __builtin_prefetch(weight + i * in + k + TILE_AHEAD);
-        _tile_loadd(2, weight + k, 2 * in);
-        _tile_loadd(3, weight + 16 * in + k, 2 * in);
-        _tile_loadd(4, packed, 64);
-        _tile_loadd(5, packed + 512, 64);
-        _tile_loadd(6, packed + 1024, 64);
-        _tile_dpbf16ps(0, 2, 4);
-        _tile_dpbf16ps(1, 3, 4);
+    _tile_loadd(4, packed, 64);
+    _tile_loadd(5, packed + TILE_SIZE, 64);
+    _tile_loadd(6, packed + 2 * TILE_SIZE, 64);
+}
+
+// With the first PARTS parts of x.
+template <int PARTS>
+inline ALWAYS_INLINE void multiply_parts() {
+    _tile_dpbf16ps(0, 2, 4);
+    _tile_dpbf16ps(1, 3, 4);
+    if constexpr (PARTS > 1) {
         _tile_dpbf16ps(0, 2, 5);
         _tile_dpbf16ps(1, 3, 5);
+    }
+    if constexpr (PARTS > 2) {
         _tile_dpbf16ps(0, 2, 6);
         _tile_dpbf16ps(1, 3, 6);
     }
-    _tile_stored(0, y, 64);
-    _tile_stored(1, y + 256, 64);
 }
 
-// The same for weights that are no bf16: fill(output, k, to) writes PARTS times 32 numbers of bf16, 512 apart, whose sum times
+inline ALWAYS_INLINE void store_sums(float* y) {
+    _tile_stored(0, y, 64);
+    _tile_stored(1, y + TILE_SIZE / 2, 64);
+}
+
+// y (32, 16): 32 outputs of packed rows, from a weight (32, in) in bf16 on.
+inline void tile_outputs(const uint16_t* weight, int64_t in, const uint16_t* packed, float* y) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t k = 0; k < in; k += TILE_NUMBERS, packed += SPLITS * TILE_SIZE) {
+        for (int64_t i = 0; i < TILE_OUTPUTS; ++i)
+            __builtin_prefetch(reinterpret_cast<const char*>(weight + i * in + k) + TILE_AHEAD);
+        load_parts(packed);
+        _tile_loadd(2, weight + k, 2 * in);
+        _tile_loadd(3, weight + 16 * in + k, 2 * in);
+        multiply_parts<3>();
+    }
+    store_sums(y);
+}
+
+// The same for weights that are no bf16: fill(output, k, to) writes PARTS times 32 numbers of bf16, a tile apart, whose sum times
 // scale(output, block) is the weight; of their products with the parts of x those below fp32's last bit are left out.
 template <int PARTS, class Fill, class Scale>
 inline void made_tile_outputs(int64_t in, int64_t block, const uint16_t* packed, Fill fill, Scale scale, float* y) {
-    alignas(64) uint16_t made[2][2][PARTS * 512];  // two of each: one is filled while the other is read
+    alignas(64) uint16_t made[2][2][PARTS * TILE_SIZE];  // two of each: one is filled while the other may still be read
     alignas(64) float sums[TILE_OUTPUTS * TILE_ROWS];
     memset(y, 0, sizeof sums);
     for (int64_t k = 0, b = 0; k < in; ++b) {
         _tile_zero(0);
         _tile_zero(1);
-        for (const int64_t end = k + block; k < end; k += TILE_NUMBERS, packed += SPLITS * 512) {
+        for (const int64_t end = k + block; k < end; k += TILE_NUMBERS, packed += SPLITS * TILE_SIZE) {
             auto& tiles = made[k / TILE_NUMBERS % 2];
-            for (int64_t i = 0; i < TILE_OUTPUTS; ++i) fill(i, k, tiles[i / 16] + i % 16 * 32);
-            written();
-            _tile_loadd(4, packed, 64);
-            _tile_loadd(5, packed + 512, 64);
-            _tile_loadd(6, packed + 1024, 64);
+            for (int64_t i = 0; i < TILE_OUTPUTS; ++i) fill(i, k, tiles[i / 16] + i % 16 * TILE_NUMBERS);
+            load_parts(packed);
             _tile_loadd(2, tiles[0], 64);
             _tile_loadd(3, tiles[1], 64);
-            _tile_dpbf16ps(0, 2, 4);
-            _tile_dpbf16ps(1, 3, 4);
-            _tile_dpbf16ps(0, 2, 5);
-            _tile_dpbf16ps(1, 3, 5);
-            _tile_dpbf16ps(0, 2, 6);
-            _tile_dpbf16ps(1, 3, 6);
-            if constexpr (PARTS > 1) {
-                _tile_loadd(2, tiles[0] + 512, 64);
-                _tile_loadd(3, tiles[1] + 512, 64);
-                _tile_dpbf16ps(0, 2, 4);
-                _tile_dpbf16ps(1, 3, 4);
-                _tile_dpbf16ps(0, 2, 5);
-                _tile_dpbf16ps(1, 3, 5);
-                _tile_loadd(2, tiles[0] + 1024, 64);
-                _tile_loadd(3, tiles[1] + 1024, 64);
-                _tile_dpbf16ps(0, 2, 4);
-                _tile_dpbf16ps(1, 3, 4);
+            multiply_parts<3>();
+            if constexpr (PARTS == 3) {
+                _tile_loadd(2, tiles[0] + TILE_SIZE, 64);
+                _tile_loadd(3, tiles[1] + TILE_SIZE, 64);
+                multiply_parts<2>();
+                _tile_loadd(2, tiles[0] + 2 * TILE_SIZE, 64);
+                _tile_loadd(3, tiles[1] + 2 * TILE_SIZE, 64);
+                multiply_parts<1>();
             }
         }
-        _tile_stored(0, sums, 64);
-        _tile_stored(1, sums + 256, 64);
+        store_sums(sums);
         for (int64_t i = 0; i < TILE_OUTPUTS; ++i) {
             const Floats more = load<Floats>(sums + 16 * i) * scale(i, b);
             put(y + 16 * i, load<Floats>(y + 16 * i) + more);
@@ -187,7 +196,7 @@ inline void made_tile_outputs(int64_t in, int64_t block, const uint16_t* packed,
 inline void tile_outputs(const int8_t* codes, const float* scales, int64_t block, int64_t in, const uint16_t* packed, float* y) {
     const auto fill = [=](int64_t i, int64_t k, uint16_t* to) ALWAYS_INLINE {
         const int8_t* from = codes + i * in + k;
-        __builtin_prefetch(from + 2 * TILE_AHEAD);
+        __builtin_prefetch(from + TILE_AHEAD);
         const __m512 low = (__m512)widened(from), high = (__m512)widened(from + 16);
         _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     };
@@ -198,7 +207,7 @@ inline void tile_outputs(const int8_t* codes, const float* scales, int64_t block
 // 4 bits from the row `first` on: a permutation looks up 32 levels at a time, in each of their three parts.
 inline void tile_outputs(const Weight& weight, int64_t first, int64_t in, const uint16_t* packed, float* y) {
     alignas(64) float levels[32];
-    for (int i = 0; i < 32; ++i) levels[i] = weight.levels[i % 16];  // twice: bit 4 of an index belongs to the next code
+    for (int i = 0; i < 32; ++i) levels[i] = weight.levels[i % 16];  // twice: bit 4 of a second code's index is the first one's
     __m512i tables[SPLITS];
     split_numbers(levels, 64, tables);
     const int64_t block = int64_t(1) << weight.block_shift, blocks = in >> weight.block_shift;
@@ -208,11 +217,11 @@ inline void tile_outputs(const Weight& weight, int64_t first, int64_t in, const 
         const __m512i bytes = _mm512_cvtepu8_epi32(load<__m128i>(from));
         const __m512i codes = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
         each<SPLITS>([&](int part) ALWAYS_INLINE {
-            _mm512_store_si512(to + part * 512, _mm512_permutexvar_epi16(codes, tables[part]));
+            _mm512_store_si512(to + part * TILE_SIZE, _mm512_permutexvar_epi16(codes, tables[part]));
         });
     };
     const auto scale = [&](int64_t i, int64_t b) ALWAYS_INLINE { return weight.scale((first + i) * blocks + b); };
-    made_tile_outputs<3>(in, block, packed, fill, scale, y);
+    made_tile_outputs<SPLITS>(in, block, packed, fill, scale, y);
 }
 
 #else

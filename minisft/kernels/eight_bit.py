@@ -5,7 +5,7 @@ A block of up to 64 neighbours of a row shares one scale, its largest absolute v
     code = round(w / scale),  w' = code * scale,  |w - w'| <= scale / 2
 
 Codes are int8 from -127 to 127, scales fp32: 8.5 bits a weight in blocks of 64. ``cpu_decode.cpp`` multiplies code and scale in
-fp32, so a step has the bits that the weights w' would give it.
+fp32, so a step has the bits that the weights w' would give it; AMX tiles, from 10 rows on, multiply a block's sum by its scale.
 
 Ref: absmax quantization with a scale for each block: Dettmers et al. 2021, arXiv:2110.02861, section 2.1.
 """

@@ -2,8 +2,8 @@
 
 A step of the readable model makes some twenty calls of PyTorch a layer, which at one token take longer than the arithmetic.
 ``NativeDecoder`` hands the model's pointers to ``kernels/cpu_decode.cpp``, which walks through all layers: norm, q k v, RoPE,
-cache, attention, output, norm, MLP, head. Everything is multiplied and summed in fp32 whatever the weights' dtype (fp32, bf16
-or 4 bits), and what enters the cache is rounded to its dtype.
+cache, attention, output, norm, MLP, head. Everything is multiplied and summed in fp32 whatever the weights' dtype (fp32, bf16,
+4 or 8 bits), and what enters the cache is rounded to its dtype. With AMX many rows are summed in another order than few.
 
 The readable model stays the reference, and it does the step where ``decode_path`` says so: for a model with
 ``ModelConfig.switches`` (SmolLM3, Granite, OLMo 2, Gemma 3), one that transformers computes or that processes share, on a GPU,
@@ -30,7 +30,6 @@ from minisft.kernels import cpu_build, cpu_nf4
 from minisft.kernels.cpu_decode import (
     KINDS,
     MAX_ROWS,
-    TILE_FLOATS,
     LayerFields,
     LinearFields,
     Pointers,
@@ -90,10 +89,13 @@ def _no_library() -> str:
 
 
 @functools.cache
-def _can_use_tiles() -> bool:
-    """Whether this CPU multiplies bf16 by AMX, and the kernel lets this process."""
+def tile_floats() -> int:
+    """Memory that the products by AMX tiles need, in floats for each number of a row; 0 where the CPU or Linux has none."""
     library = cpu_nf4.library()
-    return library is not None and bool(library.can_use_tiles())
+    if library is None:
+        return 0
+    library.tile_floats.restype = ctypes.c_int64
+    return int(library.tile_floats())
 
 
 def not_fast(reason: Unsupported, name: str = "") -> UserError:
@@ -224,7 +226,8 @@ class NativeDecoder:
         )  # fmt: skip
         angles = rope_angles(config, torch.arange(cache.max_length), model.dtype)
         self._cos, self._sin = (x.float().contiguous() for x in angles)
-        own_size = (TILE_FLOATS + 2 * MAX_ROWS) * max(D, H * E, I) + 4 * E + cache.max_length
+        tiles = tile_floats() if USE_TILES else 0
+        own_size = (tiles + 2 * MAX_ROWS) * max(D, H * E, I) + 4 * E + cache.max_length
         own_size += -own_size % 16 + 16  # threads write to cache lines of their own
         self._own = torch.empty(threads * own_size)
         self._shared = torch.empty(MAX_ROWS * (D + (2 * H + 2 * K) * E + 2 * I + 3 * found.max_rank))
@@ -240,7 +243,7 @@ class NativeDecoder:
             config.rms_norm_eps,
             threads,
         )
-        step.embedding_kind, step.use_tiles = found.embedding_kind, USE_TILES and _can_use_tiles()
+        step.embedding_kind, step.use_tiles = found.embedding_kind, tiles > 0
 
     def logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """One step.
