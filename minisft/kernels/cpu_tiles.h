@@ -5,8 +5,7 @@
 // numbers of bf16, x = high + middle + low (8 bits each), and so are the levels of 4 bits, so nothing is lost that fp32 would keep;
 // the order of sums is another than DenseMatrix's. Numbers below 2^-126 count as zero, parts of x among them, and infinities become
 // NaN. Splitting a W in fp32 as well takes longer than multiplying it by vectors.
-// Linux lets only a process that asked use these registers (arch_prctl), and oneDNN uses them in the same threads: whoever computes
-// here puts back the configuration that was there.
+// Linux lets only a process that asked use these registers (arch_prctl).
 //
 // Ref: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBF16PS, LDTILECFG.
 
@@ -34,39 +33,27 @@ inline bool tiles_allowed() {
     return syscall(SYS_arch_prctl, REQUEST, DATA) == 0;
 }
 
-struct TileConfig {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes[16];  // of a row
-    uint8_t rows[16];
-
-    // Not by _tile_loadconfig: GCC 12 takes it to read eight bytes and leaves the others out.
-    void use() const {
-        if (palette) asm volatile("ldtilecfg %0" : : "m"(*this));
-        else asm volatile("tilerelease");
-    }
-};
-
 // What was stored must be in memory before tiles are loaded: GCC does not know that _tile_loadd reads.
 inline void written() { asm volatile("" : : : "memory"); }
 
-// All eight tiles 16 x 64 bytes as long as it lives; then what was there before, without the numbers.
+// All eight tiles are 16 x 64 bytes as long as it lives. Calls may change tiles and their configuration, so nobody has any to save.
 class Tiles {
-    TileConfig before;
     const bool used;
 
    public:
-    explicit Tiles(bool allowed) : used(allowed) {
+    explicit Tiles(bool wanted) : used(wanted) {
         if (!used) return;
-        asm volatile("sttilecfg %0" : "=m"(before));
-        TileConfig config = {};
-        config.palette = 1;
-        for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
-        config.use();
+        struct {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};  // of a row
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } config;
+        // Not by _tile_loadconfig: GCC 12 takes it to read eight bytes and leaves the others out.
+        asm volatile("ldtilecfg %0" : : "m"(config));
     }
     ~Tiles() {
-        if (used) before.use();
+        if (used) asm volatile("tilerelease");
     }
-    explicit operator bool() const { return used; }
 };
 
 // Of 16 vectors, vector i has dword j of vector j's dword i: rows and columns change places.
@@ -229,7 +216,6 @@ inline void tile_outputs(const Weight& weight, int64_t first, int64_t in, const 
 inline bool tiles_allowed() { return false; }
 struct Tiles {
     explicit Tiles(bool) {}
-    explicit operator bool() const { return false; }
 };
 inline void pack(const float*, int64_t, int64_t, uint16_t*) {}
 inline void tile_outputs(const uint16_t*, int64_t, const uint16_t*, float*) {}
