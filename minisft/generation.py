@@ -316,22 +316,12 @@ def read_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], num_new: int
     Returns:
         a KV cache with space for ``num_new`` more tokens a row, and the hidden state (B, D) at each prompt's last token.
     """
-    device = model.device
     different = list(dict.fromkeys(map(tuple, prompts)))
-    if len(different) < len(prompts):
-        cache, hidden_BD = read_prompts(model, different, num_new)
-        rows = torch.tensor([different.index(tuple(prompt)) for prompt in prompts], device=device)
-        return cache.select(rows), hidden_BD[rows]
-    longest, P = max(map(len, prompts)), _shared_prefix(prompts)
-    cache = model.new_cache(1 if P else len(prompts), longest + num_new)
-    if P:
-        model.hidden(torch.tensor([prompts[0][:P]], device=device), cache=cache)
-        cache = cache.select(torch.zeros(len(prompts), dtype=torch.int64, device=device))
-    lengths = torch.tensor([len(prompt) - P for prompt in prompts])
-    input_ids = torch.tensor([[*prompt[P:], *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
-    segment_ids = (torch.arange(longest - P) < lengths[:, None]).long().to(device)
-    hidden_BTD = model.hidden(input_ids, segment_ids=segment_ids, cache=cache)
-    return cache, hidden_BTD[torch.arange(len(prompts)), lengths - 1]
+    cache, hidden_BD = read_suffixes(model, different, [model.new_cache(1, 0)] * len(different), num_new)
+    if len(different) == len(prompts):
+        return cache, hidden_BD
+    rows = torch.tensor([different.index(tuple(prompt)) for prompt in prompts], device=model.device)
+    return cache.select(rows), hidden_BD[rows]
 
 
 def read_suffixes(

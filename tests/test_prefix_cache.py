@@ -310,15 +310,16 @@ def test_suffixes_of_any_length_are_read_as_whole_prompts_are(name: str, lengths
     model = tiny.build(replace(ALL[name], max_position_embeddings=700)).eval().requires_grad_(False)
     draw = random.Random(5)
     prompts = [[draw.randrange(2, 20) for _ in range(length)] for length, _ in lengths]
-    whole, hidden = read_prompts(model, prompts, 1)
     pasts = [read_prompts(model, [p], 0)[0].part(0, known) for p, (_, known) in zip(prompts, lengths, strict=True)]
     cache, found = read_suffixes(model, prompts, pasts, 1)
-    tiny.assert_close(found, hidden, 1e-11)
-    assert cache.lengths.tolist() == whole.lengths.tolist() == [length for length, _ in lengths]
-    for row, length in enumerate(cache.lengths.tolist()):
-        tiny.assert_close(cache.part(row, length).keys, whole.part(row, length).keys, 1e-11)
-    tokens = torch.tensor([[3]] * len(prompts))
-    tiny.assert_close(model.hidden(tokens, cache=cache), model.hidden(tokens, cache=whole), 1e-11)
+    tiny.assert_close(found, torch.cat([model.hidden(torch.tensor([p]))[:, -1] for p in prompts]), 1e-11)
+    assert cache.lengths.tolist() == [length for length, _ in lengths]
+    for row, prompt in enumerate(prompts):
+        alone = model.new_cache(1, len(prompt))
+        model.hidden(torch.tensor([prompt]), cache=alone)
+        tiny.assert_close(cache.part(row, len(prompt)).keys, alone.keys, 1e-11)
+    wanted_next = torch.cat([model.hidden(torch.tensor([[*p, 3]]))[:, -1:] for p in prompts])
+    tiny.assert_close(model.hidden(torch.tensor([[3]] * len(prompts)), cache=cache), wanted_next, 1e-11)
 
 
 def test_a_row_larger_than_the_memory_pushes_nothing_out() -> None:
