@@ -237,21 +237,6 @@ def test_tiles_lose_no_bit_of_what_they_multiply(
     assert not torch.equal(*ways)
 
 
-@needs_tiles
-def test_tiles_leave_the_registers_as_they_were() -> None:
-    """oneDNN multiplies by the same registers in the same threads."""
-    draw = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(512, 512, generator=draw).bfloat16() for _ in range(2))
-    model = built(TAILS, "bf16")
-    with torch.inference_mode():
-        wanted = a @ b
-        cache = read_prompts(model, [[1, 2, n] for n in range(8)], 40)[0]
-        decoder = NativeDecoder(model, cache)
-        for n in range(8):
-            decoder.logits(torch.arange(8), cache)
-            assert torch.equal(a[: 512 - n] @ b, wanted[: 512 - n])
-
-
 @contextmanager
 def readable_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*_: object, **__: object) -> None:
