@@ -1,6 +1,7 @@
 """Whole LoRA training steps of SmolLM2-135M: minisft against transformers + PEFT, on the same rows, taking turns.
 
     python benchmarks/bench_train.py [--dtypes fp32 bf16] [--mallocs default tuned] [--rounds 5] [--data banking77_train.jsonl]
+    python benchmarks/bench_train.py --dtypes bf16-in-fp32            # computed in fp32: the numbers of a checkpoint in bf16
     python benchmarks/bench_train.py --quant nf4 --dtypes fp32        # QLoRA: results/train_nf4_fp32.json and .svg
     python benchmarks/bench_train.py --quant nf4 --dtypes bf16        # the peer is then transformers + PEFT + bitsandbytes
     python benchmarks/bench_train.py --quick [--quant nf4]            # one short step of 2 rows: does everything still run?
@@ -27,7 +28,8 @@ import torch
 from harness import Worker, out_folder, peak_rss_bytes, provenance, save, serve, spread
 
 BATCH_SIZE, RANK, ALPHA, LR = 8, 16, 32.0, 2e-4
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-in-fp32": torch.bfloat16}
+DTYPES = STORED | {"bf16-in-fp32": torch.float32}  # in which the model is loaded
 OURS = ("minisft padded", "minisft packed, each row whole", "minisft packed")
 PEERS = {"none": "transformers+peft", "nf4": "transformers+peft+bitsandbytes"}
 # How far apart the first losses may be. In 4 bits the codes are equal, but on a CPU bitsandbytes rounds its 8-bit scales
@@ -35,6 +37,7 @@ PEERS = {"none": "transformers+peft", "nf4": "transformers+peft+bitsandbytes"}
 # 3.4e-4 of their size (root mean square), where quantizing moved them by 9.4e-2; the loss then differed by 6e-4. And after
 # PEFT's usual preparation a bf16 base runs between fp32 norms, so that its activations are rounded elsewhere than ours.
 LOSS_TOLERANCE = {("none", "fp32"): 1e-4, ("none", "bf16"): 2e-2, ("nf4", "fp32"): 2e-3, ("nf4", "bf16"): 2e-2}
+LOSS_TOLERANCE |= {(quant, "bf16-in-fp32"): LOSS_TOLERANCE[quant, "fp32"] for quant in ("none", "nf4")}
 BANKING77 = Path(__file__).parents[2] / "shared" / "data" / "banking77_train.jsonl"
 INSTRUCTION = (
     "You route messages for the customer service of a bank. Read the message and answer with the customer's intent as JSON."
@@ -54,7 +57,7 @@ def make_rows(data: Path | None, num_rows: int, dtypes: list[str], folder: Path)
     from minisft.quickstart.parcel_task import parcel_rows
 
     for dtype in dtypes:
-        model, tokenizer = load_model("smollm2-135m-instruct", dtype=DTYPES[dtype])
+        model, tokenizer = load_model("smollm2-135m-instruct", dtype=STORED[dtype])
         save_model(model, tokenizer, folder / dtype)
     del model
     if data is not None:

@@ -4,7 +4,8 @@
 
 The products are those that the step makes, with their shapes and layouts, each timed by itself on matrices of its own, in
 turns with the step and in the same process. Products with a side of ``narrow`` or less (adapters) do not count: they are work
-beside the model's own. Multiplying less for the same step makes it faster and leaves the share as it is.
+beside the model's own. Multiplying less for the same step makes it faster and leaves the share as it is. The rate is that
+of PyTorch's products: a step that multiplies faster by itself (``minisft.kernels.cpu_split``) may have a share above 1.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from minisft.kernels import cpu_split
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
 Product = tuple[Layout, Layout, torch.dtype]
@@ -41,6 +45,16 @@ class Products(TorchDispatchMode):
             if min(*a.shape, b.shape[1]) > self.narrow:
                 self.made[_layout(a), _layout(b), a.dtype] += 1
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_tiles() -> Iterator[None]:
+    """minisft asks PyTorch for all products, which can count them."""
+    before, cpu_split.enabled = cpu_split.enabled, False
+    try:
+        yield
+    finally:
+        cpu_split.enabled = before
 
 
 def _layout(matrix: Tensor) -> Layout:
@@ -84,7 +98,7 @@ def measure(
     Returns:
         ``shares``, one a round; the step's ``gflops`` (counted, in units of 1e9) and the machine's ``gflops_per_s``.
     """
-    with Products(narrow) as products:
+    with Products(narrow) as products, without_tiles():
         step()
     total = sum(flops(product) * count for product, count in products.made.items()) / 1e9
     shares, rates = [], []

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from minisft.common.autograd import Context
-from minisft.matmul import compute_dtype
+from minisft.matmul import compute_dtype, times, times_transposed
 from minisft.trained_rows import HeadRows
 
 IGNORE_INDEX = -100
@@ -58,7 +58,7 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             h, targets = hidden[part].to(matmul_dtype), target_ids[part, None]
-            logits = (h @ head_VD.T).to(precise)
+            logits = times_transposed(h, head_VD).to(precise)
             logsum = torch.logsumexp(logits, -1, keepdim=True)
             total += (logsum - logits.gather(1, targets)).sum()
             if not any(ctx.needs_input_grad):
@@ -66,7 +66,7 @@ class _HeadLoss(torch.autograd.Function):
             grad_logits = logits.sub_(logsum).exp_()
             grad_logits.scatter_add_(1, targets, torch.full_like(logsum, -1))
             if grad_hidden is not None:
-                grad_hidden[part] = (grad_logits.to(matmul_dtype) @ head_VD).to(hidden.dtype)
+                grad_hidden[part] = times(grad_logits.to(matmul_dtype), head_VD).to(hidden.dtype)
             if grad_trained is not None:
                 grad_trained += (grad_logits[:, columns].to(matmul_dtype).T @ h).to(precise)
         ctx.save_for_backward(grad_hidden, None if grad_trained is None else grad_trained.to(trained.dtype))
@@ -155,7 +155,7 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_logits /= temperature
             dtype = compute_dtype(hidden)
             if need_hidden:
-                grad_hidden.append((grad_logits.to(dtype) @ weight.to(dtype)).to(hidden.dtype))
+                grad_hidden.append(times(grad_logits.to(dtype), weight.to(dtype)).to(hidden.dtype))
             if grad_trained is not None:
                 grad_trained += (grad_logits[:, columns].to(dtype).T @ h.to(dtype)).to(grad.dtype)
         return (
@@ -177,7 +177,7 @@ def _chunks(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> list[tuple[Te
 def _chunk_log_probs(h: Tensor, targets: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """log-probabilities (n,), logits / T (n, V) and their logsumexp (n, 1), all in fp32 at least."""
     dtype = compute_dtype(h)
-    logits = (h.to(dtype) @ weight.to(dtype).T).to(torch.promote_types(dtype, torch.float32)) / temperature
+    logits = times_transposed(h.to(dtype), weight.to(dtype)).to(torch.promote_types(dtype, torch.float32)) / temperature
     logsum = torch.logsumexp(logits, -1, keepdim=True)
     return (logits.gather(1, targets[:, None]) - logsum).squeeze(1), logits, logsum
 

@@ -24,6 +24,7 @@ from minisft.common.autograd import Context
 from minisft.kernels import cpu_nf4
 from minisft.kernels.arguments import FLOATS, GROUP, MATVEC_ROWS, SMALL_ROWS
 from minisft.kernels.cpu_matmul import Update, add_update_, can_use_native, native_matmul
+from minisft.kernels.cpu_split import can_split, split_product
 from minisft.kernels.workspace import borrowed
 from minisft.nf4 import QuantizedWeight
 
@@ -62,6 +63,7 @@ def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None, n
     | CPU, not fp64 | 1 to 32 | 4 bits | C++: ``kernels.cpu_matmul`` |
     | CPU, not fp64 | 1 to 8 | fp32, 2^16 numbers or more | the same |
     | CPU, not fp64 | 1 to 16 | bf16, 2^16 numbers or more | the same |
+    | CPU with AMX | 32 or more | fp32, all of them bf16 numbers | C++: ``kernels.cpu_split``, for x in fp32 |
     | any | any | 4 bits | decoded into a reused buffer, then PyTorch in ``compute_dtype(x)`` |
     | any | any | dense | PyTorch in ``compute_dtype(x)`` |
 
@@ -83,9 +85,11 @@ def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None, n
         return native_matmul(x, weight, bias)
     dtype = compute_dtype(x)
     bias = None if bias is None else bias.to(dtype)
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    if native and (y := split_product(rows, weight, True)) is not None:
+        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], weight.shape[0])
     if dtype == x.dtype:
         return F.linear(x, weight.to(dtype), bias)
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
     y = rows @ weight.to(dtype).T if bias is None else torch.addmm(bias, rows, weight.to(dtype).T)
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
@@ -136,6 +140,8 @@ def _add_to_linear(rows: Tensor, weight: FrozenWeight, bias: Tensor | None, xa: 
     """rows W^T + b + xa up: (M, in), (M, rank), (rank, out) -> (M, out)."""
     if isinstance(weight, QuantizedWeight) or (native and can_use_native(rows, weight)):
         return frozen_linear(rows, weight, bias, native).addmm_(xa, up)
+    if native and (y := split_product(rows, weight, True)) is not None:
+        return (y if bias is None else y.add_(bias)).addmm_(xa, up)
     # Bias first, as nn.Linear does it: a zero update then leaves every bit in place, whatever the order of the sums below.
     y = xa @ up if bias is None else torch.addmm(bias.to(rows.dtype), xa, up)
     return y.addmm_(rows, weight.to(rows.dtype).T)
@@ -157,8 +163,26 @@ def frozen_linear_t(grad: Tensor, weight: FrozenWeight, added: tuple[Tensor, Ten
         return y if added is None else y.addmm_(*added)
     dtype = compute_dtype(grad)
     rows = grad.reshape(-1, grad.shape[-1]).to(dtype)
-    y = rows @ weight.to(dtype) if added is None else (added[0] @ added[1]).addmm_(rows, weight.to(dtype))
+    weight = weight.to(dtype)
+    if added is None:
+        y = times(rows, weight)
+    elif (split := split_product(rows, weight, False)) is not None:
+        y = split.addmm_(*added)
+    else:
+        y = (added[0] @ added[1]).addmm_(rows, weight)
     return y.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+
+
+def times_transposed(rows: Tensor, weight: Tensor) -> Tensor:
+    """x W^T without a gradient: (M, in), (out, in) -> (M, out), all in one dtype."""
+    y = split_product(rows, weight, True)
+    return rows @ weight.T if y is None else y
+
+
+def times(rows: Tensor, weight: Tensor) -> Tensor:
+    """x W without a gradient: (M, out), (out, in) -> (M, in), all in one dtype."""
+    y = split_product(rows, weight, False)
+    return rows @ weight if y is None else y
 
 
 # ---- a weight in 4 bits ----------------------------------------------------------------------------------------------
@@ -278,7 +302,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return frozen_linear(x, weight, bias)
-    if compute_dtype(x) == x.dtype and not can_use_native(x, weight):
+    is_native = can_use_native(x, weight) or can_split(x, weight, weight.shape[0])
+    if compute_dtype(x) == x.dtype and not is_native:
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
 

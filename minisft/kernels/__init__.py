@@ -10,6 +10,7 @@
 | ``workspace.py`` | the reused buffer for a dense weight | - |
 | ``cpu_nf4.py`` ``cpu_nf4.cpp`` ``cpu_build.py`` | the same on a CPU, in C++ compiled at the first call | in registers |
 | ``cpu_matmul.py`` | y = x W^T for up to 32 rows on a CPU | in registers |
+| ``cpu_split.py`` ``cpu_split.cpp`` | y = x W^T and x W for many rows in fp32 and bf16 numbers in W, by AMX | - |
 | ``cpu_decode.py`` ``cpu_decode.cpp`` | a whole decoder, one token for each of up to 16 rows, on a CPU | in registers |
 | ``cpu_elementwise.py`` ``cpu_elementwise.cpp`` | norms, SwiGLU and RoPE of a training step, on a CPU | - |
 | ``cpu_attention.py`` ``cpu_attention.cpp`` | attention within segments, and its backward, on a CPU | - |

@@ -1,0 +1,260 @@
+// y = x W^T or y = x W for many rows of x and a W in fp32 that holds bf16 numbers, as a checkpoint in bf16 does, by AMX.
+//
+// Where the lower 16 bits of every weight are zero the upper ones are the weight. x is split without a remainder into three numbers
+// of bf16 (cpu_tiles.h), and three products of bf16 are summed in fp32: three times the work of one, and AMX does seven times as
+// much of it as vectors do in fp32. The call that multiplies by the weights looks at all of them, and keeps nothing of them. Where
+// one is no bf16 number there is no result: then the BLAS multiplies.
+//
+//     for as many rows of x as fit into the caches, for a part of the inner size: pack x
+//         for some columns of y: pack W; once all threads have: multiply
+//
+// A tile of x is 16 rows x 32 numbers, one of W 16 pairs of neighbours along the inner size x 16 columns. A row of y has the same
+// bits whatever rows there are beside it and however many threads.
+
+#include "cpu_tiles.h"
+
+namespace {
+
+// kernels/cpu_split.py declares the same struct.
+struct Product {
+    const float *x, *weight;  // (rows, inner); (columns, inner) where it is transposed, else (inner, columns)
+    float* y;                 // (rows, columns)
+    void* memory;
+    int64_t rows, inner, columns;
+    int32_t transposed, threads;
+};
+
+#ifdef TILES
+
+constexpr int64_t BLOCK = 2 * TILE_ROWS, PANEL = TILE_OUTPUTS;  // rows and columns of y that are computed at once
+constexpr int64_t MAX_INNER = 512;
+constexpr int64_t MAX_X = 640 << 10, MAX_W = 256 << 10;  // packed numbers of a thread's x and of all threads' W
+
+// Packed numbers of 32 along the inner size: of a block, the three parts of 16 rows and those of the next; of a panel.
+constexpr int64_t BLOCK_SIZE = 2 * SPLITS * TILE_SIZE, PANEL_SIZE = 2 * TILE_SIZE;
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t pieces(int64_t size, int64_t most) { return (size + most - 1) / most; }
+inline int64_t evenly(int64_t size, int64_t most, int64_t unit) { return pieces(pieces(size, pieces(size, most)), unit) * unit; }
+
+// How much is packed at once.
+struct Cut {
+    const int64_t inner, rows, columns;
+
+    explicit Cut(const Product& p)
+        : inner(evenly(p.inner, MAX_INNER, TILE_NUMBERS)),
+          rows(evenly(p.rows, MAX_X / (SPLITS * inner) / BLOCK * BLOCK * p.threads, BLOCK)),
+          columns(least(MAX_W / inner / PANEL * PANEL, p.columns)) {}
+
+    int64_t x_size() const { return SPLITS * rows * inner; }
+    int64_t weight_size() const { return columns * inner; }
+};
+
+// Numbers of bf16 from 32 of fp32; `seen` collects the bits that this loses.
+inline ALWAYS_INLINE __m512i upper_halves(const float* from, __m512i odd, __m512i& seen) {
+    const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + 16);
+    seen = _mm512_or_si512(_mm512_or_si512(a, b), seen);
+    return _mm512_permutex2var_epi16(a, odd, b);
+}
+
+// 32 numbers of 32 rows of W (columns, inner).
+inline void pack_transposed(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
+    alignas(64) uint16_t odd[TILE_NUMBERS];
+    for (int i = 0; i < TILE_NUMBERS; ++i) odd[i] = 2 * i + 1;
+    for (int tile = 0; tile < 2; ++tile) {
+        __m512i lines[TILE_ROWS];
+        for (int i = 0; i < TILE_ROWS; ++i)
+            lines[i] = upper_halves(weight + (tile * TILE_ROWS + i) * stride, load<__m512i>(odd), seen);
+        transpose(lines);
+        memcpy(out + tile * TILE_SIZE, lines, sizeof lines);
+    }
+}
+
+// 32 numbers of 32 columns of W (inner, columns).
+inline void pack_straight(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
+    for (int pair = 0; pair < TILE_ROWS; ++pair, weight += 2 * stride)
+        for (int tile = 0; tile < 2; ++tile) {
+            const __m512i a = _mm512_loadu_si512(weight + tile * TILE_ROWS);
+            const __m512i b = _mm512_loadu_si512(weight + stride + tile * TILE_ROWS);
+            seen = _mm512_or_si512(seen, _mm512_or_si512(a, b));
+            const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
+            _mm512_store_si512(out + tile * TILE_SIZE + pair * TILE_NUMBERS, both);
+        }
+}
+
+// A block of x, of at most 32 rows. What the others of a tile hold reaches no row but their own.
+inline void pack_block(const float* x, int64_t stride, int64_t rows, int64_t inner, uint16_t* out) {
+    for (int64_t row = 0; row < rows; ++row) {
+        uint16_t* to = out + row / TILE_ROWS * SPLITS * TILE_SIZE + row % TILE_ROWS * TILE_NUMBERS;
+        for (int64_t k = 0; k < inner; k += TILE_NUMBERS, to += BLOCK_SIZE) split_numbers(x + row * stride + k, 2 * TILE_SIZE, to);
+    }
+}
+
+// y (16 or, with TWO, 32 rows; 32 columns) = or, with add, += x W. Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights.
+template <bool TWO>
+inline void multiply(const uint16_t* x, const uint16_t* weight, int64_t inner, bool add, float* y, int64_t stride) {
+    float* const below = y + TILE_ROWS * stride;
+    written();
+    if (add) {
+        _tile_loadd(0, y, 4 * stride);
+        _tile_loadd(1, y + 16, 4 * stride);
+        if constexpr (TWO) {
+            _tile_loadd(2, below, 4 * stride);
+            _tile_loadd(3, below + 16, 4 * stride);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < inner; k += TILE_NUMBERS, x += BLOCK_SIZE, weight += PANEL_SIZE) {
+        _tile_loadd(6, weight, 64);
+        _tile_loadd(7, weight + TILE_SIZE, 64);
+        for (const uint16_t* part = x; part < x + SPLITS * TILE_SIZE; part += TILE_SIZE) {
+            _tile_loadd(4, part, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if constexpr (TWO) {
+                _tile_loadd(5, part + SPLITS * TILE_SIZE, 64);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+    }
+    _tile_stored(0, y, 4 * stride);
+    _tile_stored(1, y + 16, 4 * stride);
+    if constexpr (TWO) {
+        _tile_stored(2, below, 4 * stride);
+        _tile_stored(3, below + 16, 4 * stride);
+    }
+    written();
+}
+
+// The same for `count` rows, at most 32.
+inline void multiply_rows(const uint16_t* x, const uint16_t* weight, int64_t inner, bool add, float* y, int64_t stride,
+                          int64_t count) {
+    if (count == BLOCK) return multiply<true>(x, weight, inner, add, y, stride);
+    alignas(64) float whole[BLOCK * PANEL];
+    for (int64_t row = 0; add && row < count; ++row) memcpy(whole + row * PANEL, y + row * stride, 4 * PANEL);
+    if (count > TILE_ROWS) multiply<true>(x, weight, inner, add, whole, PANEL);
+    else multiply<false>(x, weight, inner, add, whole, PANEL);
+    for (int64_t row = 0; row < count; ++row) memcpy(y + row * stride, whole + row * PANEL, 4 * PANEL);
+}
+
+// What all threads run together. W is packed in turns into two halves of the memory: one may still be read.
+struct Team {
+    const Product& p;
+    const Cut cut;
+    int32_t lost[2] = {};  // of a turn: a weight is no bf16 number
+
+    uint16_t* x() const { return static_cast<uint16_t*>(p.memory); }
+
+    bool run() {
+        const Tiles config(true);
+        int64_t turn = 0;
+        for (int64_t row = 0; row < p.rows; row += cut.rows)
+            for (int64_t k = 0; k < p.inner; k += cut.inner) {
+                if (turn > 0) {
+#pragma omp barrier
+                }
+                pack_x(row, k);
+                for (int64_t column = 0; column < p.columns; column += cut.columns, ++turn)
+                    if (!some_columns(row, k, column, turn % 2)) return false;
+            }
+        return true;
+    }
+
+    int64_t inner_from(int64_t k) const { return least(cut.inner, p.inner - k); }
+    int64_t blocks_from(int64_t row) const { return pieces(least(cut.rows, p.rows - row), BLOCK); }
+
+    void pack_x(int64_t row, int64_t k) {
+        const int64_t inner = inner_from(k);
+#pragma omp for schedule(static) nowait
+        for (int64_t block = 0; block < blocks_from(row); ++block) {
+            const int64_t first = row + block * BLOCK, rows = least(BLOCK, p.rows - first);
+            pack_block(p.x + first * p.inner + k, p.inner, rows, inner, x() + block * BLOCK * SPLITS * inner);
+        }
+    }
+
+    bool some_columns(int64_t row, int64_t k, int64_t column, int64_t turn) {
+        const int64_t inner = inner_from(k), blocks = blocks_from(row), panels = least(cut.columns, p.columns - column) / PANEL;
+        uint16_t* const weight = x() + cut.x_size() + turn * cut.weight_size();
+        __m512i seen = {};
+#pragma omp for schedule(static) nowait
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            uint16_t* to = weight + panel * PANEL * inner;
+            const int64_t first = column + panel * PANEL;
+            for (int64_t i = k; i < k + inner; i += TILE_NUMBERS, to += PANEL_SIZE) {
+                if (p.transposed) pack_transposed(p.weight + first * p.inner + i, p.inner, to, seen);
+                else pack_straight(p.weight + i * p.columns + first, p.columns, to, seen);
+            }
+        }
+        if (_mm512_test_epi32_mask(seen, _mm512_set1_epi32(0xffff))) {
+#pragma omp atomic write
+            lost[turn] = 1;
+        }
+#pragma omp barrier
+        int32_t stop;
+#pragma omp atomic read
+        stop = lost[turn];
+        if (stop) return false;
+        const auto one = [&](int64_t block, int64_t panel) {
+            const int64_t first = row + block * BLOCK;
+            float* const y = p.y + first * p.columns + column + panel * PANEL;
+            multiply_rows(x() + block * BLOCK * SPLITS * inner, weight + panel * PANEL * inner, inner, k > 0, y, p.columns,
+                          least(BLOCK, p.rows - first));
+        };
+        if (blocks >= 2 * omp_get_num_threads()) {
+#pragma omp for schedule(static) nowait
+            for (int64_t block = 0; block < blocks; ++block)
+                for (int64_t panel = 0; panel < panels; ++panel) one(block, panel);
+        } else {
+#pragma omp for schedule(static) nowait
+            for (int64_t panel = 0; panel < panels; ++panel)
+                for (int64_t block = 0; block < blocks; ++block) one(block, panel);
+        }
+        return true;
+    }
+};
+
+// Whether the first and the last weights are bf16 numbers: trained ones are found at once, and rows that training appended.
+inline bool ends_are_bf16(const Product& p) {
+    uint32_t seen = 0;
+    for (int64_t i = 0; i < TILE_NUMBERS; ++i)
+        seen |= load<uint32_t>(p.weight + i) | load<uint32_t>(p.weight + p.inner * p.columns - 1 - i);
+    return (seen & 0xffff) == 0;
+}
+
+#endif
+
+}  // namespace
+
+extern "C" int32_t has_tiles() { return tiles_allowed(); }
+
+// Memory for a product in bytes; 0 where the first or last weights are no bf16 numbers.
+extern "C" int64_t split_product_bytes(const Product* p) {
+#ifdef TILES
+    if (!ends_are_bf16(*p)) return 0;
+    const Cut cut(*p);
+    return 2 * (cut.x_size() + 2 * cut.weight_size());
+#else
+    return 0;
+#endif
+}
+
+// Whether it was computed: not if a weight is no bf16 number. inner and columns are multiples of 32, memory begins at one of 64.
+extern "C" int32_t split_product(const Product* p) {
+#ifdef TILES
+    Team team{*p, Cut(*p)};
+    int32_t done = 1;
+#pragma omp parallel num_threads(p->threads)
+    if (!team.run()) {
+#pragma omp atomic write
+        done = 0;
+    }
+    return done;
+#else
+    return 0;
+#endif
+}

@@ -1,0 +1,231 @@
+"""Products with weights that are bf16 numbers, by AMX: as exact as fp32, the same for any threads, and of no other weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_cpu_nf4 import threads
+from torch import Tensor, nn
+
+from minisft.kernels import cpu_split
+from minisft.kernels.cpu_split import split_product
+from minisft.lora import LoRALinear
+from minisft.loss import head_loss_sum, token_log_probs
+from minisft.matmul import Linear, frozen_linear, frozen_linear_t, linear
+
+U = 2.0**-24
+pytestmark = pytest.mark.skipif(not cpu_split._has_tiles(), reason="needs a CPU with AMX, and leave to use it")
+
+
+@pytest.fixture(autouse=True)
+def _small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_split, "MIN_ROWS", 1)
+    monkeypatch.setattr(cpu_split, "MIN_WORK", 0)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bf16_numbers(*shape: int, seed: int = 1) -> Tensor:
+    return normal(*shape, seed=seed).bfloat16().float()
+
+
+def product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    y = split_product(x, weight, transposed)
+    assert y is not None
+    return y
+
+
+def weights_of(inner: int, columns: int, transposed: bool) -> Tensor:
+    return bf16_numbers(*((columns, inner) if transposed else (inner, columns)))
+
+
+# The inner size is cut above 512, columns at 2^18 numbers of a panel, rows at 640 Ki of three parts for each thread.
+SIZES = [
+    (1, 32, 32), (16, 64, 32), (17, 32, 96), (31, 96, 64), (33, 64, 64), (47, 160, 32), (64, 512, 32), (65, 544, 64),
+    (70, 1056, 160), (5, 512, 544), (129, 64, 8256), (700, 512, 64), (1400, 288, 32), (900, 1056, 96),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
+def test_against_fp64_for_any_threads(rows: int, inner: int, columns: int, transposed: bool) -> None:
+    """Exact products of 3 parts, summed in fp32: 3 K terms in any order, each of at most |x| |w|."""
+    x, weight = normal(rows, inner), weights_of(inner, columns, transposed)
+    found = []
+    for count in (1, 2, 3):
+        with threads(count):
+            found.append(product(x, weight, transposed))
+    assert all(torch.equal(y, found[0]) for y in found)
+    true = (weight.T if transposed else weight).double()
+    error = (found[0].double() - x.double() @ true).abs() / (x.double().abs() @ true.abs())
+    # Errors of a sum grow with the root of its length unless all go one way; a lost part would be 2^-17 of each term.
+    assert float(error.max()) <= 4 * (3 * inner) ** 0.5 * U
+
+
+@given(
+    st.lists(st.floats(width=32, min_value=2.0**-100, max_value=2.0**100), min_size=1, max_size=40), st.booleans(), st.data()
+)
+def test_no_bit_of_x_is_lost(numbers: list[float], transposed: bool, data: st.DataObject) -> None:
+    """Times a power of two, alone in its sum: the product is exact, so y must be exact."""
+    rows, inner, columns = len(numbers), 96, 64
+    position, column = data.draw(st.integers(0, inner - 1)), data.draw(st.integers(0, columns - 1))
+    sign, power = data.draw(st.sampled_from((-1.0, 1.0))), data.draw(st.integers(-8, 8))
+    x = torch.full((rows, inner), 3.0)
+    x[:, position] = torch.tensor(numbers)
+    weight = torch.zeros((columns, inner) if transposed else (inner, columns))
+    (weight.T if not transposed else weight)[column, position] = sign * 2.0**power
+    wanted = torch.zeros(rows, columns)
+    wanted[:, column] = x[:, position] * sign * 2.0**power
+    assert torch.equal(product(x, weight, transposed), wanted)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_row_has_the_same_bits_beside_any_others(transposed: bool) -> None:
+    x, weight = normal(900, 544), weights_of(544, 64, transposed)
+    whole = product(x, weight, transposed)
+    for rows in (slice(0, 1), slice(30, 35), slice(411, 650)):
+        assert torch.equal(product(x[rows].clone(), weight, transposed), whole[rows])
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("columns", [96, 8256])
+@given(data=st.data())
+def test_one_other_number_is_always_found(columns: int, transposed: bool, data: st.DataObject) -> None:
+    """Then there is no product, and the call that asks gives the BLAS's bits."""
+    x, weight = normal(40, 544), weights_of(544, columns, transposed)
+    row = data.draw(st.integers(0, len(weight) - 1))
+    weight[row, data.draw(st.integers(0, weight.shape[1] - 1))] = 1 + 2.0 ** data.draw(st.integers(-23, -8))
+    with threads(data.draw(st.integers(1, 3))):
+        assert split_product(x, weight, transposed) is None
+        y = frozen_linear(x, weight) if transposed else frozen_linear_t(x, weight)
+    assert torch.equal(y, x @ (weight.T if transposed else weight))
+
+
+def test_what_changes_is_seen_by_the_next_call() -> None:
+    """Nothing of a weight is kept: not even what PyTorch does not count as a change."""
+    x, weight = normal(40, 64), bf16_numbers(96, 64)
+    assert split_product(x, weight, True) is not None
+    weight.numpy()[50, 3] = 1e-3
+    assert split_product(x, weight, True) is None
+    weight.numpy()[50, 3] = 2.0
+    assert torch.equal(product(x, weight, True)[:, 50].sign(), (x.double() @ weight[50].double()).float().sign())
+
+
+def test_what_is_refused() -> None:
+    x, weight = normal(40, 64), bf16_numbers(96, 64)
+    refused = [
+        (x.double(), weight.double()), (x.bfloat16(), weight.bfloat16()), (x, weight.bfloat16()),
+        (normal(40, 48), bf16_numbers(96, 48)), (x, bf16_numbers(80, 64)), (x, bf16_numbers(64, 96).T), (normal(0, 64), weight),
+        (x, bf16_numbers(96, 128)[:, ::2]),
+    ]  # fmt: skip
+    assert all(split_product(a, b, True) is None for a, b in refused)
+    assert torch.equal(product(normal(64, 40).T, weight, True), product(normal(64, 40).T.contiguous(), weight, True))
+
+
+def test_small_products_stay_with_the_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    weight = bf16_numbers(1536, 576)
+    assert split_product(normal(31, 576), weight, True) is None
+    assert split_product(normal(32, 576), weight, True) is not None
+    assert split_product(normal(150, 192), bf16_numbers(576, 192), True) is None
+    monkeypatch.setattr(cpu_split, "enabled", False)
+    assert split_product(normal(32, 576), weight, True) is None
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_none_spoils_its_row_alone(number: float) -> None:
+    x, weight = normal(40, 64), bf16_numbers(96, 64)
+    x[7, 9] = number
+    y, others = product(x, weight, True), torch.arange(40) != 7
+    assert not y[7].isfinite().any()
+    assert y[others].isfinite().all()
+
+
+# ---- in a layer ----------------------------------------------------------------------------------------------------------
+
+
+def frozen_layer(bias: bool) -> Linear:
+    layer = Linear(64, 96, bias=bias)
+    layer.weight.data = bf16_numbers(96, 64)
+    return layer.requires_grad_(False)
+
+
+def both_ways(monkeypatch: pytest.MonkeyPatch, compute: object) -> tuple[list[Tensor], list[Tensor]]:
+    """What ``compute`` gives with and without tiles; they must not be the same bits, else neither was used."""
+    ways = []
+    for enabled in (True, False):
+        monkeypatch.setattr(cpu_split, "enabled", enabled)
+        ways.append(compute())
+    return ways[0], ways[1]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_values_and_gradients_of_a_layer(bias: bool, adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer: nn.Module = frozen_layer(bias)
+    if adapted:
+        layer = LoRALinear(layer, rank=4, alpha=8.0)
+        layer.lora_B.data = normal(96, 4, seed=3)
+    grad = normal(5, 40, 96, seed=2)
+
+    def compute() -> list[Tensor]:
+        x = normal(5, 40, 64).requires_grad_()
+        parameters = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        y = layer(x)
+        return [y.detach(), *torch.autograd.grad(y, parameters, grad)]
+
+    found, blas = both_ways(monkeypatch, compute)
+    exact = layer.double()
+    x = normal(5, 40, 64).double().requires_grad_()
+    y = exact(x)
+    true = [y, *torch.autograd.grad(y, [x, *(p for p in exact.parameters() if p.requires_grad)], grad.double())]
+    for ours, theirs, wanted in zip(found, blas, true, strict=True):
+        scale = float(wanted.detach().abs().max())
+        assert float((ours - wanted.detach()).abs().max()) <= 2e-6 * scale
+        assert float((theirs - wanted.detach()).abs().max()) <= 2e-6 * scale
+    assert not torch.equal(found[0], blas[0])
+    assert not torch.equal(found[1], blas[1])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_answer_in_training_after_it_and_with_a_fresh_adapter(bias: bool) -> None:
+    layer, x = frozen_layer(bias), normal(40, 64)
+    adapted = LoRALinear(layer, rank=4, alpha=8.0)
+    trained = layer(x.clone().requires_grad_()).detach()
+    with torch.no_grad():
+        ways = [layer(x), adapted(x), linear(x, layer.weight, layer.bias)]
+    ways.append(adapted(x).detach())
+    layer.weight.requires_grad_()  # as a model that was just loaded
+    ways.append(linear(x, layer.weight, layer.bias).detach())
+    assert all(torch.equal(way, trained) for way in ways)
+
+
+def test_plain_pytorch_layers_multiply_as_they_do_without_us() -> None:
+    layer = nn.Linear(64, 96).requires_grad_(False)
+    layer.weight.data = bf16_numbers(96, 64)
+    x = normal(40, 64)
+    wanted = layer(x)
+    assert torch.equal(LoRALinear(layer, rank=4, alpha=8.0)(x).detach(), wanted)
+
+
+@pytest.mark.parametrize("loss", [head_loss_sum, token_log_probs])
+def test_losses_of_a_head(loss: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, targets = frozen_layer(bias=False), torch.arange(40) * 7 % 96
+
+    def compute() -> list[Tensor]:
+        hidden = normal(40, 64).requires_grad_()
+        value = loss(hidden, head, targets)
+        return [value.detach(), *torch.autograd.grad(value.sum(), hidden)]
+
+    found, blas = both_ways(monkeypatch, compute)
+    hidden = normal(40, 64).double().requires_grad_()
+    log_probs = (hidden @ head.weight.double().T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    value = -log_probs.sum() if loss is head_loss_sum else log_probs
+    true = [value, *torch.autograd.grad(value.sum(), hidden)]
+    for ours, wanted in zip(found, true, strict=True):
+        assert float((ours - wanted.detach()).abs().max()) <= 4e-6 * float(wanted.detach().abs().max())
+    assert not torch.equal(found[1], blas[1])
