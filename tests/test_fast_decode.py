@@ -299,21 +299,21 @@ def test_rows_that_are_no_groups_of_16_are_not_read() -> None:
 @needs_native
 def test_models_that_share_weights_share_the_eight_bits_and_free_them() -> None:
     gc.collect()
-    kept = len(eight_bit._made)
+    kept = len(eight_bit._copies)
     base = made()
     adapted = sharing_copy(base)
     apply_lora_(adapted, LoRAConfig(rank=2))
     adapted.eval()
     fast_decode_(base, PROMPTS)
-    first = len(eight_bit._made)
+    first = len(eight_bit._copies)
     assert first == kept + 15  # seven linears in each of two layers, and the head
     fast_decode_(adapted, PROMPTS)
-    assert len(eight_bit._made) == first
+    assert len(eight_bit._copies) == first
     q = base.model.layers[0].self_attn.q_proj
     assert eight_bits_of(q.weight) is eight_bits_of(adapted.model.layers[0].self_attn.q_proj.base.weight)
     del base, adapted, q
     gc.collect()
-    assert len(eight_bit._made) == kept
+    assert len(eight_bit._copies) == kept
 
 
 # ---- the drift -----------------------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def test_outputs_that_two_tiles_compute_are_added_once() -> None:
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
-        *(("bf16", sizes) for sizes in ((64, 77), (128, 32), (640, 100))),
+        *((kind, sizes) for kind in ("bf16", "16 bits") for sizes in ((64, 77), (128, 32), (640, 100))),
         *(("8 bits", sizes) for sizes in ((64, 77), (96, 45), (640, 100))),
         ("nf4 32", (96, 45)), ("nf4 64", (64, 77)), ("nf4 64", (640, 100)), ("nf4-plain 128", (128, 32)),
     ],
@@ -221,6 +221,8 @@ def test_tiles_lose_no_bit_of_what_they_multiply(
         weight = model.lm_head.dequantized_weight(torch.float32)
     elif kind == "8 bits":
         weight = quantize_8bit(weight).dequantize()
+    elif kind == "16 bits":
+        weight.copy_(weight.bfloat16())
     x = model.model.embed_tokens.weight[torch.arange(count) % V].double()
     normed, true = x / (x.square().mean(-1, keepdim=True) + 1e-9).sqrt(), weight.double()
     ways = []
@@ -228,7 +230,7 @@ def test_tiles_lose_no_bit_of_what_they_multiply(
         monkeypatch.setattr(native_decoder, "USE_TILES", tiled)
         with torch.inference_mode():
             cache = KVCache(config, count, 2, model.dtype)
-            decoder = NativeDecoder(model, cache, eight_bits=kind == "8 bits")
+            decoder = NativeDecoder(model, cache, eight_bits=kind == "8 bits", sixteen_bits=kind == "16 bits")
             decoder._dtype = torch.float32
             found = decoder.logits(torch.arange(count) % V, cache)
         ways.append(found)
@@ -485,7 +487,7 @@ def test_without_a_compiler_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> 
 # ---- other instructions, and a compiler that looks for faults ------------------------------------------------------------
 
 
-OTHERS = ("attention", "cpu_elementwise", "cpu_nf4", "fast_decode", "formats_gguf")
+OTHERS = ("attention", "cpu_elementwise", "cpu_nf4", "fast_decode", "formats_gguf", "sixteen_bits")
 
 
 def run_again(folder: Path, options: str, environment: dict[str, str], more: str = "") -> str:
@@ -494,7 +496,8 @@ def run_again(folder: Path, options: str, environment: dict[str, str], more: str
     compiler = environment.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
     environment["CXX"] = f"{compiler} {options}"
     chosen = "family or lengths or same_bits or full_cache or rms_norm or swiglu or rotate or few_rows or any_bytes"
-    chosen += " or values_and_gradients or common_beginning or past_is or blocks_of_queries or rounded_weights" + more
+    chosen += " or values_and_gradients or common_beginning or past_is or blocks_of_queries or rounded_weights"
+    chosen += " or weights_themselves" + more
     files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("native_decode", *OTHERS)]
     command = [sys.executable, "-m", "pytest", *files, "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)

@@ -53,7 +53,7 @@ def fast_decode_(model: CausalLM, prompts: Sequence[Sequence[int]], name: str = 
 
     Args:
         model: with or without adapters. A weight that changes is rounded again for the next batch of prompts, see
-            ``eight_bits_of`` for the changes that are not seen: then call this again.
+            ``WeightCopies`` for the changes that are not seen: then call this again.
         prompts: token ids of a few texts like those to come, none empty: the drift is measured in the model's answers to them.
             The first 16 are taken, and of each the end, if it is longer than the model's context.
         name: the model's among several, for the error.
@@ -72,7 +72,7 @@ def fast_decode_(model: CausalLM, prompts: Sequence[Sequence[int]], name: str = 
         raise UserError("data/no-prompt", "there is nothing to measure the drift with", expected=expected)
     if model in in_eight_bits:
         exact_decode_(model)
-    new = [weight for weight in _dense(model) if not is_made(weight)]
+    new = [weight for weight in dense_weights(model) if not is_made(weight)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that PyTorch generates: here nothing is generated
@@ -90,12 +90,12 @@ def fast_decode_(model: CausalLM, prompts: Sequence[Sequence[int]], name: str = 
 def exact_decode_(model: CausalLM) -> None:
     """Let steps read the weights as they are again, and free the 8 bits, which other models of the same weights make anew."""
     in_eight_bits.discard(model)
-    for weight in _dense(model):
+    for weight in dense_weights(model):
         forget(weight)
 
 
-def _dense(model: CausalLM) -> list[Tensor]:
-    """The weights of linears that are not in 4 bits."""
+def dense_weights(model: CausalLM) -> list[Tensor]:
+    """The weights of linears that are not in 4 bits, the head's among them."""
     return [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
 
 

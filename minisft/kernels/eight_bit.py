@@ -17,14 +17,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from minisft.kernels.weight_copies import WeightCopies
 
 LARGEST_CODE = 127
 MAX_BLOCK = 64
 AT_ONCE = 2**20  # weights: what is in between stays in the cache
-NUM_SEEN = 256  # weights that are compared to see a change
-
-_made = WeakTensorKeyDictionary()  # weight -> (its state, EightBitWeight), as long as the weight lives
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,32 +78,26 @@ def quantize_8bit(weight: Tensor) -> EightBitWeight:
     return EightBitWeight(codes, scales)
 
 
+_copies = WeightCopies(quantize_8bit)
+
+
 def eight_bits_of(weight: Tensor) -> EightBitWeight:
-    """``quantize_8bit``, remembered: models that share a weight share its codes, and one that changes is rounded again.
+    """``quantize_8bit``, remembered; see ``WeightCopies`` for the changes that are not seen.
 
     Args:
-        weight: as for ``quantize_8bit``. Not every change is counted by PyTorch (its fused AdamW's is not, nor those through
-            ``.data``), so 256 of the numbers are compared too; what changes a few others alone is not seen.
+        weight: as for ``quantize_8bit``.
 
     Returns:
         its codes and scales, kept as long as the weight lives.
     """
-    flat = weight.detach().flatten()
-    seen = flat[:: max(1, len(flat) // NUM_SEEN)].float().numpy().tobytes()
-    state = (0 if weight.is_inference() else weight._version, weight.data_ptr(), seen)
-    kept: tuple[object, EightBitWeight] | None = _made.get(weight)
-    if kept is not None and kept[0] == state:
-        return kept[1]
-    made = quantize_8bit(weight.detach())
-    _made[weight] = (state, made)
-    return made
+    return _copies.of(weight)
 
 
 def is_made(weight: Tensor) -> bool:
     """Whether ``eight_bits_of`` keeps something of a weight."""
-    return weight in _made
+    return weight in _copies
 
 
 def forget(weight: Tensor) -> None:
     """Free what ``eight_bits_of`` has kept of a weight."""
-    _made.pop(weight, None)
+    _copies.forget(weight)

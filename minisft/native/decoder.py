@@ -8,8 +8,9 @@ cache, attention, output, norm, MLP, head. Everything is multiplied and summed i
 The readable model stays the reference, and it does the step where ``decode_path`` says so: for a model with
 ``ModelConfig.switches`` (SmolLM3, Granite, OLMo 2, Gemma 3), one that transformers computes or that processes share, on a GPU,
 in fp64 or fp16, while a module has hooks, under autocast, for DoRA and for adapters of the embedding, for more than 16 rows,
-and without a C++ compiler. Weights are not copied, but for a model in ``in_eight_bits``. Pointers are taken when a decoder is
-made, which is once for each batch of prompts, so whatever was trained, merged, replaced or turned off before is seen.
+and without a C++ compiler. Weights are not copied, but for a model in ``in_eight_bits`` or ``in_sixteen_bits``. Pointers are
+taken when a decoder is made, which is once for each batch of prompts, so whatever was trained, merged, replaced or turned off
+before is seen.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from minisft.kernels.cpu_decode import (
     require,
 )
 from minisft.kernels.eight_bit import EightBitWeight, eight_bits_of
+from minisft.kernels.sixteen_bit import sixteen_bits_of
 from minisft.lora import LoRALinear
 from minisft.matmul import Linear
 from minisft.model import MLP, Attention, CausalLM, KVCache, Layer, RMSNorm, Transformer, rope_angles
@@ -49,6 +51,7 @@ _MODULES += (Linear, nn.Linear, NF4Linear, LoRALinear, RowDropout)
 
 USE_TILES = True  # False: as on a CPU without AMX, for tests
 in_eight_bits: WeakSet[CausalLM] = WeakSet()  # models whose dense weights are read in 8 bits, see evaluation/fast_decode.py
+in_sixteen_bits: WeakSet[CausalLM] = WeakSet()  # and those whose fp32 ones are in 16 where that is exact, unless they are in 8
 
 
 def decode_path(model: CausalLM, num_rows: int = 1) -> str:
@@ -59,14 +62,16 @@ def decode_path(model: CausalLM, num_rows: int = 1) -> str:
         num_rows: rows of the batch.
 
     Returns:
-        the code, and why it is not the native one.
+        the code, and why it is not the native one; where fp32 weights are read in 16 bits (copies that are not there yet are
+        made), of how many linears.
     """
     try:
-        _Model(model)
+        found = _Model(model, model in in_eight_bits, model in in_sixteen_bits)
         require(num_rows <= MAX_ROWS, f"{num_rows} rows, more than {MAX_ROWS}")
     except Unsupported as reason:
         return f"PyTorch ({reason})"
-    return cpu_nf4.path()
+    exact = f", fp32 weights of {found.num_in_16_bits} linears read in 16 bits" if found.num_in_16_bits else ""
+    return cpu_nf4.path() + exact
 
 
 def _require_plain(model: nn.Module) -> None:
@@ -120,9 +125,9 @@ def next_logits_of(model: CausalLM, cache: KVCache) -> Callable[[Tensor, KVCache
     Raises:
         UserError: ``config/fast-decode``: 8 bits were asked for and native code does not compute the model any more.
     """
-    is_fast = model in in_eight_bits
+    is_fast, is_exact = model in in_eight_bits, model in in_sixteen_bits
     try:
-        decoder = NativeDecoder(model, cache, eight_bits=is_fast)
+        decoder = NativeDecoder(model, cache, eight_bits=is_fast, sixteen_bits=is_exact)
     except Unsupported as reason:
         if is_fast:
             raise not_fast(reason) from reason
@@ -143,7 +148,7 @@ class _Model:
         Unsupported: something that the native step does not compute.
     """
 
-    def __init__(self, model: CausalLM, eight_bits: bool = False) -> None:
+    def __init__(self, model: CausalLM, eight_bits: bool = False, sixteen_bits: bool = False) -> None:
         require(not any(map(is_share, model.parameters())), "processes share the model")
         require(type(model) is CausalLM, "transformers computes the model")
         require(not torch.is_autocast_enabled("cpu"), "autocast is on")
@@ -156,7 +161,7 @@ class _Model:
         _require_plain(model)
         if cpu_nf4.library() is None:
             raise Unsupported(_no_library())
-        self._eight_bits = eight_bits
+        self._eight_bits, self._sixteen_bits, self.num_in_16_bits = eight_bits, sixteen_bits, 0
         self.pointers, self.config, body = Pointers(), model.config, model.model
         self.max_rank, D, V = 0, model.config.hidden_size, model.config.vocab_size
         require(len(body.layers) == model.config.num_layers, "layers were added or taken away")
@@ -200,6 +205,9 @@ class _Model:
         weight = layer.quantized if isinstance(layer, NF4Linear) else layer.weight
         if self._eight_bits and isinstance(weight, Tensor):
             weight = eight_bits_of(weight)
+        elif self._sixteen_bits and isinstance(weight, Tensor):
+            weight = sixteen_bits_of(own := weight)
+            self.num_in_16_bits += weight is not own
         require(weight.shape == shape, f"{what} has the shape {tuple(weight.shape)}, not {shape}")
         return self.pointers.linear(weight, layer.bias, update, what)
 
@@ -211,13 +219,14 @@ class NativeDecoder:
         model: in ``eval`` mode; its weights must not move while this object is used.
         cache: what the prompts left behind.
         eight_bits: read dense weights in 8 bits, see ``kernels/eight_bit.py``.
+        sixteen_bits: else read fp32 weights in 16 bits where those are the same numbers, see ``kernels/sixteen_bit.py``.
 
     Raises:
         Unsupported: see ``decode_path``.
     """
 
-    def __init__(self, model: CausalLM, cache: KVCache, eight_bits: bool = False) -> None:
-        config, found = model.config, _Model(model, eight_bits)
+    def __init__(self, model: CausalLM, cache: KVCache, eight_bits: bool = False, sixteen_bits: bool = False) -> None:
+        config, found = model.config, _Model(model, eight_bits, sixteen_bits)
         self._model, self._dtype, self._vocabulary = found, model.dtype, config.vocab_size
         self._most_rows = None if eight_bits else MAX_ROWS
         threads, self._max_length = torch.get_num_threads(), cache.max_length

@@ -1,0 +1,423 @@
+"""fp32 weights read in 16 bits: copies bit by bit, steps against those of the weights themselves, changes, memory."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from minisft.config import LoRAConfig, ModelConfig, QuantConfig
+from minisft.evaluation import sixteen_bits
+from minisft.evaluation.fast_decode import dense_weights, exact_decode_, fast_decode_
+from minisft.evaluation.sixteen_bits import (
+    SixteenBits,
+    decode_in_16_bits_,
+    decode_in_16_bits_if_memory_allows_,
+    free_16_bits_,
+)
+from minisft.generation import ChatCache, Sampling, _scored_tokens, generate, read_prompts
+from minisft.kernels import cpu_build, sixteen_bit
+from minisft.kernels.sixteen_bit import exact_bf16, sixteen_bits_of
+from minisft.merge_weights import merge_
+from minisft.model import CausalLM
+from minisft.native import decoder as native_decoder
+from minisft.native.decoder import NativeDecoder, decode_path, in_sixteen_bits, next_logits_of, tile_floats
+from minisft.optim import MasterAdamW
+from minisft.serving.lanes import sharing_copy
+from minisft.surgery import apply_lora_, lora_modules, quantize_
+
+CONFIG = replace(tiny.LLAMA, hidden_size=64, intermediate_size=96, num_heads=8, num_kv_heads=2, head_dim=12)
+UNTIED = replace(CONFIG, tie_word_embeddings=False, hidden_size=48, intermediate_size=80, qkv_bias=True)
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [3], [5, 6, 7], [8, 9, 1]]
+NUM_LINEARS = 15  # seven in each of two layers, and the head
+MIN_TILED = 6  # rows from which on tiles multiply weights in bf16
+needs_native = pytest.mark.skipif(
+    cpu_build.load().reason in ("no C++ compiler found", "MINISFT_NATIVE=0"), reason="needs the compiled library"
+)
+
+
+def made(config: ModelConfig = CONFIG, kind: str = "fp32", adapted: bool = False) -> CausalLM:
+    """A model of bf16 numbers in fp32 (or in bf16); adapters hold other numbers."""
+    dtype, _, quant = kind.partition("+")
+    model = tiny.build(config, torch.bfloat16).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    if quant:
+        quantize_(model, QuantConfig())
+    if adapted:
+        apply_lora_(model, LoRAConfig(rank=5, alpha=3.0))
+        draw = torch.Generator().manual_seed(7)
+        for layer in lora_modules(model).values():
+            layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=draw) * 0.2
+    return model.eval().requires_grad_(False)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """NaN is equal to the same NaN, and 0 not to -0."""
+    return a.dtype == b.dtype == torch.float32 and torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+# ---- a copy --------------------------------------------------------------------------------------------------------------
+
+# fp32 words: 1, -1, largest and smallest bf16 numbers, 0, -0, subnormal, infinities, NaN quiet and signalling with payloads.
+SPECIAL = [
+    0x3F800000, 0xBF800000, 0x7F7F0000, 0x00800000, 0x00000000, 0x80000000, 0x00010000, 0x807F0000, 0x7F800000, 0xFF800000,
+    0x7FC00000, 0xFFC00000, 0x7F810000, 0xFFAB0000, 0x7FFF0000,
+]  # fmt: skip
+
+
+def of_words(words: list[int]) -> Tensor:
+    return torch.tensor(words, dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+
+def test_special_numbers_keep_their_bits() -> None:
+    found = sixteen_bits_of(of_words(SPECIAL).view(3, 5))
+    assert (found.dtype, found.shape) == (torch.bfloat16, (3, 5))
+    assert [word & 0xFFFF for word in found.view(torch.int16).flatten().tolist()] == [word >> 16 for word in SPECIAL]
+
+
+halves = st.one_of(st.just(0), st.integers(0, 2**16 - 1), st.sampled_from([1, 0x8000]))
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**16 - 1), halves), min_size=1, max_size=12), st.integers(1, 5))
+def test_a_copy_is_exact_or_there_is_none(numbers: list[tuple[int, int]], at_once: int) -> None:
+    weight = of_words([upper << 16 | lower for upper, lower in numbers])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sixteen_bit, "AT_ONCE", at_once)
+        found = exact_bf16(weight)
+    if any(lower for _, lower in numbers):
+        assert found is None
+    else:
+        assert found is not None
+        assert [word & 0xFFFF for word in found.view(torch.int16).tolist()] == [upper for upper, _ in numbers]
+
+
+def test_what_cannot_be_copied_is_read_as_it_is() -> None:
+    class Other(Tensor):
+        pass
+
+    plain = torch.ones(4, 6)
+    assert sixteen_bits_of(plain) is not plain
+    others = [
+        plain.bfloat16(),
+        plain.double(),
+        torch.ones(6, 4).T,
+        torch.ones(4, 6, device="meta"),
+        torch.ones(4, 6).as_subclass(Other),
+    ]
+    for weight in [*others, torch.full((4, 6), 1.001)]:
+        assert sixteen_bits_of(weight) is weight
+
+
+def test_a_weight_that_has_no_copy_is_not_read_through_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, asked = torch.ones(3, 5), []
+    weight[2, 4] = 1.001
+    monkeypatch.setattr(sixteen_bit._copies, "_make", lambda w: asked.append(w) or exact_bf16(w))
+    assert sixteen_bits_of(weight) is sixteen_bits_of(weight) is weight
+    assert len(asked) == 1
+    weight[2, 4] = 1
+    assert torch.equal(sixteen_bits_of(weight), weight.bfloat16())
+    assert len(asked) == 2
+
+
+# ---- steps ---------------------------------------------------------------------------------------------------------------
+
+CASES = [(CONFIG, "fp32"), (CONFIG, "fp32+nf4"), (UNTIED, "fp32"), (replace(CONFIG, qk_norm=True, sliding_window=3), "fp32")]
+
+
+def logits_of(model: CausalLM, count: int, sixteen: bool, steps: int = 2) -> list[Tensor]:
+    """Of native steps."""
+    with torch.inference_mode():
+        cache = read_prompts(model, [[1, 2, n % 7] for n in range(count)], steps)[0]
+        decoder = NativeDecoder(model, cache, sixteen_bits=sixteen)
+        return [decoder.logits((torch.arange(count) + turn) % tiny.VOCAB, cache) for turn in range(steps)]
+
+
+@needs_native
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(("config", "kind"), CASES)
+def test_a_step_has_the_bits_of_the_weights_themselves(config: ModelConfig, kind: str, adapted: bool, monkeypatch) -> None:
+    """By vectors for any number of rows. Those of tiles, test_native_decode.py holds to the error of a sum in fp32."""
+    model = made(config, kind, adapted)
+    for count in (1, 2, 3, 4, 5, 6, 9, 16):
+        found, wanted = (logits_of(model, count, sixteen) for sixteen in (True, False))
+        for ours, theirs in zip(found, wanted, strict=True):
+            if count < MIN_TILED or not tile_floats():
+                assert same_bits(ours, theirs)
+            tiny.assert_close(ours, theirs, 1e-5)
+        monkeypatch.setattr(native_decoder, "USE_TILES", False)
+        assert all(map(same_bits, logits_of(model, count, True), logits_of(model, count, False)))
+        monkeypatch.undo()
+
+
+@needs_native
+@pytest.mark.parametrize(("config", "kind"), CASES)
+def test_it_is_the_copies_that_are_read(config: ModelConfig, kind: str) -> None:
+    """Zeros in the copies of the head, or of the layers, are what a step multiplies."""
+    model = made(config, kind)
+    plain = logits_of(model, 2, False)
+    decode_in_16_bits_(model)
+    sixteen_bits_of(model.lm_head.weight).zero_()
+    assert not any(map(torch.any, logits_of(model, 2, True)))
+    assert all(map(same_bits, logits_of(model, 2, False), plain))
+    free_16_bits_(model)
+    layers = [weight for weight in dense_weights(model) if weight is not model.lm_head.weight]
+    assert len(layers) == (0 if "nf4" in kind else NUM_LINEARS - 1)
+    for weight in layers:
+        sixteen_bits_of(weight).zero_()
+    with torch.inference_mode():
+        x = model.model.norm(model.model.embed_tokens(torch.arange(2)))  # layers add nothing but their biases
+    if layers and not config.qkv_bias:
+        tiny.assert_close(logits_of(model, 2, True)[0], model.head(x), 1e-5)
+
+
+@needs_native
+def test_special_numbers_in_a_step() -> None:
+    """Rows of the head with what no published model has; payloads go through the sums as they do from fp32."""
+    model = made(UNTIED)
+    for row, word in enumerate(SPECIAL):
+        model.lm_head.weight[row, row] = of_words([word])[0]
+    model.lm_head.weight[20] = of_words([0x00010000])[0]
+    for count in (1, 5):
+        found, wanted = (logits_of(model, count, sixteen) for sixteen in (True, False))
+        assert all(map(same_bits, found, wanted))
+    assert 5 <= int((~found[0].isfinite()).any(0).sum()) <= len(SPECIAL)  # columns of infinities and NaN, and no others
+
+
+def scores(model: CausalLM) -> Tensor:
+    """One step of four rows as ``generate`` computes it."""
+    with torch.inference_mode():
+        cache = read_prompts(model, PROMPTS, 1)[0]
+        return next_logits_of(model, cache)(torch.tensor([1, 2, 3, 4]), cache)
+
+
+@torch.inference_mode()
+def reads_copies(model: CausalLM) -> bool:
+    """Whether a step as ``generate`` computes it reads a copy of the head: zeros in one would change the logits."""
+    before, weight = scores(model), model.lm_head.weight
+    if weight not in sixteen_bit._copies:
+        return False
+    sixteen_bits_of(weight).zero_()
+    changed = not same_bits(scores(model), before)
+    sixteen_bit.forget(weight)
+    return changed
+
+
+@needs_native
+def test_it_is_switched_on_and_off() -> None:
+    model, other = made(adapted=True), made(adapted=True)
+    assert not reads_copies(model)
+    before = scores(model)
+    assert decode_in_16_bits_(model) == SixteenBits(NUM_LINEARS, 2 * sum(w.numel() for w in dense_weights(model)))
+    assert same_bits(scores(model), before)
+    assert reads_copies(model)
+    assert not reads_copies(other)  # another model of the same numbers is not touched
+    free_16_bits_(model)
+    assert not any(weight in sixteen_bit._copies for weight in dense_weights(model))
+    assert not reads_copies(model)
+    assert same_bits(scores(model), before)
+
+
+@needs_native
+def test_8_bits_win() -> None:
+    model = made()
+    fast_decode_(model, PROMPTS)
+    rounded = scores(model)
+    assert decode_in_16_bits_(model) == SixteenBits(0, 0)
+    assert same_bits(scores(model), rounded)
+    assert "16 bits" not in decode_path(model)
+    exact_decode_(model)
+    assert reads_copies(model)
+    fast_decode_(model, PROMPTS)
+    assert same_bits(scores(model), rounded)
+
+
+@needs_native
+@pytest.mark.parametrize(("kind", "linears"), [("fp32", NUM_LINEARS), ("fp32+nf4", 1), ("bf16", 0), ("bf16+nf4", 0)])
+def test_what_is_copied_of_which_model(kind: str, linears: int) -> None:
+    """Beside 4-bit layers the head; of bf16 nothing. ``decode_path`` says it."""
+    model = made(kind=kind)
+    plain = decode_path(model)
+    assert plain.startswith("native code")
+    assert "16 bits" not in plain
+    found = decode_in_16_bits_(model)
+    head = model.lm_head.weight.numel()
+    assert found == SixteenBits(linears, {0: 0, 1: 2 * head}.get(linears, 2 * sum(w.numel() for w in dense_weights(model))))
+    more = f", fp32 weights of {linears} linears read in 16 bits" if linears else ""
+    assert decode_path(model) == plain + more
+
+
+@needs_native
+def test_one_other_number_keeps_its_weight_alone_in_fp32() -> None:
+    model = made()
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight[95, 63] = 1 + 2.0**-23
+    wanted, sizes = scores(model), sum(w.numel() for w in dense_weights(model))
+    assert decode_in_16_bits_(model) == SixteenBits(NUM_LINEARS - 1, 2 * (sizes - weight.numel()))
+    assert same_bits(scores(model), wanted)
+    assert sixteen_bits_of(weight) is weight
+    assert decode_path(model).endswith(f"of {NUM_LINEARS - 1} linears read in 16 bits")
+
+
+@pytest.mark.parametrize(
+    "change", [CausalLM.double, CausalLM.half, lambda m: setattr(m, "config", replace(CONFIG, activation="gelu"))]
+)
+def test_where_native_code_does_not_decode_nothing_is_copied(change) -> None:
+    model = made()
+    change(model)
+    assert decode_in_16_bits_(model) == SixteenBits(0, 0)
+    assert not any(weight in sixteen_bit._copies for weight in dense_weights(model))
+    assert len(generate(model, PROMPTS, max_new_tokens=2, eos_ids=())) == len(PROMPTS)
+
+
+@needs_native
+def test_a_model_in_training_mode_stays_in_it() -> None:
+    model = made().train()
+    assert decode_in_16_bits_(model).num_weights == NUM_LINEARS
+    assert all(module.training for module in model.modules())
+
+
+# ---- changes -------------------------------------------------------------------------------------------------------------
+
+
+def up(model: CausalLM) -> nn.Linear:
+    layer = model.model.layers[1].mlp.up_proj
+    return getattr(layer, "base", layer)
+
+
+def scale_in_place_(model: CausalLM) -> None:
+    up(model).weight.mul_(-4)
+
+
+def replace_data_(model: CausalLM) -> None:
+    weight = up(model).weight
+    weight.data = -4 * weight.data
+
+
+def replace_parameter_(model: CausalLM) -> None:
+    up(model).weight = nn.Parameter(-4 * up(model).weight, requires_grad=False)
+
+
+def change_behind_its_back_(model: CausalLM) -> None:
+    """Not counted by PyTorch."""
+    up(model).weight.data.mul_(-4)
+
+
+def change_to_other_numbers_(model: CausalLM) -> None:
+    up(model).weight.mul_(-1.7)
+
+
+def train_(model: CausalLM) -> None:
+    """The fused AdamW of PyTorch writes to fp32 parameters without counting it."""
+    for parameter in model.parameters():
+        parameter.requires_grad_().grad = torch.ones_like(parameter)
+    MasterAdamW(dict(model.named_parameters()), betas=(0.9, 0.999), weight_decay=0.0).step(0.05)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "adapted"),
+    [
+        (scale_in_place_, False), (replace_data_, False), (replace_parameter_, False), (change_behind_its_back_, False),
+        (change_to_other_numbers_, True), (train_, False), (merge_, True),
+    ],
+)  # fmt: skip
+def test_changed_weights_are_looked_at_again(change, adapted: bool) -> None:
+    model = made(adapted=adapted)
+    decode_in_16_bits_(model)
+    before, path = scores(model), decode_path(model)
+    change(model)
+    after = scores(model)
+    assert not same_bits(after, before)
+    assert change is merge_ or (after - before).abs().max() > 0.01
+    copies = {merge_: 1, train_: 0, change_to_other_numbers_: NUM_LINEARS - 1}.get(
+        change, NUM_LINEARS
+    )  # merge_ leaves the head
+    shown = decode_path(model).removeprefix(path.split(",")[0])
+    assert shown == (f", fp32 weights of {copies} linears read in 16 bits" if copies else "")
+    free_16_bits_(model)
+    assert same_bits(scores(model), after)
+
+
+@needs_native
+def test_a_change_of_one_number_is_seen() -> None:
+    """Of a large weight, in which few numbers are compared: PyTorch counts it."""
+    model = made(replace(CONFIG, intermediate_size=960))
+    decode_in_16_bits_(model)
+    before = scores(model)
+    model.model.layers[1].mlp.down_proj.weight[3, 7].add_(2.5)
+    assert not same_bits(scores(model), before)
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+def test_models_that_share_weights_share_the_copies_and_free_them(config: ModelConfig) -> None:
+    gc.collect()
+    kept = len(sixteen_bit._copies)
+    base = made(config)
+    adapted = sharing_copy(base)
+    apply_lora_(adapted, LoRAConfig(rank=2))
+    adapted.eval()
+    found = decode_in_16_bits_(base)
+    assert len(sixteen_bit._copies) == kept + NUM_LINEARS
+    assert decode_in_16_bits_(adapted) == found
+    assert len(sixteen_bit._copies) == kept + NUM_LINEARS
+    q = base.model.layers[0].self_attn.q_proj
+    assert sixteen_bits_of(q.weight) is sixteen_bits_of(adapted.model.layers[0].self_attn.q_proj.base.weight)
+    assert (sixteen_bits_of(base.lm_head.weight) is sixteen_bits_of(base.model.embed_tokens.weight)) == (config is CONFIG)
+    sixteen_bit.forget(base.model.embed_tokens.weight)
+    del base, adapted, q
+    gc.collect()
+    assert len(sixteen_bit._copies) == kept
+
+
+def test_the_limit_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the copies of all weights, a shared one counted once; other models than ours need nothing."""
+    base = made(kind="fp32+nf4")
+    lanes = [base, sharing_copy(base)]
+    needed = 2 * tiny.VOCAB * 64  # the head alone is dense
+    for free, allowed in ((2 * needed - 1, False), (2 * needed, True), (None, True)):
+        monkeypatch.setattr(sixteen_bits, "available_bytes", lambda device, free=free: free)
+        assert decode_in_16_bits_if_memory_allows_(lanes) is allowed
+        assert [model in in_sixteen_bits for model in lanes] == [allowed, allowed]
+        for model in lanes:
+            free_16_bits_(model)
+    monkeypatch.setattr(sixteen_bits, "available_bytes", lambda device: 0)
+    half, foreign = made(kind="bf16"), made()
+    foreign.__class__ = type("Foreign", (CausalLM,), {})
+    assert decode_in_16_bits_if_memory_allows_([half, foreign])
+    assert foreign not in in_sixteen_bits
+    assert not decode_in_16_bits_if_memory_allows_([made()])
+
+
+@needs_native
+def test_nothing_is_copied_before_it_is_needed() -> None:
+    model = made()
+    assert decode_in_16_bits_if_memory_allows_([model])
+    assert not any(weight in sixteen_bit._copies for weight in dense_weights(model))
+    assert reads_copies(model)
+
+
+# ---- what is kept of what was written ------------------------------------------------------------------------------------
+
+
+@needs_native
+def test_the_next_turn_of_a_chat_computes_what_is_new() -> None:
+    """Unlike 8 bits: keys and values of what was written are those of the weights themselves, so they are kept."""
+    model, kept = made(), ChatCache()
+    decode_in_16_bits_(model)
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    tokens = [token for _, token, *_ in _scored_tokens(model, {0: prompt}, 8, (), Sampling(), scored=False, kept=kept)]
+    assert kept.ids == [*prompt, *tokens[:-1]]  # the last one was not read any more
+    free_16_bits_(model)
+    plain = ChatCache()
+    assert tokens == [t for _, t, *_ in _scored_tokens(model, {0: prompt}, 8, (), Sampling(), scored=False, kept=plain)]
+    length = len(kept.ids)
+    assert same_bits(kept.cache.keys[..., :length, :].contiguous(), plain.cache.keys[..., :length, :].contiguous())
