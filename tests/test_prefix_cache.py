@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from minisft.cli.main import main
 from minisft.config import LoRAConfig
 from minisft.evaluation.fast_decode import fast_decode_
+from minisft.evaluation.sixteen_bits import decode_in_16_bits_
 from minisft.generation import Sampling, generate, read_prompts, read_suffixes
 from minisft.kernels import cpu_build
 from minisft.model import CausalLM, KVCache
@@ -219,6 +220,18 @@ def test_rounded_weights_leave_no_keys_behind() -> None:
     cache, _ = read_prompts(model, [LONG], 0)
     (kept,) = [row for row in asked.cache._rows if row.ids.tolist()[: len(LONG)] == LONG]
     tiny.assert_close(kept.cache.keys[:, 0, :, : len(LONG)], cache.keys[:, 0], 1e-6)
+
+
+@pytest.mark.skipif(cpu_build.load().reason != "", reason="needs the compiled library")
+def test_exact_copies_leave_all_keys_behind() -> None:
+    """Weights in 16 bits are the same numbers: what steps wrote with them is not read again."""
+    model, asked = built().bfloat16().float(), Asked()
+    said = wanted(model, LONG)[0]
+    turn = [*LONG, *said, 3]
+    answer = wanted(model, turn)
+    assert decode_in_16_bits_(model).num_weights > 0
+    assert asked(model, LONG) == ([said], [0])
+    assert asked(model, turn) == (answer, [len(LONG) + len(said) - 1])
 
 
 # ---- the store -----------------------------------------------------------------------------------------------------------

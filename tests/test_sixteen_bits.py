@@ -1,17 +1,24 @@
-"""fp32 weights read in 16 bits: copies bit by bit, steps against those of the weights themselves, changes, memory."""
+"""fp32 weights read in 16 bits: copies bit by bit, steps against those of the weights themselves, changes, the command line."""
 
 from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
+import tiny_folder
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import minisft
+from minisft.cli.commands_answers import load_adapted
+from minisft.cli.commands_judging import _contestant
+from minisft.cli.flags import parse
+from minisft.cli.main import main
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
 from minisft.evaluation import sixteen_bits
 from minisft.evaluation.fast_decode import dense_weights, exact_decode_, fast_decode_
@@ -21,6 +28,7 @@ from minisft.evaluation.sixteen_bits import (
     decode_in_16_bits_if_memory_allows_,
     free_16_bits_,
 )
+from minisft.formats import load_adapter_, save_adapter, save_model
 from minisft.generation import ChatCache, Sampling, _scored_tokens, generate, read_prompts
 from minisft.kernels import cpu_build, sixteen_bit
 from minisft.kernels.sixteen_bit import exact_bf16, sixteen_bits_of
@@ -29,7 +37,8 @@ from minisft.model import CausalLM
 from minisft.native import decoder as native_decoder
 from minisft.native.decoder import NativeDecoder, decode_path, in_sixteen_bits, next_logits_of, tile_floats
 from minisft.optim import MasterAdamW
-from minisft.serving.lanes import sharing_copy
+from minisft.serving import server
+from minisft.serving.lanes import load_lanes, sharing_copy
 from minisft.surgery import apply_lora_, lora_modules, quantize_
 
 CONFIG = replace(tiny.LLAMA, hidden_size=64, intermediate_size=96, num_heads=8, num_kv_heads=2, head_dim=12)
@@ -421,3 +430,124 @@ def test_the_next_turn_of_a_chat_computes_what_is_new() -> None:
     assert tokens == [t for _, t, *_ in _scored_tokens(model, {0: prompt}, 8, (), Sampling(), scored=False, kept=plain)]
     length = len(kept.ids)
     assert same_bits(kept.cache.keys[..., :length, :].contiguous(), plain.cache.keys[..., :length, :].contiguous())
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------------
+
+WIDE = replace(tiny_folder.CONFIG, hidden_size=32, intermediate_size=48, head_dim=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that was published in bf16, and an adapter."""
+    place = tmp_path_factory.mktemp("sixteen")
+    model, tokenizer = minisft.load_model(
+        tiny_folder.write_model(place / "fp32", place / "scratch", WIDE), dtype=torch.bfloat16
+    )
+    save_model(model, tokenizer, place / "model")
+    model, _ = minisft.load_model(place / "model")
+    apply_lora_(model, LoRAConfig(rank=2))
+    for layer in lora_modules(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    save_adapter(model, place / "adapter")
+    tiny_folder.write_rows(place / "rows.jsonl", 3)
+    return place
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The dtypes of what steps read of linears, as they ask for them."""
+    dtypes: list[torch.dtype] = []
+
+    def asked(weight: Tensor) -> Tensor:
+        found = sixteen_bits_of(weight)
+        dtypes.append(found.dtype)
+        return found
+
+    monkeypatch.setattr(native_decoder, "sixteen_bits_of", asked)
+    return dtypes
+
+
+@needs_native
+@pytest.mark.parametrize("command", ["generate", "chat", "eval"])
+def test_commands_write_from_16_bits(folder: Path, command: str, read, capsys, monkeypatch, tmp_path: Path) -> None:
+    words = [command, "--model", str(folder / "model"), "--max-new-tokens", "4", "--device", "cpu"]
+    more = {
+        "generate": ["--prompt", "hello"], "chat": [],
+        "eval": ["--data", str(folder / "rows.jsonl"), "--metric", "f1", "--out", str(tmp_path / "out.json")],
+    }  # fmt: skip
+    found = []
+    for free in (10**12, 0):
+        asked = iter(["hello", ""])
+        monkeypatch.setattr("builtins.input", lambda _, asked=asked: next(asked))
+        monkeypatch.setattr(sixteen_bits, "available_bytes", lambda device, free=free: free)
+        assert main([*words, *more[command]]) == 0
+        found.append((capsys.readouterr().out, len(read), set(read)))
+        read.clear()
+    (text, count, dtypes), (plain, *off) = found
+    assert (count % NUM_LINEARS, dtypes) == (0, {torch.bfloat16})
+    assert count > 0
+    assert off == [0, set()]
+    assert text == plain
+
+
+@needs_native
+def test_with_fast_decode_nothing_is_copied_to_16_bits(folder: Path, read, capsys) -> None:
+    words = ["generate", "--model", str(folder / "model"), "--max-new-tokens", "4", "--prompt", "hello", "--fast-decode"]
+    assert main(words) == 0
+    assert read == []
+    assert "8 bits" in capsys.readouterr().err
+
+
+COMMANDS = {
+    "generate": ["--prompt", "x"],
+    "chat": [],
+    "eval": ["--data", "x", "--metric", "f1", "--out", "x"],
+    "sweep": ["--data", "x", "--general", "x", "--out", "x"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_that_asks_a_model(folder: Path, command: str) -> None:
+    words = [command, "--model", str(folder / "model"), "--adapter", str(folder / "adapter"), "--device", "cpu"]
+    model, *_ = load_adapted(parse([*words, *COMMANDS[command]]))
+    assert model in in_sixteen_bits
+
+
+def test_both_models_of_an_arena(folder: Path) -> None:
+    name = f"{folder / 'model'}+{folder / 'adapter'}"
+    arguments = parse(["arena", "--a", name, "--b", name, "--prompts", "x", "--out", "x", "--device", "cpu"])
+    assert _contestant(name, arguments).model in in_sixteen_bits
+
+
+@needs_native
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_server_copies_once_for_all_lanes_before_it_listens(
+    folder: Path, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gc.collect()
+    kept, seen, lanes = len(sixteen_bit._copies), [], []
+    monkeypatch.setattr(server, "load_lanes", lambda *a, **k: lanes.append(load_lanes(*a, **k)) or lanes[0])
+    monkeypatch.setattr(server, "run_server", lambda *_: seen.append(len(sixteen_bit._copies) - kept))
+    server.serve(folder / "model", {"blue": folder / "adapter"}, device="cpu", fast_decode=fast, log=lambda _: None)
+    assert seen == [0 if fast else NUM_LINEARS]
+    paths = [decode_path(lane.model) for lane in lanes[0].values()]
+    assert len(paths) == 2
+    assert all(path.endswith(f"of {NUM_LINEARS} linears read in 16 bits") != fast for path in paths)
+
+
+@needs_native
+def test_python_calls_read_weights_as_they_are_unless_asked(folder: Path, read) -> None:
+    model, tokenizer = minisft.load_model(folder / "model")
+    load_adapter_(model, folder / "adapter")
+    before = minisft.generate(model, tokenizer, "hello", max_new_tokens=4)
+    assert read == []
+    assert minisft.decode_in_16_bits_(model).num_weights == NUM_LINEARS
+    assert model.training
+    read.clear()
+    assert minisft.generate(model, tokenizer, "hello", max_new_tokens=4) == before
+    assert read == [torch.bfloat16] * NUM_LINEARS
+    minisft.free_16_bits_(model)
+    read.clear()
+    assert minisft.generate(model, tokenizer, "hello", max_new_tokens=4) == before
+    assert read == []

@@ -30,6 +30,7 @@ def load_adapted(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, Ch
     """The model with its adapter, its tokenizer and its chat template, as the flags name them."""
     from minisft.common.device import answering_dtype, pick_device
     from minisft.data.chat import resolve_template
+    from minisft.evaluation.sixteen_bits import decode_in_16_bits_if_memory_allows_
     from minisft.formats import load_adapter_, load_model
     from minisft.formats.adapter import saved_template
     from minisft.formats.adapter_rows import saved_tokenizer
@@ -44,6 +45,7 @@ def load_adapted(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, Ch
         choice, tokenizer = choice or saved_template(arguments.adapter), saved_tokenizer(arguments.adapter, tokenizer)
     if arguments.scale != 1.0:
         scale_adapters_(model, arguments.scale)
+    decode_in_16_bits_if_memory_allows_([model])
     return model.eval(), tokenizer, resolve_template(tokenizer, choice)
 
 

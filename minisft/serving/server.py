@@ -9,6 +9,7 @@ from minisft.common.errors import visible
 from minisft.common.local_server import LOOPBACK, address_of, own_hosts, run_server
 from minisft.config import QuantConfig
 from minisft.evaluation.fast_decode import fast_decode_
+from minisft.evaluation.sixteen_bits import decode_in_16_bits_if_memory_allows_
 from minisft.merging.golden import prompts
 from minisft.native.decoder import decode_path
 from minisft.serving.app import Service, make_app
@@ -39,7 +40,8 @@ def serve(
 ) -> int | None:
     """Serve a model and its adapters as OpenAI's chat completions and completions do, until SIGTERM or SIGINT.
 
-    After the first signal nothing new is taken, what waits gets an error, and answers in progress have ten seconds.
+    After the first signal nothing new is taken, what waits gets an error, and answers in progress have ten seconds. Weights are
+    read in 16 bits where that is exact, see ``decode_in_16_bits_``.
 
     Args:
         model: folder, GGUF file, hub id or name.
@@ -71,10 +73,13 @@ def serve(
     for lane in lanes.values() if fast_decode else ():
         drift = fast_decode_(lane.model, [prompt.ids for prompt in prompts(lane.tokenizer, lane.template)], lane.name)
         log(f"{visible(lane.name)}: {drift}")
+    if not fast_decode:
+        decode_in_16_bits_if_memory_allows_(lane.model for lane in lanes.values())
     engine = Engine(lanes, max_rows, max_waiting, log, 10**6 * prefix_cache_mb)
     hosts = own_hosts(host, port) if host in LOOPBACK else None
     app = make_app(Service(engine, hosts, api_key, max_new_tokens, log))
-    decode_path(next(iter(lanes.values())).model)  # compiles the native code, if that is still to do: no client waits for it
+    for lane in lanes.values():  # compiles native code and copies weights, if that is still to do: no client waits for it
+        decode_path(lane.model)
     engine.start()
 
     def stopping() -> None:
