@@ -25,18 +25,22 @@ MOST_ROWS = 8
 
 @dataclass(frozen=True)
 class Contestant:
-    """``program``: transformers, readable (minisft without its native step), minisft or llama.cpp; ``fast``: --fast-decode."""
+    """``program``: transformers, readable (minisft without its native step), minisft or llama.cpp.
+
+    ``fast``: --fast-decode. ``sixteen``: fp32 weights read in 16 bits, as the command line does.
+    """
 
     name: str
     program: str
     weights: str
     adapter: str = NONE
     fast: bool = False
+    sixteen: bool = False
 
 
 TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP = "transformers", "readable", "minisft", "llama.cpp"
 ADAPTED, PLAIN, FP32, HALF = "minisft, adapter", "minisft, merged", "minisft, fp32", "minisft, rest bf16"
-FAST = "minisft, fast decode"
+FAST, SIXTEEN = "minisft, fast decode", "minisft, 16 bits"
 
 
 def contestants_of(weights: str, streams: int, llama_cpp: bool) -> list[Contestant]:
@@ -44,6 +48,8 @@ def contestants_of(weights: str, streams: int, llama_cpp: bool) -> list[Contesta
     programs = ([TRANSFORMERS] if weights != "nf4" else []) + ([READABLE] if streams == 1 else [])
     programs += [MINISFT] + ([LLAMA_CPP] if llama_cpp else [])
     found = [Contestant(program, program, weights) for program in programs]
+    if weights != "bf16":
+        found.append(Contestant(SIXTEEN, MINISFT, weights, sixteen=True))
     found.append(Contestant(FAST, MINISFT, weights, fast=True))
     if weights == "nf4":
         found.append(Contestant(HALF, MINISFT, "nf4, rest bf16"))
@@ -82,6 +88,16 @@ def eight_bits_(model: nn.Module, prompts: list[list[int]]) -> tuple[int, dict]:
     return sum(dense.values()) - drift.num_bytes, {"drift": asdict(drift)}
 
 
+def sixteen_bits_(model: nn.Module) -> int:
+    """Switch exact copies in 16 bits on: by how many bytes a step reads less. Each copy is half of its weight."""
+    from minisft import decode_in_16_bits_
+    from minisft.native.decoder import decode_path
+
+    found = decode_in_16_bits_(model)
+    assert found.num_weights == sum(isinstance(module, nn.Linear) for module in model.modules()), decode_path(model)
+    return found.num_bytes
+
+
 def ours(folder: str, contestant: Contestant, prompts: list[list[int]]) -> tuple[Answer, Callable[[], float], int, dict]:
     """What continues prompts, what tells how long the native step ran since it was last asked, bytes of weights; the drift."""
     from minisft import QuantConfig, generation
@@ -96,6 +112,7 @@ def ours(folder: str, contestant: Contestant, prompts: list[list[int]]) -> tuple
         adapt_(model, contestant.adapter == MERGED)
     model.eval()
     less, drift = eight_bits_(model, prompts) if contestant.fast else (0, {})
+    less += sixteen_bits_(model) if contestant.sixteen else 0
     inside = [0.0]
     if contestant.program == MINISFT:
         assert decode_path(model, MOST_ROWS).startswith("native code"), decode_path(model, MOST_ROWS)
