@@ -63,7 +63,7 @@ def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None, n
     | CPU, not fp64 | 1 to 32 | 4 bits | C++: ``kernels.cpu_matmul`` |
     | CPU, not fp64 | 1 to 8 | fp32, 2^16 numbers or more | the same |
     | CPU, not fp64 | 1 to 16 | bf16, 2^16 numbers or more | the same |
-    | CPU with AMX | 32 or more | fp32, all of them bf16 numbers | C++: ``kernels.cpu_split``, for x in fp32 |
+    | CPU with AMX | 17 or more | fp32, all of them bf16 numbers | C++: ``kernels.cpu_split``, for x in fp32 |
     | any | any | 4 bits | decoded into a reused buffer, then PyTorch in ``compute_dtype(x)`` |
     | any | any | dense | PyTorch in ``compute_dtype(x)`` |
 

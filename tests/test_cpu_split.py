@@ -129,11 +129,11 @@ def test_what_is_refused() -> None:
 def test_small_products_stay_with_the_blas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     weight = bf16_numbers(1536, 576)
-    assert split_product(normal(31, 576), weight, True) is None
-    assert split_product(normal(32, 576), weight, True) is not None
-    assert split_product(normal(150, 192), bf16_numbers(576, 192), True) is None
+    assert split_product(normal(16, 576), weight, True) is None
+    assert split_product(normal(17, 576), weight, True) is not None
+    assert split_product(normal(70, 192), bf16_numbers(576, 192), True) is None
     monkeypatch.setattr(cpu_split, "enabled", False)
-    assert split_product(normal(32, 576), weight, True) is None
+    assert split_product(normal(17, 576), weight, True) is None
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])

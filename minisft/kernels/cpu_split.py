@@ -23,8 +23,8 @@ from torch import Tensor
 from minisft.kernels import cpu_nf4
 from minisft.kernels.workspace import borrowed
 
-MIN_ROWS = 32  # below, and below so many multiply-adds, packing takes what the product wins
-MIN_WORK = 2**24
+MIN_ROWS = 17  # below, and below so many multiply-adds, packing takes what the product wins
+MIN_WORK = 2**23
 UNIT = 32  # numbers in a row of a tile
 
 enabled = True  # False: as on a CPU without AMX, for tests and benchmarks
