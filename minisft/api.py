@@ -28,6 +28,8 @@ The commands, and the calls that do the same:
 - ``serve``: ``serve``
 - ``feedback``: ``read_feedback``, ``make_feedback_rows`` and ``write_feedback``
 - ``quickstart``: ``run_quickstart``
+
+``eval``, ``sweep`` and ``arena`` call ``decode_in_16_bits_`` too, and ``serve`` does it by itself, where memory allows.
 """
 
 from __future__ import annotations

@@ -249,6 +249,12 @@ def _kept(model: nn.Module) -> _Kept | None:
     return getattr(model, "_kept_by_merge", None)
 
 
+def put_aside(model: nn.Module) -> list[nn.Module]:
+    """The modules that ``unmerge_`` would put back, bases and all."""
+    kept = _kept(model)
+    return [] if kept is None else list(kept.adapters.values())
+
+
 def merge_(model: nn.Module, dtype: torch.dtype | None = None) -> MergeReport:
     """Put a dense layer with W' = W + D in the place of every adapted one; the adapters and their bases are kept.
 

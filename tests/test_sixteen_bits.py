@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 import minisft
 from minisft.cli.commands_answers import load_adapted
-from minisft.cli.commands_judging import _contestant
+from minisft.cli.commands_judging import arena_command
 from minisft.cli.flags import parse
 from minisft.cli.main import main
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
@@ -30,9 +32,12 @@ from minisft.evaluation.sixteen_bits import (
 )
 from minisft.formats import load_adapter_, save_adapter, save_model
 from minisft.generation import ChatCache, Sampling, _scored_tokens, generate, read_prompts
-from minisft.kernels import cpu_build, sixteen_bit
+from minisft.judging import arena
+from minisft.kernels import cpu_build, sixteen_bit, weight_copies
+from minisft.kernels.cpu_decode import MAX_ROWS
+from minisft.kernels.eight_bit import is_made
 from minisft.kernels.sixteen_bit import exact_bf16, sixteen_bits_of
-from minisft.merge_weights import merge_
+from minisft.merge_weights import merge_, unmerge_
 from minisft.model import CausalLM
 from minisft.native import decoder as native_decoder
 from minisft.native.decoder import NativeDecoder, decode_path, in_sixteen_bits, next_logits_of, tile_floats
@@ -133,6 +138,37 @@ def test_a_weight_that_has_no_copy_is_not_read_through_again(monkeypatch: pytest
     assert len(asked) == 2
 
 
+def test_a_weight_made_in_inference_mode() -> None:
+    """It counts no changes: the numbers alone say that it has changed."""
+    with torch.inference_mode():
+        weight = torch.ones(4, 6)
+    first = sixteen_bits_of(weight)
+    assert first.dtype == torch.bfloat16
+    assert sixteen_bits_of(weight) is first
+    with torch.inference_mode():
+        weight.mul_(-2)
+    assert torch.equal(sixteen_bits_of(weight), weight.bfloat16())
+
+
+def test_the_old_copy_is_freed_before_the_new_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, seen = torch.ones(4, 6), []
+    old = weakref.ref(sixteen_bits_of(weight))
+    monkeypatch.setattr(sixteen_bit._copies, "_make", lambda w: seen.append(old()) or exact_bf16(w))
+    weight.mul_(2)
+    assert sixteen_bits_of(weight).dtype == torch.bfloat16
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (256, 512), (512, 256), (1024, 64)])
+def test_the_numbers_that_are_compared_lie_in_many_columns(shape: tuple[int, int]) -> None:
+    """Of sizes that are powers of two as well: what PyTorch does not count is seen outside of the first column."""
+    weight = torch.ones(shape)
+    assert weight.numel() > weight_copies.NUM_SEEN
+    assert sixteen_bits_of(weight)[0, 1] == 1
+    weight.data[:, 1:] = 2
+    assert torch.equal(sixteen_bits_of(weight), weight.bfloat16())
+
+
 # ---- steps ---------------------------------------------------------------------------------------------------------------
 
 CASES = [(CONFIG, "fp32"), (CONFIG, "fp32+nf4"), (UNTIED, "fp32"), (replace(CONFIG, qk_norm=True, sliding_window=3), "fp32")]
@@ -191,6 +227,7 @@ def test_special_numbers_in_a_step() -> None:
     for row, word in enumerate(SPECIAL):
         model.lm_head.weight[row, row] = of_words([word])[0]
     model.lm_head.weight[20] = of_words([0x00010000])[0]
+    assert sixteen_bits_of(model.lm_head.weight) is not model.lm_head.weight
     for count in (1, 5):
         found, wanted = (logits_of(model, count, sixteen) for sixteen in (True, False))
         assert all(map(same_bits, found, wanted))
@@ -242,6 +279,7 @@ def test_8_bits_win() -> None:
     exact_decode_(model)
     assert reads_copies(model)
     fast_decode_(model, PROMPTS)
+    assert not any(weight in sixteen_bit._copies for weight in dense_weights(model))  # nothing would read them
     assert same_bits(scores(model), rounded)
 
 
@@ -272,15 +310,32 @@ def test_one_other_number_keeps_its_weight_alone_in_fp32() -> None:
     assert decode_path(model).endswith(f"of {NUM_LINEARS - 1} linears read in 16 bits")
 
 
+@needs_native
 @pytest.mark.parametrize(
-    "change", [CausalLM.double, CausalLM.half, lambda m: setattr(m, "config", replace(CONFIG, activation="gelu"))]
+    "change",
+    [
+        CausalLM.double,
+        CausalLM.half,
+        lambda m: setattr(m, "config", replace(CONFIG, activation="gelu")),
+        lambda m: setattr(m.model.norm, "eps", 1.0),  # found after all linears
+    ],
 )
 def test_where_native_code_does_not_decode_nothing_is_copied(change) -> None:
+    """Copies of before are freed, too."""
     model = made()
+    assert decode_in_16_bits_(model).num_weights == NUM_LINEARS
     change(model)
     assert decode_in_16_bits_(model) == SixteenBits(0, 0)
     assert not any(weight in sixteen_bit._copies for weight in dense_weights(model))
     assert len(generate(model, PROMPTS, max_new_tokens=2, eos_ids=())) == len(PROMPTS)
+
+
+@needs_native
+def test_for_too_many_rows_nothing_is_copied() -> None:
+    model = made()
+    in_sixteen_bits.add(model)
+    assert decode_path(model, MAX_ROWS + 1).startswith("PyTorch")
+    assert not any(weight in sixteen_bit._copies for weight in dense_weights(model))
 
 
 @needs_native
@@ -387,29 +442,61 @@ def test_models_that_share_weights_share_the_copies_and_free_them(config: ModelC
     assert len(sixteen_bit._copies) == kept
 
 
+@needs_native
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_bases_of_a_merged_model_are_freed_with_it(merged: bool) -> None:
+    """``merge_`` keeps them for ``unmerge_``."""
+    gc.collect()
+    kept, model = len(sixteen_bit._copies), made(adapted=True)
+    decode_in_16_bits_(model)
+    layers = [layer.base.weight for layer in lora_modules(model).values()]
+    merge_(model)
+    if not merged:
+        unmerge_(model)
+    free_16_bits_(model)
+    assert len(sixteen_bit._copies) == kept
+    if merged:
+        unmerge_(model)
+    fast_decode_(model, PROMPTS)
+    assert all(map(is_made, layers))
+    merge_(model)
+    exact_decode_(model)
+    assert not any(map(is_made, layers))
+
+
 def test_the_limit_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the copies of all weights, a shared one counted once; other models than ours need nothing."""
-    base = made(kind="fp32+nf4")
+    base, said = made(kind="fp32+nf4"), []
     lanes = [base, sharing_copy(base)]
     needed = 2 * tiny.VOCAB * 64  # the head alone is dense
     for free, allowed in ((2 * needed - 1, False), (2 * needed, True), (None, True)):
         monkeypatch.setattr(sixteen_bits, "available_bytes", lambda device, free=free: free)
-        assert decode_in_16_bits_if_memory_allows_(lanes) is allowed
+        assert decode_in_16_bits_if_memory_allows_(lanes, said.append) is allowed
         assert [model in in_sixteen_bits for model in lanes] == [allowed, allowed]
         for model in lanes:
             free_16_bits_(model)
+    assert len(said) == 1
     monkeypatch.setattr(sixteen_bits, "available_bytes", lambda device: 0)
-    half, foreign = made(kind="bf16"), made()
+    half, other, foreign = made(kind="bf16"), tiny.build(CONFIG, torch.float32), made()
     foreign.__class__ = type("Foreign", (CausalLM,), {})
-    assert decode_in_16_bits_if_memory_allows_([half, foreign])
+    assert decode_in_16_bits_if_memory_allows_([half, other, foreign], said.append)  # what has no copy needs no memory
     assert foreign not in in_sixteen_bits
-    assert not decode_in_16_bits_if_memory_allows_([made()])
+    assert not decode_in_16_bits_if_memory_allows_([made()], said.append)
+    assert len(said) == 2
+
+
+def test_the_limit_of_memory_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(sixteen_bits, "available_bytes", lambda device: 0)
+    decode_in_16_bits_if_memory_allows_([made(replace(CONFIG, intermediate_size=48000))], said.append)
+    where = "are made where twice that is free; 0.00 GB are"
+    assert said == [f"weights are read in fp32: copies in 16 bits would take 0.04 GB and {where}"]
 
 
 @needs_native
 def test_nothing_is_copied_before_it_is_needed() -> None:
     model = made()
-    assert decode_in_16_bits_if_memory_allows_([model])
+    assert decode_in_16_bits_if_memory_allows_([model], print)
     assert not any(weight in sixteen_bit._copies for weight in dense_weights(model))
     assert reads_copies(model)
 
@@ -469,12 +556,15 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 
 
 @needs_native
-@pytest.mark.parametrize("command", ["generate", "chat", "eval"])
+@pytest.mark.parametrize("command", ["generate", "chat", "eval", "sweep"])
 def test_commands_write_from_16_bits(folder: Path, command: str, read, capsys, monkeypatch, tmp_path: Path) -> None:
     words = [command, "--model", str(folder / "model"), "--max-new-tokens", "4", "--device", "cpu"]
+    rows, general, out = folder / "rows.jsonl", tmp_path / "general.jsonl", tmp_path / "out"
+    general.write_text('{"prompt": "a", "completion": "b", "choices": ["b", "c"]}\n', encoding="utf-8")
     more = {
         "generate": ["--prompt", "hello"], "chat": [],
-        "eval": ["--data", str(folder / "rows.jsonl"), "--metric", "f1", "--out", str(tmp_path / "out.json")],
+        "eval": ["--data", str(rows), "--metric", "f1", "--out", str(out)],
+        "sweep": ["--adapter", str(folder / "adapter"), "--data", str(rows), "--general", str(general), "--out", str(out)],
     }  # fmt: skip
     found = []
     for free in (10**12, 0):
@@ -482,7 +572,10 @@ def test_commands_write_from_16_bits(folder: Path, command: str, read, capsys, m
         monkeypatch.setattr("builtins.input", lambda _, asked=asked: next(asked))
         monkeypatch.setattr(sixteen_bits, "available_bytes", lambda device, free=free: free)
         assert main([*words, *more[command]]) == 0
-        found.append((capsys.readouterr().out, len(read), set(read)))
+        shutil.rmtree(out, ignore_errors=True)
+        said, err = capsys.readouterr()
+        assert err.count("weights are read in fp32") == (free == 0)
+        found.append((said, len(read), set(read)))
         read.clear()
     (text, count, dtypes), (plain, *off) = found
     assert (count % NUM_LINEARS, dtypes) == (0, {torch.bfloat16})
@@ -492,11 +585,14 @@ def test_commands_write_from_16_bits(folder: Path, command: str, read, capsys, m
 
 
 @needs_native
-def test_with_fast_decode_nothing_is_copied_to_16_bits(folder: Path, read, capsys) -> None:
+def test_with_fast_decode_nothing_is_copied_to_16_bits(folder: Path, read, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sixteen_bits, "available_bytes", lambda device: 0)
     words = ["generate", "--model", str(folder / "model"), "--max-new-tokens", "4", "--prompt", "hello", "--fast-decode"]
     assert main(words) == 0
     assert read == []
-    assert "8 bits" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "8 bits" in said
+    assert "fp32" not in said
 
 
 COMMANDS = {
@@ -514,10 +610,36 @@ def test_every_command_that_asks_a_model(folder: Path, command: str) -> None:
     assert model in in_sixteen_bits
 
 
-def test_both_models_of_an_arena(folder: Path) -> None:
-    name = f"{folder / 'model'}+{folder / 'adapter'}"
-    arguments = parse(["arena", "--a", name, "--b", name, "--prompts", "x", "--out", "x", "--device", "cpu"])
-    assert _contestant(name, arguments).model in in_sixteen_bits
+@pytest.mark.parametrize("together", [False, True])
+def test_both_models_of_an_arena(folder: Path, together: bool, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Their copies are counted together: memory that is enough for one of them is not enough."""
+    pytest.importorskip("starlette", reason="needs the server: pip install -e '.[serve]'")
+    model, *_ = minisft.load_model(folder / "model")
+    needed = sum(weight.nbytes // 2 for weight in dense_weights(model))
+    monkeypatch.setattr(sixteen_bits, "available_bytes", lambda device: 2 * (2 if together else 1) * needed)
+    before, found = set(in_sixteen_bits), []
+
+    def prepare(*_: object) -> None:
+        found.append(len(set(in_sixteen_bits) - before))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arena, "prepare", prepare)
+    names = [str(folder / "model"), f"{folder / 'model'}+{folder / 'adapter'}"]
+    words = ["--prompts", str(folder / "rows.jsonl"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    with pytest.raises(KeyboardInterrupt):
+        arena_command(parse(["arena", "--a", names[0], "--b", names[1], *words]))
+    assert found == [2 if together else 0]
+    assert capsys.readouterr().err.count("weights are read in fp32") == (not together)
+
+
+def test_the_base_that_a_suite_compares_with_writes_nothing(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """So it needs no copies, and says nothing of them."""
+    (tmp_path / "texts.jsonl").write_text('{"text": "some text"}\n' * 3, encoding="utf-8")
+    monkeypatch.setattr(sixteen_bits, "available_bytes", lambda device: 0)
+    words = ["--suite", "general", "--texts", str(tmp_path / "texts.jsonl"), "--base", str(folder / "model")]
+    more = ["--model", str(folder / "model"), "--limit", "2", "--device", "cpu", "--out", str(tmp_path / "out.json")]
+    assert main(["eval", *words, *more]) == 0
+    assert capsys.readouterr().err.count("weights are read in fp32") == 1
 
 
 @needs_native
@@ -534,6 +656,14 @@ def test_a_server_copies_once_for_all_lanes_before_it_listens(
     paths = [decode_path(lane.model) for lane in lanes[0].values()]
     assert len(paths) == 2
     assert all(path.endswith(f"of {NUM_LINEARS} linears read in 16 bits") != fast for path in paths)
+
+
+def test_a_server_says_once_that_there_is_no_memory_for_copies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(sixteen_bits, "available_bytes", lambda device: 0)
+    monkeypatch.setattr(server, "run_server", lambda *_: None)
+    server.serve(folder / "model", {"blue": folder / "adapter"}, device="cpu", log=said.append)
+    assert [line.partition(":")[0] for line in said] == ["weights are read in fp32"]
 
 
 @needs_native

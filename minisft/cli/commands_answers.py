@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from minisft.model import CausalLM
 
 
-def load_adapted(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, ChatTemplate]:
-    """The model with its adapter, its tokenizer and its chat template, as the flags name them."""
+def load_adapted(arguments: argparse.Namespace, writes: bool = True) -> tuple[CausalLM, Tokenizer, ChatTemplate]:
+    """The model with its adapter, its tokenizer and its chat template, as the flags name them.
+
+    Args:
+        arguments: of the command.
+        writes: text, alone: then ``read_in_16_bits_``, unless it is to read 8.
+    """
     from minisft.common.device import answering_dtype, pick_device
     from minisft.data.chat import resolve_template
-    from minisft.evaluation.sixteen_bits import decode_in_16_bits_if_memory_allows_
     from minisft.formats import load_adapter_, load_model
     from minisft.formats.adapter import saved_template
     from minisft.formats.adapter_rows import saved_tokenizer
@@ -45,8 +49,16 @@ def load_adapted(arguments: argparse.Namespace) -> tuple[CausalLM, Tokenizer, Ch
         choice, tokenizer = choice or saved_template(arguments.adapter), saved_tokenizer(arguments.adapter, tokenizer)
     if arguments.scale != 1.0:
         scale_adapters_(model, arguments.scale)
-    decode_in_16_bits_if_memory_allows_([model])
+    if writes and not getattr(arguments, "fast_decode", False):
+        read_in_16_bits_(model)
     return model.eval(), tokenizer, resolve_template(tokenizer, choice)
+
+
+def read_in_16_bits_(*models: CausalLM) -> None:
+    """``decode_in_16_bits_if_memory_allows_`` of all models that will write; where it does not, standard error says so."""
+    from minisft.evaluation.sixteen_bits import decode_in_16_bits_if_memory_allows_
+
+    decode_in_16_bits_if_memory_allows_(models, lambda line: print(line, file=sys.stderr))
 
 
 def sweep_command(arguments: argparse.Namespace) -> int:

@@ -100,7 +100,7 @@ def _suite(arguments: argparse.Namespace) -> int:
         if data.texts is None:
             raise UserError("config/usage", "KL to the base needs texts", where="--base", fix="give --texts F with {text} rows")
         given = argparse.Namespace(**{**vars(arguments), "model": arguments.base, "adapter": None, "scale": 1.0})
-        base = load_adapted(given)[0]
+        base = load_adapted(given, writes=False)[0]
     results = run_suite(model, tokenizer, template, data, base, print)
     out, heads = Path(arguments.out), dict[str, "JSON"]()
     for name, result in results.items():

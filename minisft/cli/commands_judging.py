@@ -102,6 +102,7 @@ def _ab_analyze(arguments: argparse.Namespace) -> int:
 
 def arena_command(arguments: argparse.Namespace) -> int:
     """Let people compare two models on a page on this machine."""
+    from minisft.cli.commands_answers import read_in_16_bits_
     from minisft.common.extras import require_extra
     from minisft.common.local_server import check_port
     from minisft.evaluation.evaluate import terminal_progress
@@ -127,8 +128,10 @@ def arena_command(arguments: argparse.Namespace) -> int:
     store = open_arena(out, names, arguments.prompts, arguments.system)
     load_libraries()
     sides: tuple[Side, Side] = ("a", "b")
+    contestants = [_contestant(name, arguments) for name in names]
+    read_in_16_bits_(*(contestant.model for contestant in contestants))
     answers: dict[Side, Answer] = {
-        side: answerer(_contestant(name, arguments), arguments.max_new_tokens) for side, name in zip(sides, names, strict=True)
+        side: answerer(contestant, arguments.max_new_tokens) for side, contestant in zip(sides, contestants, strict=True)
     }
     if not arguments.live:
         with terminal_progress("answers") as progress:
@@ -150,7 +153,7 @@ def _contestant(name: str, arguments: argparse.Namespace) -> Contestant:
 
     model, adapter = split_name(name)
     given = argparse.Namespace(**{**vars(arguments), "model": model, "adapter": adapter, "scale": 1.0})
-    return Contestant(name, *load_adapted(given))
+    return Contestant(name, *load_adapted(given, writes=False))
 
 
 def feedback_command(arguments: argparse.Namespace) -> int:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from minisft.common.errors import UserError
 from minisft.generation import no_dropout, read_prompts
+from minisft.kernels import sixteen_bit
 from minisft.kernels.cpu_decode import MAX_ROWS, Unsupported
 from minisft.kernels.eight_bit import eight_bits_of, forget, is_made
+from minisft.merge_weights import put_aside
 from minisft.model import CausalLM
 from minisft.native.decoder import NativeDecoder, in_eight_bits, not_fast
 
@@ -51,6 +53,8 @@ class Drift:
 def fast_decode_(model: CausalLM, prompts: Sequence[Sequence[int]], name: str = "") -> Drift:
     """Let steps of one token read a model's dense weights in 8 bits, until ``exact_decode_``; copies of it do as before.
 
+    Copies in 16 bits, which nothing reads meanwhile, are freed.
+
     Args:
         model: with or without adapters. A weight that changes is rounded again for the next batch of prompts, see
             ``WeightCopies`` for the changes that are not seen: then call this again.
@@ -82,6 +86,8 @@ def fast_decode_(model: CausalLM, prompts: Sequence[Sequence[int]], name: str = 
     if not bool(kl.isfinite().all()):
         raise UserError("model/non-finite-weight", "the model's logits are not finite", where=name or "the model")
     in_eight_bits.add(model)
+    for weight in dense_weights(model):
+        sixteen_bit.forget(weight)
     copies = {id(weight): eight_bits_of(weight) for weight in new}.values()
     num_bytes = sum(made.codes.nbytes + made.scales.nbytes for made in copies)
     return Drift(num_bytes, len(kl), float(kl.mean()), float(kl.max()), num_same)
@@ -90,13 +96,18 @@ def fast_decode_(model: CausalLM, prompts: Sequence[Sequence[int]], name: str = 
 def exact_decode_(model: CausalLM) -> None:
     """Let steps read the weights as they are again, and free the 8 bits, which other models of the same weights make anew."""
     in_eight_bits.discard(model)
-    for weight in dense_weights(model):
+    for weight in held_weights(model):
         forget(weight)
 
 
-def dense_weights(model: CausalLM) -> list[Tensor]:
+def dense_weights(model: nn.Module) -> list[Tensor]:
     """The weights of linears that are not in 4 bits, the head's among them."""
     return [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def held_weights(model: CausalLM) -> list[Tensor]:
+    """``dense_weights``, and those that ``merge_`` has put aside."""
+    return [weight for module in (model, *put_aside(model)) for weight in dense_weights(module)]
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """A step that reads fp32 weights in 16 bits where those are the same numbers: the exact form of ``fast_decode.py``.
 
-Most checkpoints are published in bf16; loaded in fp32, each of their numbers has 16 zero bits below, see
+Most checkpoints are published in bf16; loaded in fp32, the lower 16 bits of their numbers are zero, see
 ``kernels/sixteen_bit.py``. Native steps of a model that was switched on read a bf16 copy of every such weight, the linears'
 and the head's, also of a dense head over 4-bit layers. Sums are made in fp32 as before. A weight with one other number
 (trained, merged, from a GGUF file of 4 bits) is read as it is. The command line switches it on where a model writes.
@@ -8,19 +8,18 @@ and the head's, also of a dense head over 4-bit layers. Sums are made in fp32 as
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from minisft.evaluation.fast_decode import dense_weights
+from minisft.evaluation.fast_decode import dense_weights, held_weights
 from minisft.formats.loading import available_bytes
 from minisft.generation import no_dropout
 from minisft.kernels.cpu_decode import Unsupported
-from minisft.kernels.sixteen_bit import forget, sixteen_bits_of
+from minisft.kernels.sixteen_bit import forget, may_have_copy
 from minisft.model import CausalLM
-from minisft.native.decoder import NativeDecoder, in_eight_bits, in_sixteen_bits
+from minisft.native.decoder import copies_in_16_bits, in_eight_bits, in_sixteen_bits
 
 MIN_FREE = 2  # times the memory of the copies: what the command line leaves to caches and others
 
@@ -41,7 +40,7 @@ class SixteenBits:
 def decode_in_16_bits_(model: CausalLM) -> SixteenBits:
     """Let steps of one token read a model's fp32 weights in 16 bits where that is exact, until ``free_16_bits_``.
 
-    No number changes. Up to 5 rows, and on a CPU without AMX, logits have the bits that they had; from 6 rows on tiles of AMX
+    No weight changes. Up to 5 rows, and on a CPU without AMX, logits have the bits that they had; from 6 rows on tiles of AMX
     add in another order. It is not on by itself, for it takes memory, and a merged model in fp32 is no bf16 model any more: its
     steps would be compared with those of a base that reads half as many bytes. ``minisft generate``, ``chat``, ``serve``,
     ``eval``, ``sweep`` and ``arena`` switch it on where memory allows.
@@ -61,38 +60,40 @@ def decode_in_16_bits_(model: CausalLM) -> SixteenBits:
         return SixteenBits(0, 0)
     try:
         with no_dropout(model):
-            NativeDecoder(model, model.new_cache(1, 1), sixteen_bits=True)
+            copies = {id(copy): copy for copy in copies_in_16_bits(model)}.values()
     except Unsupported:
+        _forget_all(model)
         return SixteenBits(0, 0)
-    weights = {id(weight): weight for weight in dense_weights(model)}.values()
-    copies = [copy for weight in weights if (copy := sixteen_bits_of(weight)) is not weight]
     return SixteenBits(len(copies), sum(copy.nbytes for copy in copies))
 
 
 def free_16_bits_(model: CausalLM) -> None:
     """Let steps read fp32 weights as they are again, and free the copies, which other models of the same weights make anew."""
     in_sixteen_bits.discard(model)
-    for weight in dense_weights(model):
+    _forget_all(model)
+
+
+def _forget_all(model: CausalLM) -> None:
+    for weight in held_weights(model):
         forget(weight)
 
 
-def decode_in_16_bits_if_memory_allows_(models: Iterable[CausalLM]) -> bool:
+def decode_in_16_bits_if_memory_allows_(models: Iterable[CausalLM], log: Callable[[str], None]) -> bool:
     """What the command line does: ``decode_in_16_bits_`` of models together, whose copies are made when they first write.
 
     Args:
-        models: which may share weights.
+        models: which may share weights. All that will write: what one is promised is not counted for the next.
+        log: called with one line where memory is too short.
 
     Returns:
         whether it is on: as much memory is free as twice what the copies take at most, or nobody knows how much is.
     """
     some = [model for model in models if type(model) is CausalLM]
-    weights = {id(weight): weight for model in some for weight in dense_weights(model) if _is_candidate(weight)}
+    weights = {id(weight): weight for model in some for weight in dense_weights(model) if may_have_copy(weight)}
     needed, free = sum(weight.nbytes // 2 for weight in weights.values()), available_bytes(torch.device("cpu"))
     if free is not None and free < MIN_FREE * needed:
+        need = f"copies in 16 bits would take {needed / 1e9:.2f} GB and are made where twice that is free"
+        log(f"weights are read in fp32: {need}; {free / 1e9:.2f} GB are")
         return False
     in_sixteen_bits.update(some)
     return True
-
-
-def _is_candidate(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.is_cpu

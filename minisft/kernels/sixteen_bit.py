@@ -1,6 +1,6 @@
 """fp32 weights that are bf16 numbers, in 16 bits, for decoding alone: what a step reads for each token, in half of the bytes.
 
-bf16 is the upper half of fp32. A checkpoint that was published in bf16 and loaded in fp32 has 16 zero bits below each number:
+bf16 is the upper half of fp32. Of a checkpoint that was published in bf16 and loaded in fp32, the lower 16 bits are zero:
 
     bf16 bits = fp32 bits >> 16,  fp32 bits = bf16 bits << 16
 
@@ -19,6 +19,7 @@ from minisft.kernels.weight_copies import WeightCopies
 
 AT_ONCE = 2**16  # numbers: what is in between stays in the cache, and a weight with others is known after the first
 LOWER_HALF = 0xFFFF
+NUM_TRIED = 64  # numbers that rule a copy out for most weights that have none
 
 
 def exact_bf16(weight: Tensor) -> Tensor | None:
@@ -55,10 +56,19 @@ def sixteen_bits_of(weight: Tensor) -> Tensor:
         its exact copy in bf16, kept as long as the weight lives; the weight itself if there is none, for it holds other numbers
         or is not a contiguous fp32 tensor on the CPU.
     """
-    if weight.dtype != torch.float32 or not has_numbers(weight):
+    if not _is_fp32(weight):
         return weight
     copy = _copies.of(weight)
     return weight if copy is None else copy
+
+
+def may_have_copy(weight: Tensor) -> bool:
+    """Whether the first numbers of a weight allow a copy; the whole of it is not read."""
+    return _is_fp32(weight) and exact_bf16(weight.detach().flatten()[:NUM_TRIED]) is not None
+
+
+def _is_fp32(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and has_numbers(weight)
 
 
 def forget(weight: Tensor) -> None:

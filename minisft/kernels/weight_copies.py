@@ -1,8 +1,8 @@
 """Copies of weights in another format: each kept as long as its weight lives, and made again when the weight has changed.
 
 Models that share a weight (a tied embedding, adapters over one base) share its copy. Not every change is counted by PyTorch:
-its fused AdamW's is not, nor are those through ``.data``. So 256 of the numbers are compared too, and what changes a few others
-alone is not seen.
+its fused AdamW's is not, nor are those through ``.data``. So some of the numbers are compared too, and an uncounted change of
+other numbers alone is not seen.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-NUM_SEEN = 256  # numbers that are compared to see a change
+NUM_SEEN = 64  # numbers, about, that are compared to see a change
 
 Copy = TypeVar("Copy")
 
@@ -39,11 +39,13 @@ class WeightCopies(Generic[Copy]):
             what ``make`` gave.
         """
         flat = weight.detach().flatten()
-        seen = flat[:: max(1, len(flat) // NUM_SEEN)].float().numpy().tobytes()
+        step = len(flat) // NUM_SEEN | 1  # odd: the numbers lie in many columns, not all in the first
+        seen = flat[::step].float().numpy().tobytes()
         state = (0 if weight.is_inference() else weight._version, weight.data_ptr(), seen)
         kept: tuple[object, Copy] | None = self._kept.get(weight)
         if kept is not None and kept[0] == state:
             return kept[1]
+        del kept
         self.forget(weight)  # before the new one is made: only one of them is held
         made = self._make(weight.detach())
         self._kept[weight] = (state, made)

@@ -66,12 +66,21 @@ def decode_path(model: CausalLM, num_rows: int = 1) -> str:
         made), of how many linears.
     """
     try:
-        found = _Model(model, model in in_eight_bits, model in in_sixteen_bits)
         require(num_rows <= MAX_ROWS, f"{num_rows} rows, more than {MAX_ROWS}")
+        found = _Model(model, model in in_eight_bits, model in in_sixteen_bits)
     except Unsupported as reason:
         return f"PyTorch ({reason})"
-    exact = f", fp32 weights of {found.num_in_16_bits} linears read in 16 bits" if found.num_in_16_bits else ""
+    exact = f", fp32 weights of {len(found.copies)} linears read in 16 bits" if found.copies else ""
     return cpu_nf4.path() + exact
+
+
+def copies_in_16_bits(model: CausalLM) -> list[Tensor]:
+    """Of each linear that steps in 16 bits read a copy of, that copy; what is not there yet is made.
+
+    Raises:
+        Unsupported: native code does not decode the model; copies may have been made before that was found.
+    """
+    return _Model(model, sixteen_bits=True).copies
 
 
 def _require_plain(model: nn.Module) -> None:
@@ -142,7 +151,7 @@ def next_logits_of(model: CausalLM, cache: KVCache) -> Callable[[Tensor, KVCache
 
 
 class _Model:
-    """A model's pointers, and the tensors they point into.
+    """A model's pointers, and the tensors they point into; ``copies`` are those of fp32 weights in 16 bits.
 
     Raises:
         Unsupported: something that the native step does not compute.
@@ -161,7 +170,8 @@ class _Model:
         _require_plain(model)
         if cpu_nf4.library() is None:
             raise Unsupported(_no_library())
-        self._eight_bits, self._sixteen_bits, self.num_in_16_bits = eight_bits, sixteen_bits, 0
+        self._eight_bits, self._sixteen_bits = eight_bits, sixteen_bits
+        self.copies: list[Tensor] = []
         self.pointers, self.config, body = Pointers(), model.config, model.model
         self.max_rank, D, V = 0, model.config.hidden_size, model.config.vocab_size
         require(len(body.layers) == model.config.num_layers, "layers were added or taken away")
@@ -207,7 +217,8 @@ class _Model:
             weight = eight_bits_of(weight)
         elif self._sixteen_bits and isinstance(weight, Tensor):
             weight = sixteen_bits_of(own := weight)
-            self.num_in_16_bits += weight is not own
+            if weight is not own:
+                self.copies.append(weight)
         require(weight.shape == shape, f"{what} has the shape {tuple(weight.shape)}, not {shape}")
         return self.pointers.linear(weight, layer.bias, update, what)
 
