@@ -63,12 +63,13 @@ def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None, n
     | CPU, not fp64 | 1 to 32 | 4 bits | C++: ``kernels.cpu_matmul`` |
     | CPU, not fp64 | 1 to 8 | fp32, 2^16 numbers or more | the same |
     | CPU, not fp64 | 1 to 16 | bf16, 2^16 numbers or more | the same |
-    | CPU with AMX | 17 or more | fp32, all of them bf16 numbers | C++: ``kernels.cpu_split``, for x in fp32 |
+    | CPU with AMX, x in fp32 | 17 or more | fp32, all bf16 numbers; 2^23 multiply-adds | C++: ``kernels.cpu_split`` |
     | any | any | 4 bits | decoded into a reused buffer, then PyTorch in ``compute_dtype(x)`` |
     | any | any | dense | PyTorch in ``compute_dtype(x)`` |
 
-    The Triton products need rows of W in whole groups of 32, the C++ in groups of 16 and an x in fp32 or W's dtype, or in any
-    half precision beside 4 bits. No gradient mode changes the choice, so a layer gives one answer in training and after it.
+    The Triton products and ``cpu_split`` need rows of W in whole groups of 32, the other C++ in groups of 16 and an x in fp32
+    or W's dtype, or in any half precision beside 4 bits. No gradient mode changes the choice, so a layer gives one answer in
+    training and after it.
 
     Args:
         x: (..., in), any float dtype.
@@ -85,11 +86,11 @@ def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None, n
         return native_matmul(x, weight, bias)
     dtype = compute_dtype(x)
     bias = None if bias is None else bias.to(dtype)
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    if native and (y := split_product(rows, weight, True)) is not None:
-        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], weight.shape[0])
+    if native and (split := _split_linear(x, weight, bias)) is not None:
+        return split
     if dtype == x.dtype:
         return F.linear(x, weight.to(dtype), bias)
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
     y = rows @ weight.to(dtype).T if bias is None else torch.addmm(bias, rows, weight.to(dtype).T)
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
@@ -136,12 +137,18 @@ def frozen_linear_with_update(
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[1]), xa
 
 
+def _split_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    if not can_split(x, weight, True) or (y := split_product(x.reshape(-1, x.shape[-1]), weight, True)) is None:
+        return None
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], weight.shape[0])
+
+
 def _add_to_linear(rows: Tensor, weight: FrozenWeight, bias: Tensor | None, xa: Tensor, up: Tensor, native: bool) -> Tensor:
     """rows W^T + b + xa up: (M, in), (M, rank), (rank, out) -> (M, out)."""
     if isinstance(weight, QuantizedWeight) or (native and can_use_native(rows, weight)):
         return frozen_linear(rows, weight, bias, native).addmm_(xa, up)
-    if native and (y := split_product(rows, weight, True)) is not None:
-        return (y if bias is None else y.add_(bias)).addmm_(xa, up)
+    if native and (split := _split_linear(rows, weight, bias)) is not None:
+        return split.addmm_(xa, up)
     # Bias first, as nn.Linear does it: a zero update then leaves every bit in place, whatever the order of the sums below.
     y = xa @ up if bias is None else torch.addmm(bias.to(rows.dtype), xa, up)
     return y.addmm_(rows, weight.to(rows.dtype).T)
@@ -290,7 +297,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + b.
+    """y = x W^T + b; a product that is ours has a first derivative, no second one, and no rule for ``torch.func``.
 
     Args:
         x: (..., in).
@@ -302,7 +309,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return frozen_linear(x, weight, bias)
-    is_native = can_use_native(x, weight) or can_split(x, weight, weight.shape[0])
+    is_native = can_use_native(x, weight) or can_split(x, weight, True)
     if compute_dtype(x) == x.dtype and not is_native:
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)

@@ -43,10 +43,11 @@ def weights_of(inner: int, columns: int, transposed: bool) -> Tensor:
     return bf16_numbers(*((columns, inner) if transposed else (inner, columns)))
 
 
-# The inner size is cut above 512, columns at 2^18 numbers of a panel, rows at 640 Ki of three parts for each thread.
+# Packed at once: 512 of the inner size, and for each thread rows of 640 Ki numbers in three parts.
 SIZES = [
     (1, 32, 32), (16, 64, 32), (17, 32, 96), (31, 96, 64), (33, 64, 64), (47, 160, 32), (64, 512, 32), (65, 544, 64),
-    (70, 1056, 160), (5, 512, 544), (129, 64, 8256), (700, 512, 64), (1400, 288, 32), (900, 1056, 96),
+    (70, 1056, 160), (5, 512, 544), (129, 64, 8256), (700, 512, 64), (1400, 288, 32), (900, 1056, 96), (70, 1056, 1504),
+    (900, 1056, 1504),
 ]  # fmt: skip
 
 
@@ -111,8 +112,9 @@ def test_what_changes_is_seen_by_the_next_call() -> None:
     assert split_product(x, weight, True) is not None
     weight.numpy()[50, 3] = 1e-3
     assert split_product(x, weight, True) is None
+    weight.numpy()[50] = 0.0
     weight.numpy()[50, 3] = 2.0
-    assert torch.equal(product(x, weight, True)[:, 50].sign(), (x.double() @ weight[50].double()).float().sign())
+    assert torch.equal(product(x, weight, True)[:, 50], 2 * x[:, 3])
 
 
 def test_what_is_refused() -> None:
@@ -123,6 +125,13 @@ def test_what_is_refused() -> None:
         (x, bf16_numbers(96, 128)[:, ::2]),
     ]  # fmt: skip
     assert all(split_product(a, b, True) is None for a, b in refused)
+    assert split_product(x, weight[0], True) is None
+    for a, b in ((normal(40, 32), weight), (normal(40, 96), weight), (x, bf16_numbers(96, 32))):
+        assert split_product(a, b, True) is None
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            frozen_linear(a, b)
+    with torch.autocast("cpu"):
+        assert split_product(x, weight, True) is None
     assert torch.equal(product(normal(64, 40).T, weight, True), product(normal(64, 40).T.contiguous(), weight, True))
 
 
@@ -134,6 +143,44 @@ def test_small_products_stay_with_the_blas(monkeypatch: pytest.MonkeyPatch) -> N
     assert split_product(normal(70, 192), bf16_numbers(576, 192), True) is None
     monkeypatch.setattr(cpu_split, "enabled", False)
     assert split_product(normal(17, 576), weight, True) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_whatever_the_default_dtype_is(dtype: torch.dtype) -> None:
+    x, weight = normal(40, 64), bf16_numbers(96, 64)
+    wanted = product(x, weight, True)
+    torch.set_default_dtype(dtype)
+    try:
+        found = product(x, weight, True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_activations_in_half_precision_keep_their_dtype(dtype: torch.dtype) -> None:
+    assert frozen_linear(normal(40, 64).to(dtype), bf16_numbers(96, 64)).dtype == dtype
+
+
+@pytest.mark.parametrize("sizes", [(100, 1056, 1504), (64, 1056, 512), (300, 4096, 64), (1400, 544, 64)])
+def test_threads_wait_for_one_another(sizes: tuple[int, int, int]) -> None:
+    """More threads than cores: one that was put off still finds what it has to multiply."""
+    rows, inner, columns = sizes
+    x, weight = normal(rows, inner), weights_of(inner, columns, True)
+    with threads(1):
+        wanted = product(x, weight, True)
+    with threads(8):
+        assert all(torch.equal(product(x, weight, True), wanted) for _ in range(20))
+
+
+@pytest.mark.parametrize("row", [0, 700, 1535])
+def test_a_table_of_which_a_row_was_trained_is_not_packed(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_split, "borrowed", lambda *_: pytest.fail("memory was asked for"))
+    weight = bf16_numbers(1536, 64)
+    weight[row] = normal(64)
+    assert split_product(normal(40, 64), weight, True) is None
+    assert split_product(normal(40, 1536), weight, False) is None
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
@@ -155,7 +202,7 @@ def frozen_layer(bias: bool) -> Linear:
 
 
 def both_ways(monkeypatch: pytest.MonkeyPatch, compute: object) -> tuple[list[Tensor], list[Tensor]]:
-    """What ``compute`` gives with and without tiles; they must not be the same bits, else neither was used."""
+    """What ``compute`` gives with and without tiles."""
     ways = []
     for enabled in (True, False):
         monkeypatch.setattr(cpu_split, "enabled", enabled)

@@ -5,8 +5,8 @@
 // much of it as vectors do in fp32. The call that multiplies by the weights looks at all of them, and keeps nothing of them. Where
 // one is no bf16 number there is no result: then the BLAS multiplies.
 //
-//     for as many rows of x as fit into the caches, for a part of the inner size: pack x
-//         for some columns of y: pack W; once all threads have: multiply
+//     for as many rows of x as fit into the cores' caches, for a part of the inner size: pack x, all threads together
+//         for 32 columns of y, each thread its own: pack W, multiply
 //
 // A tile of x is 16 rows x 32 numbers, one of W 16 pairs of neighbours along the inner size x 16 columns. A row of y has the same
 // bits whatever rows there are beside it and however many threads.
@@ -27,8 +27,8 @@ struct Product {
 #ifdef TILES
 
 constexpr int64_t BLOCK = 2 * TILE_ROWS, PANEL = TILE_OUTPUTS;  // rows and columns of y that are computed at once
-constexpr int64_t MAX_INNER = 512;
-constexpr int64_t MAX_X = 640 << 10, MAX_W = 256 << 10;  // packed numbers of a thread's x and of all threads' W
+constexpr int64_t MAX_INNER = 512, MAX_X = 640 << 10;  // packed at once: of the inner size; numbers of x for each thread
+constexpr int64_t MIN_BLOCKS = 8, MIN_TASKS = 4;       // for each thread
 
 // Packed numbers of 32 along the inner size: of a block, the three parts of 16 rows and those of the next; of a panel.
 constexpr int64_t BLOCK_SIZE = 2 * SPLITS * TILE_SIZE, PANEL_SIZE = 2 * TILE_SIZE;
@@ -39,15 +39,14 @@ inline int64_t evenly(int64_t size, int64_t most, int64_t unit) { return pieces(
 
 // How much is packed at once.
 struct Cut {
-    const int64_t inner, rows, columns;
+    const int64_t inner, rows;
 
     explicit Cut(const Product& p)
         : inner(evenly(p.inner, MAX_INNER, TILE_NUMBERS)),
-          rows(evenly(p.rows, MAX_X / (SPLITS * inner) / BLOCK * BLOCK * p.threads, BLOCK)),
-          columns(least(MAX_W / inner / PANEL * PANEL, p.columns)) {}
+          rows(evenly(p.rows, p.threads * (MAX_X / (SPLITS * inner) / BLOCK * BLOCK), BLOCK)) {}
 
     int64_t x_size() const { return SPLITS * rows * inner; }
-    int64_t weight_size() const { return columns * inner; }
+    int64_t panel_size() const { return PANEL * inner; }
 };
 
 // Numbers of bf16 from 32 of fp32; `seen` collects the bits that this loses.
@@ -142,87 +141,71 @@ inline void multiply_rows(const uint16_t* x, const uint16_t* weight, int64_t inn
     for (int64_t row = 0; row < count; ++row) memcpy(y + row * stride, whole + row * PANEL, 4 * PANEL);
 }
 
-// What all threads run together. W is packed in turns into two halves of the memory: one may still be read.
+// What all threads run together.
 struct Team {
     const Product& p;
     const Cut cut;
-    int32_t lost[2] = {};  // of a turn: a weight is no bf16 number
+    int32_t lost = 0;  // a weight is no bf16 number
 
-    uint16_t* x() const { return static_cast<uint16_t*>(p.memory); }
-
-    bool run() {
+    void run() {
         const Tiles config(true);
-        int64_t turn = 0;
         for (int64_t row = 0; row < p.rows; row += cut.rows)
             for (int64_t k = 0; k < p.inner; k += cut.inner) {
-                if (turn > 0) {
-#pragma omp barrier
+                const int64_t blocks = pieces(least(cut.rows, p.rows - row), BLOCK), inner = least(cut.inner, p.inner - k);
+#pragma omp for schedule(static)
+                for (int64_t block = 0; block < blocks; ++block) {
+                    const int64_t first = row + block * BLOCK, rows = least(BLOCK, p.rows - first);
+                    pack_block(p.x + first * p.inner + k, p.inner, rows, inner, packed_block(block, inner));
                 }
-                pack_x(row, k);
-                for (int64_t column = 0; column < p.columns; column += cut.columns, ++turn)
-                    if (!some_columns(row, k, column, turn % 2)) return false;
+                multiply_all(row, k, blocks, inner);
             }
-        return true;
     }
 
-    int64_t inner_from(int64_t k) const { return least(cut.inner, p.inner - k); }
-    int64_t blocks_from(int64_t row) const { return pieces(least(cut.rows, p.rows - row), BLOCK); }
+    uint16_t* packed_block(int64_t block, int64_t inner) const {
+        return static_cast<uint16_t*>(p.memory) + block * BLOCK * SPLITS * inner;
+    }
 
-    void pack_x(int64_t row, int64_t k) {
-        const int64_t inner = inner_from(k);
-#pragma omp for schedule(static) nowait
-        for (int64_t block = 0; block < blocks_from(row); ++block) {
-            const int64_t first = row + block * BLOCK, rows = least(BLOCK, p.rows - first);
-            pack_block(p.x + first * p.inner + k, p.inner, rows, inner, x() + block * BLOCK * SPLITS * inner);
+    // A task is a panel of some blocks. With many blocks each thread has its own, and they stay in its core's cache; then every
+    // thread packs all of W, which takes little beside the multiplying. With few each has panels of its own.
+    void multiply_all(int64_t row, int64_t k, int64_t blocks, int64_t inner) {
+        const int64_t panels = p.columns / PANEL, threads = omp_get_num_threads();
+        const int64_t groups = blocks >= MIN_BLOCKS * threads ? threads : least(blocks, pieces(MIN_TASKS * threads, panels));
+        uint16_t* const weight = static_cast<uint16_t*>(p.memory) + cut.x_size() + omp_get_thread_num() * cut.panel_size();
+#pragma omp for schedule(static)  // with a barrier at its end: until then x is in use
+        for (int64_t task = 0; task < groups * panels; ++task) {
+            const int64_t group = task / panels, panel = task % panels;
+            if (!pack_panel(panel * PANEL, k, inner, weight)) continue;
+            for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+                const int64_t first = row + block * BLOCK;
+                multiply_rows(packed_block(block, inner), weight, inner, k > 0, p.y + first * p.columns + panel * PANEL, p.columns,
+                              least(BLOCK, p.rows - first));
+            }
         }
     }
 
-    bool some_columns(int64_t row, int64_t k, int64_t column, int64_t turn) {
-        const int64_t inner = inner_from(k), blocks = blocks_from(row), panels = least(cut.columns, p.columns - column) / PANEL;
-        uint16_t* const weight = x() + cut.x_size() + turn * cut.weight_size();
-        __m512i seen = {};
-#pragma omp for schedule(static) nowait
-        for (int64_t panel = 0; panel < panels; ++panel) {
-            uint16_t* to = weight + panel * PANEL * inner;
-            const int64_t first = column + panel * PANEL;
-            for (int64_t i = k; i < k + inner; i += TILE_NUMBERS, to += PANEL_SIZE) {
-                if (p.transposed) pack_transposed(p.weight + first * p.inner + i, p.inner, to, seen);
-                else pack_straight(p.weight + i * p.columns + first, p.columns, to, seen);
-            }
-        }
-        if (_mm512_test_epi32_mask(seen, _mm512_set1_epi32(0xffff))) {
-#pragma omp atomic write
-            lost[turn] = 1;
-        }
-#pragma omp barrier
+    // False if a weight is no bf16 number, here or where another thread has looked.
+    bool pack_panel(int64_t column, int64_t k, int64_t inner, uint16_t* out) {
         int32_t stop;
 #pragma omp atomic read
-        stop = lost[turn];
+        stop = lost;
         if (stop) return false;
-        const auto one = [&](int64_t block, int64_t panel) {
-            const int64_t first = row + block * BLOCK;
-            float* const y = p.y + first * p.columns + column + panel * PANEL;
-            multiply_rows(x() + block * BLOCK * SPLITS * inner, weight + panel * PANEL * inner, inner, k > 0, y, p.columns,
-                          least(BLOCK, p.rows - first));
-        };
-        if (blocks >= 2 * omp_get_num_threads()) {
-#pragma omp for schedule(static) nowait
-            for (int64_t block = 0; block < blocks; ++block)
-                for (int64_t panel = 0; panel < panels; ++panel) one(block, panel);
-        } else {
-#pragma omp for schedule(static) nowait
-            for (int64_t panel = 0; panel < panels; ++panel)
-                for (int64_t block = 0; block < blocks; ++block) one(block, panel);
+        __m512i seen = {};
+        for (int64_t i = k; i < k + inner; i += TILE_NUMBERS, out += PANEL_SIZE) {
+            if (p.transposed) pack_transposed(p.weight + column * p.inner + i, p.inner, out, seen);
+            else pack_straight(p.weight + i * p.columns + column, p.columns, out, seen);
         }
-        return true;
+        if (!_mm512_test_epi32_mask(seen, _mm512_set1_epi32(0xffff))) return true;
+#pragma omp atomic write
+        lost = 1;
+        return false;
     }
 };
 
-// Whether the first and the last weights are bf16 numbers: trained ones are found at once, and rows that training appended.
-inline bool ends_are_bf16(const Product& p) {
+// Whether the first weight of every row is a bf16 number: a table of which training changed a few rows need not be packed to know.
+inline bool may_be_bf16(const Product& p) {
+    const int64_t length = p.transposed ? p.inner : p.columns;
     uint32_t seen = 0;
-    for (int64_t i = 0; i < TILE_NUMBERS; ++i)
-        seen |= load<uint32_t>(p.weight + i) | load<uint32_t>(p.weight + p.inner * p.columns - 1 - i);
+    for (int64_t i = 0; i < p.inner * p.columns && !(seen & 0xffff); i += length) seen |= load<uint32_t>(p.weight + i);
     return (seen & 0xffff) == 0;
 }
 
@@ -232,12 +215,12 @@ inline bool ends_are_bf16(const Product& p) {
 
 extern "C" int32_t has_tiles() { return tiles_allowed(); }
 
-// Memory for a product in bytes; 0 where the first or last weights are no bf16 numbers.
+// Memory for a product in bytes; 0 where a look at some weights finds one that is no bf16 number.
 extern "C" int64_t split_product_bytes(const Product* p) {
 #ifdef TILES
-    if (!ends_are_bf16(*p)) return 0;
+    if (!may_be_bf16(*p)) return 0;
     const Cut cut(*p);
-    return 2 * (cut.x_size() + 2 * cut.weight_size());
+    return 2 * (cut.x_size() + p->threads * cut.panel_size());
 #else
     return 0;
 #endif
@@ -247,13 +230,9 @@ extern "C" int64_t split_product_bytes(const Product* p) {
 extern "C" int32_t split_product(const Product* p) {
 #ifdef TILES
     Team team{*p, Cut(*p)};
-    int32_t done = 1;
 #pragma omp parallel num_threads(p->threads)
-    if (!team.run()) {
-#pragma omp atomic write
-        done = 0;
-    }
-    return done;
+    team.run();
+    return !team.lost;
 #else
     return 0;
 #endif

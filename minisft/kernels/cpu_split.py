@@ -41,40 +41,44 @@ class _Product(ctypes.Structure):
     )
 
 
-def can_split(x: Tensor, weight: Tensor, columns: int) -> bool:
+def can_split(x: Tensor, weight: Tensor, transposed: bool) -> bool:
     """Whether ``split_product`` tries; only the weight's numbers are not looked at.
 
     Args:
         x: (..., inner).
-        weight: (columns, inner) or (inner, columns).
-        columns: of the product.
+        weight: (columns, inner) where ``transposed``, else (inner, columns).
+        transposed: whether the product is with W^T.
 
     Returns:
-        whether x and the weight are plain fp32 on a CPU with AMX, of sizes that are multiples of 32, with enough rows.
+        whether x and the weight are plain fp32 on a CPU with AMX, fit each other and are large enough, the weight's sizes
+        multiples of 32.
     """
-    if (
-        not enabled
-        or x.numel() < MIN_ROWS * x.shape[-1]
-        or x.numel() * columns < MIN_WORK
-        or any(size % UNIT for size in weight.shape)
-    ):
+    if not enabled or x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.is_cpu or weight.ndim != 2:
         return False
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.is_cpu or type(x) not in cpu_nf4.TENSORS:
+    columns, inner = weight.shape if transposed else weight.shape[::-1]
+    if x.shape[-1:] != (inner,) or not x.numel() or any(size % UNIT for size in weight.shape):
         return False
-    return cpu_nf4.has_numbers(weight) and not torch.compiler.is_compiling() and _has_tiles()
+    if x.numel() < MIN_ROWS * inner or x.numel() * columns < MIN_WORK or type(x) not in cpu_nf4.TENSORS:
+        return False
+    plain = cpu_nf4.has_numbers(weight) and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    return plain and _has_tiles()
 
 
 @functools.cache
 def _has_tiles() -> bool:
     library = cpu_nf4.library()
-    return library is not None and bool(library.has_tiles())
+    if library is None:
+        return False
+    library.split_product_bytes.restype = ctypes.c_int64
+    return bool(library.has_tiles())
 
 
 def split_product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor | None:
     """x W^T, or x W, without a gradient.
 
     Args:
-        x: (M, inner) fp32. Numbers below 2^-126, and parts of x that are, count as zero; infinities give NaN.
+        x: (M, inner) fp32. Numbers below 2^-126, and parts of x that are, count as zero; infinities, and numbers from
+            2^128 (1 - 2^-9) on, give NaN.
         weight: (columns, inner) where ``transposed``, else (inner, columns); fp32.
         transposed: whether the product is with W^T.
 
@@ -82,17 +86,15 @@ def split_product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor | None:
         (M, columns) fp32; None where the caller has to multiply: by a weight that is no bf16 number, and where ``can_split``
         refuses.
     """
-    rows, inner = x.shape
-    columns = weight.shape[0 if transposed else 1]
-    if not can_split(x, weight, columns):
+    if not can_split(x, weight, transposed):
         return None
     library = cpu_nf4.library()
     assert library is not None
-    sizes = (rows, inner, columns, transposed, torch.get_num_threads())
+    sizes = (*x.shape, weight.shape[0 if transposed else 1], transposed, torch.get_num_threads())
     ask = _Product(None, weight.data_ptr(), None, None, *sizes)
     if not (num_bytes := library.split_product_bytes(ctypes.byref(ask))):
         return None
-    x, y = x.contiguous(), torch.empty(rows, columns)
+    x, y = x.contiguous(), x.new_empty(len(x), sizes[2])
     with borrowed((num_bytes,), torch.uint8, x.device) as memory:
         product = _Product(x.data_ptr(), weight.data_ptr(), y.data_ptr(), memory.data_ptr(), *sizes)
         return y if library.split_product(ctypes.byref(product)) else None

@@ -1,4 +1,4 @@
-"""One reusable buffer for a weight made dense: filled, multiplied with, and overwritten by the next layer.
+"""One reusable buffer for a weight made dense or packed: filled, multiplied with, and overwritten by the next layer.
 
 A new tensor for each product would be new pages each time, which cost more than decoding. On a GPU one buffer is enough for all
 layers, since kernels of one stream run one after the other: the product has read the weight before the next layer's overwrites
