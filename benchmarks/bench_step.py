@@ -3,7 +3,9 @@
     PYTHONPATH=OLD OMP_NUM_THREADS=1 python benchmarks/bench_step.py; PYTHONPATH=NEW OMP_NUM_THREADS=1 python ...
 
 in turns: other work on the machine slows CPU time down too, but less. SmolLM2-135M, LoRA of rank 16, 8 rows packed whole.
-The functions are timed twice, in one pass each and as PyTorch's operators. Nothing is kept; what was found stands in LOG.md.
+The functions are timed twice, in one pass each and as PyTorch's operators, and so are, with ``--products``, products with
+weights that are bf16 numbers; ``--turns 10 --dtype bf16-in-fp32`` compares whole steps. These two measure wall time.
+Nothing is kept; what was found stands in LOG.md.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from bench_train import BANKING77, BATCH_SIZE, DTYPES, RANK, Minisft, make_rows
 from harness import spread
 
 NUM_TOKENS, D, WIDE, HEADS = 662, 576, 1536, 9  # of SmolLM2, and of eight rows of Banking77
+VOCABULARY, NUM_LABELS = 49152, 150
 
 
 def seconds(work: Callable[[], object], repeats: int) -> dict[str, float]:
@@ -78,14 +82,57 @@ def functions(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     return found
 
 
+def in_turns(ways: Sequence[Callable], arguments: Sequence[tuple]) -> list[list[float]]:
+    """Seconds of wall time of each way with each of these arguments, taking turns; the first turn is not counted."""
+    times: list[list[float]] = [[] for _ in ways]
+    for turn, some in enumerate(arguments):
+        for way, found in zip(ways, times, strict=True):
+            began = time.perf_counter()
+            way(*some)
+            if turn > 0:
+                found.append(time.perf_counter() - began)
+    return times
+
+
+def _by_blas(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    return x @ (weight.T if transposed else weight)
+
+
+def products() -> Iterator[str]:
+    """The same product by the BLAS and by AMX tiles, with W^T and with W; weights come from memory, another one each time."""
+    from minisft.kernels.cpu_split import split_product
+
+    for inner, columns in ((D, WIDE), (WIDE, D), (D, D), (D, D // 3), (D, VOCABULARY), (VOCABULARY, D)):
+        x = torch.randn(NUM_LABELS if VOCABULARY in (inner, columns) else NUM_TOKENS, inner)
+        for transposed in (True, False):
+            shape = (columns, inner) if transposed else (inner, columns)
+            weights = [torch.randn(shape).bfloat16().float() for _ in range(2 + 2**24 // (inner * columns))]
+            first = x, weights[0], transposed
+            true, size = _by_blas(x.double(), weights[0].double(), transposed), _by_blas(x.abs(), weights[0].abs(), transposed)
+            errors = [float(((way(*first) - true).abs() / size).max()) for way in (_by_blas, split_product)]
+            times = in_turns((_by_blas, split_product), [(x, weights[i % len(weights)], transposed) for i in range(16)])
+            least, medians = ([1e6 * of(found) for found in times] for of in (min, statistics.median))
+            yield (
+                f"{len(x):4} x {inner:5} x {columns:5}, {'W^T' if transposed else 'W':3}: "
+                f"least {least[0]:6.0f} us by the BLAS, {least[1]:6.0f} by tiles; median {medians[0]:6.0f}, {medians[1]:6.0f}; "
+                f"errors {errors[0]:.1e}, {errors[1]:.1e}"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=0, help="of the share of its products; 0 for none")
     parser.add_argument("--functions", action="store_true", help="time the functions instead")
+    parser.add_argument("--products", action="store_true", help="time products with bf16 numbers instead")
+    parser.add_argument("--turns", type=int, default=0, help="of whole steps without AMX tiles and with them")
     arguments = parser.parse_args()
     dtype = arguments.dtype
+    if arguments.products:
+        for line in products():
+            print(line, flush=True)
+        return
     if arguments.functions:
         found = []
         for native in (False, True):  # what backward does is settled forward
@@ -99,6 +146,11 @@ def main() -> None:
         data = json.loads(path.read_text())
         trainer = Minisft(f"{folder}/{dtype}", dtype, "none", "minisft packed, each row whole", data["rows"], data["pad_id"])
     step = functools.partial(trainer.step, 0, BATCH_SIZE)
+    if arguments.turns:
+        plain, tiles = in_turns((gemm_share.without_tiles()(step), step), [()] * (arguments.turns + 1))
+        print("seconds without tiles", spread(plain), "with them", spread(tiles))
+        print("ratio", spread([a / b for a, b in zip(plain, tiles, strict=True)]))
+        return
     print("seconds of a step", seconds(step, arguments.steps))
     if arguments.rounds:
         found = gemm_share.measure(step, arguments.rounds, narrow=RANK, clock=time.process_time)

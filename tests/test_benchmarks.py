@@ -80,6 +80,7 @@ def test_bench_step_times_a_step_its_products_and_its_functions() -> None:
     assert "'least'" in printed
     assert " GFLOP at " in printed
     assert run("bench_step.py", "--functions").count(" us by PyTorch, ") == 10
+    assert "ratio" in run("bench_step.py", "--turns", "1", "--dtype", "bf16-in-fp32")
 
 
 @pytest.mark.exhaustive
