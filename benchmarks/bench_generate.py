@@ -297,7 +297,7 @@ def plot(found: list[dict], clock: str, path: Path) -> None:
     """Tokens a second in one stream, with what reading the weights allows, and in eight; what an adapter costs."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11.5, 4), layout="constrained")
+    figure = Figure(figsize=(11.5, 4.3), layout="constrained")
     panels = figure.subplots(1, 3, width_ratios=(4, 4, 1.6))
     for axes, streams in zip(panels, STREAMS, strict=False):
         order = [cell for weights in NAMES for cell in found if (cell["weights"], cell["streams"]) == (weights, streams)]
@@ -307,7 +307,7 @@ def plot(found: list[dict], clock: str, path: Path) -> None:
     _adapters(panels[2], found, clock)
     handles = [panels[0].bar([0], [0], color=colour, label=name) for name, colour in COLOURS.items()]
     handles += panels[0].plot([], [], color="black", linewidth=1.5, label="what reading its weights allows (one stream)")
-    figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False, fontsize=8.5)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
     title = "Greedy decoding, SmolLM2-135M; llama.cpp beside NF4 reads its Q4_1 file; median and quartiles"
     figure.suptitle(title, fontsize=10)
     save_svg(figure, path)
@@ -321,7 +321,7 @@ def _speeds(axes: Axes, some: list[dict], clock: str) -> None:
             spans = [[speed["median"] - speed["q1"]], [speed["q3"] - speed["median"]]]
             axes.bar(at, speed["median"], width, yerr=spans, color=COLOURS[row["name"]], capsize=2)
             ink = "black" if row["name"] in (READABLE, HALF) else "white"
-            axes.text(at, 1, f"{speed['median']:.0f}", ha="center", va="bottom", fontsize=8, color=ink)
+            axes.text(at, 1, f"{speed['median']:.0f}", ha="center", va="bottom", fontsize=7, color=ink)
             if cell["streams"] == 1:
                 limit = cell["read_bytes_per_s"][clock]["median"] / row["weight_bytes"]
                 axes.plot([at - width / 2, at + width / 2], [limit, limit], color="black", linewidth=1.5)
