@@ -490,15 +490,19 @@ def test_without_a_compiler_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> 
 OTHERS = ("attention", "cpu_elementwise", "cpu_nf4", "fast_decode", "formats_gguf", "sixteen_bits")
 
 
-def run_again(folder: Path, options: str, environment: dict[str, str], more: str = "") -> str:
+def run_again(folder: Path, options: str, environment: dict[str, str], tiles: bool = False) -> str:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment = {**kept, "MINISFT_CACHE": str(folder), **environment}
     compiler = environment.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
     environment["CXX"] = f"{compiler} {options}"
     chosen = "family or lengths or same_bits or full_cache or rms_norm or swiglu or rotate or few_rows or any_bytes"
     chosen += " or values_and_gradients or common_beginning or past_is or blocks_of_queries or rounded_weights"
-    chosen += " or weights_themselves" + more
-    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("native_decode", *OTHERS)]
+    chosen += " or weights_themselves"
+    names = ["native_decode", *OTHERS]
+    if tiles:
+        chosen += " or tiles or for_any_threads or always_found"
+        names.append("cpu_split")
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
     command = [sys.executable, "-m", "pytest", *files, "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
@@ -523,8 +527,7 @@ def test_with_sanitizers(tmp_path: Path) -> None:
     script.write_text(SANITIZED.format(compiler=compiler, libraries=f"{asan} {ubsan}"))
     script.chmod(0o755)
     environment = {"CXX": str(script), "LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0", "MINISFT_HYPOTHESIS": "fast"}
-    more = " or tiles" if native_decoder.tile_floats() else ""
-    assert " passed" in run_again(tmp_path / "cache", "", environment, more)
+    assert " passed" in run_again(tmp_path / "cache", "", environment, tiles=native_decoder.tile_floats() > 0)
 
 
 SANITIZED = """#!/bin/sh
