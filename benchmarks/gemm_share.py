@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minisft.kernels import cpu_split
+from minisft.kernels import cpu_nf4
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
 Product = tuple[Layout, Layout, torch.dtype]
@@ -50,11 +50,11 @@ class Products(TorchDispatchMode):
 @contextmanager
 def without_tiles() -> Iterator[None]:
     """minisft asks PyTorch for all products, which can count them."""
-    before, cpu_split.enabled = cpu_split.enabled, False
+    before, cpu_nf4.USE_TILES = cpu_nf4.USE_TILES, False
     try:
         yield
     finally:
-        cpu_split.enabled = before
+        cpu_nf4.USE_TILES = before
 
 
 def _layout(matrix: Tensor) -> Layout:

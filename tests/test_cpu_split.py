@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from test_cpu_nf4 import threads
 from torch import Tensor, nn
 
-from minisft.kernels import cpu_split
+from minisft.kernels import cpu_nf4, cpu_split
 from minisft.kernels.cpu_split import split_product
 from minisft.lora import LoRALinear
 from minisft.loss import head_loss_sum, token_log_probs
 from minisft.matmul import Linear, frozen_linear, frozen_linear_t, linear
 
 U = 2.0**-24
-pytestmark = pytest.mark.skipif(not cpu_split._has_tiles(), reason="needs a CPU with AMX, and leave to use it")
+pytestmark = pytest.mark.skipif(not cpu_nf4.tile_floats(), reason="needs a CPU with AMX, and leave to use it")
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ def test_small_products_stay_with_the_blas(monkeypatch: pytest.MonkeyPatch) -> N
     assert split_product(normal(16, 576), weight, True) is None
     assert split_product(normal(17, 576), weight, True) is not None
     assert split_product(normal(70, 192), bf16_numbers(576, 192), True) is None
-    monkeypatch.setattr(cpu_split, "enabled", False)
+    monkeypatch.setattr(cpu_nf4, "USE_TILES", False)
     assert split_product(normal(17, 576), weight, True) is None
 
 
@@ -204,8 +204,8 @@ def frozen_layer(bias: bool) -> Linear:
 def both_ways(monkeypatch: pytest.MonkeyPatch, compute: object) -> tuple[list[Tensor], list[Tensor]]:
     """What ``compute`` gives with and without tiles."""
     ways = []
-    for enabled in (True, False):
-        monkeypatch.setattr(cpu_split, "enabled", enabled)
+    for tiles in (True, False):
+        monkeypatch.setattr(cpu_nf4, "USE_TILES", tiles)
         ways.append(compute())
     return ways[0], ways[1]
 

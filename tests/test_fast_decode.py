@@ -22,11 +22,11 @@ from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, ModelConfig, QuantConfig
 from minisft.evaluation.fast_decode import DRIFT_TOKENS, Drift, exact_decode_, fast_decode_
 from minisft.generation import ChatCache, Sampling, _scored_tokens, generate, read_prompts
-from minisft.kernels import cpu_build, eight_bit
+from minisft.kernels import cpu_build, cpu_nf4, eight_bit
 from minisft.kernels.cpu_decode import Unsupported
 from minisft.kernels.eight_bit import eight_bits_of, quantize_8bit
 from minisft.model import CausalLM
-from minisft.native.decoder import NativeDecoder, in_eight_bits, next_logits_of, tile_floats
+from minisft.native.decoder import NativeDecoder, in_eight_bits, next_logits_of
 from minisft.optim import MasterAdamW
 from minisft.serving.lanes import sharing_copy
 from minisft.surgery import apply_lora_, lora_modules, quantize_
@@ -142,7 +142,7 @@ def test_a_step_has_the_bits_of_the_rounded_weights(config: ModelConfig, kind: s
                 tokens = torch.arange(count) + turn
                 found = fast.logits(tokens, ours)
                 wanted = dense.logits(tokens, theirs)
-                assert torch.equal(found, wanted) or (tile_floats() and count >= 10)  # AMX tiles scale a block's sum
+                assert torch.equal(found, wanted) or (cpu_nf4.tile_floats() and count >= 10)  # AMX tiles scale a block's sum
                 tiny.assert_close(found, wanted, 1e-5 if model.dtype == torch.float32 else 0.02)
                 assert turn or not torch.equal(found, exact)
 

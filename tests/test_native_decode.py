@@ -165,7 +165,7 @@ def test_a_row_gives_the_same_bits_alone_and_in_a_batch(kind: str) -> None:
             cache = whole.select(torch.arange(count))
             with threads(1 + count % 2):
                 found = NativeDecoder(model, cache).logits(tokens[:count], cache)
-            by_tiles = native_decoder.tile_floats() > 0 and count >= TILED.get(kind, MAX_ROWS + 1)
+            by_tiles = cpu_nf4.tile_floats() > 0 and count >= TILED.get(kind, MAX_ROWS + 1)
             assert all(torch.equal(row, wanted.setdefault((by_tiles, i), row)) for i, row in enumerate(found))
 
 
@@ -173,7 +173,7 @@ def test_a_row_gives_the_same_bits_alone_and_in_a_batch(kind: str) -> None:
 
 TILED = {"bf16": 6, "fp32+nf4": 10}  # rows from which on tiles multiply
 TAILS = replace(FAMILIES["llama"], intermediate_size=128, vocab_size=77)  # 77 outputs: two tiles and a part, odd
-needs_tiles = pytest.mark.skipif(not native_decoder.tile_floats(), reason="needs a CPU with AMX, and leave to use it")
+needs_tiles = pytest.mark.skipif(not cpu_nf4.tile_floats(), reason="needs a CPU with AMX, and leave to use it")
 
 
 @needs_tiles
@@ -227,7 +227,7 @@ def test_tiles_lose_no_bit_of_what_they_multiply(
     normed, true = x / (x.square().mean(-1, keepdim=True) + 1e-9).sqrt(), weight.double()
     ways = []
     for tiled in (True, False):
-        monkeypatch.setattr(native_decoder, "USE_TILES", tiled)
+        monkeypatch.setattr(cpu_nf4, "USE_TILES", tiled)
         with torch.inference_mode():
             cache = KVCache(config, count, 2, model.dtype)
             decoder = NativeDecoder(model, cache, eight_bits=kind == "8 bits", sixteen_bits=kind == "16 bits")
@@ -527,7 +527,7 @@ def test_with_sanitizers(tmp_path: Path) -> None:
     script.write_text(SANITIZED.format(compiler=compiler, libraries=f"{asan} {ubsan}"))
     script.chmod(0o755)
     environment = {"CXX": str(script), "LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0", "MINISFT_HYPOTHESIS": "fast"}
-    assert " passed" in run_again(tmp_path / "cache", "", environment, tiles=native_decoder.tile_floats() > 0)
+    assert " passed" in run_again(tmp_path / "cache", "", environment, tiles=cpu_nf4.tile_floats() > 0)
 
 
 SANITIZED = """#!/bin/sh

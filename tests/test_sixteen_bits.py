@@ -33,14 +33,14 @@ from minisft.evaluation.sixteen_bits import (
 from minisft.formats import load_adapter_, save_adapter, save_model
 from minisft.generation import ChatCache, Sampling, _scored_tokens, generate, read_prompts
 from minisft.judging import arena
-from minisft.kernels import cpu_build, sixteen_bit, weight_copies
+from minisft.kernels import cpu_build, cpu_nf4, sixteen_bit, weight_copies
 from minisft.kernels.cpu_decode import MAX_ROWS
 from minisft.kernels.eight_bit import is_made
 from minisft.kernels.sixteen_bit import exact_bf16, sixteen_bits_of
 from minisft.merge_weights import merge_, unmerge_
 from minisft.model import CausalLM
 from minisft.native import decoder as native_decoder
-from minisft.native.decoder import NativeDecoder, decode_path, in_sixteen_bits, next_logits_of, tile_floats
+from minisft.native.decoder import NativeDecoder, decode_path, in_sixteen_bits, next_logits_of
 from minisft.optim import MasterAdamW
 from minisft.serving import server
 from minisft.serving.lanes import load_lanes, sharing_copy
@@ -191,10 +191,10 @@ def test_a_step_has_the_bits_of_the_weights_themselves(config: ModelConfig, kind
     for count in (1, 2, 3, 4, 5, 6, 9, 16):
         found, wanted = (logits_of(model, count, sixteen) for sixteen in (True, False))
         for ours, theirs in zip(found, wanted, strict=True):
-            if count < MIN_TILED or not tile_floats():
+            if count < MIN_TILED or not cpu_nf4.tile_floats():
                 assert same_bits(ours, theirs)
             tiny.assert_close(ours, theirs, 1e-5)
-        monkeypatch.setattr(native_decoder, "USE_TILES", False)
+        monkeypatch.setattr(cpu_nf4, "USE_TILES", False)
         assert all(map(same_bits, logits_of(model, count, True), logits_of(model, count, False)))
         monkeypatch.undo()
 

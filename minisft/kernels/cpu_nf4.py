@@ -21,6 +21,7 @@ from minisft.nf4 import CHUNK, NESTED_BLOCK_SIZE, QuantizedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TENSORS = (Tensor, torch.nn.Parameter)  # another subclass may have no memory to read
+USE_TILES = True  # False: as on a CPU without AMX, for tests and benchmarks
 
 
 class _Weight(ctypes.Structure):
@@ -81,6 +82,20 @@ def _gives_our_bits() -> bool:
     _code_with(library, weight, q.block_size, q.levels, packed, absmax)
     _dequantize_with(library, nested, dense)
     return torch.equal(packed, q.packed) and torch.equal(absmax, q.absmax) and torch.equal(dense, nf4.dequantize(nested))
+
+
+def tile_floats() -> int:
+    """Memory that a step's products by AMX tiles need, in floats for each number of a row; 0 without tiles, for any product."""
+    return _tile_floats() if USE_TILES else 0
+
+
+@functools.cache
+def _tile_floats() -> int:
+    handle = library()
+    if handle is None:
+        return 0
+    handle.tile_floats.restype = ctypes.c_int64
+    return int(handle.tile_floats())
 
 
 def has_numbers(tensor: Tensor) -> bool:

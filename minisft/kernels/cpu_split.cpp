@@ -213,8 +213,6 @@ inline bool may_be_bf16(const Product& p) {
 
 }  // namespace
 
-extern "C" int32_t has_tiles() { return tiles_allowed(); }
-
 // Memory for a product in bytes; 0 where a look at some weights finds one that is no bf16 number.
 extern "C" int64_t split_product_bytes(const Product* p) {
 #ifdef TILES

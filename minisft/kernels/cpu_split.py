@@ -15,7 +15,6 @@ Ref: parts of an fp32 number in bf16: Henry, Tang, Heinecke 2019, arXiv:1904.063
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
@@ -26,8 +25,6 @@ from minisft.kernels.workspace import borrowed
 MIN_ROWS = 17  # below, and below so many multiply-adds, packing takes what the product wins
 MIN_WORK = 2**23
 UNIT = 32  # numbers in a row of a tile
-
-enabled = True  # False: as on a CPU without AMX, for tests and benchmarks
 
 
 class _Product(ctypes.Structure):
@@ -53,7 +50,7 @@ def can_split(x: Tensor, weight: Tensor, transposed: bool) -> bool:
         whether x and the weight are plain fp32 on a CPU with AMX, fit each other and are large enough, the weight's sizes
         multiples of 32.
     """
-    if not enabled or x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.is_cpu or weight.ndim != 2:
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.is_cpu or weight.ndim != 2:
         return False
     columns, inner = weight.shape if transposed else weight.shape[::-1]
     if x.shape[-1:] != (inner,) or not x.numel() or any(size % UNIT for size in weight.shape):
@@ -61,16 +58,7 @@ def can_split(x: Tensor, weight: Tensor, transposed: bool) -> bool:
     if x.numel() < MIN_ROWS * inner or x.numel() * columns < MIN_WORK or type(x) not in cpu_nf4.TENSORS:
         return False
     plain = cpu_nf4.has_numbers(weight) and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-    return plain and _has_tiles()
-
-
-@functools.cache
-def _has_tiles() -> bool:
-    library = cpu_nf4.library()
-    if library is None:
-        return False
-    library.split_product_bytes.restype = ctypes.c_int64
-    return bool(library.has_tiles())
+    return plain and cpu_nf4.tile_floats() > 0
 
 
 def split_product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor | None:
@@ -90,6 +78,7 @@ def split_product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor | None:
         return None
     library = cpu_nf4.library()
     assert library is not None
+    library.split_product_bytes.restype = ctypes.c_int64
     sizes = (*x.shape, weight.shape[0 if transposed else 1], transposed, torch.get_num_threads())
     ask = _Product(None, weight.data_ptr(), None, None, *sizes)
     if not (num_bytes := library.split_product_bytes(ctypes.byref(ask))):

@@ -1,4 +1,4 @@
-// y = x W^T for up to 16 rows of x, by AMX: 32 outputs of all rows at once.
+// y = x W^T for up to 16 rows of x, by AMX: 32 outputs of all rows at once. cpu_split.cpp uses the same parts for more rows.
 //
 // A tile register holds 16 rows of 64 bytes. Tiles of a W in bf16 are read as they lie, 16 outputs and 32 numbers of each; for one
 // in 4 or 8 bits they are made, and a block's sum is multiplied by its scale. x is fp32 and is split without a remainder into three
