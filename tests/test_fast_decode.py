@@ -39,9 +39,13 @@ needs_native = pytest.mark.skipif(
 )
 
 
-def made(config: ModelConfig = CONFIG, kind: str = "fp32", adapted: bool = False) -> CausalLM:
-    dtype, _, quant = kind.partition("+")
-    model = tiny.build(config, torch.bfloat16 if dtype == "bf16" else torch.float32)
+def made(
+    config: ModelConfig = CONFIG, kind: str = "fp32", adapted: bool = False, numbers: torch.dtype | None = None
+) -> CausalLM:
+    """``kind``: fp32 or bf16, and "+nf4" for linears in 4 bits. Weights hold ``numbers`` of another dtype, adapters do not."""
+    name, _, quant = kind.partition("+")
+    dtype = torch.bfloat16 if name == "bf16" else torch.float32
+    model = tiny.build(config, numbers or dtype).to(dtype)
     if quant:
         quantize_(model, QuantConfig())
     if adapted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import shutil
 import weakref
@@ -9,19 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_fast_decode
 import tiny
 import tiny_folder
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_fast_decode import CONFIG, PROMPTS, UNTIED, needs_native
 from torch import Tensor, nn
 
 import minisft
-from minisft.cli.commands_answers import load_adapted
 from minisft.cli.commands_judging import arena_command
 from minisft.cli.flags import parse
 from minisft.cli.main import main
-from minisft.config import LoRAConfig, ModelConfig, QuantConfig
+from minisft.config import LoRAConfig, ModelConfig
 from minisft.evaluation import sixteen_bits
 from minisft.evaluation.fast_decode import dense_weights, exact_decode_, fast_decode_
 from minisft.evaluation.sixteen_bits import (
@@ -33,7 +35,7 @@ from minisft.evaluation.sixteen_bits import (
 from minisft.formats import load_adapter_, save_adapter, save_model
 from minisft.generation import ChatCache, Sampling, _scored_tokens, generate, read_prompts
 from minisft.judging import arena
-from minisft.kernels import cpu_build, cpu_nf4, sixteen_bit, weight_copies
+from minisft.kernels import cpu_nf4, sixteen_bit, weight_copies
 from minisft.kernels.cpu_decode import MAX_ROWS
 from minisft.kernels.eight_bit import is_made
 from minisft.kernels.sixteen_bit import exact_bf16, sixteen_bits_of
@@ -44,30 +46,11 @@ from minisft.native.decoder import NativeDecoder, decode_path, in_sixteen_bits, 
 from minisft.optim import MasterAdamW
 from minisft.serving import server
 from minisft.serving.lanes import load_lanes, sharing_copy
-from minisft.surgery import apply_lora_, lora_modules, quantize_
+from minisft.surgery import apply_lora_, lora_modules
 
-CONFIG = replace(tiny.LLAMA, hidden_size=64, intermediate_size=96, num_heads=8, num_kv_heads=2, head_dim=12)
-UNTIED = replace(CONFIG, tie_word_embeddings=False, hidden_size=48, intermediate_size=80, qkv_bias=True)
-PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [3], [5, 6, 7], [8, 9, 1]]
 NUM_LINEARS = 15  # seven in each of two layers, and the head
 MIN_TILED = 6  # rows from which on tiles multiply weights in bf16
-needs_native = pytest.mark.skipif(
-    cpu_build.load().reason in ("no C++ compiler found", "MINISFT_NATIVE=0"), reason="needs the compiled library"
-)
-
-
-def made(config: ModelConfig = CONFIG, kind: str = "fp32", adapted: bool = False) -> CausalLM:
-    """A model of bf16 numbers in fp32 (or in bf16); adapters hold other numbers."""
-    dtype, _, quant = kind.partition("+")
-    model = tiny.build(config, torch.bfloat16).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-    if quant:
-        quantize_(model, QuantConfig())
-    if adapted:
-        apply_lora_(model, LoRAConfig(rank=5, alpha=3.0))
-        draw = torch.Generator().manual_seed(7)
-        for layer in lora_modules(model).values():
-            layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=draw) * 0.2
-    return model.eval().requires_grad_(False)
+made = functools.partial(test_fast_decode.made, numbers=torch.bfloat16)  # as models are published
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -593,21 +576,6 @@ def test_with_fast_decode_nothing_is_copied_to_16_bits(folder: Path, read, capsy
     said = capsys.readouterr().err
     assert "8 bits" in said
     assert "fp32" not in said
-
-
-COMMANDS = {
-    "generate": ["--prompt", "x"],
-    "chat": [],
-    "eval": ["--data", "x", "--metric", "f1", "--out", "x"],
-    "sweep": ["--data", "x", "--general", "x", "--out", "x"],
-}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_that_asks_a_model(folder: Path, command: str) -> None:
-    words = [command, "--model", str(folder / "model"), "--adapter", str(folder / "adapter"), "--device", "cpu"]
-    model, *_ = load_adapted(parse([*words, *COMMANDS[command]]))
-    assert model in in_sixteen_bits
 
 
 @pytest.mark.parametrize("together", [False, True])
