@@ -25,6 +25,8 @@ import torch
 from bench_train import BANKING77, BATCH_SIZE, DTYPES, RANK, Minisft, make_rows
 from harness import spread
 
+from minisft.kernels import cpu_nf4
+
 NUM_TOKENS, D, WIDE, HEADS = 662, 576, 1536, 9  # of SmolLM2, and of eight rows of Banking77
 VOCABULARY, NUM_LABELS = 49152, 150
 
@@ -130,6 +132,8 @@ def main() -> None:
     arguments = parser.parse_args()
     dtype = arguments.dtype
     if arguments.products:
+        if not cpu_nf4.tile_floats():
+            parser.error("--products needs a CPU with AMX")
         for line in products():
             print(line, flush=True)
         return

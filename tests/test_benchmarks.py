@@ -14,11 +14,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import bench_step
 import exp_peft_full
 import exp_preference
 import gemm_share
 from harness import add_cell, read_cells
 
+from minisft.kernels import cpu_nf4
 from minisft.lora import LoRALinear
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -81,6 +83,13 @@ def test_bench_step_times_a_step_its_products_and_its_functions() -> None:
     assert " GFLOP at " in printed
     assert run("bench_step.py", "--functions").count(" us by PyTorch, ") == 10
     assert "ratio" in run("bench_step.py", "--turns", "1", "--dtype", "bf16-in-fp32")
+
+
+def test_bench_step_says_that_products_by_tiles_need_tiles(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(cpu_nf4, "USE_TILES", False)
+    with pytest.raises(SystemExit, match="2"):
+        run_here(bench_step.main, monkeypatch, capsys, "--products")
+    assert "needs a CPU with AMX" in capsys.readouterr().err
 
 
 @pytest.mark.exhaustive
