@@ -9,7 +9,7 @@ llama.cpp comes with the wheel xllamacpp (extra ``llamacpp``; without it these c
 AVX-512: its own defaults (fp16 cache, flash attention), eight slots for eight streams, all prompts in one request; exports of
 ours in fp32 and bf16, and beside NF4 the model's own Q4_1 file, whose head has 8 bits (Q8_0); our head stays in the dtype of
 the rest, fp32 or ("rest bf16") bf16. "readable" is minisft without its native decoding (and with its native products), in one
-stream; "16 bits" reads fp32 weights as the bf16 numbers that they are (``decode_in_16_bits_``), as commands do by themselves;
+stream; "compressed" reads exact copies of dense weights in 12 bits (``decode_compressed_``), as commands do by themselves;
 for that the pretrained model, whose own file has 4 bits, is first rounded to bf16, as models are published, for everybody but
 llama.cpp beside NF4. "fast decode" reads dense weights in 8 bits (``--fast-decode``), and its drift from the exact one is
 measured in its answers to the same prompts. NF4 has no contestant in transformers on a CPU that multiplies without decoding the
@@ -39,6 +39,7 @@ import decode_llama_cpp
 import torch
 from decode_contestants import (
     ADAPTED,
+    COMPRESSED,
     FAST,
     FP32,
     HALF,
@@ -46,7 +47,6 @@ from decode_contestants import (
     MINISFT,
     PLAIN,
     READABLE,
-    SIXTEEN,
     TRANSFORMERS,
     Contestant,
 )
@@ -74,7 +74,7 @@ QUESTIONS = (
 NAMES = {"fp32": "fp32", "bf16": "bf16", "nf4": "NF4"}
 OVER = {"fp32": PLAIN, "nf4": MINISFT}  # what an adapter beside the weights is compared with
 COLOURS = {
-    TRANSFORMERS: "#8a8a8a", READABLE: "#a6d4f2", MINISFT: "#0072b2", SIXTEEN: "#cc79a7", HALF: "#56b4e9", FAST: "#009e73",
+    TRANSFORMERS: "#8a8a8a", READABLE: "#a6d4f2", MINISFT: "#0072b2", COMPRESSED: "#cc79a7", HALF: "#56b4e9", FAST: "#009e73",
     LLAMA_CPP: "#d55e00",
 }  # fmt: skip
 
@@ -126,8 +126,7 @@ def compete(
         if turn == 0:
             same = agreement(tokens, ends)
             exact = [tokens[name] for name in (TRANSFORMERS, READABLE) if weights == "fp32" and name in tokens]
-            if streams == 1 and SIXTEEN in tokens:  # with more rows tiles add in another order
-                exact.append(tokens[SIXTEEN])
+            exact += [tokens[COMPRESSED]] if COMPRESSED in tokens else []
             assert all(other == tokens[MINISFT] for other in exact), "different tokens"
         else:
             reads.append(speed)
@@ -240,12 +239,12 @@ def contestant(found: list[dict], weights: str, streams: int, name: str) -> dict
 def targets(found: list[dict], clock: str) -> list[dict]:
     """What was hoped for, and whether it came true; nothing where a contestant is missing."""
     wanted = [(weights, 1, MINISFT, None, 0.7) for weights in ("fp32", "bf16")]
-    wanted += [(weights, 1, MINISFT, name, 3.0) for weights in ("fp32", "bf16") for name in (READABLE, TRANSFORMERS)]
-    ways = (MINISFT, SIXTEEN, HALF, FAST)
+    peers = (READABLE, TRANSFORMERS)
+    wanted += [(w, 1, name, peer, 3.0) for w in ("fp32", "bf16") for peer in peers for name in (MINISFT, COMPRESSED)]
+    ways = (MINISFT, COMPRESSED, HALF, FAST)
     wanted += [("nf4", 1, name, peer, least) for peer, least in ((LLAMA_CPP, 0.9), (FP32, 2.5)) for name in ways]
-    wanted += [("nf4", 8, name, LLAMA_CPP, 1.0) for name in (MINISFT, SIXTEEN, FAST)]
-    wanted += [("fp32", 8, name, TRANSFORMERS, 3.0) for name in (MINISFT, SIXTEEN, FAST)]
-    wanted += [("fp32", 1, SIXTEEN, TRANSFORMERS, 3.0)]
+    wanted += [("nf4", 8, name, LLAMA_CPP, 1.0) for name in (MINISFT, COMPRESSED, FAST)]
+    wanted += [("fp32", 8, name, TRANSFORMERS, 3.0) for name in (MINISFT, COMPRESSED, FAST)]
     wanted += [(weights, 1, FAST, TRANSFORMERS, 3.0) for weights in ("fp32", "bf16")]
     verdicts = []
     for weights, streams, name, peer, least in wanted:

@@ -27,7 +27,7 @@ MOST_ROWS = 8
 class Contestant:
     """``program``: transformers, readable (minisft without its native step), minisft or llama.cpp.
 
-    ``fast``: --fast-decode. ``sixteen``: fp32 weights read in 16 bits, as the command line does.
+    ``fast``: --fast-decode. ``compressed``: weights read from exact copies, as the command line does.
     """
 
     name: str
@@ -35,12 +35,12 @@ class Contestant:
     weights: str
     adapter: str = NONE
     fast: bool = False
-    sixteen: bool = False
+    compressed: bool = False
 
 
 TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP = "transformers", "readable", "minisft", "llama.cpp"
 ADAPTED, PLAIN, FP32, HALF = "minisft, adapter", "minisft, merged", "minisft, fp32", "minisft, rest bf16"
-FAST, SIXTEEN = "minisft, fast decode", "minisft, 16 bits"
+FAST, COMPRESSED = "minisft, fast decode", "minisft, compressed"
 
 
 def contestants_of(weights: str, streams: int, llama_cpp: bool) -> list[Contestant]:
@@ -48,8 +48,7 @@ def contestants_of(weights: str, streams: int, llama_cpp: bool) -> list[Contesta
     programs = ([TRANSFORMERS] if weights != "nf4" else []) + ([READABLE] if streams == 1 else [])
     programs += [MINISFT] + ([LLAMA_CPP] if llama_cpp else [])
     found = [Contestant(program, program, weights) for program in programs]
-    if weights != "bf16":
-        found.append(Contestant(SIXTEEN, MINISFT, weights, sixteen=True))
+    found.append(Contestant(COMPRESSED, MINISFT, weights, compressed=True))
     found.append(Contestant(FAST, MINISFT, weights, fast=True))
     if weights == "nf4":
         found.append(Contestant(HALF, MINISFT, "nf4, rest bf16"))
@@ -79,23 +78,27 @@ def adapt_(model: nn.Module, merged: bool) -> None:
         merge_(model)
 
 
+def dense_bytes(model: nn.Module) -> int:
+    """Of all weights of dense linears, a shared one counted once."""
+    return sum({m.weight.data_ptr(): m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear)}.values())
+
+
 def eight_bits_(model: nn.Module, prompts: list[list[int]]) -> tuple[int, dict]:
     """Switch fast decoding on: by how many bytes a step reads less, and the drift in the model's answers to these prompts."""
     from minisft import fast_decode_
 
     drift = fast_decode_(model, prompts)
-    dense = {m.weight.data_ptr(): m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear)}
-    return sum(dense.values()) - drift.num_bytes, {"drift": asdict(drift)}
+    return dense_bytes(model) - drift.num_bytes, {"drift": asdict(drift)}
 
 
-def sixteen_bits_(model: nn.Module) -> int:
-    """Switch exact copies in 16 bits on: by how many bytes a step reads less. Each copy is half of its weight."""
-    from minisft import decode_in_16_bits_
+def compressed_(model: nn.Module) -> int:
+    """Switch exact copies on: by how many bytes a step reads less."""
+    from minisft import decode_compressed_
     from minisft.native.decoder import decode_path
 
-    found = decode_in_16_bits_(model)
+    found = decode_compressed_(model)
     assert found.num_weights == sum(isinstance(module, nn.Linear) for module in model.modules()), decode_path(model)
-    return found.num_bytes
+    return dense_bytes(model) - found.num_bytes
 
 
 def ours(folder: str, contestant: Contestant, prompts: list[list[int]]) -> tuple[Answer, Callable[[], float], int, dict]:
@@ -112,7 +115,7 @@ def ours(folder: str, contestant: Contestant, prompts: list[list[int]]) -> tuple
         adapt_(model, contestant.adapter == MERGED)
     model.eval()
     less, drift = eight_bits_(model, prompts) if contestant.fast else (0, {})
-    less += sixteen_bits_(model) if contestant.sixteen else 0
+    less += compressed_(model) if contestant.compressed else 0
     inside = [0.0]
     if contestant.program == MINISFT:
         assert decode_path(model, MOST_ROWS).startswith("native code"), decode_path(model, MOST_ROWS)

@@ -9,7 +9,7 @@ The commands, and the calls that do the same:
 - ``dpo``: ``dpo(DPOConfig(...))``
 - ``grpo``: ``grpo(GRPOConfig(...), reward=None)``
 - ``eval``: ``evaluate``
-- ``generate``, ``chat``: ``generate``, after ``decode_in_16_bits_``, or ``fast_decode_`` for ``--fast-decode``
+- ``generate``, ``chat``: ``generate``, after ``decode_compressed_``, or ``fast_decode_`` for ``--fast-decode``
 - ``inspect``: ``inspect_rows``, and ``inspect_quality`` for ``--quality``
 - ``select``: ``select_rows``
 - ``quantize``: ``quantize_folder``; step by step ``load_model(..., quant=QuantConfig())`` and ``save_quantized``
@@ -29,7 +29,7 @@ The commands, and the calls that do the same:
 - ``feedback``: ``read_feedback``, ``make_feedback_rows`` and ``write_feedback``
 - ``quickstart``: ``run_quickstart``
 
-``eval``, ``sweep`` and ``arena`` call ``decode_in_16_bits_`` too, and ``serve`` does it by itself, where memory allows.
+``eval``, ``sweep`` and ``arena`` call ``decode_compressed_`` too, and ``serve`` does it by itself, where memory allows.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.dora import DoRALinear
 from minisft.effect import MergeReport
 from minisft.evaluation import evaluate as evaluation
+from minisft.evaluation.compressed import decode_compressed_, free_compressed_
 from minisft.evaluation.evaluate import EvalResult, Metric
 from minisft.evaluation.fast_decode import exact_decode_, fast_decode_
 from minisft.evaluation.interpolate import interpolated
-from minisft.evaluation.sixteen_bits import decode_in_16_bits_, free_16_bits_
 from minisft.evaluation.sweep import sweep
 from minisft.formats import load_adapter_, load_model, load_tokenizer, save_adapter, save_model, save_quantized
 from minisft.judging.ab_plan import plan_ab
@@ -106,7 +106,7 @@ __all__ = [
     "capacity",
     "combine_folders",
     "compare_files",
-    "decode_in_16_bits_",
+    "decode_compressed_",
     "diff_models",
     "dpo",
     "dpo_loss",
@@ -115,7 +115,7 @@ __all__ = [
     "export_gguf",
     "export_peft",
     "fast_decode_",
-    "free_16_bits_",
+    "free_compressed_",
     "generate",
     "grpo",
     "grpo_loss",

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from minisft.cli.main import main
 from minisft.config import LoRAConfig
+from minisft.evaluation.compressed import decode_compressed_
 from minisft.evaluation.fast_decode import fast_decode_
-from minisft.evaluation.sixteen_bits import decode_in_16_bits_
 from minisft.generation import Sampling, generate, read_prompts, read_suffixes
 from minisft.kernels import cpu_build
 from minisft.model import CausalLM, KVCache
@@ -224,12 +224,12 @@ def test_rounded_weights_leave_no_keys_behind() -> None:
 
 @pytest.mark.skipif(cpu_build.load().reason != "", reason="needs the compiled library")
 def test_exact_copies_leave_all_keys_behind() -> None:
-    """Weights in 16 bits are the same numbers: what steps wrote with them is not read again."""
+    """Exact copies are the same numbers: what steps wrote with them is not read again."""
     model, asked = built().bfloat16().float(), Asked()
     said = wanted(model, LONG)[0]
     turn = [*LONG, *said, 3]
     answer = wanted(model, turn)
-    assert decode_in_16_bits_(model).num_weights > 0
+    assert decode_compressed_(model).num_weights > 0
     assert asked(model, LONG) == ([said], [0])
     assert asked(model, turn) == (answer, [len(LONG) + len(said) - 1])
 

@@ -31,7 +31,7 @@ def load_adapted(arguments: argparse.Namespace, writes: bool = True) -> tuple[Ca
 
     Args:
         arguments: of the command.
-        writes: text, alone: then ``read_in_16_bits_``, unless it is to read 8.
+        writes: text, alone: then ``read_compressed_``, unless it is to read 8.
     """
     from minisft.common.device import answering_dtype, pick_device
     from minisft.data.chat import resolve_template
@@ -50,15 +50,15 @@ def load_adapted(arguments: argparse.Namespace, writes: bool = True) -> tuple[Ca
     if arguments.scale != 1.0:
         scale_adapters_(model, arguments.scale)
     if writes and not getattr(arguments, "fast_decode", False):
-        read_in_16_bits_(model)
+        read_compressed_(model)
     return model.eval(), tokenizer, resolve_template(tokenizer, choice)
 
 
-def read_in_16_bits_(*models: CausalLM) -> None:
-    """``decode_in_16_bits_if_memory_allows_`` of all models that will write; where it does not, standard error says so."""
-    from minisft.evaluation.sixteen_bits import decode_in_16_bits_if_memory_allows_
+def read_compressed_(*models: CausalLM) -> None:
+    """``decode_compressed_if_memory_allows_`` of all models that will write; where it does not, standard error says so."""
+    from minisft.evaluation.compressed import decode_compressed_if_memory_allows_
 
-    decode_in_16_bits_if_memory_allows_(models, lambda line: print(line, file=sys.stderr))
+    decode_compressed_if_memory_allows_(models, lambda line: print(line, file=sys.stderr))
 
 
 def sweep_command(arguments: argparse.Namespace) -> int:

@@ -102,7 +102,7 @@ def _ab_analyze(arguments: argparse.Namespace) -> int:
 
 def arena_command(arguments: argparse.Namespace) -> int:
     """Let people compare two models on a page on this machine."""
-    from minisft.cli.commands_answers import read_in_16_bits_
+    from minisft.cli.commands_answers import read_compressed_
     from minisft.common.extras import require_extra
     from minisft.common.local_server import check_port
     from minisft.evaluation.evaluate import terminal_progress
@@ -129,7 +129,7 @@ def arena_command(arguments: argparse.Namespace) -> int:
     load_libraries()
     sides: tuple[Side, Side] = ("a", "b")
     contestants = [_contestant(name, arguments) for name in names]
-    read_in_16_bits_(*(contestant.model for contestant in contestants))
+    read_compressed_(*(contestant.model for contestant in contestants))
     answers: dict[Side, Answer] = {
         side: answerer(contestant, arguments.max_new_tokens) for side, contestant in zip(sides, contestants, strict=True)
     }

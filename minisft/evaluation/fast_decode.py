@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minisft.common.errors import UserError
 from minisft.generation import no_dropout, read_prompts
-from minisft.kernels import sixteen_bit
+from minisft.kernels import exact_copy
 from minisft.kernels.cpu_decode import MAX_ROWS, Unsupported
 from minisft.kernels.eight_bit import eight_bits_of, forget, is_made
 from minisft.merge_weights import put_aside
@@ -53,7 +53,7 @@ class Drift:
 def fast_decode_(model: CausalLM, prompts: Sequence[Sequence[int]], name: str = "") -> Drift:
     """Let steps of one token read a model's dense weights in 8 bits, until ``exact_decode_``; copies of it do as before.
 
-    Copies in 16 bits, which nothing reads meanwhile, are freed.
+    Exact copies, which nothing reads meanwhile, are freed.
 
     Args:
         model: with or without adapters. A weight that changes is rounded again for the next batch of prompts, see
@@ -87,7 +87,7 @@ def fast_decode_(model: CausalLM, prompts: Sequence[Sequence[int]], name: str = 
         raise UserError("model/non-finite-weight", "the model's logits are not finite", where=name or "the model")
     in_eight_bits.add(model)
     for weight in dense_weights(model):
-        sixteen_bit.forget(weight)
+        exact_copy.forget(weight)
     copies = {id(weight): eight_bits_of(weight) for weight in new}.values()
     num_bytes = sum(made.codes.nbytes + made.scales.nbytes for made in copies)
     return Drift(num_bytes, len(kl), float(kl.mean()), float(kl.max()), num_same)

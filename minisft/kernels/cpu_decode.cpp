@@ -16,9 +16,9 @@
 
 namespace {
 
-enum Kind : int32_t { FP32, BF16, NF4, EIGHT_BIT };
+enum Kind : int32_t { FP32, BF16, NF4, EIGHT_BIT, TWELVE_BIT };
 // Rows, by kind: fewer take less time by vectors than by tiles, on one thread and on two, with the widths of SmolLM2-135M.
-constexpr int64_t MIN_TILED[] = {INT64_MAX, 6, 10, 10};
+constexpr int64_t MIN_TILED[] = {INT64_MAX, 6, 10, 10, 9};
 
 struct EightBit {
     const int8_t* codes;
@@ -28,7 +28,7 @@ struct EightBit {
 
 // y = x W^T + b + scaling * (x A^T) B^T. kernels/cpu_decode.py declares the same structs.
 struct Linear {
-    const void* weight;  // (out, in): numbers, a Weight or an EightBit
+    const void* weight;  // (out, in): numbers, a Weight, an EightBit or a TwelveBit
     const float *bias, *A, *B;  // (out,) or null; (rank, in) and (out, rank), null where there is no adapter
     int64_t in, out, rank;
     float scaling;
@@ -105,7 +105,8 @@ struct Worker {
     }
 
     bool is_tiled(const Linear& l) const {
-        if (!s.use_tiles || s.rows < MIN_TILED[l.kind] || l.in % TILE_NUMBERS || l.out < TILE_OUTPUTS) return false;
+        const bool is_bf16 = l.kind == TWELVE_BIT && static_cast<const TwelveBit*>(l.weight)->whole;
+        if (!s.use_tiles || s.rows < MIN_TILED[is_bf16 ? BF16 : l.kind] || l.in % TILE_NUMBERS || l.out < TILE_OUTPUTS) return false;
         int64_t block = l.in;  // of one scale: whole ones in a row, whole tiles in a block
         if (l.kind == EIGHT_BIT) block = static_cast<const EightBit*>(l.weight)->block;
         if (l.kind == NF4) block = int64_t(1) << static_cast<const Weight*>(l.weight)->block_shift;
@@ -117,6 +118,10 @@ struct Worker {
         const int64_t at = first * l.in;
         if (l.kind == BF16) return tile_outputs(static_cast<const uint16_t*>(l.weight) + at, l.in, packed, y);
         if (l.kind == NF4) return tile_outputs(*static_cast<const Weight*>(l.weight), first, l.in, packed, y);
+        if (l.kind == TWELVE_BIT) {
+            const auto& w = *static_cast<const TwelveBit*>(l.weight);
+            return w.whole ? tile_outputs(w.whole + at, l.in, packed, y) : tile_outputs(w, first, l.in, packed, y);
+        }
         const auto& w = *static_cast<const EightBit*>(l.weight);
         tile_outputs(w.codes + at, w.scales + at / w.block, w.block, l.in, packed, y);
     }
@@ -153,6 +158,8 @@ struct Worker {
             const auto& w = *static_cast<const EightBit*>(l.weight);
             return multiply(EightBitMatrix{w.codes, w.scales, l.in, w.block}, in, out, added, store);
         }
+        if (l.kind == TWELVE_BIT)
+            return multiply(TwelveBitMatrix{*static_cast<const TwelveBit*>(l.weight), l.in}, in, out, added, store);
         multiply(PackedMatrix(*static_cast<const Weight*>(l.weight), l.in), halves, out, added, store);
     }
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from minisft.kernels import cpu_nf4
 from minisft.kernels.cpu_matmul import COLUMNS
 from minisft.kernels.eight_bit import EightBitWeight
+from minisft.kernels.twelve_bit import TwelveBitWeight
 from minisft.nf4 import QuantizedWeight
 
 MAX_ROWS = 16  # rows of a step; more of them go to the BLAS, which reads each weight once for all rows
 PACKED_COLUMNS = 32  # a row of 4-bit weights is read in groups of 32, a dense one in groups of COLUMNS
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
-NF4, EIGHT_BIT = 2, 3
+NF4, EIGHT_BIT, TWELVE_BIT = 2, 3, 4
 
 
 class Unsupported(Exception):  # noqa: N818  # no error: the readable model takes over
@@ -31,6 +32,12 @@ class EightBitFields(ctypes.Structure):
     """``EightBit`` in cpu_decode.cpp."""
 
     _fields_ = (("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("block", ctypes.c_int64))
+
+
+class TwelveBitFields(ctypes.Structure):
+    """``TwelveBit`` in cpu_twelve_bit.h."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("packed", "base", "first", "at", "apart", "whole"))
 
 
 class LinearFields(ctypes.Structure):
@@ -122,18 +129,20 @@ class Pointers:
 
     def linear(
         self,
-        weight: Tensor | QuantizedWeight | EightBitWeight,
+        weight: Tensor | QuantizedWeight | EightBitWeight | TwelveBitWeight,
         bias: Tensor | None,
         update: tuple[Tensor, Tensor, float] | None,
         what: str,
+        whole: Tensor | None = None,
     ) -> LinearFields:
         """A linear layer and its adapter.
 
         Args:
-            weight: (out, in), dense or in 4 or 8 bits.
+            weight: (out, in), dense or in 4, 8 or 12 bits.
             bias: (out,) or None.
             update: lora_A (rank, in), lora_B (out, rank) in fp32, and the scaling; or None.
             what: the layer's name, for the reason.
+            whole: of a weight in 12 bits the same in bf16, if there is one: many rows are multiplied by that.
 
         Returns:
             what the C++ reads, as long as this object lives.
@@ -153,6 +162,11 @@ class Pointers:
             eight = EightBitFields(weight.codes.data_ptr(), weight.scales.data_ptr(), weight.block_size)
             self._kept += [weight, eight]
             address, kind = ctypes.addressof(eight), EIGHT_BIT
+        elif isinstance(weight, TwelveBitWeight):
+            bf16 = None if whole is None else self.numbers(whole, what, (torch.bfloat16,))
+            twelve = TwelveBitFields(*(tensor.data_ptr() for tensor in vars(weight).values()), bf16)
+            self._kept += [weight, twelve]
+            address, kind = ctypes.addressof(twelve), TWELVE_BIT
         else:
             address = self.numbers(weight, what)
             kind = KINDS[weight.dtype]

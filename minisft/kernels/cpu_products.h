@@ -6,6 +6,7 @@
 
 #pragma once
 #include "cpu_lanes.h"
+#include "cpu_twelve_bit.h"
 
 namespace {
 
@@ -50,6 +51,34 @@ struct EightBitMatrix {
             for (int64_t k = b * block, end = k + block; k < end; k += LANES)
                 each<COLUMNS>([&](int c) ALWAYS_INLINE { visit(c, k, widened(rows + c * in + k) * scale[c]); });
         }
+    }
+};
+
+// (out, in) in 12 bits; in is a multiple of 64.
+struct TwelveBitMatrix {
+    const TwelveBit& weight;
+    int64_t in;
+
+    template <int COLUMNS, class Visit>
+    inline ALWAYS_INLINE void walk(int64_t column, Visit visit) const {
+        TwelveBitRow rows[COLUMNS];
+        UpperBytes tables[COLUMNS];
+        each<COLUMNS>([&](int c) ALWAYS_INLINE {
+            rows[c] = TwelveBitRow(weight, column + c, in);
+            tables[c] = upper_bytes(rows[c]);
+        });
+        for (int64_t block = 0; block < in / BLOCK_NUMBERS; ++block)
+            each<COLUMNS>([&](int c) ALWAYS_INLINE {
+                const int64_t k = block * BLOCK_NUMBERS;
+                const uint8_t* bytes = rows[c].bytes(block);
+                prefetch_block(bytes + AHEAD);
+                if (!rows[c].is_apart(block))
+                    return numbers_of(bytes, tables[c], [&](int64_t i, Floats weights) ALWAYS_INLINE { visit(c, k + i, weights); });
+                each<BLOCK_NUMBERS / LANES>([&](int i) ALWAYS_INLINE {
+                    visit(c, k + i * LANES, widened(rows[c].numbers + i * LANES));
+                });
+                rows[c].take_next();
+            });
     }
 };
 

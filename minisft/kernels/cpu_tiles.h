@@ -11,6 +11,7 @@
 
 #pragma once
 #include "cpu_lanes.h"
+#include "cpu_twelve_bit.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && LANES == 16 && !defined(NF4_PORTABLE)
 #define TILES
@@ -145,6 +146,41 @@ inline void tile_outputs(const uint16_t* weight, int64_t in, const uint16_t* pac
     store_sums(y);
 }
 
+// The same from the row `first` of a weight in 12 bits on: tiles are made of the numbers in their order, so sums have the same bits.
+inline void tile_outputs(const TwelveBit& weight, int64_t first, int64_t in, const uint16_t* packed, float* y) {
+    alignas(64) uint16_t made[2][2][2][TILE_SIZE];  // by turns, by halves of a block, and 16 outputs each
+    alignas(64) uint16_t order[TILE_NUMBERS];
+    for (int64_t i = 0; i < TILE_NUMBERS; ++i) order[i] = i % 16 * 2 + i / 16;
+    const __m512i in_order = _mm512_load_si512(order);
+    TwelveBitRow rows[TILE_OUTPUTS];
+    for (int64_t i = 0; i < TILE_OUTPUTS; ++i) rows[i] = TwelveBitRow(weight, first + i, in);
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t block = 0; block < in / BLOCK_NUMBERS; ++block) {
+        auto& tiles = made[block % 2];
+        for (int64_t i = 0; i < TILE_OUTPUTS; ++i) {
+            TwelveBitRow& row = rows[i];
+            const uint8_t* bytes = row.bytes(block);
+            prefetch_block(bytes + TILE_AHEAD);
+            const Unpacked found = unpack(bytes, upper_bytes(row));
+            const auto put_half = [&](int half, __m512i numbers) ALWAYS_INLINE {
+                _mm512_store_si512(tiles[half][i / 16] + i % 16 * TILE_NUMBERS, numbers);
+            };
+            each<2>([&](int half) ALWAYS_INLINE { put_half(half, _mm512_permutexvar_epi16(in_order, found.part[half])); });
+            if (!row.is_apart(block)) continue;
+            for (int half = 0; half < 2; ++half) put_half(half, load<__m512i>(row.numbers + TILE_NUMBERS * half));
+            row.take_next();
+        }
+        for (int half = 0; half < 2; ++half, packed += SPLITS * TILE_SIZE) {
+            load_parts(packed);
+            _tile_loadd(2, tiles[half][0], 64);
+            _tile_loadd(3, tiles[half][1], 64);
+            multiply_parts<3>();
+        }
+    }
+    store_sums(y);
+}
+
 // The same for weights that are no bf16: fill(output, k, to) writes PARTS times 32 numbers of bf16, a tile apart, whose sum times
 // scale(output, block) is the weight; of their products with the parts of x those below fp32's last bit are left out.
 template <int PARTS, class Fill, class Scale>
@@ -220,6 +256,7 @@ struct Tiles {
 inline void pack(const float*, int64_t, int64_t, uint16_t*) {}
 inline void tile_outputs(const uint16_t*, int64_t, const uint16_t*, float*) {}
 inline void tile_outputs(const int8_t*, const float*, int64_t, int64_t, const uint16_t*, float*) {}
+inline void tile_outputs(const TwelveBit&, int64_t, int64_t, const uint16_t*, float*) {}
 inline void tile_outputs(const Weight&, int64_t, int64_t, const uint16_t*, float*) {}
 
 #endif

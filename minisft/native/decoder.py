@@ -8,7 +8,7 @@ cache, attention, output, norm, MLP, head. Everything is multiplied and summed i
 The readable model stays the reference, and it does the step where ``decode_path`` says so: for a model with
 ``ModelConfig.switches`` (SmolLM3, Granite, OLMo 2, Gemma 3), one that transformers computes or that processes share, on a GPU,
 in fp64 or fp16, while a module has hooks, under autocast, for DoRA and for adapters of the embedding, for more than 16 rows,
-and without a C++ compiler. Weights are not copied, but for a model in ``in_eight_bits`` or ``in_sixteen_bits``. Pointers are
+and without a C++ compiler. Weights are not copied, but for a model in ``in_eight_bits`` or ``in_compressed``. Pointers are
 taken when a decoder is made, which is once for each batch of prompts, so whatever was trained, merged, replaced or turned off
 before is seen.
 """
@@ -39,7 +39,8 @@ from minisft.kernels.cpu_decode import (
     require,
 )
 from minisft.kernels.eight_bit import EightBitWeight, eight_bits_of
-from minisft.kernels.sixteen_bit import sixteen_bits_of
+from minisft.kernels.exact_copy import exact_copy_of
+from minisft.kernels.twelve_bit import TwelveBitWeight
 from minisft.lora import LoRALinear
 from minisft.matmul import Linear
 from minisft.model import MLP, Attention, CausalLM, KVCache, Layer, RMSNorm, Transformer, rope_angles
@@ -50,7 +51,7 @@ _MODULES: tuple[type[nn.Module], ...] = (CausalLM, Transformer, nn.ModuleList, L
 _MODULES += (Linear, nn.Linear, NF4Linear, LoRALinear, RowDropout)
 
 in_eight_bits: WeakSet[CausalLM] = WeakSet()  # models whose dense weights are read in 8 bits, see evaluation/fast_decode.py
-in_sixteen_bits: WeakSet[CausalLM] = WeakSet()  # and those whose fp32 ones are in 16 where that is exact, unless they are in 8
+in_compressed: WeakSet[CausalLM] = WeakSet()  # and those whose exact copies are read, unless they are in 8 bits
 
 
 def decode_path(model: CausalLM, num_rows: int = 1) -> str:
@@ -61,25 +62,25 @@ def decode_path(model: CausalLM, num_rows: int = 1) -> str:
         num_rows: rows of the batch.
 
     Returns:
-        the code, and why it is not the native one; where fp32 weights are read in 16 bits (copies that are not there yet are
-        made), of how many linears.
+        the code, and why it is not the native one; where weights are read compressed (copies that are not there yet are made),
+        of how many linears.
     """
     try:
         require(num_rows <= MAX_ROWS, f"{num_rows} rows, more than {MAX_ROWS}")
-        found = _Model(model, model in in_eight_bits, model in in_sixteen_bits)
+        found = _Model(model, model in in_eight_bits, model in in_compressed)
     except Unsupported as reason:
         return f"PyTorch ({reason})"
-    exact = f", fp32 weights of {len(found.copies)} linears read in 16 bits" if found.copies else ""
+    exact = f", weights of {len(found.copies)} linears read compressed" if found.copies else ""
     return cpu_nf4.path() + exact
 
 
-def copies_in_16_bits(model: CausalLM) -> list[Tensor]:
-    """Of each linear that steps in 16 bits read a copy of, that copy; what is not there yet is made.
+def exact_copies(model: CausalLM) -> list[TwelveBitWeight | Tensor]:
+    """Of each linear that steps read an exact copy of, that copy; what is not there yet is made.
 
     Raises:
         Unsupported: native code does not decode the model; copies may have been made before that was found.
     """
-    return _Model(model, sixteen_bits=True).copies
+    return _Model(model, compressed=True).copies
 
 
 def _require_plain(model: nn.Module) -> None:
@@ -123,9 +124,9 @@ def next_logits_of(model: CausalLM, cache: KVCache) -> Callable[[Tensor, KVCache
     Raises:
         UserError: ``config/fast-decode``: 8 bits were asked for and native code does not compute the model any more.
     """
-    is_fast, is_exact = model in in_eight_bits, model in in_sixteen_bits
+    is_fast, is_exact = model in in_eight_bits, model in in_compressed
     try:
-        decoder = NativeDecoder(model, cache, eight_bits=is_fast, sixteen_bits=is_exact)
+        decoder = NativeDecoder(model, cache, eight_bits=is_fast, compressed=is_exact)
     except Unsupported as reason:
         if is_fast:
             raise not_fast(reason) from reason
@@ -140,13 +141,13 @@ def next_logits_of(model: CausalLM, cache: KVCache) -> Callable[[Tensor, KVCache
 
 
 class _Model:
-    """A model's pointers, and the tensors they point into; ``copies`` are those of fp32 weights in 16 bits.
+    """A model's pointers, and the tensors they point into; ``copies`` are the exact ones of dense weights.
 
     Raises:
         Unsupported: something that the native step does not compute.
     """
 
-    def __init__(self, model: CausalLM, eight_bits: bool = False, sixteen_bits: bool = False) -> None:
+    def __init__(self, model: CausalLM, eight_bits: bool = False, compressed: bool = False) -> None:
         require(not any(map(is_share, model.parameters())), "processes share the model")
         require(type(model) is CausalLM, "transformers computes the model")
         require(not torch.is_autocast_enabled("cpu"), "autocast is on")
@@ -159,8 +160,8 @@ class _Model:
         _require_plain(model)
         if cpu_nf4.library() is None:
             raise Unsupported(_no_library())
-        self._eight_bits, self._sixteen_bits = eight_bits, sixteen_bits
-        self.copies: list[Tensor] = []
+        self._eight_bits, self._compressed = eight_bits, compressed
+        self.copies: list[TwelveBitWeight | Tensor] = []
         self.pointers, self.config, body = Pointers(), model.config, model.model
         self.max_rank, D, V = 0, model.config.hidden_size, model.config.vocab_size
         require(len(body.layers) == model.config.num_layers, "layers were added or taken away")
@@ -193,23 +194,24 @@ class _Model:
         return LayerFields(*fields, *norms)
 
     def _linear(self, layer: nn.Module, shape: tuple[int, int], what: str) -> LinearFields:
-        update = None
+        update = whole = None
         if isinstance(layer, LoRALinear):
             if layer.enabled:
                 update = (layer.lora_A, layer.lora_B, layer.scaling)
                 self.max_rank = max(self.max_rank, layer.rank)
             layer = layer.base
         assert isinstance(layer, (nn.Linear, NF4Linear))
-        weight: Tensor | QuantizedWeight | EightBitWeight
+        weight: Tensor | QuantizedWeight | EightBitWeight | TwelveBitWeight
         weight = layer.quantized if isinstance(layer, NF4Linear) else layer.weight
         if self._eight_bits and isinstance(weight, Tensor):
             weight = eight_bits_of(weight)
-        elif self._sixteen_bits and isinstance(weight, Tensor):
-            weight = sixteen_bits_of(own := weight)
+        elif self._compressed and isinstance(weight, Tensor):
+            weight = exact_copy_of(own := weight)
             if weight is not own:
                 self.copies.append(weight)
+                whole = own if own.dtype == torch.bfloat16 else None
         require(weight.shape == shape, f"{what} has the shape {tuple(weight.shape)}, not {shape}")
-        return self.pointers.linear(weight, layer.bias, update, what)
+        return self.pointers.linear(weight, layer.bias, update, what, whole)
 
 
 class NativeDecoder:
@@ -219,14 +221,14 @@ class NativeDecoder:
         model: in ``eval`` mode; its weights must not move while this object is used.
         cache: what the prompts left behind.
         eight_bits: read dense weights in 8 bits, see ``kernels/eight_bit.py``.
-        sixteen_bits: else read fp32 weights in 16 bits where those are the same numbers, see ``kernels/sixteen_bit.py``.
+        compressed: else read exact copies of dense weights where there are some, see ``kernels/exact_copy.py``.
 
     Raises:
         Unsupported: see ``decode_path``.
     """
 
-    def __init__(self, model: CausalLM, cache: KVCache, eight_bits: bool = False, sixteen_bits: bool = False) -> None:
-        config, found = model.config, _Model(model, eight_bits, sixteen_bits)
+    def __init__(self, model: CausalLM, cache: KVCache, eight_bits: bool = False, compressed: bool = False) -> None:
+        config, found = model.config, _Model(model, eight_bits, compressed)
         self._model, self._dtype, self._vocabulary = found, model.dtype, config.vocab_size
         self._most_rows = None if eight_bits else MAX_ROWS
         threads, self._max_length = torch.get_num_threads(), cache.max_length

@@ -8,8 +8,8 @@ from pathlib import Path
 from minisft.common.errors import visible
 from minisft.common.local_server import LOOPBACK, address_of, own_hosts, run_server
 from minisft.config import QuantConfig
+from minisft.evaluation.compressed import decode_compressed_if_memory_allows_
 from minisft.evaluation.fast_decode import fast_decode_
-from minisft.evaluation.sixteen_bits import decode_in_16_bits_if_memory_allows_
 from minisft.merging.golden import prompts
 from minisft.native.decoder import decode_path
 from minisft.serving.app import Service, make_app
@@ -41,7 +41,7 @@ def serve(
     """Serve a model and its adapters as OpenAI's chat completions and completions do, until SIGTERM or SIGINT.
 
     After the first signal nothing new is taken, what waits gets an error, and answers in progress have ten seconds. Weights are
-    read in 16 bits where that is exact and memory allows, see ``decode_in_16_bits_``.
+    read from exact copies in 12 bits where there are some and memory allows, see ``decode_compressed_``.
 
     Args:
         model: folder, GGUF file, hub id or name.
@@ -58,7 +58,7 @@ def serve(
         device: ``auto``, ``cpu`` or ``cuda``.
         quant: hold the model's linears in 4 bits.
         fast_decode: read dense weights in 8 bits for each new token, see ``fast_decode_``.
-        log: called with what that costs, model by model, or that memory is too short for copies in 16 bits, with the address
+        log: called with what that costs, model by model, or that memory is too short for compressed copies, with the address
             once it listens, and with one line for each error of the server's own.
 
     Returns:
@@ -74,7 +74,7 @@ def serve(
         drift = fast_decode_(lane.model, [prompt.ids for prompt in prompts(lane.tokenizer, lane.template)], lane.name)
         log(f"{visible(lane.name)}: {drift}")
     if not fast_decode:
-        decode_in_16_bits_if_memory_allows_((lane.model for lane in lanes.values()), log)
+        decode_compressed_if_memory_allows_((lane.model for lane in lanes.values()), log)
     engine = Engine(lanes, max_rows, max_waiting, log, 10**6 * prefix_cache_mb)
     hosts = own_hosts(host, port) if host in LOOPBACK else None
     app = make_app(Service(engine, hosts, api_key, max_new_tokens, log))

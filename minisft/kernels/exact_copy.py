@@ -1,0 +1,87 @@
+"""Weights that are bf16 numbers, in fewer bytes and without a loss, for decoding alone: what a step reads for each token.
+
+Most checkpoints are published in bf16. Loaded in fp32, the lower 16 bits of each number are zero:
+
+    bf16 bits = fp32 bits >> 16,  fp32 bits = bf16 bits << 16
+
+so 16 bits hold it exactly, whatever it is: NaN with its payload, infinities, -0 and subnormal ones too. ``twelve_bit.py``
+leaves out what the exponents of a row share: a quarter less. ``cpu_decode.cpp`` widens either and multiplies in fp32: sums
+have the same bits, but for AMX tiles (from 9 rows on; of 16 bits from 6 on), which add in another order than vectors do.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisft.kernels.cpu_nf4 import has_numbers
+from minisft.kernels.twelve_bit import BLOCK, TwelveBitWeight, pack_12_bits
+from minisft.kernels.weight_copies import WeightCopies
+
+AT_ONCE = 2**16  # numbers: what is in between stays in the cache, and a weight with others is known after the first
+LOWER_HALF = 0xFFFF
+NUM_TRIED = 64  # numbers that rule a copy out for most weights that have none
+
+
+def exact_bf16(weight: Tensor) -> Tensor | None:
+    """Copy a weight to bf16 if nothing is lost.
+
+    Args:
+        weight: fp32, contiguous, on the CPU.
+
+    Returns:
+        the same numbers in bf16, bit for bit, in memory of its own; None if one of them is no bf16 number.
+
+    Cost: two seconds for a thousand million numbers.
+    """
+    words = weight.detach().view(torch.int32).flatten().numpy()
+    upper = np.empty(len(words), dtype=np.int16)
+    for start in range(0, len(words), AT_ONCE):
+        some = words[start : start + AT_ONCE]
+        if np.bitwise_or.reduce(some) & LOWER_HALF:
+            return None
+        upper[start : start + AT_ONCE] = some >> 16
+    return torch.from_numpy(upper).view(torch.bfloat16).view(weight.shape)
+
+
+def _copy(weight: Tensor) -> TwelveBitWeight | Tensor | None:
+    return pack_12_bits(weight) or (exact_bf16(weight) if weight.dtype == torch.float32 else None)
+
+
+_copies = WeightCopies(_copy)
+
+
+def exact_copy_of(weight: Tensor) -> TwelveBitWeight | Tensor:
+    """A weight in 12 bits, else in 16; remembered, see ``WeightCopies``.
+
+    Args:
+        weight: of a linear layer.
+
+    Returns:
+        its exact copy, kept as long as the weight lives; the weight itself if there is none, for it holds other numbers, is in
+        bf16 and 12 bits do not do, or is not a contiguous tensor in fp32 or bf16 on the CPU.
+    """
+    if not _is_dense(weight):
+        return weight
+    copy = _copies.of(weight)
+    return weight if copy is None else copy
+
+
+def max_copy_bytes(weight: Tensor) -> int:
+    """About how much memory a copy of a weight takes; 0 if its first numbers rule one out. The whole of it is not read."""
+    if not _is_dense(weight):
+        return 0
+    if weight.dtype == torch.float32 and exact_bf16(weight.detach().flatten()[:NUM_TRIED]) is None:
+        return 0
+    in_12_bits = weight.shape[-1] % BLOCK == 0
+    return 0 if weight.dtype == torch.bfloat16 and not in_12_bits else 2 * weight.numel()
+
+
+def _is_dense(weight: Tensor) -> bool:
+    return weight.dtype in (torch.float32, torch.bfloat16) and has_numbers(weight)
+
+
+def forget(weight: Tensor) -> None:
+    """Free what ``exact_copy_of`` has kept of a weight."""
+    _copies.forget(weight)
