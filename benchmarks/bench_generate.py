@@ -1,6 +1,6 @@
 """Greedy decoding with SmolLM2-135M: one stream and eight, fp32, bf16 and NF4, against transformers and llama.cpp, in turns.
 
-    python benchmarks/bench_generate.py [--rounds 5] [--weights fp32,nf4,bf16]
+    python benchmarks/bench_generate.py [--rounds 5] [--weights fp32,nf4,bf16,file]
     python benchmarks/bench_generate.py --quick    # 4 tokens, one round: does everything still run?
 
 Prompts of different lengths, 64 new tokens each, no end token, so that all do the same work. In fp32 the tokens of transformers
@@ -9,11 +9,12 @@ llama.cpp comes with the wheel xllamacpp (extra ``llamacpp``; without it these c
 AVX-512: its own defaults (fp16 cache, flash attention), eight slots for eight streams, all prompts in one request; exports of
 ours in fp32 and bf16, and beside NF4 the model's own Q4_1 file, whose head has 8 bits (Q8_0); our head stays in the dtype of
 the rest, fp32 or ("rest bf16") bf16. "readable" is minisft without its native decoding (and with its native products), in one
-stream; "compressed" reads exact copies of dense weights in 12 bits (``decode_compressed_``), as commands do by themselves;
+stream; "compressed" reads exact copies of dense weights in fewer bits (``decode_compressed_``), as commands do by themselves;
 for that the pretrained model, whose own file has 4 bits, is first rounded to bf16, as models are published, for everybody but
-llama.cpp beside NF4. "fast decode" reads dense weights in 8 bits (``--fast-decode``), and its drift from the exact one is
-measured in its answers to the same prompts. NF4 has no contestant in transformers on a CPU that multiplies without decoding the
-weight first. The adapter has rank 16, on every linear but the head.
+llama.cpp beside NF4. In the cells "file" it is not: there all have the numbers of the Q4_1 file, in fp32 but for llama.cpp
+and for "compressed", which reads them in the file's bits. "fast decode" reads dense weights in 8 bits (``--fast-decode``), and
+its drift from the exact one is measured in its answers to the same prompts. NF4 has no contestant in transformers on a CPU that
+multiplies without decoding the weight first. The adapter has rank 16, on every linear but the head.
 
 A step is (time of 64 tokens - time of 1) / 63 for everybody, so reading the prompts is left out of it; llama.cpp's own count
 (``predicted_ms`` over 63) stands beside it. The memory limit is the bytes of a contestant's weights over the speed at which
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 64
 STREAMS = (1, 8)
-WEIGHTS = ("fp32", "nf4", "bf16")
+WEIGHTS = ("fp32", "nf4", "bf16", "file")
 MODEL = "smollm2-135m-instruct"
 READ_NUMBERS = 2**27  # fp32: more bytes than any cache holds
 CLOCKS = ("wall", "cpu")
@@ -71,7 +72,7 @@ QUESTIONS = (
     "Give me a short poem about rain on a tin roof, in which every line begins with another letter.",
     "How many minutes are there in a day, and how many in a week? Show how you get there.",
 )
-NAMES = {"fp32": "fp32", "bf16": "bf16", "nf4": "NF4"}
+NAMES = {"fp32": "fp32", "bf16": "bf16", "nf4": "NF4", "file": "Q4_1 file"}
 OVER = {"fp32": PLAIN, "nf4": MINISFT}  # what an adapter beside the weights is compared with
 COLOURS = {
     TRANSFORMERS: "#8a8a8a", READABLE: "#a6d4f2", MINISFT: "#0072b2", COMPRESSED: "#cc79a7", HALF: "#56b4e9", FAST: "#009e73",
@@ -125,7 +126,7 @@ def compete(
         speed = read_bytes_per_s(numbers)
         if turn == 0:
             same = agreement(tokens, ends)
-            exact = [tokens[name] for name in (TRANSFORMERS, READABLE) if weights == "fp32" and name in tokens]
+            exact = [tokens[name] for name in (TRANSFORMERS, READABLE) if weights in ("fp32", "file") and name in tokens]
             exact += [tokens[COMPRESSED]] if COMPRESSED in tokens else []
             assert all(other == tokens[MINISFT] for other in exact), "different tokens"
         else:
@@ -199,7 +200,10 @@ def has_llama_cpp() -> bool:
 
 def started(who: Contestant, streams: int, folder: Path, gguf: Path | None) -> Worker:
     if who.program != LLAMA_CPP:
-        arguments = decode_contestants.command_of(who, folder / "model", folder / "prompts.json")
+        place = folder / ("file" if who.weights == "file" else "model")
+        if who.weights == "file" and who.program != TRANSFORMERS:
+            place = gguf_of("file", folder)
+        arguments = decode_contestants.command_of(who, place, folder / "prompts.json")
         return Worker(Path(decode_contestants.__file__), arguments, {})
     arguments = [str(gguf), str(folder / "prompts.json"), str(streams), str(torch.get_num_threads())]
     process = Worker(Path(decode_llama_cpp.__file__), arguments, {})
@@ -208,11 +212,11 @@ def started(who: Contestant, streams: int, folder: Path, gguf: Path | None) -> W
 
 
 def gguf_of(weights: str, folder: Path) -> Path:
-    """An export of the same weights; beside NF4 the pretrained model's own file of 4 bits."""
+    """An export of the same weights; of "file", and beside NF4, the pretrained model's own file of 4 bits."""
     from minisft.formats.source import resolve
     from minisft.merging.export_gguf import export_gguf
 
-    if weights == "nf4":
+    if weights in ("nf4", "file"):
         return resolve(MODEL).path
     return export_gguf(
         folder / f"{weights}.gguf", str(folder / "model"), outtype={"fp32": "f32", "bf16": "bf16"}[weights], compare=False
@@ -246,6 +250,8 @@ def targets(found: list[dict], clock: str) -> list[dict]:
     wanted += [("nf4", 8, name, LLAMA_CPP, 1.0) for name in (MINISFT, COMPRESSED, FAST)]
     wanted += [("fp32", 8, name, TRANSFORMERS, 3.0) for name in (MINISFT, COMPRESSED, FAST)]
     wanted += [(weights, 1, FAST, TRANSFORMERS, 3.0) for weights in ("fp32", "bf16")]
+    wanted += [("file", 1, COMPRESSED, peer, least) for peer, least in ((READABLE, 3.0), (TRANSFORMERS, 3.0), (LLAMA_CPP, 0.9))]
+    wanted += [("file", 8, COMPRESSED, peer, least) for peer, least in ((TRANSFORMERS, 3.0), (LLAMA_CPP, 1.0))]
     verdicts = []
     for weights, streams, name, peer, least in wanted:
         mine, other = (contestant(found, weights, streams, who or name) for who in (name, peer))
@@ -390,7 +396,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def prepare(folder: Path) -> tuple[list[int], set[int]]:
-    """The model as a folder in bf16 and the prompts as token ids: the lengths of these, and the tokens that end an answer."""
+    """Folders of the model in bf16 and of its file's numbers in fp32, and the prompts as token ids.
+
+    Returns:
+        the prompts' lengths, and the tokens that end an answer.
+    """
     from minisft.data.chat import encode_chat, resolve_template
     from minisft.data.messages import Message
     from minisft.formats import load_model, save_model
@@ -399,6 +409,7 @@ def prepare(folder: Path) -> tuple[list[int], set[int]]:
     template = resolve_template(tokenizer)
     prompts = [encode_chat(tokenizer, template, (Message("user", q),), add_generation_prompt=True).input_ids for q in QUESTIONS]
     save_model(model, tokenizer, folder / "model")
+    save_model(load_model(MODEL, torch.float32)[0], tokenizer, folder / "file")
     (folder / "prompts.json").write_text(json.dumps(prompts))
     return [len(prompt) for prompt in prompts], set(tokenizer.eos_ids)
 

@@ -19,6 +19,7 @@ from torch import nn
 
 NONE, BESIDE, MERGED = "none", "beside", "merged"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32, "nf4, rest bf16": torch.bfloat16}
+DTYPES |= {"file": torch.float32}  # what a GGUF file of 4 bits stands for
 RANK, STD_OF_B = 16, 0.01  # an adapter whose B is not zero, so that merging moves every weight
 MOST_ROWS = 8
 
@@ -49,7 +50,8 @@ def contestants_of(weights: str, streams: int, llama_cpp: bool) -> list[Contesta
     programs += [MINISFT] + ([LLAMA_CPP] if llama_cpp else [])
     found = [Contestant(program, program, weights) for program in programs]
     found.append(Contestant(COMPRESSED, MINISFT, weights, compressed=True))
-    found.append(Contestant(FAST, MINISFT, weights, fast=True))
+    if weights != "file":
+        found.append(Contestant(FAST, MINISFT, weights, fast=True))
     if weights == "nf4":
         found.append(Contestant(HALF, MINISFT, "nf4, rest bf16"))
     if weights == "nf4" and streams == 1:

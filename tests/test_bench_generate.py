@@ -63,7 +63,7 @@ def cell(weights: str, streams: int, **steps: float) -> dict:
 
 
 def test_who_takes_part_where() -> None:
-    names = {(w, s): [c.name for c in contestants_of(w, s, True)] for w in ("fp32", "bf16", "nf4") for s in (1, 8)}
+    names = {(w, s): [c.name for c in contestants_of(w, s, True)] for w in ("fp32", "bf16", "nf4", "file") for s in (1, 8)}
     assert names == {
         ("fp32", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, COMPRESSED, FAST, ADAPTED, PLAIN],
         ("fp32", 8): [TRANSFORMERS, MINISFT, LLAMA_CPP, COMPRESSED, FAST],
@@ -71,6 +71,8 @@ def test_who_takes_part_where() -> None:
         ("bf16", 8): [TRANSFORMERS, MINISFT, LLAMA_CPP, COMPRESSED, FAST],
         ("nf4", 1): [READABLE, MINISFT, LLAMA_CPP, COMPRESSED, FAST, HALF, FP32, ADAPTED],
         ("nf4", 8): [MINISFT, LLAMA_CPP, COMPRESSED, FAST, HALF],
+        ("file", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, COMPRESSED],
+        ("file", 8): [TRANSFORMERS, MINISFT, LLAMA_CPP, COMPRESSED],
     }
     assert LLAMA_CPP not in [c.name for c in contestants_of("nf4", 1, False)]
 
@@ -113,6 +115,8 @@ def test_targets_are_met_or_missed_by_the_numbers() -> None:
         cell("nf4", 1, readable=20.0, minisft=4.0, llama=3.7, half=3.0, fast=2.0, fp32=9.0, adapter=4.1),
         cell("nf4", 8, minisft=4.0, compressed=2.0, llama=3.7),
         cell("fp32", 8, transformers=30.0, minisft=10.0, llama=8.0),
+        cell("file", 1, transformers=31.0, readable=20.0, minisft=20.0, compressed=5.0, llama=4.0),
+        cell("file", 8, transformers=31.0, minisft=20.0, compressed=11.0, llama=11.0),
     ]
     verdicts = {v["target"]: (v["value"]["median"], v["met"]) for v in bench_generate.targets(found, "wall")}
     assert verdicts == {
@@ -130,6 +134,11 @@ def test_targets_are_met_or_missed_by_the_numbers() -> None:
         "nf4, eight streams: times as fast as llama.cpp": (0.925, False),
         "nf4, compressed, eight streams: times as fast as llama.cpp": (1.85, True),
         "fp32, eight streams: times as fast as transformers": (3.0, True),
+        "file, compressed, one stream: times as fast as readable": (4.0, True),
+        "file, compressed, one stream: times as fast as transformers": (6.2, True),
+        "file, compressed, one stream: times as fast as llama.cpp": (0.8, False),
+        "file, compressed, eight streams: times as fast as transformers": (31 / 11, False),
+        "file, compressed, eight streams: times as fast as llama.cpp": (1.0, True),
         "fp32, one stream: adapter beside the weights over merged": (1.06, False),
         "nf4, one stream: adapter beside the weights over none": (4.1 / 4.0, True),
     }

@@ -28,6 +28,7 @@ from minisft.generation import generate, read_prompts, sample_groups
 from minisft.kernels import cpu_build, cpu_nf4
 from minisft.kernels.cpu_decode import MAX_ROWS, Unsupported
 from minisft.kernels.eight_bit import quantize_8bit
+from minisft.kernels.exact_copy import exact_copy_of
 from minisft.merge_weights import merge_
 from minisft.model import CausalLM, KVCache
 from minisft.native import decoder as native_decoder
@@ -222,8 +223,10 @@ def test_tiles_lose_no_bit_of_what_they_multiply(
     elif kind == "8 bits":
         weight = quantize_8bit(weight).dequantize()
     elif kind == "copies":  # in 12 bits, but for 96 inputs; some blocks stand apart
-        weight[::9, 5], weight[3] = 1e-9, weight[3] * (torch.arange(D) % 7 > 0)
+        weight[::12, 5], weight[3] = 1e-9, weight[3] * (torch.arange(D) % 7 > 0)
         weight.copy_(weight.bfloat16())
+        copy = exact_copy_of(weight)
+        assert len(copy.apart) > 0 if D % 64 == 0 else copy.dtype == torch.bfloat16
     x = model.model.embed_tokens.weight[torch.arange(count) % V].double()
     normed, true = x / (x.square().mean(-1, keepdim=True) + 1e-9).sqrt(), weight.double()
     ways = []
@@ -488,7 +491,7 @@ def test_without_a_compiler_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> 
 # ---- other instructions, and a compiler that looks for faults ------------------------------------------------------------
 
 
-OTHERS = ("attention", "cpu_elementwise", "cpu_nf4", "fast_decode", "formats_gguf", "compressed", "twelve_bit")
+OTHERS = ("attention", "cpu_elementwise", "cpu_nf4", "fast_decode", "formats_gguf", "compressed", "twelve_bit", "gguf_copy")
 
 
 def run_again(folder: Path, options: str, environment: dict[str, str], tiles: bool = False) -> str:
@@ -498,7 +501,7 @@ def run_again(folder: Path, options: str, environment: dict[str, str], tiles: bo
     environment["CXX"] = f"{compiler} {options}"
     chosen = "family or lengths or same_bits or full_cache or rms_norm or swiglu or rotate or few_rows or any_bytes"
     chosen += " or values_and_gradients or common_beginning or past_is or blocks_of_queries or rounded_weights"
-    chosen += " or weights_themselves or any_words or every_number or row_holds"
+    chosen += " or weights_themselves or any_words or every_number or row_holds or decoded_weights"
     names = ["native_decode", *OTHERS]
     if tiles:
         chosen += " or tiles or for_any_threads or always_found"

@@ -1,9 +1,10 @@
-"""A step that reads weights in 12 bits, or 16, where those are the same numbers: the exact form of ``fast_decode.py``.
+"""A step that reads weights in fewer bits where those are the same numbers: the exact form of ``fast_decode.py``.
 
 Most checkpoints are published in bf16. ``kernels/exact_copy.py`` holds their numbers in 12 bits without a loss, whether they
-were loaded in fp32 or in bf16. Native steps of a model that was switched on read such a copy of every weight that has one, the
-linears' and the head's, also of a dense head over 4-bit layers. Sums are made in fp32 as before. A weight with one other number
-(trained, merged, from a GGUF file of 4 bits) is read as it is. The command line switches it on where a model writes.
+were loaded in fp32 or in bf16, and those of a GGUF file in the file's own 4 to 8 bits. Native steps of a model that was
+switched on read such a copy of every weight that has one, the linears' and the head's, also of a dense head over 4-bit layers.
+Sums are made in fp32 as before. A weight with one other number (trained, merged in fp32) is read as it is. The command line
+switches it on where a model writes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from minisft.generation import no_dropout
 from minisft.kernels.cpu_decode import Unsupported
 from minisft.kernels.exact_copy import forget, max_copy_bytes
 from minisft.model import CausalLM
-from minisft.native.decoder import exact_copies, in_compressed, in_eight_bits
+from minisft.native.decoder import decode_path, exact_copies, in_compressed, in_eight_bits
 
 MIN_FREE = 2  # times the memory of the copies: what the command line leaves to caches and others
 
@@ -38,11 +39,11 @@ class CompressedWeights:
 
 
 def decode_compressed_(model: CausalLM) -> CompressedWeights:
-    """Let steps of one token read exact copies of a model's dense weights in 12 or 16 bits, until ``free_compressed_``.
+    """Let steps of one token read exact copies of a model's dense weights in fewer bits, until ``free_compressed_``.
 
     No weight changes. Logits have the bits that they had up to 8 rows (5 where 16 bits are read), with weights in bf16, and on
-    a CPU without AMX; else tiles of AMX add in another order than vectors of fp32. It is not on by itself, for it takes memory,
-    and a merged model in fp32 is no bf16 model any more: its steps would be compared with those of a base that reads fewer
+    a CPU without AMX; else tiles of AMX may add in another order than vectors do. It is not on by itself, for it takes memory,
+    and a model that was merged in fp32 holds other numbers: its steps would be compared with those of a base that reads fewer
     bytes. ``minisft generate``, ``chat``, ``serve``, ``eval``, ``sweep`` and ``arena`` switch it on where memory allows.
 
     Args:
@@ -53,8 +54,8 @@ def decode_compressed_(model: CausalLM) -> CompressedWeights:
     Returns:
         what has been copied: nothing of a model on a GPU, in 8 bits, or that native code does not decode.
 
-    Cost: 1.5 bytes for each number of such a weight whose inputs are a multiple of 64, else 2 (in fp32; in bf16 there is no
-    copy then), and two seconds for a thousand million of them.
+    Cost: for each number of such a weight 5 to 10 bits if it has its file's, else 12 to 14 where its inputs are a multiple of
+    64, else 16 (in fp32; in bf16 there is no copy then); and two to five seconds for a thousand million of them.
     """
     in_compressed.add(model)
     if model in in_eight_bits:
@@ -79,6 +80,11 @@ def _forget_all(model: CausalLM) -> None:
         forget(weight)
 
 
+def _is_native(model: CausalLM) -> bool:
+    with no_dropout(model):
+        return decode_path(model).startswith("native code")
+
+
 def decode_compressed_if_memory_allows_(models: Iterable[CausalLM], log: Callable[[str], None]) -> bool:
     """What the command line does: ``decode_compressed_`` of models together, whose copies are made when they first write.
 
@@ -87,9 +93,10 @@ def decode_compressed_if_memory_allows_(models: Iterable[CausalLM], log: Callabl
         log: called with one line where memory is too short.
 
     Returns:
-        whether it is on: as much memory is free as twice what the copies take at most, or nobody knows how much is.
+        whether it is on for those that native code decodes: as much memory is free as twice what the copies take at most, or
+        nobody knows how much is.
     """
-    some = [model for model in models if type(model) is CausalLM]
+    some = list(filter(_is_native, models))
     weights = {id(weight): weight for model in some for weight in dense_weights(model)}
     needed, free = sum(map(max_copy_bytes, weights.values())), available_bytes(torch.device("cpu"))
     if free is not None and free < MIN_FREE * needed:

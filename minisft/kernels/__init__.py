@@ -13,6 +13,7 @@
 | ``cpu_split.py`` ``cpu_split.cpp`` | y = x W^T and x W for many rows in fp32 and bf16 numbers in W, by AMX | - |
 | ``cpu_decode.py`` ``cpu_decode.cpp`` | a whole decoder, one token for each of up to 16 rows, on a CPU | in registers |
 | ``twelve_bit.py`` ``cpu_twelve_bit.cpp`` ``cpu_twelve_bit.h`` | numbers in 12 bits, for that decoder | in registers |
+| ``gguf_copy.py`` | numbers of a GGUF file in its own 4 to 8 bits again, for the same | in registers |
 | ``cpu_elementwise.py`` ``cpu_elementwise.cpp`` | norms, SwiGLU and RoPE of a training step, on a CPU | - |
 | ``cpu_attention.py`` ``cpu_attention.cpp`` | attention within segments, and its backward, on a CPU | - |
 | ``cpu_gguf.py`` ``cpu_gguf.cpp`` | stored blocks of a GGUF file to fp32, on a CPU | once, to memory |

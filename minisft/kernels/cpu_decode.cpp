@@ -16,9 +16,9 @@
 
 namespace {
 
-enum Kind : int32_t { FP32, BF16, NF4, EIGHT_BIT, TWELVE_BIT };
+enum Kind : int32_t { FP32, BF16, NF4, EIGHT_BIT, TWELVE_BIT, FOUR_BIT };  // FOUR_BIT: a Weight whose x is not split
 // Rows, by kind: fewer take less time by vectors than by tiles, on one thread and on two, with the widths of SmolLM2-135M.
-constexpr int64_t MIN_TILED[] = {INT64_MAX, 6, 10, 10, 9};
+constexpr int64_t MIN_TILED[] = {INT64_MAX, 6, 10, 10, 9, INT64_MAX};
 
 struct EightBit {
     const int8_t* codes;
@@ -106,7 +106,8 @@ struct Worker {
 
     bool is_tiled(const Linear& l) const {
         const bool is_bf16 = l.kind == TWELVE_BIT && static_cast<const TwelveBit*>(l.weight)->whole;
-        if (!s.use_tiles || s.rows < MIN_TILED[is_bf16 ? BF16 : l.kind] || l.in % TILE_NUMBERS || l.out < TILE_OUTPUTS) return false;
+        if (!s.use_tiles || s.rows < MIN_TILED[is_bf16 ? BF16 : l.kind]) return false;
+        if (l.in % TILE_NUMBERS || l.out < TILE_OUTPUTS) return false;
         int64_t block = l.in;  // of one scale: whole ones in a row, whole tiles in a block
         if (l.kind == EIGHT_BIT) block = static_cast<const EightBit*>(l.weight)->block;
         if (l.kind == NF4) block = int64_t(1) << static_cast<const Weight*>(l.weight)->block_shift;
@@ -160,7 +161,7 @@ struct Worker {
         }
         if (l.kind == TWELVE_BIT)
             return multiply(TwelveBitMatrix{*static_cast<const TwelveBit*>(l.weight), l.in}, in, out, added, store);
-        multiply(PackedMatrix(*static_cast<const Weight*>(l.weight), l.in), halves, out, added, store);
+        multiply(PackedMatrix(*static_cast<const Weight*>(l.weight), l.in), l.kind == NF4 ? halves : in, out, added, store);
     }
 
     struct Output {
@@ -320,6 +321,9 @@ extern "C" void decode_step(const Step* step) {
 #pragma omp parallel num_threads(step->threads)
     Worker(*step).run();
 }
+
+// How many numbers a vector holds.
+extern "C" int64_t lanes() { return LANES; }
 
 // Memory that tiles need of a thread's own, for each number of a row; 0 where there are none.
 extern "C" int64_t tile_floats() { return tiles_allowed() ? TILE_FLOATS : 0; }

@@ -15,13 +15,14 @@ from torch import Tensor
 from minisft.kernels import cpu_nf4
 from minisft.kernels.cpu_matmul import COLUMNS
 from minisft.kernels.eight_bit import EightBitWeight
+from minisft.kernels.gguf_copy import GROUP, FourBitWeight
 from minisft.kernels.twelve_bit import TwelveBitWeight
 from minisft.nf4 import QuantizedWeight
 
 MAX_ROWS = 16  # rows of a step; more of them go to the BLAS, which reads each weight once for all rows
 PACKED_COLUMNS = 32  # a row of 4-bit weights is read in groups of 32, a dense one in groups of COLUMNS
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
-NF4, EIGHT_BIT, TWELVE_BIT = 2, 3, 4
+NF4, EIGHT_BIT, TWELVE_BIT, FOUR_BIT = 2, 3, 4, 5
 
 
 class Unsupported(Exception):  # noqa: N818  # no error: the readable model takes over
@@ -129,7 +130,7 @@ class Pointers:
 
     def linear(
         self,
-        weight: Tensor | QuantizedWeight | EightBitWeight | TwelveBitWeight,
+        weight: Tensor | QuantizedWeight | FourBitWeight | EightBitWeight | TwelveBitWeight,
         bias: Tensor | None,
         update: tuple[Tensor, Tensor, float] | None,
         what: str,
@@ -158,6 +159,12 @@ class Pointers:
             fields = cpu_nf4.pointers_to(weight)
             self._kept += [weight, fields]
             address, kind = ctypes.addressof(fields), NF4
+        elif isinstance(weight, FourBitWeight):
+            least = None if weight.least is None else weight.least.data_ptr()
+            pointers = (weight.packed.data_ptr(), weight.scales.data_ptr(), None, None, None, weight.levels.data_ptr(), least)
+            four = cpu_nf4.WeightFields(*pointers, weight.shape.numel(), GROUP.bit_length() - 1)
+            self._kept += [weight, four]
+            address, kind = ctypes.addressof(four), FOUR_BIT
         elif isinstance(weight, EightBitWeight):
             eight = EightBitFields(weight.codes.data_ptr(), weight.scales.data_ptr(), weight.block_size)
             self._kept += [weight, eight]

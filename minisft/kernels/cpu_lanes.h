@@ -44,12 +44,13 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef uint8_t PairBytes __attribute__((vector_size(LANES / 2)));
 typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
 
-// One 4-bit weight; cpu_nf4.py declares the same struct. map is null where absmax holds fp32 scales, not 8-bit codes.
+// One 4-bit weight; cpu_nf4.py declares the same struct. map is null where absmax holds fp32 scales, not 8-bit codes; least, which
+// is added to a block's products with its scale, is null but for weights of a GGUF file, see gguf_copy.py.
 // NESTED_BLOCK_SIZE is nf4.py's: cpu_build.py hands it to the compiler.
 struct Weight {
     const uint8_t* packed;
     const void* absmax;
-    const float *map, *absmax2, *offset, *levels;
+    const float *map, *absmax2, *offset, *levels, *least;
     int64_t length, block_shift;
 
     float scale(int64_t block) const {

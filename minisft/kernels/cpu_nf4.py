@@ -24,11 +24,11 @@ TENSORS = (Tensor, torch.nn.Parameter)  # another subclass may have no memory to
 USE_TILES = True  # False: as on a CPU without AMX, for tests and benchmarks
 
 
-class _Weight(ctypes.Structure):
+class WeightFields(ctypes.Structure):
     """``Weight`` in cpu_nf4.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("packed", "absmax", "map", "absmax2", "offset", "levels")),
+        *((name, ctypes.c_void_p) for name in ("packed", "absmax", "map", "absmax2", "offset", "levels", "least")),
         *((name, ctypes.c_int64) for name in ("length", "block_shift")),
     )
 
@@ -62,6 +62,12 @@ def path() -> str:
     if handle is None or not _gives_our_bits():
         return f"PyTorch ({reason or 'the compiled code gave wrong bits'})"
     return f"native code ({handle.nf4_instructions().decode()})"
+
+
+def instructions() -> str:
+    """AVX-512, AVX2 or portable; empty where there is no compiled code."""
+    handle = library()
+    return "" if handle is None else handle.nf4_instructions().decode()
 
 
 def library() -> ctypes.CDLL | None:
@@ -121,13 +127,13 @@ def can_decode(q: QuantizedWeight) -> bool:
     return library() is not None and is_plain(q)
 
 
-def pointers_to(q: QuantizedWeight) -> _Weight:
+def pointers_to(q: QuantizedWeight) -> WeightFields:
     """``q`` as the C++ sees it: pointers into ``q``, which the caller keeps alive; the map is kept by its cache."""
     nested: tuple[int | None, ...] = (None, None, None)
     if q.absmax2 is not None and q.offset is not None:
         nested = (nf4.dynamic_map(q.absmax.device).data_ptr(), q.absmax2.data_ptr(), q.offset.data_ptr())
     shift = q.block_size.bit_length() - 1
-    return _Weight(q.packed.data_ptr(), q.absmax.data_ptr(), *nested, q.levels.data_ptr(), q.shape.numel(), shift)
+    return WeightFields(q.packed.data_ptr(), q.absmax.data_ptr(), *nested, q.levels.data_ptr(), None, q.shape.numel(), shift)
 
 
 def _address(tensor: Tensor) -> ctypes.c_void_p:

@@ -82,7 +82,8 @@ struct TwelveBitMatrix {
     }
 };
 
-// (out, in) in 4 bits; in is a multiple of 2 LANES, and so is the block size. x is laid out as split() does.
+// (out, in) in 4 bits; in is a multiple of 2 LANES, and so is the block size. x is laid out as split() does, or codes are: of each
+// 2 LANES of them the first ones in the high nibbles, and x as it is.
 struct PackedMatrix {
     const Weight& weight;
     int64_t in;
@@ -95,6 +96,7 @@ struct PackedMatrix {
         Table table = levels;
         const float scale = weight.scale(block);
         each<16 / LANES>([&](int part) ALWAYS_INLINE { table.part[part] *= scale; });
+        if (weight.least) each<16 / LANES>([&](int part) ALWAYS_INLINE { table.part[part] += weight.least[block]; });
         return table;
     }
 

@@ -1,9 +1,9 @@
 // y = x W^T for up to 16 rows of x, by AMX: 32 outputs of all rows at once. cpu_split.cpp uses the same parts for more rows.
 //
 // A tile register holds 16 rows of 64 bytes. Tiles of a W in bf16 are read as they lie, 16 outputs and 32 numbers of each; for one
-// in 4 or 8 bits they are made, and a block's sum is multiplied by its scale. x is fp32 and is split without a remainder into three
-// numbers of bf16, x = high + middle + low (8 bits each), and so are the levels of 4 bits, so nothing is lost that fp32 would keep;
-// the order of sums is another than DenseMatrix's. Numbers below 2^-126 count as zero, parts of x among them, and infinities become
+// in 12 bits they are made, and for one in 4 or 8, where a block's sum is multiplied by its scale as well. x is fp32 and is split
+// without a remainder into three numbers of bf16, x = high + middle + low (8 bits each), and so are the levels of 4 bits, so nothing
+// is lost that fp32 would keep; the order of sums is another than DenseMatrix's. Numbers below 2^-126 count as zero, parts of x among them, and infinities become
 // NaN. Splitting a W in fp32 as well takes longer than multiplying it by vectors.
 // Linux lets only a process that asked use these registers (arch_prctl).
 //
@@ -146,7 +146,7 @@ inline void tile_outputs(const uint16_t* weight, int64_t in, const uint16_t* pac
     store_sums(y);
 }
 
-// The same from the row `first` of a weight in 12 bits on: tiles are made of the numbers in their order, so sums have the same bits.
+// The same from the row `first` of a weight in 12 bits on: tiles are made of the numbers in their order, so sums keep their bits.
 inline void tile_outputs(const TwelveBit& weight, int64_t first, int64_t in, const uint16_t* packed, float* y) {
     alignas(64) uint16_t made[2][2][2][TILE_SIZE];  // by turns, by halves of a block, and 16 outputs each
     alignas(64) uint16_t order[TILE_NUMBERS];

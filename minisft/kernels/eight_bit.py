@@ -47,6 +47,11 @@ class EightBitWeight:
         """Weights that share a scale."""
         return self.codes.shape[1] // self.scales.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
     def dequantize(self) -> Tensor:
         """w' = code * scale, (out, in) fp32."""
         return (self.codes.unflatten(1, (-1, self.block_size)) * self.scales[:, :, None]).flatten(1)

@@ -1,4 +1,4 @@
-"""Weights that are bf16 numbers, in fewer bytes and without a loss, for decoding alone: what a step reads for each token.
+"""Weights in fewer bytes and without a loss, for decoding alone: what a step reads for each token.
 
 Most checkpoints are published in bf16. Loaded in fp32, the lower 16 bits of each number are zero:
 
@@ -7,15 +7,24 @@ Most checkpoints are published in bf16. Loaded in fp32, the lower 16 bits of eac
 so 16 bits hold it exactly, whatever it is: NaN with its payload, infinities, -0 and subnormal ones too. ``twelve_bit.py``
 leaves out what the exponents of a row share: a quarter less. ``cpu_decode.cpp`` widens either and multiplies in fp32: sums
 have the same bits, but for AMX tiles (from 9 rows on; of 16 bits from 6 on), which add in another order than vectors do.
+
+A weight that was dequantized from a GGUF file has those bits again, if they still give its numbers, see ``gguf_copy.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from minisft.kernels import cpu_nf4
 from minisft.kernels.cpu_nf4 import has_numbers
+from minisft.kernels.eight_bit import EightBitWeight
+from minisft.kernels.gguf_copy import BITS, FourBitWeight, from_blocks
 from minisft.kernels.twelve_bit import BLOCK, TwelveBitWeight, pack_12_bits
 from minisft.kernels.weight_copies import WeightCopies
 
@@ -45,15 +54,47 @@ def exact_bf16(weight: Tensor) -> Tensor | None:
     return torch.from_numpy(upper).view(torch.bfloat16).view(weight.shape)
 
 
-def _copy(weight: Tensor) -> TwelveBitWeight | Tensor | None:
-    return pack_12_bits(weight) or (exact_bf16(weight) if weight.dtype == torch.float32 else None)
+@dataclass(frozen=True)
+class Source:
+    """Where a weight came from: the type of its blocks in a GGUF file, and what reads them; None if it cannot any more."""
+
+    type_name: str
+    read: Callable[[], Tensor | None]
+
+
+ExactCopy = FourBitWeight | EightBitWeight | TwelveBitWeight | Tensor
+_sources = WeakTensorKeyDictionary()  # weight -> Source
+
+
+def remember_source(weight: Tensor, source: Source) -> None:
+    """Let ``exact_copy_of`` a weight try the blocks that it was read from."""
+    if source.type_name in BITS:
+        _sources[weight] = source
+
+
+def unpacks_fast() -> bool:
+    """Whether fewer than 16 bits save time: with AVX2 and AVX-512 they do; portable code takes twice as long."""
+    return cpu_nf4.instructions() != "portable"
+
+
+def _copy(weight: Tensor) -> ExactCopy | None:
+    if weight.dtype == torch.float32 and unpacks_fast():
+        source: Source | None = _sources.get(weight)
+        blocks = None if source is None else source.read()
+        if source is not None and blocks is not None:
+            found = from_blocks(source.type_name, blocks, weight.detach())
+            if found is not None:  # else the weight has changed, or the file has
+                return found
+    if unpacks_fast() and (packed := pack_12_bits(weight)) is not None:
+        return packed
+    return exact_bf16(weight) if weight.dtype == torch.float32 else None
 
 
 _copies = WeightCopies(_copy)
 
 
-def exact_copy_of(weight: Tensor) -> TwelveBitWeight | Tensor:
-    """A weight in 12 bits, else in 16; remembered, see ``WeightCopies``.
+def exact_copy_of(weight: Tensor) -> ExactCopy:
+    """A weight in the 4 to 8 bits of its GGUF file, else in 12, else in 16; remembered, see ``WeightCopies``.
 
     Args:
         weight: of a linear layer.
@@ -69,13 +110,15 @@ def exact_copy_of(weight: Tensor) -> TwelveBitWeight | Tensor:
 
 
 def max_copy_bytes(weight: Tensor) -> int:
-    """About how much memory a copy of a weight takes; 0 if its first numbers rule one out. The whole of it is not read."""
+    """How much memory a copy of a weight takes at most; 0 if its first numbers rule one out. The whole of it is not read."""
     if not _is_dense(weight):
         return 0
-    if weight.dtype == torch.float32 and exact_bf16(weight.detach().flatten()[:NUM_TRIED]) is None:
-        return 0
-    in_12_bits = weight.shape[-1] % BLOCK == 0
-    return 0 if weight.dtype == torch.bfloat16 and not in_12_bits else 2 * weight.numel()
+    if weight.dtype == torch.bfloat16:
+        return 2 * weight.numel() if unpacks_fast() and weight.shape[-1] % BLOCK == 0 else 0
+    if exact_bf16(weight.detach().flatten()[:NUM_TRIED]) is not None:
+        return 2 * weight.numel()
+    source: Source | None = _sources.get(weight)
+    return BITS[source.type_name] * weight.numel() // 8 if source is not None and unpacks_fast() else 0
 
 
 def _is_dense(weight: Tensor) -> bool:

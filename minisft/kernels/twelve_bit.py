@@ -6,7 +6,9 @@ less 7 (0 at least), and 4 bits stand for an upper byte:
 
     code = 8 * sign + (e - base),  0 <= e - base <= 7: numbers from 2^-14 of the row's largest on, at least
 
-A block of 64 neighbours with one number outside of that (some 4 in 1000 of a Gaussian weight's) stands apart, in 16 bits each.
+An e of 127 (infinities, NaN, numbers from 2^127 on) does not count for the base. Where that saves blocks, a row gives the
+code 0 to e = 0 instead: to zeros and numbers below 2^-125. A block of 64 neighbours with one number outside of all this (some
+4 in 1000 of a Gaussian weight's) stands apart, in 16 bits each.
 ``cpu_twelve_bit.h`` says how the bits lie.
 
 Ref: exponents of trained weights need three bits of eight: Zhang et al. 2025, arXiv:2504.11651, section 2. Their Huffman codes
@@ -34,7 +36,7 @@ class TwelveBitWeight:
 
     Attributes:
         packed: (out, in / 64, 96) uint8.
-        base: (out,) uint8.
+        base: (out,) uint8; with 128 added where code 0 stands for e = 0.
         first: (out + 1,) int32, how many blocks stand apart before each row.
         at: which ones do, counted through all rows, int64, and at the end ``NO_BLOCK``.
         apart: (len(at) - 1, 64) bf16, their numbers.

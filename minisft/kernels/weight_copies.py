@@ -22,7 +22,7 @@ class WeightCopies(Generic[Copy]):
     """Remembers what ``make`` gave for each weight.
 
     Args:
-        make: a weight, detached -> its copy, which holds no reference to the weight.
+        make: a weight -> its copy, which holds no reference to the weight.
     """
 
     def __init__(self, make: Callable[[Tensor], Copy]) -> None:
@@ -47,7 +47,7 @@ class WeightCopies(Generic[Copy]):
             return kept[1]
         del kept
         self.forget(weight)  # before the new one is made: only one of them is held
-        made = self._make(weight.detach())
+        made = self._make(weight)
         self._kept[weight] = (state, made)
         return made
 

@@ -3,7 +3,7 @@
 A step of the readable model makes some twenty calls of PyTorch a layer, which at one token take longer than the arithmetic.
 ``NativeDecoder`` hands the model's pointers to ``kernels/cpu_decode.cpp``, which walks through all layers: norm, q k v, RoPE,
 cache, attention, output, norm, MLP, head. Everything is multiplied and summed in fp32 whatever the weights' dtype (fp32, bf16,
-4 or 8 bits), and what enters the cache is rounded to its dtype. With AMX many rows are summed in another order than few.
+4, 8 or 12 bits), and what enters the cache is rounded to its dtype. With AMX many rows are summed in another order than few.
 
 The readable model stays the reference, and it does the step where ``decode_path`` says so: for a model with
 ``ModelConfig.switches`` (SmolLM3, Granite, OLMo 2, Gemma 3), one that transformers computes or that processes share, on a GPU,
@@ -38,9 +38,8 @@ from minisft.kernels.cpu_decode import (
     Unsupported,
     require,
 )
-from minisft.kernels.eight_bit import EightBitWeight, eight_bits_of
-from minisft.kernels.exact_copy import exact_copy_of
-from minisft.kernels.twelve_bit import TwelveBitWeight
+from minisft.kernels.eight_bit import eight_bits_of
+from minisft.kernels.exact_copy import ExactCopy, exact_copy_of
 from minisft.lora import LoRALinear
 from minisft.matmul import Linear
 from minisft.model import MLP, Attention, CausalLM, KVCache, Layer, RMSNorm, Transformer, rope_angles
@@ -74,7 +73,7 @@ def decode_path(model: CausalLM, num_rows: int = 1) -> str:
     return cpu_nf4.path() + exact
 
 
-def exact_copies(model: CausalLM) -> list[TwelveBitWeight | Tensor]:
+def exact_copies(model: CausalLM) -> list[ExactCopy]:
     """Of each linear that steps read an exact copy of, that copy; what is not there yet is made.
 
     Raises:
@@ -161,7 +160,7 @@ class _Model:
         if cpu_nf4.library() is None:
             raise Unsupported(_no_library())
         self._eight_bits, self._compressed = eight_bits, compressed
-        self.copies: list[TwelveBitWeight | Tensor] = []
+        self.copies: list[ExactCopy] = []
         self.pointers, self.config, body = Pointers(), model.config, model.model
         self.max_rank, D, V = 0, model.config.hidden_size, model.config.vocab_size
         require(len(body.layers) == model.config.num_layers, "layers were added or taken away")
@@ -201,7 +200,7 @@ class _Model:
                 self.max_rank = max(self.max_rank, layer.rank)
             layer = layer.base
         assert isinstance(layer, (nn.Linear, NF4Linear))
-        weight: Tensor | QuantizedWeight | EightBitWeight | TwelveBitWeight
+        weight: ExactCopy | QuantizedWeight
         weight = layer.quantized if isinstance(layer, NF4Linear) else layer.weight
         if self._eight_bits and isinstance(weight, Tensor):
             weight = eight_bits_of(weight)

@@ -41,7 +41,7 @@ def serve(
     """Serve a model and its adapters as OpenAI's chat completions and completions do, until SIGTERM or SIGINT.
 
     After the first signal nothing new is taken, what waits gets an error, and answers in progress have ten seconds. Weights are
-    read from exact copies in 12 bits where there are some and memory allows, see ``decode_compressed_``.
+    read from exact copies where there are some and memory allows, see ``decode_compressed_``.
 
     Args:
         model: folder, GGUF file, hub id or name.
