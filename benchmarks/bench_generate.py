@@ -1,4 +1,4 @@
-"""Greedy decoding with SmolLM2-135M: one stream and eight, fp32, bf16 and NF4, against transformers and llama.cpp, in turns.
+"""Greedy decoding with SmolLM2-135M: one stream and eight, against transformers and llama.cpp, in turns.
 
     python benchmarks/bench_generate.py [--rounds 5] [--weights fp32,nf4,bf16,file]
     python benchmarks/bench_generate.py --quick    # 4 tokens, one round: does everything still run?
@@ -200,10 +200,11 @@ def has_llama_cpp() -> bool:
 
 def started(who: Contestant, streams: int, folder: Path, gguf: Path | None) -> Worker:
     if who.program != LLAMA_CPP:
-        place = folder / ("file" if who.weights == "file" else "model")
-        if who.weights == "file" and who.program != TRANSFORMERS:
-            place = gguf_of("file", folder)
-        arguments = decode_contestants.command_of(who, place, folder / "prompts.json")
+        of_file = who.weights == "file"
+        model = (
+            gguf_of("file", folder) if of_file and who.program != TRANSFORMERS else folder / ("file" if of_file else "model")
+        )
+        arguments = decode_contestants.command_of(who, model, folder / "prompts.json")
         return Worker(Path(decode_contestants.__file__), arguments, {})
     arguments = [str(gguf), str(folder / "prompts.json"), str(streams), str(torch.get_num_threads())]
     process = Worker(Path(decode_llama_cpp.__file__), arguments, {})
@@ -381,7 +382,7 @@ def run(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     place, found = out_folder(arguments.out, arguments.quick), []
     with tempfile.TemporaryDirectory() as name:
-        result["prompt_tokens"], ends = prepare(Path(name))
+        result["prompt_tokens"], ends = prepare(Path(name), arguments.weights.split(","))
         for cell in cells(Path(name), arguments.weights.split(","), rounds, new_tokens, ends):
             print("\n".join(line(cell, row, clock) for row in cell["contestants"]), flush=True)
             python, speed = cell["python_ms_a_step"]["median"], cell["read_bytes_per_s"][clock]["median"]
@@ -395,8 +396,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"results: {path} and .svg")
 
 
-def prepare(folder: Path) -> tuple[list[int], set[int]]:
-    """Folders of the model in bf16 and of its file's numbers in fp32, and the prompts as token ids.
+def prepare(folder: Path, chosen: Sequence[str]) -> tuple[list[int], set[int]]:
+    """Folders of the model in bf16 and, for the cells "file", of its file's numbers in fp32, and the prompts as token ids.
 
     Returns:
         the prompts' lengths, and the tokens that end an answer.
@@ -409,7 +410,8 @@ def prepare(folder: Path) -> tuple[list[int], set[int]]:
     template = resolve_template(tokenizer)
     prompts = [encode_chat(tokenizer, template, (Message("user", q),), add_generation_prompt=True).input_ids for q in QUESTIONS]
     save_model(model, tokenizer, folder / "model")
-    save_model(load_model(MODEL, torch.float32)[0], tokenizer, folder / "file")
+    if "file" in chosen:
+        save_model(load_model(MODEL, torch.float32)[0], tokenizer, folder / "file")
     (folder / "prompts.json").write_text(json.dumps(prompts))
     return [len(prompt) for prompt in prompts], set(tokenizer.eos_ids)
 

@@ -1,6 +1,6 @@
 """Who takes part in ``bench_generate.py``: one contestant a process, asked in turns to continue the same prompts greedily.
 
-Run as a worker: ``decode_contestants.py --worker '{"program": "minisft", ...}' MODEL_FOLDER PROMPTS``. llama.cpp has a worker
+Run as a worker: ``decode_contestants.py --worker '{"program": "minisft", ...}' MODEL PROMPTS``. llama.cpp has a worker
 of its own, ``decode_llama_cpp.py``, which does not import PyTorch, so that its memory is its own.
 """
 

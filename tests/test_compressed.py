@@ -252,9 +252,9 @@ def test_a_step_has_the_bits_of_the_weights_themselves(config: ModelConfig, kind
             if count < min_tiled or not cpu_nf4.tile_floats():
                 assert same_bits(ours, theirs)
             tiny.assert_close(ours, theirs, 1e-5)
-        monkeypatch.setattr(cpu_nf4, "USE_TILES", False)
-        assert all(map(same_bits, logits_of(model, count, True), logits_of(model, count, False)))
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_nf4, "USE_TILES", False)
+            assert all(map(same_bits, logits_of(model, count, True), logits_of(model, count, False)))
 
 
 @needs_native
@@ -525,6 +525,7 @@ def test_the_bases_of_a_merged_model_are_freed_with_it(merged: bool) -> None:
     assert not any(map(is_made, layers))
 
 
+@needs_native
 def test_the_limit_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the copies of all weights, a shared one counted once; other models than ours need nothing."""
     base, said = made(kind="fp32+nf4"), []
@@ -548,6 +549,7 @@ def test_the_limit_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(said) == 3
 
 
+@needs_native
 def test_the_limit_of_memory_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(compressed, "available_bytes", lambda device: 0)
@@ -658,6 +660,7 @@ def test_with_fast_decode_there_are_no_exact_copies(folder: Path, read, capsys, 
     assert "read as they are" not in said
 
 
+@needs_native
 @pytest.mark.parametrize("together", [False, True])
 def test_both_models_of_an_arena(folder: Path, together: bool, tmp_path: Path, capsys, monkeypatch) -> None:
     """Their copies are counted together: memory that is enough for one of them is not enough."""
@@ -680,6 +683,7 @@ def test_both_models_of_an_arena(folder: Path, together: bool, tmp_path: Path, c
     assert capsys.readouterr().err.count("weights are read as they are") == (not together)
 
 
+@needs_native
 def test_the_base_that_a_suite_compares_with_writes_nothing(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     """So it needs no copies, and says nothing of them."""
     (tmp_path / "texts.jsonl").write_text('{"text": "some text"}\n' * 3, encoding="utf-8")
@@ -706,6 +710,7 @@ def test_a_server_copies_once_for_all_lanes_before_it_listens(
     assert all(path.endswith(f"of {NUM_LINEARS} linears read compressed") != fast for path in paths)
 
 
+@needs_native
 def test_a_server_says_once_that_there_is_no_memory_for_copies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(compressed, "available_bytes", lambda device: 0)

@@ -21,7 +21,7 @@ from minisft.evaluation.compressed import decode_compressed_, decode_compressed_
 from minisft.evaluation.fast_decode import dense_weights
 from minisft.formats.gguf_file import load_gguf
 from minisft.formats.gguf_header import read_gguf
-from minisft.kernels import cpu_gguf, cpu_nf4, exact_copy
+from minisft.kernels import cpu_gguf, cpu_nf4, exact_copy, gguf_copy
 from minisft.kernels.cpu_gguf import BLOCKS
 from minisft.kernels.eight_bit import EightBitWeight
 from minisft.kernels.exact_copy import Source, exact_copy_of, max_copy_bytes, remember_source
@@ -33,7 +33,7 @@ from minisft.surgery import apply_lora_, lora_modules
 
 pytestmark = needs_native
 NUM_LINEARS = 15
-MIN_TILED_8 = 10  # rows from which on tiles multiply weights in 8 bits
+TILED, MIN_TILED_8 = ("Q5_0", "Q8_0"), 10  # blocks of 32 in 8 bits are multiplied by tiles from so many rows on
 SCALES = {"Q6_K": [208], "Q4_1": [0, 2], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2]}  # where a block has fp16; else at 0
 WIDE, NARROW = (256, 768, 32), (64, 96, 12)  # hidden and intermediate size, of a head
 
@@ -67,7 +67,10 @@ def decoded(type_name: str, blocks: Tensor) -> Tensor:
     ("type_name", "sizes"),
     [(name, sizes) for name, (items, _) in BLOCKS.items() for sizes in (WIDE, NARROW) if not sizes[0] % items],
 )
-def test_a_step_has_the_bits_of_the_decoded_weights(type_name: str, sizes: tuple[int, int, int], adapted: bool) -> None:
+def test_a_step_has_the_bits_of_the_decoded_weights(
+    type_name: str, sizes: tuple[int, int, int], adapted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_copy, "AT_ONCE", 3000)  # some rows
     hidden, intermediate, head_dim = sizes
     shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_heads": 8, "num_kv_heads": 2, "head_dim": head_dim}
     model = tiny.build(replace(tiny.LLAMA, **shape), torch.float32).eval().requires_grad_(False)
@@ -92,7 +95,7 @@ def test_a_step_has_the_bits_of_the_decoded_weights(type_name: str, sizes: tuple
         for ours, theirs in zip(found, wanted, strict=True):
             assert theirs.isfinite().all()
             tiny.assert_close(ours, theirs, 1e-5)
-            if count < MIN_TILED_8 or bits < 9 or not cpu_nf4.tile_floats():
+            if count < MIN_TILED_8 or type_name not in TILED or not cpu_nf4.tile_floats():
                 assert same_bits(ours, theirs)
 
 
@@ -106,8 +109,6 @@ def test_one_other_bit_and_there_is_no_copy(type_name: str, monkeypatch: pytest.
     weight.view(torch.int32)[4, 511] ^= 1
     assert from_blocks(type_name, blocks, weight) is None
     weight.view(torch.int32)[4, 511] ^= 1
-    monkeypatch.setattr("minisft.kernels.gguf_copy.AT_ONCE", 600)
-    assert from_blocks(type_name, blocks, weight) is not None
     monkeypatch.setattr(cpu_nf4, "library", lambda: None)
     assert from_blocks(type_name, blocks, weight) is None
 
@@ -173,8 +174,14 @@ def test_a_file_that_has_changed_is_not_believed(what: str, tmp_path: Path) -> N
 def test_what_is_not_read_from_the_file(tmp_path: Path) -> None:
     """Weights in bf16 are rounded ones, and NF4 has 4 bits already; but beside it the head is dense."""
     write(gguf_model(MODELS["llama"]), tmp_path / "m.gguf", TYPE.Q8_0)
-    half = loaded(tmp_path / "m.gguf", torch.bfloat16)
-    assert not any(isinstance(exact_copy_of(weight), EightBitWeight) for weight in dense_weights(half))
+    asked: list[object] = []
+    for half in (loaded(tmp_path / "m.gguf", torch.bfloat16), loaded(tmp_path / "m.gguf").bfloat16()):
+        weight = half.lm_head.weight
+        if weight in exact_copy._sources:  # the second one was loaded in fp32
+            remember_source(weight, Source("Q8_0", lambda: asked.append(1)))
+        assert not isinstance(exact_copy_of(weight), EightBitWeight)
+    assert weight in exact_copy._sources
+    assert asked == []
     packed = loaded(tmp_path / "m.gguf", quant=QuantConfig())
     assert decode_compressed_(packed).num_weights == 1
     assert isinstance(exact_copy_of(packed.lm_head.weight), EightBitWeight)

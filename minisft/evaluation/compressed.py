@@ -20,7 +20,7 @@ from minisft.generation import no_dropout
 from minisft.kernels.cpu_decode import Unsupported
 from minisft.kernels.exact_copy import forget, max_copy_bytes
 from minisft.model import CausalLM
-from minisft.native.decoder import decode_path, exact_copies, in_compressed, in_eight_bits
+from minisft.native.decoder import exact_copies, in_compressed, in_eight_bits, is_native
 
 MIN_FREE = 2  # times the memory of the copies: what the command line leaves to caches and others
 
@@ -42,7 +42,7 @@ def decode_compressed_(model: CausalLM) -> CompressedWeights:
     """Let steps of one token read exact copies of a model's dense weights in fewer bits, until ``free_compressed_``.
 
     No weight changes. Logits have the bits that they had up to 8 rows (5 where 16 bits are read), with weights in bf16, and on
-    a CPU without AMX; else tiles of AMX may add in another order than vectors do. It is not on by itself, for it takes memory,
+    a CPU without AMX; else tiles of AMX may round differently than vectors do. It is not on by itself, for it takes memory,
     and a model that was merged in fp32 holds other numbers: its steps would be compared with those of a base that reads fewer
     bytes. ``minisft generate``, ``chat``, ``serve``, ``eval``, ``sweep`` and ``arena`` switch it on where memory allows.
 
@@ -54,8 +54,9 @@ def decode_compressed_(model: CausalLM) -> CompressedWeights:
     Returns:
         what has been copied: nothing of a model on a GPU, in 8 bits, or that native code does not decode.
 
-    Cost: for each number of such a weight 5 to 10 bits if it has its file's, else 12 to 14 where its inputs are a multiple of
-    64, else 16 (in fp32; in bf16 there is no copy then); and two to five seconds for a thousand million of them.
+    Cost: for each number of such a weight 5 to 10 bits if it has its file's; else 12 to 14, if its inputs are a multiple of 64
+    and at most an eighth of its blocks stand apart; else 16, in fp32 alone, as on a CPU without AVX2. Two to five seconds for a
+    thousand million of them. A copy of a model (``merge``, ``deepcopy``) does not know the file that it came from.
     """
     in_compressed.add(model)
     if model in in_eight_bits:
@@ -82,7 +83,7 @@ def _forget_all(model: CausalLM) -> None:
 
 def _is_native(model: CausalLM) -> bool:
     with no_dropout(model):
-        return decode_path(model).startswith("native code")
+        return is_native(model)
 
 
 def decode_compressed_if_memory_allows_(models: Iterable[CausalLM], log: Callable[[str], None]) -> bool:

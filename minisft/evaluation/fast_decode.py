@@ -89,7 +89,7 @@ def fast_decode_(model: CausalLM, prompts: Sequence[Sequence[int]], name: str = 
     for weight in dense_weights(model):
         exact_copy.forget(weight)
     copies = {id(weight): eight_bits_of(weight) for weight in new}.values()
-    num_bytes = sum(made.codes.nbytes + made.scales.nbytes for made in copies)
+    num_bytes = sum(made.nbytes for made in copies)
     return Drift(num_bytes, len(kl), float(kl.mean()), float(kl.max()), num_same)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from minisft.common.errors import UserError, listing, visible
 from minisft.config import ModelConfig, QuantConfig, RopeScaling
 from minisft.formats.fields import Fields
-from minisft.formats.file_bytes import read_into
+from minisft.formats.file_bytes import read_bytes, read_into
 from minisft.formats.gguf_header import GGUF, Scalar, TensorInfo
 from minisft.formats.loading import (
     EMBEDDING,
@@ -96,13 +96,11 @@ def _remember_blocks(model: CausalLM, gguf: GGUF, names: dict[str, str], config:
 
 
 def _read_blocks(path: Path, info: TensorInfo, heads: int | None) -> Tensor | None:
-    blocks = torch.empty(info.shape[0], info.num_bytes // info.shape[0], dtype=torch.uint8)
     try:
-        with path.open("rb", buffering=0) as file:
-            read_into(file, info.begin, blocks)
-    except (OSError, UserError):
+        blocks = read_bytes(path, info.begin, info.num_bytes)
+    except UserError:
         return None
-    return our_order(blocks, heads)
+    return our_order(blocks.view(info.shape[0], -1), heads)
 
 
 def check_gguf(gguf: GGUF) -> tuple[ModelConfig, dict[str, str]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from minisft.kernels import cpu_nf4
 from minisft.kernels.cpu_matmul import COLUMNS
 from minisft.kernels.eight_bit import EightBitWeight
+from minisft.kernels.exact_copy import ExactCopy
 from minisft.kernels.gguf_copy import GROUP, FourBitWeight
 from minisft.kernels.twelve_bit import TwelveBitWeight
 from minisft.nf4 import QuantizedWeight
@@ -130,7 +131,7 @@ class Pointers:
 
     def linear(
         self,
-        weight: Tensor | QuantizedWeight | FourBitWeight | EightBitWeight | TwelveBitWeight,
+        weight: ExactCopy | QuantizedWeight,
         bias: Tensor | None,
         update: tuple[Tensor, Tensor, float] | None,
         what: str,

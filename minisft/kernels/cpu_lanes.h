@@ -44,8 +44,8 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef uint8_t PairBytes __attribute__((vector_size(LANES / 2)));
 typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
 
-// One 4-bit weight; cpu_nf4.py declares the same struct. map is null where absmax holds fp32 scales, not 8-bit codes; least, which
-// is added to a block's products with its scale, is null but for weights of a GGUF file, see gguf_copy.py.
+// One 4-bit weight; cpu_nf4.py declares the same struct. map is null where absmax holds fp32 scales, not 8-bit codes. least is null
+// but for weights of a GGUF file (gguf_copy.py): what is added to the levels times a block's scale, by PackedMatrix alone.
 // NESTED_BLOCK_SIZE is nf4.py's: cpu_build.py hands it to the compiler.
 struct Weight {
     const uint8_t* packed;

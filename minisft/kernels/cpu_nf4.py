@@ -25,7 +25,7 @@ USE_TILES = True  # False: as on a CPU without AMX, for tests and benchmarks
 
 
 class WeightFields(ctypes.Structure):
-    """``Weight`` in cpu_nf4.cpp."""
+    """``Weight`` in cpu_lanes.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("packed", "absmax", "map", "absmax2", "offset", "levels", "least")),
@@ -61,7 +61,7 @@ def path() -> str:
     handle, reason = cpu_build.load()
     if handle is None or not _gives_our_bits():
         return f"PyTorch ({reason or 'the compiled code gave wrong bits'})"
-    return f"native code ({handle.nf4_instructions().decode()})"
+    return f"native code ({instructions()})"
 
 
 def instructions() -> str:
@@ -93,6 +93,15 @@ def _gives_our_bits() -> bool:
 def tile_floats() -> int:
     """Memory that a step's products by AMX tiles need, in floats for each number of a row; 0 without tiles, for any product."""
     return _tile_floats() if USE_TILES else 0
+
+
+@functools.cache
+def vector_lanes() -> int:
+    """How many fp32 numbers a vector of the compiled code holds."""
+    handle = library()
+    assert handle is not None, "ask library first"
+    handle.lanes.restype = ctypes.c_int64
+    return int(handle.lanes())
 
 
 @functools.cache

@@ -1,10 +1,10 @@
 // y = x W^T for up to 16 rows of x, by AMX: 32 outputs of all rows at once. cpu_split.cpp uses the same parts for more rows.
 //
-// A tile register holds 16 rows of 64 bytes. Tiles of a W in bf16 are read as they lie, 16 outputs and 32 numbers of each; for one
-// in 12 bits they are made, and for one in 4 or 8, where a block's sum is multiplied by its scale as well. x is fp32 and is split
-// without a remainder into three numbers of bf16, x = high + middle + low (8 bits each), and so are the levels of 4 bits, so nothing
-// is lost that fp32 would keep; the order of sums is another than DenseMatrix's. Numbers below 2^-126 count as zero, parts of x among them, and infinities become
-// NaN. Splitting a W in fp32 as well takes longer than multiplying it by vectors.
+// A tile register holds 16 rows of 64 bytes. Tiles of a W in bf16 are read as they lie, 16 outputs and 32 numbers of each; for
+// one in 12 bits they are made, and for one in 4 or 8, where a block's sum is multiplied by its scale as well. x is fp32 and is
+// split without a remainder into three numbers of bf16, x = high + middle + low (8 bits each), and so are the levels of 4 bits,
+// so nothing is lost that fp32 would keep; the order of sums is another than DenseMatrix's. Numbers below 2^-126 count as zero,
+// parts of x among them, and infinities become NaN. Splitting a W in fp32 as well takes longer than multiplying it by vectors.
 // Linux lets only a process that asked use these registers (arch_prctl).
 //
 // Ref: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBF16PS, LDTILECFG.

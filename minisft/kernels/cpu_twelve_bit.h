@@ -1,8 +1,8 @@
 // Weights that are bf16 numbers, in 12 bits each without a loss; twelve_bit.py says how. A row is read block by block.
 //
 // The two bytes of a number are its upper one, the sign and seven bits of the exponent, and its lower one. A block has 64 lower
-// bytes as they are and 64 codes of 4 bits, the sign and three bits: a table of the row gives code -> upper byte. Unpacking bytes of
-// both puts them beside each other, in this order, which vectors of 16, 32 and 64 bytes share (they unpack by 16):
+// bytes as they are and 64 codes of 4 bits, the sign and three bits: a table of the row gives code -> upper byte. Unpacking the
+// bytes of both puts them beside each other, in this order, which vectors of 16, 32 and 64 bytes share (they unpack by 16):
 //
 //     number 16 j + l stands at byte 16 (l / 4) + 8 (j / 2) + 2 (l % 4) + j % 2,  and its code in the byte mod 32, the first 32 low
 //
@@ -128,7 +128,7 @@ inline ALWAYS_INLINE void numbers_of(const uint8_t* bytes, UpperBytes table, Vis
 typedef const uint8_t* UpperBytes;
 inline UpperBytes upper_bytes(const TwelveBitRow& row) { return row.upper; }
 
-// Slower than reading 16 bits: exact_copy.py does not ask for it.
+// Slower than reading 16 bits: exact_copy.py does not ask for it, but for the rare AVX-512 without instructions for bytes.
 template <class Visit>
 inline ALWAYS_INLINE void numbers_of(const uint8_t* bytes, UpperBytes table, Visit visit) {
     uint16_t numbers[BLOCK_NUMBERS];

@@ -27,7 +27,7 @@ AT_ONCE = 2**20  # weights: what is in between stays in the cache
 
 @dataclass(frozen=True, eq=False)
 class EightBitWeight:
-    """A weight (out, in) in 8 bits.
+    """A weight (out, in) in 8 bits; also one of a GGUF file, whose codes and scales are then the file's, see ``gguf_copy.py``.
 
     Attributes:
         codes: (out, in) int8.

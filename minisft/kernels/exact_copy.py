@@ -6,9 +6,10 @@ Most checkpoints are published in bf16. Loaded in fp32, the lower 16 bits of eac
 
 so 16 bits hold it exactly, whatever it is: NaN with its payload, infinities, -0 and subnormal ones too. ``twelve_bit.py``
 leaves out what the exponents of a row share: a quarter less. ``cpu_decode.cpp`` widens either and multiplies in fp32: sums
-have the same bits, but for AMX tiles (from 9 rows on; of 16 bits from 6 on), which add in another order than vectors do.
+have the same bits, but for AMX tiles (of 16 bits from 6 rows on, of 12 from 9 on), which add in another order than vectors do.
 
-A weight that was dequantized from a GGUF file has those bits again, if they still give its numbers, see ``gguf_copy.py``.
+A weight that was dequantized from a GGUF file is read in the file's 4 to 8 bits, if they still give its numbers, see
+``gguf_copy.py``. Tiles multiply those of 8 bits from 10 rows on.
 """
 
 from __future__ import annotations
@@ -73,21 +74,24 @@ def remember_source(weight: Tensor, source: Source) -> None:
 
 
 def unpacks_fast() -> bool:
-    """Whether fewer than 16 bits save time: with AVX2 and AVX-512 they do; portable code takes twice as long."""
+    """Whether fewer than 16 bits save time: with AVX2 and AVX-512 they do.
+
+    Portable code takes twice as long for 12 bits, three times for 4; what it takes for 8 was not measured.
+    """
     return cpu_nf4.instructions() != "portable"
 
 
 def _copy(weight: Tensor) -> ExactCopy | None:
-    if weight.dtype == torch.float32 and unpacks_fast():
-        source: Source | None = _sources.get(weight)
-        blocks = None if source is None else source.read()
-        if source is not None and blocks is not None:
-            found = from_blocks(source.type_name, blocks, weight.detach())
-            if found is not None:  # else the weight has changed, or the file has
-                return found
-    if unpacks_fast() and (packed := pack_12_bits(weight)) is not None:
-        return packed
-    return exact_bf16(weight) if weight.dtype == torch.float32 else None
+    copy = _in_file_bits(weight) or (pack_12_bits(weight) if unpacks_fast() else None)
+    return exact_bf16(weight) if copy is None and weight.dtype == torch.float32 else copy
+
+
+def _in_file_bits(weight: Tensor) -> FourBitWeight | EightBitWeight | None:
+    source: Source | None = _sources.get(weight)
+    if source is None or weight.dtype != torch.float32 or not unpacks_fast():  # loaded in fp32, it may be bf16 by now
+        return None
+    blocks = source.read()
+    return None if blocks is None else from_blocks(source.type_name, blocks, weight.detach())
 
 
 _copies = WeightCopies(_copy)

@@ -14,8 +14,6 @@ Ref: ggml, ggml-common.h (layouts) and ggml-quants.c (dequantize_row_*).
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +76,7 @@ def from_blocks(type_name: str, blocks: Tensor, weight: Tensor) -> FourBitWeight
     groups = features // (16 if type_name == "Q6_K" else GROUP)
     codes = torch.empty(out, features // 2, dtype=torch.uint8) if in_4_bits else torch.empty(out, features, dtype=torch.int8)
     scales, least = torch.empty(out, groups), torch.empty(out, groups) if type_name in ("Q4_1", "Q4_K") else None
-    rows, lanes = max(1, AT_ONCE // features), _lanes()
+    rows, lanes = max(1, AT_ONCE // features), cpu_nf4.vector_lanes()
     for start in range(0, out, rows):
         some = slice(start, start + rows)
         numbers, scale, offset = _DECODERS[type_name](blocks[some].unflatten(1, (-1, size)))
@@ -98,14 +96,6 @@ def from_blocks(type_name: str, blocks: Tensor, weight: Tensor) -> FourBitWeight
     if in_4_bits:
         return FourBitWeight(codes, scales, least, torch.arange(first, first + 16, dtype=torch.float32))
     return EightBitWeight(codes, scales)
-
-
-@functools.cache
-def _lanes() -> int:
-    library = cpu_nf4.library()
-    assert library is not None
-    library.lanes.restype = ctypes.c_int64
-    return int(library.lanes())
 
 
 # Of blocks (rows, blocks of a row, bytes): codes, int8 or uint8, in their order; a scale, and what is added, for each group.

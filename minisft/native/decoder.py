@@ -73,6 +73,17 @@ def decode_path(model: CausalLM, num_rows: int = 1) -> str:
     return cpu_nf4.path() + exact
 
 
+def is_native(model: CausalLM) -> bool:
+    """Whether native code decodes the model as it is now; nothing is copied or said."""
+    if cpu_nf4.library() is None:
+        return False
+    try:
+        _Model(model)
+    except Unsupported:
+        return False
+    return True
+
+
 def exact_copies(model: CausalLM) -> list[ExactCopy]:
     """Of each linear that steps read an exact copy of, that copy; what is not there yet is made.
 

@@ -27,6 +27,7 @@ from minisft.config import RunConfig
 from minisft.data.chat import resolve_template
 from minisft.data.messages import read_dataset
 from minisft.data.tokenizer import Tokenizer
+from minisft.evaluation.compressed import decode_compressed_if_memory_allows_
 from minisft.evaluation.evaluate import EvalResult, Metric, evaluate, terminal_progress, write
 from minisft.evaluation.metrics import wilson
 from minisft.formats import load_adapter_, load_model
@@ -87,6 +88,7 @@ def run_quickstart(
     log(f"1. Making the data: {train_rows} parcel messages to learn from, {test_rows} others to be tested on.")
     log(_sample(write_data(out / "data", seed, train_rows, test_rows)))
     log("2. Scoring the pretrained model.")
+    decode_compressed_if_memory_allows_([model], log)
     before = _scores(model, tokenizer, out, "before")
     del model
     log("3. Training an adapter.")
@@ -96,6 +98,7 @@ def run_quickstart(
     log("4. Scoring the pretrained model with the saved adapter.")
     model, tokenizer = load_model(SMOLLM2)
     load_adapter_(model, training.weights)
+    decode_compressed_if_memory_allows_([model], log)
     result = QuickstartResult(before, _scores(model, tokenizer, out, "after"), training, time.monotonic() - began)
     log(report(result, out))
     return result
