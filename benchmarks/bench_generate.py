@@ -327,7 +327,8 @@ def _speeds(axes: Axes, some: list[dict], clock: str) -> None:
             spans = [[speed["median"] - speed["q1"]], [speed["q3"] - speed["median"]]]
             axes.bar(at, speed["median"], width, yerr=spans, color=COLOURS[row["name"]], capsize=2)
             ink = "black" if row["name"] in (READABLE, HALF) else "white"
-            axes.text(at, 1, f"{speed['median']:.0f}", ha="center", va="bottom", fontsize=7, color=ink)
+            turned = 90 if cell["streams"] > 1 else 0  # three digits are wider than a bar
+            axes.text(at, 1, f"{speed['median']:.0f}", ha="center", va="bottom", fontsize=7, color=ink, rotation=turned)
             if cell["streams"] == 1:
                 limit = cell["read_bytes_per_s"][clock]["median"] / row["weight_bytes"]
                 axes.plot([at - width / 2, at + width / 2], [limit, limit], color="black", linewidth=1.5)

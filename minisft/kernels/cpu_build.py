@@ -42,7 +42,7 @@ FLAGS += [f"-DNESTED_BLOCK_SIZE={nf4.NESTED_BLOCK_SIZE}", f"-DMAX_RECIPROCAL={nf
 LINK = ["-lc", "-lgcc", "-Wl,-z,defs"]  # defs: a symbol that nobody has must fail here, not at the first call
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")  # named, because GCC 12 takes newer AMD CPUs for ones without
 DIGEST_BYTES = hashlib.sha256().digest_size
-BUILD_SECONDS = 300  # seven files, about fourteen on an idle core
+BUILD_SECONDS = 300  # seven files, about twenty on an idle core
 
 
 class Native(NamedTuple):
