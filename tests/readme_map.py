@@ -162,12 +162,14 @@ def results() -> str:
     small = _cell("nf4_cpu", **product, case="576 x 1536, M = 1, bf16", peer="dense bf16")["ratio"]
     merging = next(m for m in _load("merge_cpu")["merging"] if m["dtype"] == "fp32")
     memory = merging["memory_ratio"]["median"]
+    texts, against = _load("generate"), "file, compressed, one stream: times as fast as llama.cpp"
+    file = next(found["value"] for found in texts["targets"] if found["target"] == against)
     right = {onto: f"{100 * found['exact_match']:.0f} %" for onto, found in _load("merge_targets")["nf4"].items()}
     merged = f"{right['unmerged']}; merged as trained {right['dequantized']}; in 4 bits again {right['requantized']}: refused"
     rows = [
         ("a LoRA step, fp32, packed", "transformers + PEFT", _faster(lora, lora["memory_ratio"]), "train_fp32"),
         ("a QLoRA step, packed", "the same + bitsandbytes", _faster(qlora, qlora["memory_ratio"]), "train_nf4_fp32"),
-        ("generation, 8 prompts", "transformers", _faster(_load("generate")), "generate"),
+        ("generation, 8 prompts; one, a Q4_1 file", "transformers; llama.cpp", f"{_faster(texts)}; {_times(file)}", "generate"),
         (
             "one token, 4-bit layer",
             "bitsandbytes; dense bf16",
