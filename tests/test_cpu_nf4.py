@@ -625,7 +625,7 @@ def test_another_source_cpu_or_command_is_another_file(
 
 @pytest.mark.slow
 def test_two_at_once_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Path) -> None:
-    """The compiler is one that waits until both have called it, and then writes what the real one wrote."""
+    """The compiler is one that waits until both have called it, each for a folder of its own, and copies the library."""
     made = tmp_path / "made.so"
     made.write_bytes(library_in(compiled).read_bytes()[: -cpu_build.DIGEST_BYTES])
     compiler = tmp_path / "compiler"
@@ -633,7 +633,7 @@ def test_two_at_once_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         f"""#!/bin/sh
 test "$1" = --version && exit
 for last; do :; done
-touch {tmp_path}/called.$$
+touch {tmp_path}/called.$(basename $(dirname "$last"))
 tries=0
 while [ $(ls {tmp_path} | grep -c called) -lt 2 ] && [ $tries -lt 1000 ]; do tries=$((tries + 1)); sleep 0.02; done
 cp {made} "$last"
