@@ -200,10 +200,9 @@ def has_llama_cpp() -> bool:
 
 def started(who: Contestant, streams: int, folder: Path, gguf: Path | None) -> Worker:
     if who.program != LLAMA_CPP:
-        of_file = who.weights == "file"
-        model = (
-            gguf_of("file", folder) if of_file and who.program != TRANSFORMERS else folder / ("file" if of_file else "model")
-        )
+        model = folder / ("file" if who.weights == "file" else "model")
+        if who.weights == "file" and who.program != TRANSFORMERS:
+            model = gguf_of("file", folder)
         arguments = decode_contestants.command_of(who, model, folder / "prompts.json")
         return Worker(Path(decode_contestants.__file__), arguments, {})
     arguments = [str(gguf), str(folder / "prompts.json"), str(streams), str(torch.get_num_threads())]

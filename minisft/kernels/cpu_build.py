@@ -139,10 +139,8 @@ def _build(command: list[str], path: Path) -> str:
     before, after = command[:start], command[start + len(SOURCES) :]
 
     def run(*files: str) -> int:
-        full = [*before, *files[:-1], *after, "-o", files[-1]]
-        return subprocess.run(
-            full, capture_output=True, stdin=subprocess.DEVNULL, timeout=BUILD_SECONDS, check=False
-        ).returncode
+        full, quiet = [*before, *files[:-1], *after, "-o", files[-1]], subprocess.DEVNULL
+        return subprocess.run(full, stdin=quiet, stdout=quiet, stderr=quiet, timeout=BUILD_SECONDS, check=False).returncode
 
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         output = Path(scratch) / "library.so"

@@ -71,7 +71,7 @@ def from_blocks(type_name: str, blocks: Tensor, weight: Tensor) -> FourBitWeight
     (out, features), (items, size) = weight.shape, BLOCKS[type_name]
     if cpu_nf4.library() is None or features % items or blocks.shape != (out, features // items * size):
         return None
-    in_4_bits = type_name in ("Q4_0", "Q4_1", "Q4_K")
+    in_4_bits = BITS[type_name] < 8
     first = -8 if type_name == "Q4_0" else 0
     groups = features // (16 if type_name == "Q6_K" else GROUP)
     codes = torch.empty(out, features // 2, dtype=torch.uint8) if in_4_bits else torch.empty(out, features, dtype=torch.int8)
