@@ -5,12 +5,16 @@ import json
 import shlex
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from minisft.common.errors import UserError
 from minisft.data.messages import read_dataset
-from minisft.evaluation.evaluate import EvalResult
+from minisft.evaluation.evaluate import EvalResult, evaluate
+from minisft.kernels import cpu_nf4
+from minisft.native.decoder import in_compressed
+from minisft.quickstart import run
 from minisft.quickstart.parcel_task import parcel_rows
 from minisft.quickstart.run import QuickstartResult, Scores, general_rows, next_commands, report, run_quickstart, write_data
 from minisft.training.train import TrainResult
@@ -89,7 +93,10 @@ def test_the_model_is_talked_to_as_it_was_trained():
 def test_the_whole_tour(tmp_path, smollm2_path, monkeypatch):
     monkeypatch.setattr("minisft.quickstart.run.general_rows", lambda: general_rows()[:4])  # of 60: each is read twice
     said: list[str] = []
-    tour = run_quickstart(tmp_path / "q", train_rows=8, test_rows=2, log=said.append)
+    with mock.patch.object(run, "evaluate", wraps=evaluate) as scored:
+        tour = run_quickstart(tmp_path / "q", train_rows=8, test_rows=2, log=said.append)
+    if cpu_nf4.library() is not None:
+        assert [call.args[0] in in_compressed for call in scored.call_args_list] == [True] * 4
     assert tour.training.steps == 2
     assert tour.before.task.score == 0
     assert (tmp_path / "q/run/adapter/adapter_model.safetensors").is_file()
