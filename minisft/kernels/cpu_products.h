@@ -12,7 +12,8 @@ namespace {
 
 constexpr int ROWS_AT_ONCE = 8;     // those whose sums stay in registers
 constexpr int COLUMNS_AT_ONCE = 4;  // outputs that one iteration of a loop over threads computes
-constexpr int64_t AHEAD = 4096;     // bytes before a weight is read it is asked for: the hardware sees too late what comes
+// Bytes before a weight is read it is asked for, by the outputs that are computed together: the hardware sees too late what comes.
+constexpr int64_t ahead(int columns) { return 2048 * columns; }
 
 // (out, in) in fp32 or bf16; in is a multiple of LANES.
 template <class Number>
@@ -26,7 +27,7 @@ struct DenseMatrix {
         for (int64_t k = 0; k < in; k += LANES)
             each<COLUMNS>([&](int c) ALWAYS_INLINE {
                 const Number* at = rows + c * in + k;
-                __builtin_prefetch(reinterpret_cast<const char*>(at) + AHEAD);
+                __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead(COLUMNS));
                 visit(c, k, widened(at));
             });
     }
@@ -46,7 +47,7 @@ struct EightBitMatrix {
             float scale[COLUMNS];
             each<COLUMNS>([&](int c) ALWAYS_INLINE {
                 scale[c] = scales[(column + c) * blocks + b];
-                __builtin_prefetch(rows + c * in + b * block + AHEAD);
+                __builtin_prefetch(rows + c * in + b * block + ahead(COLUMNS));
             });
             for (int64_t k = b * block, end = k + block; k < end; k += LANES)
                 each<COLUMNS>([&](int c) ALWAYS_INLINE { visit(c, k, widened(rows + c * in + k) * scale[c]); });
@@ -71,7 +72,7 @@ struct TwelveBitMatrix {
             each<COLUMNS>([&](int c) ALWAYS_INLINE {
                 const int64_t k = block * BLOCK_NUMBERS;
                 const uint8_t* bytes = rows[c].bytes(block);
-                prefetch_block(bytes + AHEAD);
+                prefetch_block(bytes + ahead(COLUMNS));
                 if (!rows[c].is_apart(block))
                     return numbers_of(bytes, tables[c], [&](int64_t i, Floats weights) ALWAYS_INLINE { visit(c, k + i, weights); });
                 each<BLOCK_NUMBERS / LANES>([&](int i) ALWAYS_INLINE {
@@ -123,7 +124,7 @@ struct PackedMatrix {
         for (int64_t block = 0; block < blocks; ++block) {
             each<COLUMNS>([&](int c) ALWAYS_INLINE {
                 tables[c] = table_of((column + c) * blocks + block);
-                __builtin_prefetch(weight.packed + ((start + c * in + block * size) >> 1) + AHEAD);
+                __builtin_prefetch(weight.packed + ((start + c * in + block * size) >> 1) + ahead(COLUMNS));
             });
             for (int64_t k = block * size, end = k + size; k < end; k += 2 * LANES)
                 each<COLUMNS>([&](int c) ALWAYS_INLINE { step(tables[c], start + c * in + k, c, k, visit); });
