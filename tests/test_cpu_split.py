@@ -183,6 +183,14 @@ def test_a_table_of_which_a_row_was_trained_is_not_packed(row: int, monkeypatch:
     assert split_product(normal(40, 1536), weight, False) is None
 
 
+def test_the_largest_number_has_parts() -> None:
+    """Rounded to bf16 it would be infinite."""
+    largest = torch.finfo(torch.float32).max
+    x, weight = torch.zeros(17, 64), torch.zeros(32, 64)
+    x[:, 40], weight[:, 40] = largest, 0.5
+    assert torch.equal(product(x, weight, True), torch.full((17, 32), largest / 2))
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_a_number_that_is_none_spoils_its_row_alone(number: float) -> None:
     x, weight = normal(40, 64), bf16_numbers(96, 64)

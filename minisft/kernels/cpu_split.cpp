@@ -1,15 +1,16 @@
 // y = x W^T or y = x W for many rows of x and a W in fp32 that holds bf16 numbers, as a checkpoint in bf16 does, by AMX.
 //
 // Where the lower 16 bits of every weight are zero the upper ones are the weight. x is split without a remainder into three numbers
-// of bf16 (cpu_tiles.h), and three products of bf16 are summed in fp32: three times the work of one, and AMX does seven times as
-// much of it as vectors do in fp32. The call that multiplies by the weights looks at all of them, and keeps nothing of them. Where
-// one is no bf16 number there is no result: then the BLAS multiplies.
+// of bf16, and three products of bf16 are summed in fp32: three times the work of one, and AMX does seven times as much of it as
+// vectors do in fp32. The call that multiplies by the weights looks at all of them, and keeps nothing of them. Where one is no bf16
+// number there is no result: then the BLAS multiplies.
 //
 //     for as many rows of x as fit into the cores' caches, for a part of the inner size: pack x, all threads together
 //         for 32 columns of y, each thread its own: pack W, multiply
 //
-// A tile of x is 16 rows x 32 numbers, one of W 16 pairs of neighbours along the inner size x 16 columns. A row of y has the same
-// bits whatever rows there are beside it and however many threads.
+// A tile of x is 16 rows x 16 pairs along the inner size, one of W 16 such pairs x 16 columns. A pair is the numbers k and k + 16 of
+// each 32: two vectors become one without a permutation. A row of y has the same bits whatever rows there are beside it and however
+// many threads.
 
 #include "cpu_tiles.h"
 
@@ -49,21 +50,28 @@ struct Cut {
     int64_t panel_size() const { return PANEL * inner; }
 };
 
-// Numbers of bf16 from 32 of fp32; `seen` collects the bits that this loses.
-inline ALWAYS_INLINE __m512i upper_halves(const float* from, __m512i odd, __m512i& seen) {
-    const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + 16);
-    seen = _mm512_or_si512(_mm512_or_si512(a, b), seen);
-    return _mm512_permutex2var_epi16(a, odd, b);
+constexpr uint32_t UPPER_HALF = 0xffff0000;
+
+// The upper halves of 16 numbers each of two vectors, a's in the lower halves: no numbers change their lanes for it.
+inline ALWAYS_INLINE __m512i upper_halves(__m512i a, __m512i b) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
+}
+
+// Those of weights; `seen` collects the bits that this loses.
+inline ALWAYS_INLINE __m512i weights_of(const float* a, const float* b, __m512i& seen) {
+    const __m512i first = _mm512_loadu_si512(a), second = _mm512_loadu_si512(b);
+    seen = _mm512_or_si512(_mm512_or_si512(first, second), seen);
+    return upper_halves(first, second);
 }
 
 // 32 numbers of 32 rows of W (columns, inner).
 inline void pack_transposed(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
-    alignas(64) uint16_t odd[TILE_NUMBERS];
-    for (int i = 0; i < TILE_NUMBERS; ++i) odd[i] = 2 * i + 1;
     for (int tile = 0; tile < 2; ++tile) {
         __m512i lines[TILE_ROWS];
-        for (int i = 0; i < TILE_ROWS; ++i)
-            lines[i] = upper_halves(weight + (tile * TILE_ROWS + i) * stride, load<__m512i>(odd), seen);
+        for (int i = 0; i < TILE_ROWS; ++i) {
+            const float* from = weight + (tile * TILE_ROWS + i) * stride;
+            lines[i] = weights_of(from, from + TILE_ROWS, seen);
+        }
         transpose(lines);
         memcpy(out + tile * TILE_SIZE, lines, sizeof lines);
     }
@@ -71,21 +79,29 @@ inline void pack_transposed(const float* weight, int64_t stride, uint16_t* out, 
 
 // 32 numbers of 32 columns of W (inner, columns).
 inline void pack_straight(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
-    for (int pair = 0; pair < TILE_ROWS; ++pair, weight += 2 * stride)
+    for (int pair = 0; pair < TILE_ROWS; ++pair, weight += stride)
         for (int tile = 0; tile < 2; ++tile) {
-            const __m512i a = _mm512_loadu_si512(weight + tile * TILE_ROWS);
-            const __m512i b = _mm512_loadu_si512(weight + stride + tile * TILE_ROWS);
-            seen = _mm512_or_si512(seen, _mm512_or_si512(a, b));
-            const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
+            const float* from = weight + tile * TILE_ROWS;
+            const __m512i both = weights_of(from, from + TILE_ROWS * stride, seen);
             _mm512_store_si512(out + tile * TILE_SIZE + pair * TILE_NUMBERS, both);
         }
+}
+
+// 32 fp32 numbers as three parts, tiles apart: each the upper half of what those before it leave, so that nothing is rounded.
+inline ALWAYS_INLINE void split_in_pairs(const float* from, uint16_t* to) {
+    __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + TILE_ROWS);
+    each<SPLITS>([&](int part) ALWAYS_INLINE {
+        _mm512_store_si512(to + part * TILE_SIZE, upper_halves((__m512i)a, (__m512i)b));
+        a -= (__m512)((__m512i)a & _mm512_set1_epi32(UPPER_HALF));
+        b -= (__m512)((__m512i)b & _mm512_set1_epi32(UPPER_HALF));
+    });
 }
 
 // A block of x, of at most 32 rows. What the others of a tile hold reaches no row but their own.
 inline void pack_block(const float* x, int64_t stride, int64_t rows, int64_t inner, uint16_t* out) {
     for (int64_t row = 0; row < rows; ++row) {
         uint16_t* to = out + row / TILE_ROWS * SPLITS * TILE_SIZE + row % TILE_ROWS * TILE_NUMBERS;
-        for (int64_t k = 0; k < inner; k += TILE_NUMBERS, to += BLOCK_SIZE) split_numbers(x + row * stride + k, 2 * TILE_SIZE, to);
+        for (int64_t k = 0; k < inner; k += TILE_NUMBERS, to += BLOCK_SIZE) split_in_pairs(x + row * stride + k, to);
     }
 }
 

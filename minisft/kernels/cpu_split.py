@@ -65,8 +65,7 @@ def split_product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor | None:
     """x W^T, or x W, without a gradient.
 
     Args:
-        x: (M, inner) fp32. Numbers below 2^-126, and parts of x that are, count as zero; infinities, and numbers from
-            2^128 (1 - 2^-9) on, give NaN.
+        x: (M, inner) fp32. Numbers below 2^-126, and parts of x that are, count as zero; infinities give NaN.
         weight: (columns, inner) where ``transposed``, else (inner, columns); fp32.
         transposed: whether the product is with W^T.
 
