@@ -23,7 +23,7 @@ namespace {
 
 constexpr int64_t TILE_ROWS = 16, TILE_OUTPUTS = 32, TILE_NUMBERS = 32, SPLITS = 3;
 constexpr int64_t TILE_SIZE = TILE_ROWS * TILE_NUMBERS;  // numbers of bf16; of fp32 half as many
-constexpr int64_t TILE_AHEAD = 2048;                     // bytes before a weight is read it is asked for
+constexpr int64_t TILE_AHEAD = 256;                      // bytes of a row before a weight is read it is asked for
 constexpr int64_t TILE_FLOATS = SPLITS * TILE_ROWS / 2;  // memory of packed x, in floats for each number of a row
 
 #ifdef TILES
@@ -103,6 +103,11 @@ inline void pack(const float* x, int64_t rows, int64_t in, uint16_t* out) {
     }
 }
 
+// How far behind it stands what is asked for when a byte of a row is read: further on in the row, or in the row 32 outputs on.
+inline int64_t tile_ahead(int64_t byte, int64_t row_bytes) {
+    return TILE_AHEAD + (byte + TILE_AHEAD < row_bytes ? 0 : (TILE_OUTPUTS - 1) * row_bytes);
+}
+
 // Tiles 0 and 1 are sums of 2 x 16 outputs, 2 and 3 their weights, 4 to 6 the parts of x.
 inline ALWAYS_INLINE void load_parts(const uint16_t* packed) {
     written();
@@ -136,8 +141,8 @@ inline void tile_outputs(const uint16_t* weight, int64_t in, const uint16_t* pac
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t k = 0; k < in; k += TILE_NUMBERS, packed += SPLITS * TILE_SIZE) {
-        for (int64_t i = 0; i < TILE_OUTPUTS; ++i)
-            __builtin_prefetch(reinterpret_cast<const char*>(weight + i * in + k) + TILE_AHEAD);
+        const char* next = reinterpret_cast<const char*>(weight + k) + tile_ahead(2 * k, 2 * in);
+        for (int64_t i = 0; i < TILE_OUTPUTS; ++i) __builtin_prefetch(next + 2 * i * in);
         load_parts(packed);
         _tile_loadd(2, weight + k, 2 * in);
         _tile_loadd(3, weight + 16 * in + k, 2 * in);
@@ -158,10 +163,11 @@ inline void tile_outputs(const TwelveBit& weight, int64_t first, int64_t in, con
     _tile_zero(1);
     for (int64_t block = 0; block < in / BLOCK_NUMBERS; ++block) {
         auto& tiles = made[block % 2];
+        const int64_t ahead = tile_ahead(block * BLOCK_BYTES, in / BLOCK_NUMBERS * BLOCK_BYTES);
         for (int64_t i = 0; i < TILE_OUTPUTS; ++i) {
             TwelveBitRow& row = rows[i];
             const uint8_t* bytes = row.bytes(block);
-            prefetch_block(bytes + TILE_AHEAD);
+            prefetch_block(bytes + ahead);
             const Unpacked found = unpack(bytes, upper_bytes(row));
             const auto put_half = [&](int half, __m512i numbers) ALWAYS_INLINE {
                 _mm512_store_si512(tiles[half][i / 16] + i % 16 * TILE_NUMBERS, numbers);
@@ -219,7 +225,7 @@ inline void made_tile_outputs(int64_t in, int64_t block, const uint16_t* packed,
 inline void tile_outputs(const int8_t* codes, const float* scales, int64_t block, int64_t in, const uint16_t* packed, float* y) {
     const auto fill = [=](int64_t i, int64_t k, uint16_t* to) ALWAYS_INLINE {
         const int8_t* from = codes + i * in + k;
-        __builtin_prefetch(from + TILE_AHEAD);
+        __builtin_prefetch(from + tile_ahead(k, in));
         const __m512 low = (__m512)widened(from), high = (__m512)widened(from + 16);
         _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     };
@@ -236,7 +242,7 @@ inline void tile_outputs(const Weight& weight, int64_t first, int64_t in, const 
     const int64_t block = int64_t(1) << weight.block_shift, blocks = in >> weight.block_shift;
     const auto fill = [&](int64_t i, int64_t k, uint16_t* to) ALWAYS_INLINE {
         const uint8_t* from = weight.packed + (((first + i) * in + k) >> 1);
-        __builtin_prefetch(from + TILE_AHEAD);
+        __builtin_prefetch(from + tile_ahead(k / 2, in / 2));
         const __m512i bytes = _mm512_cvtepu8_epi32(load<__m128i>(from));
         const __m512i codes = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
         each<SPLITS>([&](int part) ALWAYS_INLINE {
