@@ -12,7 +12,7 @@ namespace {
 
 constexpr int ROWS_AT_ONCE = 8;     // those whose sums stay in registers
 constexpr int COLUMNS_AT_ONCE = 4;  // outputs that one iteration of a loop over threads computes
-// Bytes before a weight is read it is asked for, by the outputs that are computed together: the hardware sees too late what comes.
+// Bytes before a weight is read it is asked for, where so many outputs are computed at once: the hardware sees too late what comes.
 constexpr int64_t ahead(int columns) { return 2048 * columns; }
 
 // (out, in) in fp32 or bf16; in is a multiple of LANES.

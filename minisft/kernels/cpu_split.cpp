@@ -8,9 +8,9 @@
 //     for as many rows of x as fit into the cores' caches, for a part of the inner size: pack x, all threads together
 //         for 32 columns of y, each thread its own: pack W, multiply
 //
-// A tile of x is 16 rows x 16 pairs along the inner size, one of W 16 such pairs x 16 columns. A pair is the numbers k and k + 16 of
-// each 32: two vectors become one without a permutation. A row of y has the same bits whatever rows there are beside it and however
-// many threads.
+// A tile of x is 16 rows x 16 pairs along the inner size, one of W 16 such pairs x 16 columns. A pair is the numbers k and k + 16
+// of each 32: two vectors become one without a permutation. A row of y has the same bits whatever rows there are beside it and
+// however many threads.
 
 #include "cpu_tiles.h"
 
@@ -50,8 +50,6 @@ struct Cut {
     int64_t panel_size() const { return PANEL * inner; }
 };
 
-constexpr uint32_t UPPER_HALF = 0xffff0000;
-
 // The upper halves of 16 numbers each of two vectors, a's in the lower halves: no numbers change their lanes for it.
 inline ALWAYS_INLINE __m512i upper_halves(__m512i a, __m512i b) {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
@@ -89,11 +87,12 @@ inline void pack_straight(const float* weight, int64_t stride, uint16_t* out, __
 
 // 32 fp32 numbers as three parts, tiles apart: each the upper half of what those before it leave, so that nothing is rounded.
 inline ALWAYS_INLINE void split_in_pairs(const float* from, uint16_t* to) {
+    const __m512i upper = _mm512_set1_epi32(0xffff0000);
     __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + TILE_ROWS);
     each<SPLITS>([&](int part) ALWAYS_INLINE {
         _mm512_store_si512(to + part * TILE_SIZE, upper_halves((__m512i)a, (__m512i)b));
-        a -= (__m512)((__m512i)a & _mm512_set1_epi32(UPPER_HALF));
-        b -= (__m512)((__m512i)b & _mm512_set1_epi32(UPPER_HALF));
+        a -= (__m512)((__m512i)a & upper);
+        b -= (__m512)((__m512i)b & upper);
     });
 }
 

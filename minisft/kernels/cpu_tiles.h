@@ -103,7 +103,8 @@ inline void pack(const float* x, int64_t rows, int64_t in, uint16_t* out) {
     }
 }
 
-// How far behind it stands what is asked for when a byte of a row is read: further on in the row, or in the row 32 outputs on.
+// How many bytes further on stands what is asked for when a byte of a row is read: later in the row, or where the row 32 outputs
+// on begins.
 inline int64_t tile_ahead(int64_t byte, int64_t row_bytes) {
     return TILE_AHEAD + (byte + TILE_AHEAD < row_bytes ? 0 : (TILE_OUTPUTS - 1) * row_bytes);
 }
