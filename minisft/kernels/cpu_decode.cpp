@@ -17,8 +17,8 @@
 namespace {
 
 enum Kind : int32_t { FP32, BF16, NF4, EIGHT_BIT, TWELVE_BIT, FOUR_BIT };  // FOUR_BIT: a Weight whose x is not split
-// Rows, by kind: fewer take less time by vectors than by tiles, on one thread and on two, with the widths of SmolLM2-135M. There
-// are no tiles for FP32 and FOUR_BIT.
+// Rows, by kind, from which on tiles multiply. Fewer take less time by vectors, or in bf16 up to a fifth more (LOG.md, by the widths
+// of SmolLM2-135M), and each has the bits that it has alone. There are no tiles for FP32 and FOUR_BIT.
 constexpr int64_t MIN_TILED[] = {INT64_MAX, 6, 10, 10, 9, INT64_MAX};
 
 struct EightBit {
