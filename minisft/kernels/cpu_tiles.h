@@ -1,4 +1,4 @@
-// y = x W^T for up to 16 rows of x, by AMX: 32 outputs of all rows at once. cpu_split.cpp uses the same parts for more rows.
+// y = x W^T for up to 16 rows of x, by AMX: 32 outputs of all rows at once. cpu_split.cpp has its own way for more rows.
 //
 // A tile register holds 16 rows of 64 bytes. Tiles of a W in bf16 are read as they lie, 16 outputs and 32 numbers of each; for
 // one in 12 bits they are made, and for one in 4 or 8, where a block's sum is multiplied by its scale as well. x is fp32 and is
