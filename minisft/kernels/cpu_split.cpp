@@ -86,8 +86,8 @@ inline void pack_straight(const float* weight, int64_t stride, uint16_t* out, __
 }
 
 // 32 fp32 numbers as three parts, tiles apart: each the upper half of what those before it leave, so that nothing is rounded.
-// split_numbers takes longer: it keeps neighbours beside each other, for weights that are read as they lie, and rounds, for products
-// of which parts are left out.
+// split_numbers takes longer: it keeps neighbours beside each other, for weights that are read as they lie, and rounds, for
+// products of which parts are left out.
 inline ALWAYS_INLINE void split_in_pairs(const float* from, uint16_t* to) {
     const __m512i upper = _mm512_set1_epi32(0xffff0000);
     __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + TILE_ROWS);
