@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minisft.adapter import Adapter, FrozenLinear
-from minisft.lora_fused import adapted_linear
+from minisft.lora_fused import Adapted, adapted_linears
 from minisft.matmul import linear
 
 
@@ -43,7 +43,7 @@ class LoRALinear(Adapter):
         A, B = self.factors()
         if self.needs_autograd:  # the formula as it stands in the paper
             return self.base(x) + self.scaling * linear(linear(self.dropout(x), A.to(x.dtype)), B.to(x.dtype))
-        return adapted_linear(x, A, B, self.base, self.scaling)  # the same without a pass of its own over y
+        return adapted_linears(x, [Adapted(self.base, A, B, self.scaling)])[0]  # without a pass of its own over y
 
     @property
     def needs_autograd(self) -> bool:

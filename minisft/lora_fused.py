@@ -1,44 +1,55 @@
 """LoRA's forward and backward with one pass over y: the same numbers as the formula in ``lora.py``, sooner and in less memory.
 
 Kept for backward: x (which its neighbours share) and x A^T (rank columns); never y, W, W^T or a cast copy of x. A quantized W
-is decoded for each of the two products and dropped after it.
+is decoded for each of the two products and dropped after it. Layers that read one x, as q, k and v do, have one backward: it
+reads x once, and adds what each wants of x onto the same tensor.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minisft.common.autograd import Context
+from minisft.kernels.cpu_adapter import adapter_gradients, can_use_native
 from minisft.matmul import FrozenWeight, Linear, compute_dtype, frozen_linear_t, frozen_linear_with_update
 from minisft.nf4_linear import NF4Linear
 
 
-def adapted_linear(x: Tensor, lora_A: Tensor, lora_B: Tensor, base: nn.Linear | NF4Linear, scaling: float) -> Tensor:
-    """y = x W^T + b + scaling * (x A^T) B^T, with gradients for x, A and B.
+class Adapted(NamedTuple):
+    """A frozen layer, dense or quantized, with A (rank, in), B (out, rank) and the factor of its update."""
+
+    base: nn.Linear | NF4Linear
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+
+def adapted_linears(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
+    """y = x W^T + b + scaling * (x A^T) B^T of each layer, with gradients for x, A and B.
 
     Args:
         x: (..., in).
-        lora_A: (rank, in).
-        lora_B: (out, rank).
-        base: the frozen layer, dense or quantized.
-        scaling: the factor.
+        layers: that read it, one or more.
 
     Returns:
-        (..., out) in the dtype of ``x``.
+        (..., out) of each, in the dtype of ``x``.
     """
     if torch.is_grad_enabled():
-        return _AdaptedLinear.apply(x, lora_A, lora_B, base, scaling)
-    return _forward(x, lora_A, lora_B, base, scaling)[0]  # at one token, autograd's own work takes as long as the update
+        frozen = [(layer.base, layer.scaling) for layer in layers]
+        return _AdaptedLinears.apply(x, frozen, *(factor for layer in layers for factor in (layer.A, layer.B)))
+    return tuple(_forward(x, layer)[0] for layer in layers)  # at one token, autograd's own work takes as long as the update
 
 
-def _forward(x: Tensor, lora_A: Tensor, lora_B: Tensor, base: nn.Linear | NF4Linear, scaling: float) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, layer: Adapted) -> tuple[Tensor, Tensor]:
     """y, and x A^T. A plain ``nn.Linear`` multiplies as PyTorch does, so that a fresh adapter changes no bit of it."""
+    base, A, B, scaling = layer
     native = isinstance(base, (Linear, NF4Linear))
-    return frozen_linear_with_update(x, _weight(base), base.bias, lora_A, lora_B, scaling, native)
+    return frozen_linear_with_update(x, _weight(base), base.bias, A, B, scaling, native)
 
 
 def _weight(base: nn.Linear | NF4Linear) -> FrozenWeight:
@@ -46,41 +57,48 @@ def _weight(base: nn.Linear | NF4Linear) -> FrozenWeight:
 
 
 class _AdaptedContext(Context, Protocol):
-    base: nn.Linear | NF4Linear
-    scaling: float
+    frozen: Sequence[tuple[nn.Linear | NF4Linear, float]]
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    """y = x W^T + b + s x A^T B^T. With G = grad_y and H = s G B: grad_x = G W + H A, grad_A = H^T x, grad_B = s G^T x A^T."""
+class _AdaptedLinears(torch.autograd.Function):
+    """With G = grad_y and H = s G B of a layer: grad_A = H^T x, grad_B = s G^T x A^T; grad_x is the sum of all G W + H A."""
 
     @staticmethod
     def forward(
-        ctx: _AdaptedContext, x: Tensor, lora_A: Tensor, lora_B: Tensor, base: nn.Linear | NF4Linear, scaling: float
-    ) -> Tensor:
-        y, xa = _forward(x, lora_A, lora_B, base, scaling)
-        ctx.save_for_backward(x, lora_A, lora_B, xa)
-        ctx.base, ctx.scaling = base, scaling
-        return y
+        ctx: _AdaptedContext, x: Tensor, frozen: Sequence[tuple[nn.Linear | NF4Linear, float]], *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        layers = [Adapted(base, A, B, s) for (base, s), A, B in zip(frozen, factors[::2], factors[1::2], strict=True)]
+        ys, lows = zip(*(_forward(x, layer) for layer in layers), strict=True)
+        ctx.save_for_backward(x, *factors, *lows)
+        ctx.frozen = frozen
+        return ys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _AdaptedContext, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        x, lora_A, lora_B, xa = ctx.saved_tensors
-        dtype = compute_dtype(grad)
-        g = grad.reshape(-1, grad.shape[-1]).to(dtype)  # (M, out)
-        gb = g @ lora_B.to(dtype) * ctx.scaling  # (M, rank)
-        grad_A = gb.T @ x.reshape(-1, x.shape[-1]).to(dtype) if ctx.needs_input_grad[1] else None
-        grad_B = (
-            (xa.to(dtype).T @ g).T * ctx.scaling if ctx.needs_input_grad[2] else None
-        )  # this order: g is read along its rows
+    def backward(ctx: _AdaptedContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        count, dtype = len(grads), compute_dtype(grads[0])
+        As, Bs, lows = saved[: 2 * count : 2], saved[1 : 2 * count : 2], saved[2 * count :]
+        gs = [grad.reshape(-1, grad.shape[-1]).to(dtype) for grad in grads]  # (M, out)
+        rows, scalings = x.reshape(-1, x.shape[-1]).to(dtype), [scaling for _, scaling in ctx.frozen]
+        needed = ctx.needs_input_grad
+        if can_use_native(rows, gs, Bs):
+            found = adapter_gradients(rows, gs, Bs, lows, scalings)
+        else:
+            found = [_gradients(rows, *some) for some in zip(gs, Bs, lows, scalings, strict=True)]
         grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = frozen_linear_t(g, _weight(ctx.base), (gb, lora_A.to(dtype))).to(x.dtype).view(x.shape)
+        if needed[0]:
+            for g, (base, _) in zip(gs, ctx.frozen, strict=True):
+                grad_x = frozen_linear_t(g, _weight(base), grad_x)
+            assert grad_x is not None
+            grad_x.addmm_(*(torch.cat(some, axis).to(dtype) for axis, some in ((1, [H for H, _, _ in found]), (0, As))))
+            grad_x = grad_x.to(x.dtype).view(x.shape)
         # The factors are fp32: their gradients are too, also where the products ran in bf16.
-        return (
-            grad_x,
-            None if grad_A is None else grad_A.to(lora_A.dtype),
-            None if grad_B is None else grad_B.to(lora_B.dtype),
-            None,
-            None,
-        )
+        of_factors = zip([of_one for _, *pair in found for of_one in pair], saved[: 2 * count], needed[2:], strict=True)
+        return grad_x, None, *(of_one.to(factor.dtype) if wanted else None for of_one, factor, wanted in of_factors)
+
+
+def _gradients(rows: Tensor, g: Tensor, lora_B: Tensor, low: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """H (M, rank), grad_A and grad_B of one layer."""
+    H = g @ lora_B.to(g.dtype) * scaling
+    return H, H.T @ rows, (low.to(g.dtype).T @ g).T * scaling  # the last in this order: g is read along its rows

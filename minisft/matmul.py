@@ -154,30 +154,26 @@ def _add_to_linear(rows: Tensor, weight: FrozenWeight, bias: Tensor | None, xa: 
     return y.addmm_(rows, weight.to(rows.dtype).T)
 
 
-def frozen_linear_t(grad: Tensor, weight: FrozenWeight, added: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """grad W, what backward needs, without a gradient; with ``added`` (L, R) it is grad W + L R.
+def frozen_linear_t(grad: Tensor, weight: FrozenWeight, onto: Tensor | None = None) -> Tensor:
+    """grad W, what backward needs, without a gradient; or, where it is given, ``onto`` += grad W, in place.
 
     Args:
-        grad: (..., out); (M, out) in its compute dtype where something is added.
+        grad: (..., out); (M, out) in its compute dtype where it is added onto something.
         weight: (out, in), dense or quantized.
-        added: (M, rank) and (rank, in), in the dtype of ``grad``.
+        onto: (M, in) in the dtype of ``grad``.
 
     Returns:
         (..., in) in the dtype of ``grad``; who multiplies is in the table of ``frozen_linear``.
     """
     if isinstance(weight, QuantizedWeight):
-        y = _quantized_linear_t(grad, weight)
-        return y if added is None else y.addmm_(*added)
+        return _quantized_linear_t(grad, weight, onto)
     dtype = compute_dtype(grad)
     rows = grad.reshape(-1, grad.shape[-1]).to(dtype)
     weight = weight.to(dtype)
-    if added is None:
-        y = times(rows, weight)
-    elif (split := split_product(rows, weight, False)) is not None:
-        y = split.addmm_(*added)
-    else:
-        y = (added[0] @ added[1]).addmm_(rows, weight)
-    return y.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+    if onto is None:
+        return times(rows, weight).to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+    split = split_product(rows, weight, False)
+    return onto.addmm_(rows, weight) if split is None else onto.add_(split)
 
 
 def times_transposed(rows: Tensor, weight: Tensor) -> Tensor:
@@ -228,15 +224,17 @@ def _quantized_linear(x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Ten
             return F.linear(x.to(dtype), dense, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
-def _quantized_linear_t(grad: Tensor, q: QuantizedWeight) -> Tensor:
+def _quantized_linear_t(grad: Tensor, q: QuantizedWeight, onto: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
-        return torch.ops.minisft.nf4_matmul_t(grad, *_fields_of(q))
+        y = torch.ops.minisft.nf4_matmul_t(grad, *_fields_of(q))
+        return y if onto is None else onto.add_(y)
     with torch.no_grad():
         if grad.is_cuda and grad.dtype != torch.float64:
-            return triton_matmul_t(grad, q)
+            y = triton_matmul_t(grad, q)
+            return y if onto is None else onto.add_(y)
         dtype = compute_dtype(grad)
         with dense_weight(q, dtype) as dense:
-            return (grad.to(dtype) @ dense).to(grad.dtype)
+            return (grad.to(dtype) @ dense).to(grad.dtype) if onto is None else onto.addmm_(grad, dense)
 
 
 def triton_matmul(x: Tensor, q: QuantizedWeight) -> Tensor:

@@ -368,7 +368,7 @@ def test_an_adapter_on_few_bf16_rows_is_one_call(
     calls = []
     native_matmul = cpu_matmul.native_matmul
     monkeypatch.setattr(matmul, "native_matmul", lambda *arguments: calls.append(arguments) or native_matmul(*arguments))
-    y = lora_fused.adapted_linear(x, *factors, base, 0.5)
+    (y,) = lora_fused.adapted_linears(x, [lora_fused.Adapted(base, *factors, 0.5)])
     assert len(calls) == 1
     assert float(((y.detach() - expected.detach()).abs() / expected.detach().abs().clamp(min=1.0)).max()) <= 2.0**-8 + 1e-5
     gradients = torch.autograd.grad(y, (x, *factors), upstream)

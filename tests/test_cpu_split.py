@@ -84,6 +84,16 @@ def test_no_bit_of_x_is_lost(numbers: list[float], transposed: bool, data: st.Da
     assert torch.equal(product(x, weight, transposed), wanted)
 
 
+def test_a_product_is_added_onto_what_there_is() -> None:
+    """By tiles, and by the BLAS where a weight is another number."""
+    grad, weight, onto = normal(70, 96), bf16_numbers(96, 64), normal(70, 64, seed=2)
+    for number in (1.0, 1.0 + 2.0**-20):
+        weight[-1, -1] = number
+        y = frozen_linear_t(grad, weight, onto.clone())
+        exact = onto.double() + grad.double() @ weight.double()
+        assert ((y - exact).abs() <= 300 * U * (onto.abs() + grad.abs() @ weight.abs())).all()
+
+
 @pytest.mark.parametrize("transposed", [True, False])
 def test_a_row_has_the_same_bits_beside_any_others(transposed: bool) -> None:
     x, weight = normal(900, 544), weights_of(544, 64, transposed)

@@ -491,7 +491,8 @@ def test_without_a_compiler_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> 
 # ---- other instructions, and a compiler that looks for faults ------------------------------------------------------------
 
 
-OTHERS = ("attention", "cpu_elementwise", "cpu_nf4", "fast_decode", "formats_gguf", "compressed", "twelve_bit", "gguf_copy")
+OTHERS = ("attention", "cpu_adapter", "cpu_elementwise", "cpu_nf4", "fast_decode", "formats_gguf", "compressed")
+OTHERS += ("twelve_bit", "gguf_copy")
 
 
 def run_again(folder: Path, options: str, environment: dict[str, str], tiles: bool = False) -> str:
@@ -501,7 +502,7 @@ def run_again(folder: Path, options: str, environment: dict[str, str], tiles: bo
     environment["CXX"] = f"{compiler} {options}"
     chosen = "family or lengths or same_bits or full_cache or rms_norm or swiglu or rotate or few_rows or any_bytes"
     chosen += " or values_and_gradients or common_beginning or past_is or blocks_of_queries or rounded_weights"
-    chosen += " or weights_themselves or any_words or every_number or row_holds or decoded_weights"
+    chosen += " or thin_products or weights_themselves or any_words or every_number or row_holds or decoded_weights"
     names = ["native_decode", *OTHERS]
     if tiles:
         chosen += " or tiles or for_any_threads or always_found"

@@ -15,6 +15,7 @@
 | ``twelve_bit.py`` ``cpu_twelve_bit.cpp`` ``cpu_twelve_bit.h`` | numbers in 12 bits, for that decoder | in registers |
 | ``gguf_copy.py`` | numbers of a GGUF file in its own 4 to 8 bits again, for the same | in registers |
 | ``cpu_elementwise.py`` ``cpu_elementwise.cpp`` | norms, SwiGLU and RoPE of a training step, on a CPU | - |
+| ``cpu_adapter.py`` ``cpu_adapter.cpp`` | what backward of adapters needs beside G W, on a CPU | - |
 | ``cpu_attention.py`` ``cpu_attention.cpp`` | attention within segments, and its backward, on a CPU | - |
 | ``cpu_gguf.py`` ``cpu_gguf.cpp`` | stored blocks of a GGUF file to fp32, on a CPU | once, to memory |
 

@@ -34,7 +34,8 @@ from minisft import nf4
 from minisft.common.user_cache import cache_folder, is_private
 
 _HERE = Path(__file__).parent
-SOURCES = [_HERE / f"cpu_{name}.cpp" for name in ("decode", "nf4", "attention", "twelve_bit", "elementwise", "split", "gguf")]
+_NAMES = ("decode", "nf4", "attention", "twelve_bit", "adapter", "elementwise", "split", "gguf")
+SOURCES = [_HERE / f"cpu_{name}.cpp" for name in _NAMES]
 HEADERS = [_HERE / name for name in ("cpu_lanes.h", "cpu_twelve_bit.h", "cpu_products.h", "cpu_tiles.h", "cpu_elementwise.h")]
 # -ffp-contract=off: a fused multiply-add has other bits. -fno-math-errno: a square root is an instruction, no call.
 # -nodefaultlibs: no C++ runtime, no second OpenMP runtime.
@@ -44,7 +45,7 @@ FLAGS += [f"-DNESTED_BLOCK_SIZE={nf4.NESTED_BLOCK_SIZE}", f"-DMAX_RECIPROCAL={nf
 LINK = ["-lc", "-lgcc", "-Wl,-z,defs"]  # defs: a symbol that nobody has must fail here, not at the first call
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")  # named, because GCC 12 takes newer AMD CPUs for ones without
 DIGEST_BYTES = hashlib.sha256().digest_size
-BUILD_SECONDS = 300  # seven files, about twenty-two on an idle core, sixteen on two
+BUILD_SECONDS = 300  # eight files, about twenty-two on an idle core, sixteen on two
 
 
 class Native(NamedTuple):
