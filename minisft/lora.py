@@ -9,6 +9,7 @@ Ref: Hu et al. 2021, arXiv:2106.09685.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,15 @@ class LoRALinear(Adapter):
             return True
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.base.parameters())
 
+    @property
+    def together(self) -> Callable[[Tensor, Sequence[LoRALinear]], Sequence[Tensor]] | None:
+        """What computes several layers of one x with one backward; None where it would be noticed that they are not called."""
+        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
+        watched = any(hooks) or nn.modules.module._has_any_global_hook()
+        own = type(self) is LoRALinear and "forward" not in self.__dict__ and not watched
+        trained = self.enabled and torch.is_grad_enabled() and not self.needs_autograd
+        return _together if own and trained and not torch.compiler.is_compiling() else None
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """A fresh adapter: A random, B zero."""
         bound = 1 / math.sqrt(self.lora_A.shape[1])
@@ -63,6 +73,10 @@ class LoRALinear(Adapter):
         """scaling * B A, (out, in) or some rows of it, in the factors' dtype."""
         A, B = self.factors()
         return self.scaling * (B.detach()[rows] @ A.detach())
+
+
+def _together(x: Tensor, layers: Sequence[LoRALinear]) -> Sequence[Tensor]:
+    return adapted_linears(x, [Adapted(layer.base, *layer.factors(), layer.scaling) for layer in layers])
 
 
 class LoRAEmbedding(Adapter):

@@ -168,8 +168,9 @@ class Attention(nn.Module):
 
     def forward(self, x_ND: Tensor, context: _Context, only: Tensor | None = None) -> Tensor:
         N, x_only = len(x_ND), _rows(x_ND, only)
-        inputs = ((self.q_proj, x_only), (self.k_proj, x_ND), (self.v_proj, x_ND))
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj, x in inputs)
+        projections = self.q_proj, self.k_proj, self.v_proj
+        qkv = _outputs(x_ND, projections) if only is None else [self.q_proj(x_only), *_outputs(x_ND, projections[1:])]
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
         if only is not None:  # a query for each token is what attention takes; nobody reads what comes of the zeros
             q = q.new_zeros(N, *q.shape[1:]).index_copy(0, only, q)
         if self.qk_norm:
@@ -191,6 +192,16 @@ class Attention(nn.Module):
             seen = slice(None), slice(None), slice(context.end)
             out = attend_cached(q.view(B, T, -1, self.head_dim), keys[seen], values[seen], context.attn_masks[self.window])
         return self.o_proj(_rows(out.reshape(N, -1), only))
+
+
+def _outputs(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """``[layer(x) for layer in layers]``. What replaces linears may offer ``together``, a function of x and several of them."""
+    ways = [getattr(layer, "together", None) for layer in layers]
+    joined = [layer for layer, way in zip(layers, ways, strict=True) if way is not None]
+    if len(joined) < 2:
+        return [layer(x) for layer in layers]
+    found = dict(zip(joined, next(filter(None, ways))(x, joined), strict=True))
+    return [found[layer] if layer in found else layer(x) for layer in layers]
 
 
 def _rows(x: Tensor, only: Tensor | None) -> Tensor:
@@ -220,7 +231,7 @@ class MLP(nn.Module):
         self.gated = geglu if config.activation == "gelu" else swiglu
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x_ND), self.up_proj(x_ND)
+        gate, up = _outputs(x_ND, (self.gate_proj, self.up_proj))
         product = self.gated(gate, up)
         with _computed_again(self, product, self.gated, gate, up):
             return self.down_proj(product)

@@ -7,16 +7,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import LLAMA, QWEN2, assert_close, build, randn
+from tiny import LLAMA, QWEN2, assert_close, assert_same, build, gradients, randn
 from torch import Tensor, nn
 
-from minisft import matmul
+from minisft import lora, matmul
 from minisft.common.errors import UserError
-from minisft.config import LoRAConfig
+from minisft.config import LoRAConfig, QuantConfig
 from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.matmul import Linear
 from minisft.nf4_linear import NF4Linear
-from minisft.surgery import apply_lora_
+from minisft.surgery import apply_lora_, lora_modules, quantize_
 
 sizes = st.sampled_from([1, 2, 3, 7, 8, 15, 16, 17, 31, 33])
 batches = st.sampled_from([(), (0,), (1,), (5,), (2, 3), (0, 3), (2, 1, 3)])
@@ -167,6 +167,56 @@ def test_an_unfrozen_base_is_trained_too():
     assert_close(layer.base.weight.grad, upstream.T @ x)
     assert_close(layer.base.bias.grad, upstream.sum(0))
     assert_close(layer.lora_B.grad, layer.scaling * upstream.T @ (x @ layer.lora_A.T))
+
+
+# Several layers of one x
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj", "up_proj")], ids=["all", "some"])
+@pytest.mark.parametrize("in_4_bits", [False, True])
+def test_layers_of_one_x_have_one_backward(in_4_bits, targets):
+    """q, k and v, and gate and up: the gradients are those that each has by itself, which a hook on it brings about."""
+    found, calls = [], {}
+    for watched in (False, True):
+        model = build(LLAMA)
+        if in_4_bits:
+            quantize_(model, QuantConfig())
+        apply_lora_(model, LoRAConfig(rank=2, alpha=3.0, targets=targets))
+        for layer in map(trained, lora_modules(model).values()):
+            if watched:
+                layer.register_forward_hook(lambda *_: None)
+        with mock.patch.object(lora, "adapted_linears", wraps=lora.adapted_linears) as called:
+            logits = model(torch.arange(12).view(2, 6))
+        calls[watched] = [len(layers) for _, layers in (call.args for call in called.call_args_list)]
+        logits.square().sum().backward()
+        found.append((logits.detach(), gradients(model)))
+    together, alone = ([3, 1, 2, 1], 7) if targets == "all-linear" else ([2, 1], 3)
+    assert calls == {False: LLAMA.num_layers * together, True: LLAMA.num_layers * alone * [1]}
+    assert torch.equal(found[0][0], found[1][0])
+    assert_same(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize(
+    "what", ["hook before", "hook after", "hook of backward", "hook of all", "own forward", "off", "dropout", "no_grad"]
+)
+def test_a_layer_is_called_where_somebody_would_notice(what):
+    layer = LoRALinear(make_linear(5, 4, False, torch.float32), 2, 3.0, dropout=0.5 if what == "dropout" else 0.0)
+    if what != "dropout":
+        assert layer.together is not None
+    registers = {
+        "hook before": layer.register_forward_pre_hook, "hook after": layer.register_forward_hook,
+        "hook of backward": layer.register_full_backward_hook, "hook of all": nn.modules.module.register_module_forward_hook,
+    }  # fmt: skip
+    handle = registers[what](lambda *_: None) if what in registers else None
+    if what == "own forward":
+        layer.forward = layer.forward
+    elif what == "off":
+        layer.enabled = False
+    with torch.set_grad_enabled(what != "no_grad"):
+        together = layer.together
+    if handle is not None:
+        handle.remove()
+    assert together is None
 
 
 # Dropout
