@@ -22,7 +22,7 @@ from pathlib import Path
 
 import gemm_share
 import torch
-from bench_train import BANKING77, BATCH_SIZE, DTYPES, RANK, Minisft, make_rows
+from bench_train import BANKING77, BATCH_SIZE, DTYPES, NARROW, Minisft, make_rows
 from harness import spread
 
 from minisft.kernels import cpu_nf4
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=0, help="of the share of its products; 0 for none")
     parser.add_argument("--functions", action="store_true", help="time the functions instead")
     parser.add_argument("--products", action="store_true", help="time products with bf16 numbers instead")
-    parser.add_argument("--turns", type=int, default=0, help="of whole steps without AMX tiles and with them")
+    parser.add_argument("--turns", type=int, default=0, help="of whole steps by PyTorch's products and by ours")
     arguments = parser.parse_args()
     dtype = arguments.dtype
     if arguments.products:
@@ -151,14 +151,15 @@ def main() -> None:
         trainer = Minisft(f"{folder}/{dtype}", dtype, "none", "minisft packed, each row whole", data["rows"], data["pad_id"])
     step = functools.partial(trainer.step, 0, BATCH_SIZE)
     if arguments.turns:
-        plain, tiles = in_turns((gemm_share.without_tiles()(step), step), [()] * (arguments.turns + 1))
-        print("seconds without tiles", spread(plain), "with them", spread(tiles))
-        print("ratio", spread([a / b for a, b in zip(plain, tiles, strict=True)]))
+        plain, ours = in_turns((gemm_share.by_pytorch()(step), step), [()] * (arguments.turns + 1))
+        print("seconds by PyTorch", spread(plain), "by ours", spread(ours))
+        print("ratio", spread([a / b for a, b in zip(plain, ours, strict=True)]))
         return
     print("seconds of a step", seconds(step, arguments.steps))
     if arguments.rounds:
-        found = gemm_share.measure(step, arguments.rounds, narrow=RANK, clock=time.process_time)
-        print("share", spread(found["shares"]), f"{found['gflops']:.1f} GFLOP at {found['gflops_per_s']:.0f} GFLOP/s")
+        found = gemm_share.measure(step, arguments.rounds, narrow=NARROW, clock=time.process_time)
+        print("share", spread(found["shares"]), f"of at most {found['ceiling']:.2f}")
+        print(f"{found['gflops']:.1f} GFLOP at {found['gflops_per_s']:.0f} GFLOP/s")
 
 
 if __name__ == "__main__":

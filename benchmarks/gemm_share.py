@@ -4,7 +4,11 @@
 
 The products are those that the step makes, with their shapes and layouts, each timed by itself on matrices of its own, in
 turns with the step and in the same process. Products with a side of ``narrow`` or less (adapters) do not count: they are work
-beside the model's own. Multiplying less for the same step makes it faster and leaves the share as it is. The rate is that
+beside the model's own. At the same rate they would take their part too, so a step of the BLAS's products has a share of at most
+
+    ceiling = operations of the products that count / operations of all products
+
+Multiplying less for the same step makes it faster and leaves the share as it is. The rate is that
 of PyTorch's products: a step that multiplies faster by itself (``minisft.kernels.cpu_split``) may have a share above 1.
 """
 
@@ -21,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minisft.kernels import cpu_nf4
+from minisft.kernels import cpu_adapter, cpu_nf4
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
 Product = tuple[Layout, Layout, torch.dtype]
@@ -35,6 +39,7 @@ class Products(TorchDispatchMode):
         super().__init__()
         self.narrow = narrow
         self.made: Counter[Product] = Counter()
+        self.beside: Counter[Product] = Counter()
 
     def __torch_dispatch__(
         self, func: Callable, types: object, args: Sequence = (), kwargs: Mapping[str, object] | None = None
@@ -42,19 +47,20 @@ class Products(TorchDispatchMode):
         first = OPERANDS.get(func._schema.name)
         if first is not None:
             a, b = args[first : first + 2]
-            if min(*a.shape, b.shape[1]) > self.narrow:
-                self.made[_layout(a), _layout(b), a.dtype] += 1
+            counter = self.made if min(*a.shape, b.shape[1]) > self.narrow else self.beside
+            counter[_layout(a), _layout(b), a.dtype] += 1
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def without_tiles() -> Iterator[None]:
-    """minisft asks PyTorch for all products, which can count them."""
-    before, cpu_nf4.USE_TILES = cpu_nf4.USE_TILES, False
+def by_pytorch() -> Iterator[None]:
+    """minisft asks PyTorch for all products of a training step, which can count them."""
+    before = cpu_nf4.USE_TILES, cpu_adapter.MIN_ROWS
+    cpu_nf4.USE_TILES, cpu_adapter.MIN_ROWS = False, 2**62
     try:
         yield
     finally:
-        cpu_nf4.USE_TILES = before
+        cpu_nf4.USE_TILES, cpu_adapter.MIN_ROWS = before
 
 
 def _layout(matrix: Tensor) -> Layout:
@@ -96,11 +102,12 @@ def measure(
         clock: what is measured; ``time.process_time`` where other work runs beside.
 
     Returns:
-        ``shares``, one a round; the step's ``gflops`` (counted, in units of 1e9) and the machine's ``gflops_per_s``.
+        ``shares``, one a round, and their ``ceiling``; the step's ``gflops`` (counted, in units of 1e9) and the machine's
+        ``gflops_per_s``.
     """
-    with Products(narrow) as products, without_tiles():
+    with Products(narrow) as products, by_pytorch():
         step()
-    total = sum(flops(product) * count for product, count in products.made.items()) / 1e9
+    total, beside = (sum(flops(product) * n for product, n in some.items()) / 1e9 for some in (products.made, products.beside))
     shares, rates = [], []
     for _ in range(rounds):
         began = clock()
@@ -109,4 +116,5 @@ def measure(
         alone = sum(seconds_of(product, repeats, clock) * count for product, count in products.made.items())
         shares.append(alone / whole)
         rates.append(total / alone)
-    return {"shares": shares, "gflops": total, "gflops_per_s": statistics.median(rates)}
+    rate = statistics.median(rates)
+    return {"shares": shares, "gflops": total, "gflops_per_s": rate, "ceiling": total / (total + beside)}
