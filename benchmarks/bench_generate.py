@@ -1,7 +1,8 @@
 """Greedy decoding with SmolLM2-135M: one stream and eight, against transformers and llama.cpp, in turns.
 
-    python benchmarks/bench_generate.py [--rounds 5] [--weights fp32,nf4,bf16,file]
+    python benchmarks/bench_generate.py [--rounds 5] [--weights fp32,nf4,bf16,file] [--before CHECKOUT]
     python benchmarks/bench_generate.py --quick    # 4 tokens, one round: does everything still run?
+    python benchmarks/bench_generate.py --table    # the results file's numbers as a table in Markdown
 
 Prompts of different lengths, 64 new tokens each, no end token, so that all do the same work. In fp32 the tokens of transformers
 must be ours before anything is timed; how many of llama.cpp's are is counted, up to our first end token, which it may not say.
@@ -14,7 +15,9 @@ for that the pretrained model, whose own file has 4 bits, is first rounded to bf
 llama.cpp beside NF4. In the cells "file" it is not: there all have the numbers of the Q4_1 file, in fp32 but for llama.cpp
 and for "compressed", which reads them in the file's bits. "fast decode" reads dense weights in 8 bits (``--fast-decode``), and
 its drift from the exact one is measured in its answers to the same prompts. NF4 has no contestant in transformers on a CPU that
-multiplies without decoding the weight first. The adapter has rank 16, on every linear but the head.
+multiplies without decoding the weight first. "before" is minisft in another checkout, the last
+without native decoding (``git worktree add CHECKOUT c014459``). The adapter has rank 16, on every linear but the head. What it
+costs is measured in one process, with it and with it off, in turns: what memory a process got makes more of a difference.
 
 A step is (time of 64 tokens - time of 1) / 63 for everybody, so reading the prompts is left out of it; llama.cpp's own count
 (``predicted_ms`` over 63) stands beside it. The memory limit is the bytes of a contestant's weights over the speed at which
@@ -31,7 +34,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,15 +43,20 @@ import decode_llama_cpp
 import torch
 from decode_contestants import (
     ADAPTED,
+    ADAPTED_COPIES,
+    BEFORE,
+    BESIDE,
     COMPRESSED,
     FAST,
     FP32,
     HALF,
     LLAMA_CPP,
     MINISFT,
+    OFF,
     PLAIN,
     READABLE,
     TRANSFORMERS,
+    WITHOUT,
     Contestant,
 )
 from harness import Worker, note, out_folder, provenance, save, save_svg, spread
@@ -73,7 +81,8 @@ QUESTIONS = (
     "How many minutes are there in a day, and how many in a week? Show how you get there.",
 )
 NAMES = {"fp32": "fp32", "bf16": "bf16", "nf4": "NF4", "file": "Q4_1 file"}
-OVER = {"fp32": PLAIN, "nf4": MINISFT}  # what an adapter beside the weights is compared with
+# With an adapter, and without. Merged, a layer of 4 bits is a dense one, and a dense one's numbers have no compressed copy.
+ADAPTERS = [("fp32", ADAPTED, WITHOUT), ("nf4", ADAPTED, WITHOUT), ("fp32", ADAPTED_COPIES, PLAIN)]
 COLOURS = {
     TRANSFORMERS: "#8a8a8a", READABLE: "#a6d4f2", MINISFT: "#0072b2", COMPRESSED: "#cc79a7", HALF: "#56b4e9", FAST: "#009e73",
     LLAMA_CPP: "#d55e00",
@@ -105,7 +114,7 @@ def agreement(tokens: dict[str, list[list[int]]], ends: set[int]) -> dict[str, d
     """Of each contestant, prompt by prompt: tokens equal to minisft's, of so many before an end token of minisft's."""
     found = {}
     for name, theirs in tokens.items():
-        mine = tokens[PLAIN] if name == ADAPTED and PLAIN in tokens else tokens[MINISFT]
+        mine = tokens[PLAIN] if name in (ADAPTED, ADAPTED_COPIES) and PLAIN in tokens else tokens[MINISFT]
         of = [next((i for i, t in enumerate(row) if t in ends), len(row)) for row in mine]
         same = [min(same_beginning(a, b), n) for a, b, n in zip(mine, theirs, of, strict=True)]
         found[name] = {"same_tokens": same, "of": of}
@@ -121,7 +130,7 @@ def compete(
     reads, same = [], {}
     for turn in range(rounds + 1):
         order = list(workers.items())[:: -1 if turn % 2 else 1]  # nobody is always the last
-        answers = {who.name: process.ask(streams=streams, new_tokens=new_tokens) for who, process in order}
+        answers = {who.name: process.ask(streams=streams, new_tokens=new_tokens, adapter=who.adapter) for who, process in order}
         tokens = {name: answer.pop("tokens") for name, answer in answers.items()}
         speed = read_bytes_per_s(numbers)
         if turn == 0:
@@ -177,16 +186,19 @@ def ratio(over: list[float], under: list[float]) -> dict[str, float]:
     return spread([a / b for a, b in zip(over, under, strict=True)])
 
 
-def cells(folder: Path, chosen: list[str], rounds: int, new_tokens: int, ends: set[int]) -> Iterator[dict]:
+def cells(folder: Path, chosen: list[str], rounds: int, new_tokens: int, ends: set[int], before: Path | None) -> Iterator[dict]:
     """Each with processes of its own, so that peak memory is the cell's."""
     llama_cpp = has_llama_cpp()
     ggufs = {weights: gguf_of(weights, folder) if llama_cpp else None for weights in chosen}
     for streams in STREAMS:
         for weights in chosen:
-            everybody = decode_contestants.contestants_of(weights, streams, llama_cpp)
-            workers = {who: started(who, streams, folder, ggufs[weights]) for who in everybody}
+            everybody = decode_contestants.contestants_of(weights, streams, llama_cpp, before is not None)
+            workers: dict[Contestant, Worker] = {}
+            for who in everybody:
+                shared = replace(who, name=ADAPTED, adapter=BESIDE)
+                workers[who] = workers[shared] if who.adapter == OFF else started(who, streams, folder, ggufs[weights], before)
             yield compete(weights, streams, workers, rounds, new_tokens, ends)
-            for process in workers.values():
+            for process in set(workers.values()):
                 process.close()
 
 
@@ -198,13 +210,14 @@ def has_llama_cpp() -> bool:
     return False
 
 
-def started(who: Contestant, streams: int, folder: Path, gguf: Path | None) -> Worker:
+def started(who: Contestant, streams: int, folder: Path, gguf: Path | None, before: Path | None) -> Worker:
     if who.program != LLAMA_CPP:
         model = folder / ("file" if who.weights == "file" else "model")
         if who.weights == "file" and who.program != TRANSFORMERS:
             model = gguf_of("file", folder)
         arguments = decode_contestants.command_of(who, model, folder / "prompts.json")
-        return Worker(Path(decode_contestants.__file__), arguments, {})
+        environment = {"PYTHONPATH": str(before)} if who.program == BEFORE else {}
+        return Worker(Path(decode_contestants.__file__), arguments, environment)
     arguments = [str(gguf), str(folder / "prompts.json"), str(streams), str(torch.get_num_threads())]
     process = Worker(Path(decode_llama_cpp.__file__), arguments, {})
     process.ready["weight_bytes"] = gguf_bytes(Path(str(gguf)))
@@ -243,7 +256,7 @@ def contestant(found: list[dict], weights: str, streams: int, name: str) -> dict
 def targets(found: list[dict], clock: str) -> list[dict]:
     """What was hoped for, and whether it came true; nothing where a contestant is missing."""
     wanted = [(weights, 1, MINISFT, None, 0.7) for weights in ("fp32", "bf16")]
-    peers = (READABLE, TRANSFORMERS)
+    peers = (READABLE, BEFORE, TRANSFORMERS)
     wanted += [(w, 1, name, peer, 3.0) for w in ("fp32", "bf16") for peer in peers for name in (MINISFT, COMPRESSED)]
     ways = (MINISFT, COMPRESSED, HALF, FAST)
     wanted += [("nf4", 1, name, peer, least) for peer, least in ((LLAMA_CPP, 0.9), (FP32, 2.5)) for name in ways]
@@ -262,11 +275,11 @@ def targets(found: list[dict], clock: str) -> list[dict]:
         met = value["median"] >= least
         which = weights + name.removeprefix(MINISFT)
         verdicts.append(verdict(f"{which}, {plural(streams)}: {what}", value, f"{least} or more", met))
-    for weights, without in OVER.items():
-        beside = adapter_ratio(found, weights, clock)
-        if beside is not None:
-            what = f"{weights}, one stream: adapter beside the weights over {'merged' if without == PLAIN else 'none'}"
-            verdicts.append(verdict(what, beside, "1.05 or less", beside["median"] <= 1.05))
+    for weights, beside, alone in ADAPTERS:
+        cost = adapter_ratio(found, weights, beside, alone, clock)
+        if cost is not None:
+            what = f"{weights}, one stream: {beside.removeprefix(f'{MINISFT}, ')} over {alone.removeprefix(f'{MINISFT}, ')}"
+            verdicts.append(verdict(what, cost, "1.05 or less", cost["median"] <= 1.05))
     return verdicts
 
 
@@ -274,18 +287,18 @@ def verdict(what: str, value: dict, wanted: str, met: bool) -> dict:
     return {"target": what, "value": value, "wanted": wanted, "met": met}
 
 
-def adapter_ratio(found: list[dict], weights: str, clock: str) -> dict | None:
-    """Its step over that of the same weights with the adapter merged; over 4 bits alone, for merged they are dense."""
-    beside, alone = (contestant(found, weights, 1, name) for name in (ADAPTED, OVER[weights]))
-    return None if beside is None or alone is None else ratio(beside["steps"][clock], alone["steps"][clock])
+def adapter_ratio(found: list[dict], weights: str, beside: str, alone: str, clock: str) -> dict | None:
+    """Its step over that of the other one."""
+    rows = [contestant(found, weights, 1, name) for name in (beside, alone)]
+    return None if None in rows else ratio(*(row["steps"][clock] for row in rows))
 
 
 def plural(streams: int) -> str:
     return {1: "one stream", 8: "eight streams"}.get(streams, f"{streams} streams")
 
 
-def shown(value: dict) -> str:
-    return f"{value['median']:.2f} ({value['q1']:.2f} to {value['q3']:.2f})"
+def shown(value: dict, digits: int = 2) -> str:
+    return "{median:.{0}f} ({q1:.{0}f} to {q3:.{0}f})".format(digits, **value)
 
 
 def line(cell: dict, row: dict, clock: str) -> str:
@@ -337,17 +350,37 @@ def _speeds(axes: Axes, some: list[dict], clock: str) -> None:
 
 
 def _adapters(axes: Axes, found: list[dict], clock: str) -> None:
-    ratios = {weights: adapter_ratio(found, weights, clock) for weights in OVER}
-    known = {weights: value for weights, value in ratios.items() if value is not None}
+    labels = ["fp32,\nover off", "NF4,\nover off", "compressed,\nover merged"]
+    costs = [adapter_ratio(found, *names, clock) for names in ADAPTERS]
+    known = {label: value for label, value in zip(labels, costs, strict=True) if value is not None}
     for x, value in enumerate(known.values()):
         spans = [[value["median"] - value["q1"]], [value["q3"] - value["median"]]]
         axes.bar(x, value["median"], 0.5, yerr=spans, color=COLOURS[MINISFT], capsize=2)
-        axes.text(x, 0.5, f"{value['median']:.2f}", ha="center", va="center", fontsize=9, color="white")
+        axes.text(x, 0.25, f"{value['median']:.2f}", ha="center", va="center", fontsize=9, color="white")
     axes.axhline(1.05, color="black", linewidth=0.8, linestyle="--")
-    axes.set_xticks(range(len(known)), [{"fp32": "fp32,\nover merged", "nf4": "NF4,\nover none"}[weights] for weights in known])
+    axes.set_xticks(range(len(known)), list(known), fontsize=7.5)
     axes.set_title("a step with adapter", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
+
+
+def table(result: dict) -> Iterator[str]:
+    """The rows of benchmarks/README.md: ``minisft is faster`` is the other's step over ours."""
+    clock = result["clock"]
+    yield "| weights, streams | | MB of weights | ms a step | tokens/s | minisft is faster | of memory | peak, GB |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for cell in result["decoding"]:
+        first = f"{NAMES[cell['weights']]}, {plural(cell['streams']).split()[0]}"
+        for row in cell["contestants"]:
+            share = f"{row['memory_share'][clock]['median']:.2f}" if cell["streams"] == 1 else ""
+            faster = "" if row["name"] == MINISFT else shown(row["ratio"][clock])
+            name, share = (f"**{text}**" if row["name"] == MINISFT and text else text for text in (row["name"], share))
+            cells = [first, name, f"{row['weight_bytes'] / 1e6:.0f}", shown(row["step_ms"][clock], 1)]
+            cells += [f"{row['tokens_per_s'][clock]['median']:.1f}", faster, share, f"{row['peak_bytes'] / 1e9:.2f}"]
+            yield f"| {' | '.join(cells)} |"
+            first = ""
+    yield ""
+    yield from (f"- {item['target']}: {shown(item['value'])}; {item['wanted']}" for item in result["targets"])
 
 
 def from_start_to_end(found: list[dict], clock: str, new_tokens: int) -> dict:
@@ -364,9 +397,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default=",".join(WEIGHTS), help="which cells")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--before", type=Path, help="a checkout of minisft as it was, which takes part in one stream")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", action="store_true", help="print what there is instead")
     arguments = parser.parse_args()
+    if arguments.table:
+        print("\n".join(table(json.loads((out_folder(arguments.out, False) / "generate.json").read_text()))))
+        return
+    if arguments.before is not None and not (arguments.before / "minisft" / "__init__.py").is_file():
+        raise SystemExit(f"--before: no minisft in {arguments.before}; git worktree add {arguments.before} c014459")
     if unknown := set(arguments.weights.split(",")) - set(WEIGHTS):
         raise SystemExit(f"--weights: {' '.join(sorted(unknown))} is none of {' '.join(WEIGHTS)}")
     run(arguments)
@@ -382,8 +422,9 @@ def run(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     place, found = out_folder(arguments.out, arguments.quick), []
     with tempfile.TemporaryDirectory() as name:
-        result["prompt_tokens"], ends = prepare(Path(name), arguments.weights.split(","))
-        for cell in cells(Path(name), arguments.weights.split(","), rounds, new_tokens, ends):
+        chosen, before = arguments.weights.split(","), arguments.before and arguments.before.resolve()
+        result["prompt_tokens"], ends = prepare(Path(name), chosen)
+        for cell in cells(Path(name), chosen, rounds, new_tokens, ends, before):
             print("\n".join(line(cell, row, clock) for row in cell["contestants"]), flush=True)
             python, speed = cell["python_ms_a_step"]["median"], cell["read_bytes_per_s"][clock]["median"]
             print(f"  Python {python:.2f} ms a step of minisft; reading {speed / 1e9:.1f} GB/s", flush=True)

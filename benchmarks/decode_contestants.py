@@ -10,14 +10,15 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from harness import peak_rss_bytes, serve
 from torch import nn
 
-NONE, BESIDE, MERGED = "none", "beside", "merged"
+NONE, BESIDE, MERGED, OFF = "none", "beside", "merged", "off"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32, "nf4, rest bf16": torch.bfloat16}
 DTYPES |= {"file": torch.float32}  # what a GGUF file of 4 bits stands for
 RANK, STD_OF_B = 16, 0.01  # an adapter whose B is not zero, so that merging moves every weight
@@ -26,9 +27,10 @@ MOST_ROWS = 8
 
 @dataclass(frozen=True)
 class Contestant:
-    """``program``: transformers, readable (minisft without its native step), minisft or llama.cpp.
+    """``program``: transformers, readable (minisft without its native step), minisft, minisft as it was before, or llama.cpp.
 
-    ``fast``: --fast-decode. ``compressed``: weights read from exact copies, as the command line does.
+    ``adapter``: where it is off, its process is that of the adapter beside the weights: the same bytes of memory, multiplied by
+    with and without it. ``fast``: --fast-decode. ``compressed``: weights read from exact copies, as the command line does.
     """
 
     name: str
@@ -39,14 +41,16 @@ class Contestant:
     compressed: bool = False
 
 
-TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP = "transformers", "readable", "minisft", "llama.cpp"
-ADAPTED, PLAIN, FP32, HALF = "minisft, adapter", "minisft, merged", "minisft, fp32", "minisft, rest bf16"
-FAST, COMPRESSED = "minisft, fast decode", "minisft, compressed"
+TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, BEFORE = "transformers", "readable", "minisft", "llama.cpp", "minisft, before"
+ADAPTED, WITHOUT, PLAIN, FP32 = "minisft, adapter", "minisft, adapter off", "minisft, merged", "minisft, fp32"
+FAST, COMPRESSED, ADAPTED_COPIES = "minisft, fast decode", "minisft, compressed", "minisft, compressed, adapter"
+HALF = "minisft, rest bf16"
 
 
-def contestants_of(weights: str, streams: int, llama_cpp: bool) -> list[Contestant]:
+def contestants_of(weights: str, streams: int, llama_cpp: bool, before: bool) -> list[Contestant]:
     """All of a cell, in the order of their turns."""
     programs = ([TRANSFORMERS] if weights != "nf4" else []) + ([READABLE] if streams == 1 else [])
+    programs += [BEFORE] if before and streams == 1 and weights != "file" else []
     programs += [MINISFT] + ([LLAMA_CPP] if llama_cpp else [])
     found = [Contestant(program, program, weights) for program in programs]
     found.append(Contestant(COMPRESSED, MINISFT, weights, compressed=True))
@@ -57,13 +61,28 @@ def contestants_of(weights: str, streams: int, llama_cpp: bool) -> list[Contesta
     if weights == "nf4" and streams == 1:
         found.append(Contestant(FP32, MINISFT, "fp32"))
     if weights in ("fp32", "nf4") and streams == 1:
-        found.append(Contestant(ADAPTED, MINISFT, weights, BESIDE))
+        found += [Contestant(ADAPTED, MINISFT, weights, BESIDE), Contestant(WITHOUT, MINISFT, weights, OFF)]
     if weights == "fp32" and streams == 1:
         found.append(Contestant(PLAIN, MINISFT, weights, MERGED))
+        found.append(Contestant(ADAPTED_COPIES, MINISFT, weights, BESIDE, compressed=True))
     return found
 
 
 Answer = Callable[[list[list[int]], int], list[list[int]]]
+
+
+@dataclass
+class Subject:
+    """What continues prompts; bytes of its weights; what tells how long the native step ran since it was last asked.
+
+    ``without``: a block within which its adapter is off. ``more``: the drift of fast decoding.
+    """
+
+    answer: Answer
+    weight_bytes: int
+    taken: Callable[[], float] = lambda: 0.0
+    without: Callable[[], AbstractContextManager] = nullcontext
+    more: dict = field(default_factory=dict)
 
 
 def adapt_(model: nn.Module, merged: bool) -> None:
@@ -103,13 +122,12 @@ def compressed_(model: nn.Module) -> int:
     return dense_bytes(model) - found.num_bytes
 
 
-def ours(folder: str, contestant: Contestant, prompts: list[list[int]]) -> tuple[Answer, Callable[[], float], int, dict]:
-    """What continues prompts, what tells how long the native step ran since it was last asked, bytes of weights; the drift."""
+def ours(folder: str, contestant: Contestant, prompts: list[list[int]]) -> Subject:
+    """minisft, with its native step timed, without it, or as it was before there was one."""
     from minisft import QuantConfig, generation
     from minisft.formats import load_model
     from minisft.kernels import cpu_nf4
-    from minisft.native.decoder import decode_path
-    from minisft.surgery import weight_bytes
+    from minisft.surgery import adapters_off, weight_bytes
 
     quant = QuantConfig() if contestant.weights.startswith("nf4") else None
     model = load_model(folder, dtype=DTYPES[contestant.weights], quant=quant)[0]
@@ -120,6 +138,8 @@ def ours(folder: str, contestant: Contestant, prompts: list[list[int]]) -> tuple
     less += compressed_(model) if contestant.compressed else 0
     inside = [0.0]
     if contestant.program == MINISFT:
+        from minisft.native.decoder import decode_path
+
         assert decode_path(model, MOST_ROWS).startswith("native code"), decode_path(model, MOST_ROWS)
         library = cpu_nf4.library()
         step = library.decode_step
@@ -130,7 +150,7 @@ def ours(folder: str, contestant: Contestant, prompts: list[list[int]]) -> tuple
             inside[0] += time.perf_counter() - began
 
         library.decode_step = timed
-    else:
+    elif contestant.program == READABLE:
         generation.next_logits_of = lambda model, _: (
             lambda ids, cache: model.head(model.hidden(ids[:, None], cache=cache)[:, 0])
         )
@@ -142,10 +162,10 @@ def ours(folder: str, contestant: Contestant, prompts: list[list[int]]) -> tuple
         seconds, inside[0] = inside[0], 0.0
         return seconds
 
-    return answer, taken, weight_bytes(model) - less, drift
+    return Subject(answer, weight_bytes(model) - less, taken, lambda: adapters_off(model), drift)
 
 
-def theirs(folder: str, weights: str) -> tuple[Answer, int]:
+def theirs(folder: str, weights: str) -> Subject:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[weights]).eval()
@@ -161,7 +181,7 @@ def theirs(folder: str, weights: str) -> tuple[Answer, int]:
             )  # fmt: skip
         return out[:, longest:].tolist()
 
-    return answer, sum(p.numel() * p.element_size() for p in model.parameters())
+    return Subject(answer, sum(p.numel() * p.element_size() for p in model.parameters()))
 
 
 def measured(answer: Answer, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], float, float]:
@@ -173,24 +193,23 @@ def measured(answer: Answer, prompts: list[list[int]], new_tokens: int) -> tuple
 
 def worker(contestant: Contestant, folder: str, prompts_path: str) -> None:
     prompts = json.loads(Path(prompts_path).read_text())
-    if contestant.program == TRANSFORMERS:
-        (answer, num_bytes), taken, more = theirs(folder, contestant.weights), lambda: 0.0, {}
-    else:
-        answer, taken, num_bytes, more = ours(folder, contestant, prompts)
+    is_theirs = contestant.program == TRANSFORMERS
+    subject = theirs(folder, contestant.weights) if is_theirs else ours(folder, contestant, prompts)
 
     def work(command: dict) -> dict:
         """The time of one token and of all of them, on as many streams as were asked for."""
         chosen, num_tokens = prompts[-command["streams"] :], command["new_tokens"]
-        _, first, first_cpu = measured(answer, chosen, 1)
-        taken()
-        tokens, seconds, cpu = measured(answer, chosen, num_tokens)
+        with subject.without() if command["adapter"] == OFF else nullcontext():
+            _, first, first_cpu = measured(subject.answer, chosen, 1)
+            subject.taken()
+            tokens, seconds, cpu = measured(subject.answer, chosen, num_tokens)
         steps = num_tokens - 1
         return {
             "tokens": tokens, "seconds": seconds, "cpu_seconds": cpu, "step_s": (seconds - first) / steps,
-            "cpu_step_s": (cpu - first_cpu) / steps, "native_s": taken() / steps, "peak_bytes": peak_rss_bytes(),
+            "cpu_step_s": (cpu - first_cpu) / steps, "native_s": subject.taken() / steps, "peak_bytes": peak_rss_bytes(),
         }  # fmt: skip
 
-    serve({"weight_bytes": num_bytes, **more}, work)
+    serve({"weight_bytes": subject.weight_bytes, **subject.more}, work)
 
 
 def command_of(contestant: Contestant, folder: Path, prompts: Path) -> list[str]:

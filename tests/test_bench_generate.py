@@ -22,6 +22,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_generate  # noqa: E402
 from decode_contestants import (  # noqa: E402
     ADAPTED,
+    ADAPTED_COPIES,
+    BEFORE,
     COMPRESSED,
     FAST,
     FP32,
@@ -31,6 +33,7 @@ from decode_contestants import (  # noqa: E402
     PLAIN,
     READABLE,
     TRANSFORMERS,
+    WITHOUT,
     Contestant,
     contestants_of,
 )
@@ -47,6 +50,9 @@ def cell(weights: str, streams: int, **steps: float) -> dict:
     found = {name.replace("_", " "): answers(step) for name, step in steps.items()}
     who = {
         "adapter": ADAPTED,
+        "off": WITHOUT,
+        "both": ADAPTED_COPIES,
+        "before": BEFORE,
         "merged": PLAIN,
         "llama": LLAMA_CPP,
         "half": HALF,
@@ -63,18 +69,21 @@ def cell(weights: str, streams: int, **steps: float) -> dict:
 
 
 def test_who_takes_part_where() -> None:
-    names = {(w, s): [c.name for c in contestants_of(w, s, True)] for w in ("fp32", "bf16", "nf4", "file") for s in (1, 8)}
+    cells = [(weights, streams) for weights in ("fp32", "bf16", "nf4", "file") for streams in (1, 8)]
+    names = {at: [c.name for c in contestants_of(*at, True, False)] for at in cells}
     assert names == {
-        ("fp32", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, COMPRESSED, FAST, ADAPTED, PLAIN],
+        ("fp32", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, COMPRESSED, FAST, ADAPTED, WITHOUT, PLAIN, ADAPTED_COPIES],
         ("fp32", 8): [TRANSFORMERS, MINISFT, LLAMA_CPP, COMPRESSED, FAST],
         ("bf16", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, COMPRESSED, FAST],
         ("bf16", 8): [TRANSFORMERS, MINISFT, LLAMA_CPP, COMPRESSED, FAST],
-        ("nf4", 1): [READABLE, MINISFT, LLAMA_CPP, COMPRESSED, FAST, HALF, FP32, ADAPTED],
+        ("nf4", 1): [READABLE, MINISFT, LLAMA_CPP, COMPRESSED, FAST, HALF, FP32, ADAPTED, WITHOUT],
         ("nf4", 8): [MINISFT, LLAMA_CPP, COMPRESSED, FAST, HALF],
         ("file", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, COMPRESSED],
         ("file", 8): [TRANSFORMERS, MINISFT, LLAMA_CPP, COMPRESSED],
     }
-    assert LLAMA_CPP not in [c.name for c in contestants_of("nf4", 1, False)]
+    assert LLAMA_CPP not in [c.name for c in contestants_of("nf4", 1, False, False)]
+    with_before = [at for at in cells if BEFORE in [c.name for c in contestants_of(*at, False, True)]]
+    assert with_before == [("fp32", 1), ("bf16", 1), ("nf4", 1)]
 
 
 def test_without_the_wheel_one_line_says_what_to_install(
@@ -111,8 +120,21 @@ def test_a_row_pairs_turns_and_holds_the_step_to_reading_its_weights() -> None:
 
 def test_targets_are_met_or_missed_by_the_numbers() -> None:
     found = [
-        cell("fp32", 1, transformers=31.0, readable=20.0, minisft=10.0, compressed=5.0, llama=8.0, adapter=10.6, merged=10.0),
-        cell("nf4", 1, readable=20.0, minisft=4.0, llama=3.7, half=3.0, fast=2.0, fp32=9.0, adapter=4.1),
+        cell(
+            "fp32",
+            1,
+            transformers=31.0,
+            readable=20.0,
+            before=31.0,
+            minisft=10.0,
+            compressed=5.0,
+            llama=8.0,
+            adapter=10.6,
+            off=10.0,
+            merged=12.0,
+            both=6.0,
+        ),
+        cell("nf4", 1, readable=20.0, minisft=4.0, llama=3.7, half=3.0, fast=2.0, fp32=9.0, adapter=4.1, off=4.0),
         cell("nf4", 8, minisft=4.0, compressed=2.0, llama=3.7),
         cell("fp32", 8, transformers=30.0, minisft=10.0, llama=8.0),
         cell("file", 1, transformers=31.0, readable=20.0, minisft=20.0, compressed=5.0, llama=4.0),
@@ -123,6 +145,8 @@ def test_targets_are_met_or_missed_by_the_numbers() -> None:
         "fp32, one stream: share of what reading the weights allows": (0.7, True),
         "fp32, one stream: times as fast as readable": (2.0, False),
         "fp32, compressed, one stream: times as fast as readable": (4.0, True),
+        "fp32, one stream: times as fast as minisft, before": (3.1, True),
+        "fp32, compressed, one stream: times as fast as minisft, before": (6.2, True),
         "fp32, one stream: times as fast as transformers": (3.1, True),
         "fp32, compressed, one stream: times as fast as transformers": (6.2, True),
         "nf4, one stream: times as fast as llama.cpp": (0.925, True),
@@ -139,11 +163,25 @@ def test_targets_are_met_or_missed_by_the_numbers() -> None:
         "file, compressed, one stream: times as fast as llama.cpp": (0.8, False),
         "file, compressed, eight streams: times as fast as transformers": (31 / 11, False),
         "file, compressed, eight streams: times as fast as llama.cpp": (1.0, True),
-        "fp32, one stream: adapter beside the weights over merged": (1.06, False),
-        "nf4, one stream: adapter beside the weights over none": (4.1 / 4.0, True),
+        "fp32, one stream: adapter over adapter off": (1.06, False),
+        "nf4, one stream: adapter over adapter off": (4.1 / 4.0, True),
+        "fp32, one stream: compressed, adapter over merged": (0.5, True),
     }
     without = [cell("nf4", 1, readable=20.0, minisft=4.0, fp32=9.0, adapter=4.1)]
     assert not [v for v in bench_generate.targets(without, "cpu") if "llama" in v["target"]]
+
+
+def test_the_table_has_a_row_a_contestant_and_a_line_a_target() -> None:
+    found = [cell("fp32", 1, transformers=30.0, minisft=10.0), cell("fp32", 8, transformers=45.0, minisft=10.0)]
+    lines = list(bench_generate.table({"clock": "cpu", "decoding": found, "targets": bench_generate.targets(found, "cpu")}))
+    assert lines[2:7] == [
+        "| fp32, one | transformers | 0 | 15000.0 (15000.0 to 15000.0) | 0.1 | 3.00 (3.00 to 3.00) | 0.23 | 0.00 |",
+        "|  | **minisft** | 0 | 5000.0 (5000.0 to 5000.0) | 0.2 |  | **0.70** | 0.00 |",
+        "| fp32, eight | transformers | 0 | 22500.0 (22500.0 to 22500.0) | 0.4 | 4.50 (4.50 to 4.50) |  | 0.00 |",
+        "|  | **minisft** | 0 | 5000.0 (5000.0 to 5000.0) | 1.6 |  |  | 0.00 |",
+        "",
+    ]
+    assert lines[-1] == "- fp32, eight streams: times as fast as transformers: 4.50 (4.50 to 4.50); 3.0 or more"
 
 
 def test_reading_is_timed_by_both_clocks() -> None:
