@@ -135,8 +135,8 @@ def compete(
         speed = read_bytes_per_s(numbers)
         if turn == 0:
             same = agreement(tokens, ends)
-            exact = [tokens[name] for name in (TRANSFORMERS, READABLE) if weights in ("fp32", "file") and name in tokens]
-            exact += [tokens[COMPRESSED]] if COMPRESSED in tokens else []
+            names = (TRANSFORMERS, READABLE, BEFORE) if weights in ("fp32", "file") else ()
+            exact = [tokens[name] for name in (*names, COMPRESSED, WITHOUT) if name in tokens]
             assert all(other == tokens[MINISFT] for other in exact), "different tokens"
         else:
             reads.append(speed)

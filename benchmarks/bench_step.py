@@ -158,7 +158,7 @@ def main() -> None:
     print("seconds of a step", seconds(step, arguments.steps))
     if arguments.rounds:
         found = gemm_share.measure(step, arguments.rounds, narrow=NARROW, clock=time.process_time)
-        print("share", spread(found["shares"]), f"of at most {found['ceiling']:.2f}")
+        print("share", spread(found["shares"]), f"(PyTorch's products alone: at most {found['ceiling']:.2f})")
         print(f"{found['gflops']:.1f} GFLOP at {found['gflops_per_s']:.0f} GFLOP/s")
 
 

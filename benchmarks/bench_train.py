@@ -300,7 +300,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"x{speed['median']:.2f} ({speed['q1']:.2f} to {speed['q3']:.2f})  "
             f"{cell['peak_bytes'] / 1e9:.2f} GB  x{cell['memory_ratio']:.2f}  "
             f"{cell['gemm_share']['median']:.0%} of {cell['machine_gflops_per_s']:.0f} GFLOP/s, "
-            f"at most {cell['gemm_share_ceiling']:.0%}"
+            f"PyTorch's at most {cell['gemm_share_ceiling']:.0%}"
         )
 
 

@@ -3,8 +3,9 @@
     share = seconds of the products alone / seconds of the step
 
 The products are those that the step makes, with their shapes and layouts, each timed by itself on matrices of its own, in
-turns with the step and in the same process. Products with a side of ``narrow`` or less (adapters) do not count: they are work
-beside the model's own. At the same rate they would take their part too, so a step of the BLAS's products has a share of at most
+turns with the step and in the same process. Products with a side of ``narrow`` or less, rows among them, do not count: they are
+work beside the model's own, as those of adapters are. If they run at the same rate, and nothing else takes time, a step of
+PyTorch's products alone has a share of
 
     ceiling = operations of the products that count / operations of all products
 
@@ -18,14 +19,15 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minisft.kernels import cpu_adapter, cpu_nf4
+from minisft.kernels import cpu_nf4
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
 Product = tuple[Layout, Layout, torch.dtype]
@@ -55,12 +57,14 @@ class Products(TorchDispatchMode):
 @contextmanager
 def by_pytorch() -> Iterator[None]:
     """minisft asks PyTorch for all products of a training step, which can count them."""
-    before = cpu_nf4.USE_TILES, cpu_adapter.MIN_ROWS
-    cpu_nf4.USE_TILES, cpu_adapter.MIN_ROWS = False, 2**62
     try:
+        from minisft.kernels import cpu_adapter
+    except ImportError:  # another tree, from before it
+        adapter: AbstractContextManager = nullcontext()
+    else:
+        adapter = mock.patch.object(cpu_adapter, "MIN_ROWS", 2**62)
+    with adapter, mock.patch.object(cpu_nf4, "USE_TILES", False):
         yield
-    finally:
-        cpu_nf4.USE_TILES, cpu_adapter.MIN_ROWS = before
 
 
 def _layout(matrix: Tensor) -> Layout:

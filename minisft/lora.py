@@ -56,11 +56,12 @@ class LoRALinear(Adapter):
     @property
     def together(self) -> Callable[[Tensor, Sequence[LoRALinear]], Sequence[Tensor]] | None:
         """What computes several layers of one x with one backward; None where it would be noticed that they are not called."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self.enabled or self.needs_autograd:
+            return None
         hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
         watched = any(hooks) or nn.modules.module._has_any_global_hook()
-        own = type(self) is LoRALinear and "forward" not in self.__dict__ and not watched
-        trained = self.enabled and torch.is_grad_enabled() and not self.needs_autograd
-        return _together if own and trained and not torch.compiler.is_compiling() else None
+        own = type(self) is LoRALinear and "forward" not in self.__dict__
+        return _together if own and not watched else None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """A fresh adapter: A random, B zero."""

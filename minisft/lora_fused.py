@@ -77,28 +77,35 @@ class _AdaptedLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: _AdaptedContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        count, dtype = len(grads), compute_dtype(grads[0])
+        count, dtype, needed = len(grads), compute_dtype(grads[0]), ctx.needs_input_grad
         As, Bs, lows = saved[: 2 * count : 2], saved[1 : 2 * count : 2], saved[2 * count :]
-        gs = [grad.reshape(-1, grad.shape[-1]).to(dtype) for grad in grads]  # (M, out)
-        rows, scalings = x.reshape(-1, x.shape[-1]).to(dtype), [scaling for _, scaling in ctx.frozen]
-        needed = ctx.needs_input_grad
-        if can_use_native(rows, gs, Bs):
-            found = adapter_gradients(rows, gs, Bs, lows, scalings)
+        gs, rows = [_flat(grad) for grad in grads], _flat(x)  # (M, out), (M, in)
+        found: Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
+        if all(needed[2:]) and can_use_native(rows, gs, Bs):
+            found = adapter_gradients(rows, gs, Bs, lows, [scaling for _, scaling in ctx.frozen])
         else:
-            found = [_gradients(rows, *some) for some in zip(gs, Bs, lows, scalings, strict=True)]
+            layers = zip(gs, Bs, lows, ctx.frozen, needed[2::2], needed[3::2], strict=True)
+            found = [_gradients(rows.to(dtype), g.to(dtype), B, low, s, *wanted) for g, B, low, (_, s), *wanted in layers]
         grad_x = None
         if needed[0]:
             for g, (base, _) in zip(gs, ctx.frozen, strict=True):
-                grad_x = frozen_linear_t(g, _weight(base), grad_x)
+                grad_x = frozen_linear_t(g.to(dtype), _weight(base), grad_x)
             assert grad_x is not None
-            grad_x.addmm_(*(torch.cat(some, axis).to(dtype) for axis, some in ((1, [H for H, _, _ in found]), (0, As))))
-            grad_x = grad_x.to(x.dtype).view(x.shape)
+            H, A = torch.cat([H for H, _, _ in found], 1), torch.cat(As)
+            grad_x = grad_x.addmm_(H.to(dtype), A.to(dtype)).to(x.dtype).view(x.shape)
         # The factors are fp32: their gradients are too, also where the products ran in bf16.
-        of_factors = zip([of_one for _, *pair in found for of_one in pair], saved[: 2 * count], needed[2:], strict=True)
-        return grad_x, None, *(of_one.to(factor.dtype) if wanted else None for of_one, factor, wanted in of_factors)
+        of_factors = zip([of_one for _, *pair in found for of_one in pair], saved, strict=False)
+        return grad_x, None, *(None if of_one is None else of_one.to(factor.dtype) for of_one, factor in of_factors)
 
 
-def _gradients(rows: Tensor, g: Tensor, lora_B: Tensor, low: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _gradients(
+    rows: Tensor, g: Tensor, lora_B: Tensor, low: Tensor, scaling: float, need_A: bool, need_B: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """H (M, rank), grad_A and grad_B of one layer."""
     H = g @ lora_B.to(g.dtype) * scaling
-    return H, H.T @ rows, (low.to(g.dtype).T @ g).T * scaling  # the last in this order: g is read along its rows
+    grad_B = (low.to(g.dtype).T @ g).T * scaling if need_B else None  # in this order g is read along its rows
+    return H, H.T @ rows if need_A else None, grad_B

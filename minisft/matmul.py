@@ -4,8 +4,9 @@ Tensors keep their dtype in memory, and ``compute_dtype`` says in which dtype th
 instructions multiplies bf16 matrices about eight times slower than fp32 ones, although converting the operands costs next to
 nothing. Sums are then taken in fp32, so the result is never less exact.
 
-``frozen_linear`` is the one place that decides who multiplies; its docstring is the table. One thing goes past it: generation's
-step of one token, where ``native.decoder`` takes whole models and multiplies in its own C++.
+``frozen_linear`` is the one place that decides who multiplies; its docstring is the table. Two things go past it: generation's
+step of one token, where ``native.decoder`` takes whole models and multiplies in its own C++, and an adapter's own products in
+backward, ``lora_fused``.
 """
 
 from __future__ import annotations
@@ -226,8 +227,8 @@ def _quantized_linear(x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Ten
 
 def _quantized_linear_t(grad: Tensor, q: QuantizedWeight, onto: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
-        y = torch.ops.minisft.nf4_matmul_t(grad, *_fields_of(q))
-        return y if onto is None else onto.add_(y)
+        assert onto is None, "layers are not joined while they are compiled"
+        return torch.ops.minisft.nf4_matmul_t(grad, *_fields_of(q))
     with torch.no_grad():
         if grad.is_cuda and grad.dtype != torch.float64:
             y = triton_matmul_t(grad, q)

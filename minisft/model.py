@@ -197,10 +197,11 @@ class Attention(nn.Module):
 def _outputs(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     """``[layer(x) for layer in layers]``. What replaces linears may offer ``together``, a function of x and several of them."""
     ways = [getattr(layer, "together", None) for layer in layers]
-    joined = [layer for layer, way in zip(layers, ways, strict=True) if way is not None]
-    if len(joined) < 2:
+    together = next(filter(None, ways), None)
+    joined = [layer for layer, way in zip(layers, ways, strict=True) if way is together]
+    if together is None or len(joined) < 2:
         return [layer(x) for layer in layers]
-    found = dict(zip(joined, next(filter(None, ways))(x, joined), strict=True))
+    found = dict(zip(joined, together(x, joined), strict=True))
     return [found[layer] if layer in found else layer(x) for layer in layers]
 
 

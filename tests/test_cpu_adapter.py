@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_cpu_nf4 import threads
+from test_cpu_nf4 import needs_native, threads
 from torch import Tensor
 
 from minisft import lora_fused
@@ -20,11 +20,6 @@ U = 2.0**-24
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def needs_native() -> None:
-    if cpu_nf4.library() is None:
-        pytest.skip(cpu_nf4.path())
 
 
 # A block has 48 rows or 24, a piece 128 columns or 64, a vector 16 numbers or 8.
@@ -56,7 +51,7 @@ def test_thin_products_against_fp64(rows: int, columns: int, layers: list[tuple[
             assert ((grad_B - s * G.T @ low64).abs() <= (rows + 2) * U * s * (G.abs().T @ low64.abs())).all()
 
 
-def test_an_infinite_row_reaches_no_block_but_its_own() -> None:
+def test_thin_products_of_an_infinite_row_reach_no_other_block() -> None:
     """What a block leaves in a thread's memory is not multiplied by the zeros of a shorter one that comes next."""
     needs_native()
     x, grad, B, low = normal(50, 32), normal(50, 32, seed=1), normal(32, 4, seed=2), normal(50, 4, seed=3)
@@ -64,24 +59,30 @@ def test_an_infinite_row_reaches_no_block_but_its_own() -> None:
     grad[47, 5] = 1.0
     with threads(1):
         ((_, _, grad_B),) = adapter_gradients(x, [grad], [B], [low], [1.0])
-    assert torch.isinf(grad_B[5, 0])
+    assert torch.isinf(grad_B[5, 0])  # not NaN
     assert torch.isfinite(grad_B[:, 1:]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_and_gradients_of_a_large_layer(dtype: torch.dtype) -> None:
-    """The layer asks for the C++ from 128 rows on, and its gradients are those of the three products."""
+def test_thin_products_of_large_layers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers of one x ask for the C++ from 128 rows on, and their gradients are those of PyTorch's products."""
     needs_native()
-    base = Linear(64, 96, bias=False, dtype=dtype).requires_grad_(False)
-    layer = LoRALinear(base, 8, 16.0)
-    layer.lora_B.data.copy_(normal(96, 8, seed=1))
-    x, upstream = normal(128, 64, seed=2, dtype=dtype).requires_grad_(), normal(128, 96, seed=3, dtype=dtype)
-    wanted = [x, layer.lora_A, layer.lora_B]
+    monkeypatch.setattr(cpu_nf4, "instructions", lambda: "AVX2")
+    layers = [
+        LoRALinear(Linear(64, out, bias=False, dtype=dtype).requires_grad_(False), rank, 16.0)
+        for out, rank in ((96, 8), (32, 3))
+    ]
+    for i, layer in enumerate(layers):
+        layer.lora_B.data.copy_(normal(*layer.lora_B.shape, seed=i + 1))
+    x = normal(128, 64, seed=3, dtype=dtype).requires_grad_()
+    upstream = [normal(128, out, seed=out, dtype=dtype) for out in (96, 32)]
+    wanted = [x, *(factor for layer in layers for factor in layer.factors())]
+    assert layers[0].together is not None
     with mock.patch.object(lora_fused, "adapter_gradients", wraps=adapter_gradients) as native:
-        found = torch.autograd.grad(layer(x), wanted, upstream)
+        found = torch.autograd.grad(layers[0].together(x, layers), wanted, upstream)
         assert native.call_count == 1
-        with mock.patch.object(cpu_adapter, "MIN_ROWS", 129):
-            others = torch.autograd.grad(layer(x), wanted, upstream)
+        monkeypatch.setattr(cpu_adapter, "MIN_ROWS", 129)
+        others = torch.autograd.grad([layer(x) for layer in layers], wanted, upstream)
         assert native.call_count == 1
     for tensor, a, b in zip(wanted, found, others, strict=True):
         assert (a.shape, a.dtype) == (tensor.shape, tensor.dtype)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from tiny import LLAMA, QWEN2, assert_close, assert_same, build, gradients, randn
 from torch import Tensor, nn
 
-from minisft import lora, matmul
+from minisft import lora, lora_fused, matmul
 from minisft.common.errors import UserError
 from minisft.config import LoRAConfig, QuantConfig
+from minisft.dora import DoRALinear
 from minisft.lora import LoRAEmbedding, LoRALinear
 from minisft.matmul import Linear
 from minisft.nf4_linear import NF4Linear
@@ -154,9 +155,14 @@ def test_only_what_is_asked_for_is_computed():
     """The first layer's input needs no gradient, nor does a factor that somebody froze."""
     layer = trained(LoRALinear(make_linear(5, 4, False, torch.float64), 2, 3.0))
     layer.lora_A.requires_grad_(False)
-    layer(randn(3, 5)).sum().backward()
+    y = layer(randn(3, 5)).sum()
+    with mock.patch.object(lora_fused, "_gradients", wraps=lora_fused._gradients) as computed:
+        y.backward()
     assert layer.lora_A.grad is None
     assert layer.lora_B.grad is not None
+    _, grad_A, grad_B = lora_fused._gradients(*computed.call_args.args)
+    assert grad_A is None
+    assert grad_B is not None
 
 
 def test_an_unfrozen_base_is_trained_too():
@@ -196,22 +202,30 @@ def test_layers_of_one_x_have_one_backward(in_4_bits, targets):
     assert_same(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize(
-    "what", ["hook before", "hook after", "hook of backward", "hook of all", "own forward", "off", "dropout", "no_grad"]
-)
+NOTICED = ("hook before", "hook after", "hook of backward", "hook before backward", "hook of all", "own forward", "off")
+NOTICED += ("dropout", "no_grad", "DoRA", "base in training")
+
+
+@pytest.mark.parametrize("what", NOTICED)
 def test_a_layer_is_called_where_somebody_would_notice(what):
-    layer = LoRALinear(make_linear(5, 4, False, torch.float32), 2, 3.0, dropout=0.5 if what == "dropout" else 0.0)
-    if what != "dropout":
+    base, dropout = make_linear(5, 4, False, torch.float32), 0.5 if what == "dropout" else 0.0
+    layer = DoRALinear(base, 2, 3.0) if what == "DoRA" else LoRALinear(base, 2, 3.0, dropout)
+    if what not in ("DoRA", "dropout"):
         assert layer.together is not None
     registers = {
-        "hook before": layer.register_forward_pre_hook, "hook after": layer.register_forward_hook,
-        "hook of backward": layer.register_full_backward_hook, "hook of all": nn.modules.module.register_module_forward_hook,
-    }  # fmt: skip
+        "hook before": layer.register_forward_pre_hook,
+        "hook after": layer.register_forward_hook,
+        "hook of backward": layer.register_full_backward_hook,
+        "hook before backward": layer.register_full_backward_pre_hook,
+        "hook of all": nn.modules.module.register_module_forward_hook,
+    }
     handle = registers[what](lambda *_: None) if what in registers else None
     if what == "own forward":
         layer.forward = layer.forward
     elif what == "off":
         layer.enabled = False
+    elif what == "base in training":
+        layer.base.requires_grad_(True)
     with torch.set_grad_enabled(what != "no_grad"):
         together = layer.together
     if handle is not None:

@@ -27,7 +27,7 @@ struct Gradients {
     int32_t bf16, threads;  // grad and x are bf16, not fp32
 };
 
-constexpr int64_t SUMS = LANES == 16 ? 24 : 12;  // rows summed at once: what registers hold beside two vectors
+constexpr int64_t SUMS = LANES == 16 ? 24 : 12;  // rows summed at once: registers hold these and two vectors
 constexpr int64_t ROWS = 2 * SUMS;               // of a block
 constexpr int64_t PIECE = 8 * LANES;             // columns at once: with what is added to, they fit into a first cache
 constexpr int64_t LOW = ROWS * LANES;            // numbers of a block for LANES ranks
@@ -99,21 +99,24 @@ struct Part {
     }
 };
 
+// Numbers of memory that each thread needs, and how many threads have a block to work on.
+inline int64_t own_size(const Gradients& p) {
+    int64_t size = 0;
+    for (const Layer* layer = p.layers; layer < p.layers + p.num_layers; ++layer)
+        size += pieces(layer->rank, LANES) * (2 * LOW + (padded(p.in) + padded(layer->out)) * LANES);
+    return size;
+}
+inline int64_t team_size(const Gradients& p) { return least(p.threads, pieces(p.rows, ROWS)); }
+
 // What all threads run together.
 template <class T>
 struct Team {
     const Gradients& p;
-
-    int64_t own_size() const {
-        int64_t size = 0;
-        for (const Layer* layer = p.layers; layer < p.layers + p.num_layers; ++layer)
-            size += pieces(layer->rank, LANES) * (2 * LOW + (padded(p.in) + padded(layer->out)) * LANES);
-        return size;
-    }
+    const int64_t own;  // own_size
 
     template <class Visit>
     void parts(int64_t thread, Visit visit) const {
-        float* memory = p.memory + thread * own_size();
+        float* memory = p.memory + thread * own;
         for (const Layer* layer = p.layers; layer < p.layers + p.num_layers; ++layer)
             for (int64_t first = 0; first < layer->rank; first += LANES) {
                 float *const sums_A = memory + 2 * LOW, *const sums_B = sums_A + padded(p.in) * LANES;
@@ -123,8 +126,8 @@ struct Team {
     }
 
     void run() const {
-        const int64_t thread = omp_get_thread_num(), size = own_size();
-        memset(p.memory + thread * size, 0, 4 * size);
+        const int64_t thread = omp_get_thread_num();
+        memset(p.memory + thread * own, 0, 4 * own);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < p.rows; row += ROWS) add_block(row, least(ROWS, p.rows - row), thread);
         parts(0, [&](const Part& part) { finish(part); });
@@ -135,7 +138,7 @@ struct Team {
         parts(thread, [&](const Part& part) {
             const int64_t out = part.layer.out, rank = part.layer.rank;
             const T* const grad = part.grad<T>(row);
-            memset(part.low, 0, 2 * 4 * LOW);
+            memset(part.low, 0, 2 * 4 * LOW);  // and low_grad
             for (int64_t i = 0; i < rows; ++i)
                 memcpy(part.low + i * LANES, part.layer.low + (row + i) * rank + part.first, 4 * part.ranks);
             for (int64_t k = 0; k < out; k += PIECE) {
@@ -165,7 +168,7 @@ struct Team {
     // What stands there in each thread's memory, added in their order.
     Floats total(const float* first) const {
         Floats sum = {};
-        for (int64_t thread = 0; thread < omp_get_num_threads(); ++thread) sum += load<Floats>(first + thread * own_size());
+        for (int64_t thread = 0; thread < omp_get_num_threads(); ++thread) sum += load<Floats>(first + thread * own);
         return sum;
     }
 
@@ -188,14 +191,14 @@ struct Team {
 
 template <class T>
 void run(const Gradients& p) {
-    const Team<T> team{p};
-#pragma omp parallel num_threads(p.threads)
+    const Team<T> team{p, own_size(p)};
+#pragma omp parallel num_threads(team_size(p))
     team.run();
 }
 
 }  // namespace
 
 // Memory that adapter_gradients needs, in fp32 numbers; its `memory` begins at a multiple of 64 bytes.
-extern "C" int64_t adapter_gradients_floats(const Gradients* p) { return p->threads * Team<float>{*p}.own_size(); }
+extern "C" int64_t adapter_gradients_floats(const Gradients* p) { return team_size(*p) * own_size(*p); }
 
 extern "C" void adapter_gradients(const Gradients* p) { p->bf16 ? run<uint16_t>(*p) : run<float>(*p); }

@@ -62,7 +62,7 @@ def can_use_native(x: Tensor, grads: Sequence[Tensor], lora_Bs: Sequence[Tensor]
 def adapter_gradients(
     x: Tensor, grads: Sequence[Tensor], lora_Bs: Sequence[Tensor], lows: Sequence[Tensor], scalings: Sequence[float]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each layer with G = grad: H = s G B, grad_A = H^T x and grad_B = s G^T (x A^T); sums in fp32.
+    """For each layer with G = grad: H = s G B, grad_A = H^T x and grad_B = s G^T (x A^T); sums in fp32, their bits by threads.
 
     Args:
         x: (M, in), what all layers read; asked about with ``can_use_native``, as are ``grads`` and ``lora_Bs``.
