@@ -14,8 +14,8 @@ from torch import Tensor
 from minisft.kernels import cpu_nf4
 from minisft.kernels.workspace import borrowed
 
-MIN_ROWS = 128  # below, and above this rank, PyTorch's products are as fast
-MAX_RANK = 16
+MIN_ROWS = 128  # below, and for other ranks, PyTorch's products are as fast
+RANKS = (8, 16)
 
 
 class _Layer(ctypes.Structure):
@@ -50,12 +50,12 @@ def can_use_native(x: Tensor, grads: Sequence[Tensor], lora_Bs: Sequence[Tensor]
 
     Returns:
         whether x and the gradients are all fp32, or all bf16, the factors are fp32, all of it lies on the CPU without gaps, and
-        it is worth the call: 128 rows or more, ranks of 16 or less, vectors of AVX2 or AVX-512.
+        it is worth the call: 128 rows or more, ranks of 8 or 16, vectors of AVX2 or AVX-512.
     """
     if len(x) < MIN_ROWS or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
         return False
     plain = all(cpu_nf4.has_numbers(t) and t.dtype == x.dtype for t in (x, *grads))
-    plain = plain and all(cpu_nf4.has_numbers(B) and B.dtype == torch.float32 and B.shape[1] <= MAX_RANK for B in lora_Bs)
+    plain = plain and all(cpu_nf4.has_numbers(B) and B.dtype == torch.float32 and B.shape[1] in RANKS for B in lora_Bs)
     return plain and cpu_nf4.library() is not None and cpu_nf4.instructions() != "portable"
 
 
