@@ -81,8 +81,8 @@ QUESTIONS = (
     "How many minutes are there in a day, and how many in a week? Show how you get there.",
 )
 NAMES = {"fp32": "fp32", "bf16": "bf16", "nf4": "NF4", "file": "Q4_1 file"}
-# With an adapter, and without. Merged, a layer of 4 bits is a dense one, and a dense one's numbers have no compressed copy.
-ADAPTERS = [("fp32", ADAPTED, WITHOUT), ("nf4", ADAPTED, WITHOUT), ("fp32", ADAPTED_COPIES, PLAIN)]
+# With an adapter, and without. A model that was merged in fp32 has no compressed copy; one merged in bf16 has, as its base.
+ADAPTERS = [("fp32", ADAPTED, WITHOUT), ("nf4", ADAPTED, WITHOUT), ("fp32", ADAPTED_COPIES, COMPRESSED)]
 COLOURS = {
     TRANSFORMERS: "#8a8a8a", READABLE: "#a6d4f2", MINISFT: "#0072b2", COMPRESSED: "#cc79a7", HALF: "#56b4e9", FAST: "#009e73",
     LLAMA_CPP: "#d55e00",
@@ -350,7 +350,7 @@ def _speeds(axes: Axes, some: list[dict], clock: str) -> None:
 
 
 def _adapters(axes: Axes, found: list[dict], clock: str) -> None:
-    labels = ["fp32,\nover off", "NF4,\nover off", "compressed,\nover merged"]
+    labels = ["fp32,\nover off", "NF4,\nover off", "compressed,\nover none"]
     costs = [adapter_ratio(found, *names, clock) for names in ADAPTERS]
     known = {label: value for label, value in zip(labels, costs, strict=True) if value is not None}
     for x, value in enumerate(known.values()):
