@@ -32,8 +32,6 @@ constexpr int64_t ROWS = 2 * SUMS;               // of a block
 constexpr int64_t PIECE = 8 * LANES;             // columns at once: with what is added to, they fit into a first cache
 constexpr int64_t LOW = ROWS * LANES;            // numbers of a block for LANES ranks
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t pieces(int64_t size, int64_t most) { return (size + most - 1) / most; }
 inline int64_t padded(int64_t size) { return pieces(size, LANES) * LANES; }
 inline Floats splat(float number) { return number - Floats{}; }  // x + 0 is not x where x is -0, and takes an instruction
 
@@ -92,11 +90,6 @@ struct Part {
     int64_t first, ranks;
     float *low, *low_grad;  // of a block: (ROWS, LANES)
     float *sums_A, *sums_B;
-
-    template <class T>
-    const T* grad(int64_t row) const {
-        return static_cast<const T*>(layer.grad) + row * layer.out;
-    }
 };
 
 // Numbers of memory that each thread needs, and how many threads have a block to work on.
@@ -137,7 +130,7 @@ struct Team {
         Piece piece;
         parts(thread, [&](const Part& part) {
             const int64_t out = part.layer.out, rank = part.layer.rank;
-            const T* const grad = part.grad<T>(row);
+            const T* const grad = static_cast<const T*>(part.layer.grad) + row * out;
             memset(part.low, 0, 2 * 4 * LOW);  // and low_grad
             for (int64_t i = 0; i < rows; ++i)
                 memcpy(part.low + i * LANES, part.layer.low + (row + i) * rank + part.first, 4 * part.ranks);

@@ -62,7 +62,7 @@ def can_use_native(x: Tensor, grads: Sequence[Tensor], lora_Bs: Sequence[Tensor]
 def adapter_gradients(
     x: Tensor, grads: Sequence[Tensor], lora_Bs: Sequence[Tensor], lows: Sequence[Tensor], scalings: Sequence[float]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each layer with G = grad: H = s G B, grad_A = H^T x and grad_B = s G^T (x A^T); sums in fp32, their bits by threads.
+    """For each layer with G = grad: H = s G B, grad_A = H^T x and grad_B = s G^T (x A^T); sums in fp32.
 
     Args:
         x: (M, in), what all layers read; asked about with ``can_use_native``, as are ``grads`` and ``lora_Bs``.
@@ -72,7 +72,7 @@ def adapter_gradients(
         scalings: s of each.
 
     Returns:
-        H (M, rank), grad_A (rank, in) and grad_B (out, rank) of each, in fp32.
+        H (M, rank), grad_A (rank, in) and grad_B (out, rank) of each, in fp32; the last bits depend on the number of threads.
     """
     library = cpu_nf4.library()
     assert library is not None, "ask can_use_native first"

@@ -13,7 +13,6 @@ namespace {
 constexpr int TALL = 6, WIDE = LANES == 16 ? 4 : 2;  // rows, and vectors of each, whose sums stay in registers
 constexpr int64_t QUERIES = 24;                      // that are worked on together
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t rounded_up(int64_t size) { return (size + 15) / 16 * 16; }
 
 // ---- products of small matrices ----------------------------------------------------------------------------------------------

@@ -63,6 +63,9 @@ struct Table {
     Floats part[16 / LANES];
 };
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t pieces(int64_t size, int64_t most) { return (size + most - 1) / most; }
+
 // A small function that must not stay a call, and neither must a lambda: `[&](int i) ALWAYS_INLINE { ... }`.
 #define ALWAYS_INLINE __attribute__((always_inline))
 

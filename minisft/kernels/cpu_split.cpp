@@ -34,8 +34,6 @@ constexpr int64_t MIN_BLOCKS = 8, MIN_TASKS = 4;       // for each thread
 // Packed numbers of 32 along the inner size: of a block, the three parts of 16 rows and those of the next; of a panel.
 constexpr int64_t BLOCK_SIZE = 2 * SPLITS * TILE_SIZE, PANEL_SIZE = 2 * TILE_SIZE;
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t pieces(int64_t size, int64_t most) { return (size + most - 1) / most; }
 inline int64_t evenly(int64_t size, int64_t most, int64_t unit) { return pieces(pieces(size, pieces(size, most)), unit) * unit; }
 
 // How much is packed at once.
