@@ -15,9 +15,9 @@ for that the pretrained model, whose own file has 4 bits, is first rounded to bf
 llama.cpp beside NF4. In the cells "file" it is not: there all have the numbers of the Q4_1 file, in fp32 but for llama.cpp
 and for "compressed", which reads them in the file's bits. "fast decode" reads dense weights in 8 bits (``--fast-decode``), and
 its drift from the exact one is measured in its answers to the same prompts. NF4 has no contestant in transformers on a CPU that
-multiplies without decoding the weight first. "before" is minisft in another checkout, the last
-without native decoding (``git worktree add CHECKOUT c014459``). The adapter has rank 16, on every linear but the head. What it
-costs is measured in one process, with it and with it off, in turns: what memory a process got makes more of a difference.
+multiplies without decoding the weight first. "before" is minisft in another checkout, the last without native decoding
+(``git worktree add CHECKOUT c014459``). The adapter has rank 16, on every linear but the head. What it costs is measured in
+one process, with it and with it off, in turns: what memory a process got makes more of a difference.
 
 A step is (time of 64 tokens - time of 1) / 63 for everybody, so reading the prompts is left out of it; llama.cpp's own count
 (``predicted_ms`` over 63) stands beside it. The memory limit is the bytes of a contestant's weights over the speed at which

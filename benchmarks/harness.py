@@ -106,7 +106,7 @@ def provenance(*more: str) -> dict:
     )
     flags = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags")), "").split()
     return {
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_portable, sys.argv[1:])]),
         "commit": commit,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "cpu": cpu or platform.processor(),
@@ -115,6 +115,11 @@ def provenance(*more: str) -> dict:
         "load_average": os.getloadavg()[0],  # of the last minute: who else was at work
         "versions": {name: _version(name) for name in (*PACKAGES, *more)},
     }
+
+
+def _portable(argument: str) -> str:
+    """Of a folder on this machine only its name: nobody else has the rest."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _version(package: str) -> str | None:

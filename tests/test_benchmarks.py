@@ -18,6 +18,7 @@ import bench_step
 import exp_peft_full
 import exp_preference
 import gemm_share
+import harness
 from harness import add_cell, read_cells
 
 from minisft.kernels import cpu_nf4
@@ -63,6 +64,11 @@ def test_the_preference_results_belong_to_the_settings_of_today() -> None:
     keys = {row["key"]: (row["cell"], row["seed"]) for row in map(json.loads, lines)}
     assert len(keys) == len(lines) >= 9
     assert keys == {exp_preference.key_of(*cell, exp_preference.Sizes()): cell for cell in keys.values()}
+
+
+def test_a_results_file_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bench_x.py", "--out", str(tmp_path / "out"), "--rounds", "5", "a/b"])
+    assert harness.provenance()["command"] == "python benchmarks/bench_x.py --out out --rounds 5 a/b"
 
 
 def test_the_products_of_a_step_are_counted_both_ways_and_narrow_ones_are_not() -> None:
