@@ -1,8 +1,8 @@
 """LoRA's forward and backward with one pass over y: the same numbers as the formula in ``lora.py``, sooner and in less memory.
 
 Kept for backward: x (which its neighbours share) and x A^T (rank columns); never y, W, W^T or a cast copy of x. A quantized W
-is decoded for each of the two products and dropped after it. Layers that read one x, as q, k and v do, have one backward: it
-reads x once, and adds what each wants of x onto the same tensor.
+is decoded for each of the two products and dropped after it. Layers that read one x, as q, k and v do, have one backward,
+which adds what each wants of x onto the same tensor.
 """
 
 from __future__ import annotations
