@@ -28,7 +28,7 @@ struct Product {
 #ifdef TILES
 
 constexpr int64_t BLOCK = 2 * TILE_ROWS, PANEL = TILE_OUTPUTS;  // rows and columns of y that are computed at once
-constexpr int64_t MAX_INNER = 512, MAX_X = 640 << 10;  // packed at once: of the inner size; numbers of x for each thread
+constexpr int64_t MAX_INNER = 576, MAX_X = 640 << 10;  // packed at once: of the inner size; numbers of x for each thread
 constexpr int64_t MIN_BLOCKS = 8, MIN_TASKS = 4;       // for each thread
 
 // Packed numbers of 32 along the inner size: of a block, the three parts of 16 rows and those of the next; of a panel.
@@ -96,11 +96,22 @@ inline ALWAYS_INLINE void split_in_pairs(const float* from, uint16_t* to) {
     });
 }
 
-// A block of x, of at most 32 rows. What the others of a tile hold reaches no row but their own.
+// Asks for the 32 numbers of each of some rows; TO_WRITE says what for.
+template <bool TO_WRITE>
+inline ALWAYS_INLINE void ask_for(const float* at, int64_t stride, int64_t rows) {
+    for (int64_t row = 0; row < rows; ++row, at += stride) {
+        __builtin_prefetch(at, TO_WRITE);
+        __builtin_prefetch(at + 16, TO_WRITE);
+    }
+}
+
+// A block of x, of at most 32 rows, written in the order in which it lies. What the others of a tile hold reaches no row but
+// their own.
 inline void pack_block(const float* x, int64_t stride, int64_t rows, int64_t inner, uint16_t* out) {
-    for (int64_t row = 0; row < rows; ++row) {
-        uint16_t* to = out + row / TILE_ROWS * SPLITS * TILE_SIZE + row % TILE_ROWS * TILE_NUMBERS;
-        for (int64_t k = 0; k < inner; k += TILE_NUMBERS, to += BLOCK_SIZE) split_in_pairs(x + row * stride + k, to);
+    for (int64_t k = 0; k < inner; k += TILE_NUMBERS, x += TILE_NUMBERS, out += BLOCK_SIZE) {
+        ask_for<false>(x + 2 * TILE_NUMBERS, stride, rows);
+        for (int64_t row = 0; row < rows; ++row)
+            split_in_pairs(x + row * stride, out + row / TILE_ROWS * SPLITS * TILE_SIZE + row % TILE_ROWS * TILE_NUMBERS);
     }
 }
 
@@ -191,9 +202,10 @@ struct Team {
             const int64_t group = task / panels, panel = task % panels;
             if (!pack_panel(panel * PANEL, k, inner, weight)) continue;
             for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
-                const int64_t first = row + block * BLOCK;
-                multiply_rows(packed_block(block, inner), weight, inner, k > 0, p.y + first * p.columns + panel * PANEL, p.columns,
-                              least(BLOCK, p.rows - first));
+                const int64_t first = row + block * BLOCK, rows = least(BLOCK, p.rows - first);
+                float* const y = p.y + first * p.columns + panel * PANEL;
+                ask_for<true>(y, p.columns, rows);  // it comes while tiles multiply
+                multiply_rows(packed_block(block, inner), weight, inner, k > 0, y, p.columns, rows);
             }
         }
     }
