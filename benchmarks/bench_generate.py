@@ -16,8 +16,8 @@ llama.cpp beside NF4. In the cells "file" it is not: there all have the numbers 
 and for "compressed", which reads them in the file's bits. "fast decode" reads dense weights in 8 bits (``--fast-decode``), and
 its drift from the exact one is measured in its answers to the same prompts. NF4 has no contestant in transformers on a CPU that
 multiplies without decoding the weight first. "before" is minisft in another checkout, the last without native decoding
-(``git worktree add CHECKOUT c014459``). The adapter has rank 16, on every linear but the head. What it costs is measured in
-one process, with it and with it off, in turns: what memory a process got makes more of a difference.
+(``git worktree add CHECKOUT c014459``). An adapter has rank 16, on every linear but the head; what it costs is measured by
+``decode_adapter.py``: single steps with it, with it off and of the merged model in turns, ``--rounds`` processes a cell.
 
 A step is (time of 64 tokens - time of 1) / 63 for everybody, so reading the prompts is left out of it; llama.cpp's own count
 (``predicted_ms`` over 63) stands beside it. The memory limit is the bytes of a contestant's weights over the speed at which
@@ -34,29 +34,25 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import decode_adapter
 import decode_contestants
 import decode_llama_cpp
 import torch
+from decode_adapter import BESIDE, MERGED, OFF
 from decode_contestants import (
-    ADAPTED,
-    ADAPTED_COPIES,
     BEFORE,
-    BESIDE,
     COMPRESSED,
     FAST,
     FP32,
     HALF,
     LLAMA_CPP,
     MINISFT,
-    OFF,
-    PLAIN,
     READABLE,
     TRANSFORMERS,
-    WITHOUT,
     Contestant,
 )
 from harness import Worker, note, out_folder, provenance, save, save_svg, spread
@@ -81,8 +77,8 @@ QUESTIONS = (
     "How many minutes are there in a day, and how many in a week? Show how you get there.",
 )
 NAMES = {"fp32": "fp32", "bf16": "bf16", "nf4": "NF4", "file": "Q4_1 file"}
-# With an adapter, and without. A model that was merged in fp32 has no compressed copy; one merged in bf16 has, as its base.
-ADAPTERS = [("fp32", ADAPTED, WITHOUT), ("nf4", ADAPTED, WITHOUT), ("fp32", ADAPTED_COPIES, COMPRESSED)]
+ADAPTED = (("fp32", False), ("bf16", False), ("nf4", False), ("fp32", True))  # weights, and whether read compressed
+ADAPTER_TURNS = 100  # steps of each kind in a process
 COLOURS = {
     TRANSFORMERS: "#8a8a8a", READABLE: "#a6d4f2", MINISFT: "#0072b2", COMPRESSED: "#cc79a7", HALF: "#56b4e9", FAST: "#009e73",
     LLAMA_CPP: "#d55e00",
@@ -114,9 +110,8 @@ def agreement(tokens: dict[str, list[list[int]]], ends: set[int]) -> dict[str, d
     """Of each contestant, prompt by prompt: tokens equal to minisft's, of so many before an end token of minisft's."""
     found = {}
     for name, theirs in tokens.items():
-        mine = tokens[PLAIN] if name in (ADAPTED, ADAPTED_COPIES) and PLAIN in tokens else tokens[MINISFT]
-        of = [next((i for i, t in enumerate(row) if t in ends), len(row)) for row in mine]
-        same = [min(same_beginning(a, b), n) for a, b, n in zip(mine, theirs, of, strict=True)]
+        of = [next((i for i, t in enumerate(row) if t in ends), len(row)) for row in tokens[MINISFT]]
+        same = [min(same_beginning(a, b), n) for a, b, n in zip(tokens[MINISFT], theirs, of, strict=True)]
         found[name] = {"same_tokens": same, "of": of}
     return found
 
@@ -130,13 +125,13 @@ def compete(
     reads, same = [], {}
     for turn in range(rounds + 1):
         order = list(workers.items())[:: -1 if turn % 2 else 1]  # nobody is always the last
-        answers = {who.name: process.ask(streams=streams, new_tokens=new_tokens, adapter=who.adapter) for who, process in order}
+        answers = {who.name: process.ask(streams=streams, new_tokens=new_tokens) for who, process in order}
         tokens = {name: answer.pop("tokens") for name, answer in answers.items()}
         speed = read_bytes_per_s(numbers)
         if turn == 0:
             same = agreement(tokens, ends)
             names = (TRANSFORMERS, READABLE, BEFORE) if weights in ("fp32", "file") else ()
-            exact = [tokens[name] for name in (*names, COMPRESSED, WITHOUT) if name in tokens]
+            exact = [tokens[name] for name in (*names, COMPRESSED) if name in tokens]
             assert all(other == tokens[MINISFT] for other in exact), "different tokens"
         else:
             reads.append(speed)
@@ -193,13 +188,38 @@ def cells(folder: Path, chosen: list[str], rounds: int, new_tokens: int, ends: s
     for streams in STREAMS:
         for weights in chosen:
             everybody = decode_contestants.contestants_of(weights, streams, llama_cpp, before is not None)
-            workers: dict[Contestant, Worker] = {}
-            for who in everybody:
-                shared = replace(who, name=ADAPTED, adapter=BESIDE)
-                workers[who] = workers[shared] if who.adapter == OFF else started(who, streams, folder, ggufs[weights], before)
+            workers = {who: started(who, streams, folder, ggufs[weights], before) for who in everybody}
             yield compete(weights, streams, workers, rounds, new_tokens, ends)
-            for process in set(workers.values()):
+            for process in workers.values():
                 process.close()
+
+
+def adapter_costs(folder: Path, chosen: list[str], rounds: int, turns: int) -> Iterator[dict]:
+    """What a step with an adapter takes of one with it off, and of one of the merged model: ``rounds`` processes, taken anew.
+
+    Of a process the median of its turns counts, paired by turn.
+    """
+    for weights, compressed in ADAPTED:
+        if weights not in chosen:
+            continue
+        about, found = json.dumps({"weights": weights, "compressed": compressed}), []
+        for number in range(rounds):
+            arguments = [about, str(folder / "model"), str(folder / "prompts.json")]
+            process = Worker(Path(decode_adapter.__file__), arguments, {})
+            found.append(process.ask(turns=turns))
+            process.close()
+            note(f"{weights}{', compressed' * compressed}, an adapter, process {number + 1}")
+        yield {"weights": weights, "compressed": compressed, **process.ready, **adapter_row(found)}
+
+
+def adapter_row(found: list[dict]) -> dict:
+    """Of seconds by kind of step and clock, a table a process: ms of each kind, and how often that of another one."""
+    ms, over = {}, {}
+    for kind in (BESIDE, OFF, MERGED):
+        ms[kind] = {clock: spread([1e3 * spread(times[kind][clock])["median"] for times in found]) for clock in CLOCKS}
+        pairs = {clock: [ratio(times[BESIDE][clock], times[kind][clock])["median"] for times in found] for clock in CLOCKS}
+        over[kind] = {clock: spread(ratios) for clock, ratios in pairs.items()}
+    return {"step_ms": ms, "over_off": over[OFF], "over_merged": over[MERGED]}
 
 
 def has_llama_cpp() -> bool:
@@ -253,7 +273,7 @@ def contestant(found: list[dict], weights: str, streams: int, name: str) -> dict
     return next((row for row in rows if row["name"] == name), None)
 
 
-def targets(found: list[dict], clock: str) -> list[dict]:
+def targets(found: list[dict], adapters: list[dict], clock: str) -> list[dict]:
     """What was hoped for, and whether it came true; nothing where a contestant is missing."""
     wanted = [(weights, 1, MINISFT, None, 0.7) for weights in ("fp32", "bf16")]
     peers = (READABLE, BEFORE, TRANSFORMERS)
@@ -275,11 +295,10 @@ def targets(found: list[dict], clock: str) -> list[dict]:
         met = value["median"] >= least
         which = weights + name.removeprefix(MINISFT)
         verdicts.append(verdict(f"{which}, {plural(streams)}: {what}", value, f"{least} or more", met))
-    for weights, beside, alone in ADAPTERS:
-        cost = adapter_ratio(found, weights, beside, alone, clock)
-        if cost is not None:
-            what = f"{weights}, one stream: {beside.removeprefix(f'{MINISFT}, ')} over {alone.removeprefix(f'{MINISFT}, ')}"
-            verdicts.append(verdict(what, cost, "1.05 or less", cost["median"] <= 1.05))
+    for cell in adapters:
+        for other in (MERGED, OFF):
+            cost = cell[f"over_{other}"][clock]
+            verdicts.append(verdict(f"{kind_of(cell)}: an adapter over {other}", cost, "1.05 or less", cost["median"] <= 1.05))
     return verdicts
 
 
@@ -287,10 +306,8 @@ def verdict(what: str, value: dict, wanted: str, met: bool) -> dict:
     return {"target": what, "value": value, "wanted": wanted, "met": met}
 
 
-def adapter_ratio(found: list[dict], weights: str, beside: str, alone: str, clock: str) -> dict | None:
-    """Its step over that of the other one."""
-    rows = [contestant(found, weights, 1, name) for name in (beside, alone)]
-    return None if None in rows else ratio(*(row["steps"][clock] for row in rows))
+def kind_of(cell: dict) -> str:
+    return f"{cell['weights']}{', compressed' * cell['compressed']}, one stream"
 
 
 def plural(streams: int) -> str:
@@ -311,7 +328,7 @@ def line(cell: dict, row: dict, clock: str) -> str:
     return text + (f"; by its own clock {row['own_step_ms']['median']:.1f} ms" if "own_step_ms" in row else "")
 
 
-def plot(found: list[dict], clock: str, path: Path) -> None:
+def plot(found: list[dict], adapters: list[dict], clock: str, path: Path) -> None:
     """Tokens a second in one stream, with what reading the weights allows, and in eight; what an adapter costs."""
     from matplotlib.figure import Figure
 
@@ -322,7 +339,7 @@ def plot(found: list[dict], clock: str, path: Path) -> None:
         _speeds(axes, order, clock)
         axes.set_title(plural(streams), fontsize=9)
     panels[0].set_ylabel(f"new tokens a {'CPU ' if clock == 'cpu' else ''}second")
-    _adapters(panels[2], found, clock)
+    _adapters(panels[2], adapters, clock)
     handles = [panels[0].bar([0], [0], color=colour, label=name) for name, colour in COLOURS.items()]
     handles += panels[0].plot([], [], color="black", linewidth=1.5, label="what reading its weights allows (one stream)")
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
@@ -349,17 +366,17 @@ def _speeds(axes: Axes, some: list[dict], clock: str) -> None:
     axes.margins(y=0.12)
 
 
-def _adapters(axes: Axes, found: list[dict], clock: str) -> None:
-    labels = ["fp32,\nover off", "NF4,\nover off", "compressed,\nover none"]
-    costs = [adapter_ratio(found, *names, clock) for names in ADAPTERS]
-    known = {label: value for label, value in zip(labels, costs, strict=True) if value is not None}
-    for x, value in enumerate(known.values()):
+def _adapters(axes: Axes, adapters: list[dict], clock: str) -> None:
+    """A step with it over one with it off: in 4 bits the merged one is another, it reads dense weights."""
+    for x, cell in enumerate(adapters):
+        value = cell["over_off"][clock]
         spans = [[value["median"] - value["q1"]], [value["q3"] - value["median"]]]
-        axes.bar(x, value["median"], 0.5, yerr=spans, color=COLOURS[MINISFT], capsize=2)
-        axes.text(x, 0.25, f"{value['median']:.2f}", ha="center", va="center", fontsize=9, color="white")
+        axes.bar(x, value["median"], 0.7, yerr=spans, color=COLOURS[MINISFT], capsize=2)
+        axes.text(x, 0.25, f"{value['median']:.2f}", ha="center", va="center", fontsize=8, color="white")
     axes.axhline(1.05, color="black", linewidth=0.8, linestyle="--")
-    axes.set_xticks(range(len(known)), list(known), fontsize=7.5)
-    axes.set_title("a step with adapter", fontsize=9)
+    labels = ["com-\npressed" if cell["compressed"] else NAMES[cell["weights"]] for cell in adapters]
+    axes.set_xticks(range(len(adapters)), labels, fontsize=7.5)
+    axes.set_title("a step with adapter\nover one without", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
 
@@ -420,7 +437,10 @@ def run(arguments: argparse.Namespace) -> None:
         **provenance("xllamacpp"), "threads": torch.get_num_threads(), "clock": clock, "new_tokens": new_tokens,
         "read_bytes": 4 * READ_NUMBERS,
     }  # fmt: skip
-    place, found = out_folder(arguments.out, arguments.quick), []
+    found: list[dict] = []
+    adapters: list[dict] = []
+    result |= {"decoding": found, "adapters": adapters}
+    place = out_folder(arguments.out, arguments.quick)
     with tempfile.TemporaryDirectory() as name:
         chosen, before = arguments.weights.split(","), arguments.before and arguments.before.resolve()
         result["prompt_tokens"], ends = prepare(Path(name), chosen)
@@ -429,12 +449,23 @@ def run(arguments: argparse.Namespace) -> None:
             python, speed = cell["python_ms_a_step"]["median"], cell["read_bytes_per_s"][clock]["median"]
             print(f"  Python {python:.2f} ms a step of minisft; reading {speed / 1e9:.1f} GB/s", flush=True)
             found.append(cell)
-            result |= {"decoding": found, "targets": targets(found, clock), **from_start_to_end(found, clock, new_tokens)}
-            path = save("generate", result, place)
-            plot(found, clock, path.with_suffix(".svg"))  # after each cell, for a run that is cut off
-    for item in result["targets"]:
+            result |= from_start_to_end(found, clock, new_tokens)
+            path = written(result, place)
+        for cell in adapter_costs(Path(name), chosen, rounds, ADAPTER_TURNS if rounds > 1 else 4):
+            adapters.append(cell)
+            print(f"{kind_of(cell)}: an adapter {shown(cell['over_off'][clock])} over off", flush=True)
+            path = written(result, place)
+    for item in targets(found, adapters, clock):
         print(f"{'met   ' if item['met'] else 'MISSED'} {item['target']}: {shown(item['value'])}; wanted {item['wanted']}")
     print(f"results: {path} and .svg")
+
+
+def written(result: dict, place: Path) -> Path:
+    """After each cell, for a run that is cut off."""
+    found, adapters, clock = result["decoding"], result["adapters"], result["clock"]
+    path = save("generate", result | {"targets": targets(found, adapters, clock)}, place)
+    plot(found, adapters, clock, path.with_suffix(".svg"))
+    return path
 
 
 def prepare(folder: Path, chosen: Sequence[str]) -> tuple[list[int], set[int]]:

@@ -10,7 +10,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,10 +17,8 @@ import torch
 from harness import peak_rss_bytes, serve
 from torch import nn
 
-NONE, BESIDE, MERGED, OFF = "none", "beside", "merged", "off"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32, "nf4, rest bf16": torch.bfloat16}
 DTYPES |= {"file": torch.float32}  # what a GGUF file of 4 bits stands for
-RANK, STD_OF_B = 16, 0.01  # an adapter whose B is not zero, so that merging moves every weight
 MOST_ROWS = 8
 
 
@@ -29,22 +26,18 @@ MOST_ROWS = 8
 class Contestant:
     """``program``: transformers, readable (minisft without its native step), minisft, minisft as it was before, or llama.cpp.
 
-    ``adapter``: where it is off, its process is that of the adapter beside the weights: the same bytes of memory, multiplied by
-    with and without it. ``fast``: --fast-decode. ``compressed``: weights read from exact copies, as the command line does.
+    ``fast``: --fast-decode. ``compressed``: weights read from exact copies, as the command line does.
     """
 
     name: str
     program: str
     weights: str
-    adapter: str = NONE
     fast: bool = False
     compressed: bool = False
 
 
 TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, BEFORE = "transformers", "readable", "minisft", "llama.cpp", "minisft, before"
-ADAPTED, WITHOUT, PLAIN, FP32 = "minisft, adapter", "minisft, adapter off", "minisft, merged", "minisft, fp32"
-FAST, COMPRESSED, ADAPTED_COPIES = "minisft, fast decode", "minisft, compressed", "minisft, compressed, adapter"
-HALF = "minisft, rest bf16"
+FAST, COMPRESSED, HALF, FP32 = "minisft, fast decode", "minisft, compressed", "minisft, rest bf16", "minisft, fp32"
 
 
 def contestants_of(weights: str, streams: int, llama_cpp: bool, before: bool) -> list[Contestant]:
@@ -60,11 +53,6 @@ def contestants_of(weights: str, streams: int, llama_cpp: bool, before: bool) ->
         found.append(Contestant(HALF, MINISFT, "nf4, rest bf16"))
     if weights == "nf4" and streams == 1:
         found.append(Contestant(FP32, MINISFT, "fp32"))
-    if weights in ("fp32", "nf4") and streams == 1:
-        found += [Contestant(ADAPTED, MINISFT, weights, BESIDE), Contestant(WITHOUT, MINISFT, weights, OFF)]
-    if weights == "fp32" and streams == 1:
-        found.append(Contestant(PLAIN, MINISFT, weights, MERGED))
-        found.append(Contestant(ADAPTED_COPIES, MINISFT, weights, BESIDE, compressed=True))
     return found
 
 
@@ -73,30 +61,12 @@ Answer = Callable[[list[list[int]], int], list[list[int]]]
 
 @dataclass
 class Subject:
-    """What continues prompts; bytes of its weights; what tells how long the native step ran since it was last asked.
-
-    ``without``: a block within which its adapter is off. ``more``: the drift of fast decoding.
-    """
+    """What continues prompts, bytes of its weights, seconds of native steps since last asked, fast decoding's drift."""
 
     answer: Answer
     weight_bytes: int
     taken: Callable[[], float] = lambda: 0.0
-    without: Callable[[], AbstractContextManager] = nullcontext
     more: dict = field(default_factory=dict)
-
-
-def adapt_(model: nn.Module, merged: bool) -> None:
-    """An adapter of rank 16 on every linear but the head, beside the weights or in them."""
-    from minisft import LoRAConfig
-    from minisft.merge_weights import merge_
-    from minisft.surgery import apply_lora_, lora_modules
-
-    apply_lora_(model, LoRAConfig(rank=RANK))
-    draw = torch.Generator().manual_seed(0)
-    for adapter in lora_modules(model).values():
-        adapter.lora_B.data.normal_(std=STD_OF_B, generator=draw)
-    if merged:
-        merge_(model)
 
 
 def dense_bytes(model: nn.Module) -> int:
@@ -127,12 +97,10 @@ def ours(folder: str, contestant: Contestant, prompts: list[list[int]]) -> Subje
     from minisft import QuantConfig, generation
     from minisft.formats import load_model
     from minisft.kernels import cpu_nf4
-    from minisft.surgery import adapters_off, weight_bytes
+    from minisft.surgery import weight_bytes
 
     quant = QuantConfig() if contestant.weights.startswith("nf4") else None
     model = load_model(folder, dtype=DTYPES[contestant.weights], quant=quant)[0]
-    if contestant.adapter != NONE:
-        adapt_(model, contestant.adapter == MERGED)
     model.eval()
     less, drift = eight_bits_(model, prompts) if contestant.fast else (0, {})
     less += compressed_(model) if contestant.compressed else 0
@@ -162,7 +130,7 @@ def ours(folder: str, contestant: Contestant, prompts: list[list[int]]) -> Subje
         seconds, inside[0] = inside[0], 0.0
         return seconds
 
-    return Subject(answer, weight_bytes(model) - less, taken, lambda: adapters_off(model), drift)
+    return Subject(answer, weight_bytes(model) - less, taken, drift)
 
 
 def theirs(folder: str, weights: str) -> Subject:
@@ -199,10 +167,9 @@ def worker(contestant: Contestant, folder: str, prompts_path: str) -> None:
     def work(command: dict) -> dict:
         """The time of one token and of all of them, on as many streams as were asked for."""
         chosen, num_tokens = prompts[-command["streams"] :], command["new_tokens"]
-        with subject.without() if command["adapter"] == OFF else nullcontext():
-            _, first, first_cpu = measured(subject.answer, chosen, 1)
-            subject.taken()
-            tokens, seconds, cpu = measured(subject.answer, chosen, num_tokens)
+        _, first, first_cpu = measured(subject.answer, chosen, 1)
+        subject.taken()
+        tokens, seconds, cpu = measured(subject.answer, chosen, num_tokens)
         steps = num_tokens - 1
         return {
             "tokens": tokens, "seconds": seconds, "cpu_seconds": cpu, "step_s": (seconds - first) / steps,

@@ -21,8 +21,6 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bench_generate  # noqa: E402
 from decode_contestants import (  # noqa: E402
-    ADAPTED,
-    ADAPTED_COPIES,
     BEFORE,
     COMPRESSED,
     FAST,
@@ -30,10 +28,8 @@ from decode_contestants import (  # noqa: E402
     HALF,
     LLAMA_CPP,
     MINISFT,
-    PLAIN,
     READABLE,
     TRANSFORMERS,
-    WITHOUT,
     Contestant,
     contestants_of,
 )
@@ -49,11 +45,7 @@ def cell(weights: str, streams: int, **steps: float) -> dict:
     """As ``compete`` makes one, of contestants by name and their steps, on a machine that reads 10 bytes a second."""
     found = {name.replace("_", " "): answers(step) for name, step in steps.items()}
     who = {
-        "adapter": ADAPTED,
-        "off": WITHOUT,
-        "both": ADAPTED_COPIES,
         "before": BEFORE,
-        "merged": PLAIN,
         "llama": LLAMA_CPP,
         "half": HALF,
         "fp32": FP32,
@@ -68,15 +60,33 @@ def cell(weights: str, streams: int, **steps: float) -> dict:
     return {"weights": weights, "streams": streams, "contestants": rows}
 
 
+def adapter_cell(weights: str, compressed: bool, *steps: float) -> dict:
+    """As ``adapter_costs`` makes one, of one process and one turn: seconds beside, off and merged."""
+    times = {
+        kind: {clock: [s] for clock in ("wall", "cpu")} for kind, s in zip(("beside", "off", "merged"), steps, strict=True)
+    }
+    return {"weights": weights, "compressed": compressed, **bench_generate.adapter_row([times])}
+
+
+def test_an_adapter_costs_the_median_of_its_turns_in_each_process() -> None:
+    def times(beside: list[float], off: list[float], merged: list[float]) -> dict:
+        return {k: {"wall": v, "cpu": [x / 2 for x in v]} for k, v in {"beside": beside, "off": off, "merged": merged}.items()}
+
+    row = bench_generate.adapter_row([times([2, 4, 9], [1, 4, 3], [8, 8, 9]), times([3, 3, 3], [1, 2, 3], [3, 3, 3])])
+    assert (row["over_off"]["wall"]["median"], row["over_off"]["wall"]["n"]) == (1.75, 2)  # of 2 (2, 1, 3) and 1.5 (3, 1.5, 1)
+    assert row["over_merged"]["cpu"]["median"] == 0.75  # of 0.5 (0.25, 0.5, 1) and 1
+    assert row["step_ms"]["beside"]["cpu"]["median"] == 1750  # of 2 and 1.5 seconds
+
+
 def test_who_takes_part_where() -> None:
     cells = [(weights, streams) for weights in ("fp32", "bf16", "nf4", "file") for streams in (1, 8)]
     names = {at: [c.name for c in contestants_of(*at, True, False)] for at in cells}
     assert names == {
-        ("fp32", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, COMPRESSED, FAST, ADAPTED, WITHOUT, PLAIN, ADAPTED_COPIES],
+        ("fp32", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, COMPRESSED, FAST],
         ("fp32", 8): [TRANSFORMERS, MINISFT, LLAMA_CPP, COMPRESSED, FAST],
         ("bf16", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, COMPRESSED, FAST],
         ("bf16", 8): [TRANSFORMERS, MINISFT, LLAMA_CPP, COMPRESSED, FAST],
-        ("nf4", 1): [READABLE, MINISFT, LLAMA_CPP, COMPRESSED, FAST, HALF, FP32, ADAPTED, WITHOUT],
+        ("nf4", 1): [READABLE, MINISFT, LLAMA_CPP, COMPRESSED, FAST, HALF, FP32],
         ("nf4", 8): [MINISFT, LLAMA_CPP, COMPRESSED, FAST, HALF],
         ("file", 1): [TRANSFORMERS, READABLE, MINISFT, LLAMA_CPP, COMPRESSED],
         ("file", 8): [TRANSFORMERS, MINISFT, LLAMA_CPP, COMPRESSED],
@@ -96,11 +106,10 @@ def test_without_the_wheel_one_line_says_what_to_install(
 
 def test_tokens_are_compared_up_to_the_first_difference_or_our_end_token() -> None:
     mine, other = [5, 6, 7, 2, 8], [5, 6, 9, 2, 8]
-    tokens = {MINISFT: [mine, mine], LLAMA_CPP: [other, mine], ADAPTED: [mine, mine], PLAIN: [other, mine]}
+    tokens = {MINISFT: [mine, mine], LLAMA_CPP: [other, mine]}
     found = bench_generate.agreement(tokens, {2})
     assert found[MINISFT] == {"same_tokens": [3, 3], "of": [3, 3]}
     assert found[LLAMA_CPP] == {"same_tokens": [2, 3], "of": [3, 3]}
-    assert found[ADAPTED] == {"same_tokens": [2, 3], "of": [3, 3]}  # against the merged model, which is what it should say
     assert bench_generate.agreement(tokens, set())[LLAMA_CPP] == {"same_tokens": [2, 5], "of": [5, 5]}
 
 
@@ -129,18 +138,15 @@ def test_targets_are_met_or_missed_by_the_numbers() -> None:
             minisft=10.0,
             compressed=5.0,
             llama=8.0,
-            adapter=10.6,
-            off=10.0,
-            merged=12.0,
-            both=6.0,
         ),
-        cell("nf4", 1, readable=20.0, minisft=4.0, llama=3.7, half=3.0, fast=2.0, fp32=9.0, adapter=4.1, off=4.0),
+        cell("nf4", 1, readable=20.0, minisft=4.0, llama=3.7, half=3.0, fast=2.0, fp32=9.0),
         cell("nf4", 8, minisft=4.0, compressed=2.0, llama=3.7),
         cell("fp32", 8, transformers=30.0, minisft=10.0, llama=8.0),
         cell("file", 1, transformers=31.0, readable=20.0, minisft=20.0, compressed=5.0, llama=4.0),
         cell("file", 8, transformers=31.0, minisft=20.0, compressed=11.0, llama=11.0),
     ]
-    verdicts = {v["target"]: (v["value"]["median"], v["met"]) for v in bench_generate.targets(found, "wall")}
+    adapters = [adapter_cell("fp32", False, 10.6, 10.0, 12.0), adapter_cell("fp32", True, 4.5, 4.5, 3.0)]
+    verdicts = {v["target"]: (v["value"]["median"], v["met"]) for v in bench_generate.targets(found, adapters, "wall")}
     assert verdicts == {
         "fp32, one stream: share of what reading the weights allows": (0.7, True),
         "fp32, one stream: times as fast as readable": (2.0, False),
@@ -163,17 +169,18 @@ def test_targets_are_met_or_missed_by_the_numbers() -> None:
         "file, compressed, one stream: times as fast as llama.cpp": (0.8, False),
         "file, compressed, eight streams: times as fast as transformers": (31 / 11, False),
         "file, compressed, eight streams: times as fast as llama.cpp": (1.0, True),
-        "fp32, one stream: adapter over adapter off": (1.06, False),
-        "nf4, one stream: adapter over adapter off": (4.1 / 4.0, True),
-        "fp32, one stream: compressed, adapter over compressed": (1.2, False),
+        "fp32, one stream: an adapter over merged": (10.6 / 12.0, True),
+        "fp32, one stream: an adapter over off": (1.06, False),
+        "fp32, compressed, one stream: an adapter over merged": (1.5, False),
+        "fp32, compressed, one stream: an adapter over off": (1.0, True),
     }
-    without = [cell("nf4", 1, readable=20.0, minisft=4.0, fp32=9.0, adapter=4.1)]
-    assert not [v for v in bench_generate.targets(without, "cpu") if "llama" in v["target"]]
+    without = [cell("nf4", 1, readable=20.0, minisft=4.0, fp32=9.0)]
+    assert not [v for v in bench_generate.targets(without, [], "cpu") if "llama" in v["target"]]
 
 
 def test_the_table_has_a_row_a_contestant_and_a_line_a_target() -> None:
     found = [cell("fp32", 1, transformers=30.0, minisft=10.0), cell("fp32", 8, transformers=45.0, minisft=10.0)]
-    lines = list(bench_generate.table({"clock": "cpu", "decoding": found, "targets": bench_generate.targets(found, "cpu")}))
+    lines = list(bench_generate.table({"clock": "cpu", "decoding": found, "targets": bench_generate.targets(found, [], "cpu")}))
     assert lines[2:7] == [
         "| fp32, one | transformers | 0 | 15000.0 (15000.0 to 15000.0) | 0.1 | 3.00 (3.00 to 3.00) | 0.23 | 0.00 |",
         "|  | **minisft** | 0 | 5000.0 (5000.0 to 5000.0) | 0.2 |  | **0.70** | 0.00 |",
@@ -232,4 +239,7 @@ def test_the_benchmark_runs_to_its_end_and_writes_results_and_plot(tmp_path: Pat
             assert rows[LLAMA_CPP]["same_tokens"] != []
     assert [cell["streams"] for cell in result["decoding"]] == [1, 8]
     assert (tmp_path / "generate.svg").read_text().startswith("<?xml")
+    adapted = [cell["compressed"] for cell in result["adapters"]]
+    assert adapted == [False]
+    assert all(cell["weight_bytes"] > 5 * cell["adapter_bytes"] for cell in result["adapters"])
     assert "wanted 1.05 or less" in done.stdout
