@@ -161,11 +161,12 @@ def test_gradcheck(window):
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, segments, window) * real, inputs)
 
 
+@pytest.mark.parametrize("tokens", [5, 37])
 @pytest.mark.parametrize(("dtype", "tolerance"), PATHS)
-def test_large_scores_do_not_overflow(dtype, tolerance):
-    """Scores of 1e4 would be infinite after exp; the softmax is then one-hot."""
-    segment_ids = torch.ones(1, 5, dtype=torch.int64)
-    q, k, v = (randn(5, 1, 4, seed=i, dtype=dtype).requires_grad_() for i in range(3))
+def test_large_scores_do_not_overflow(dtype, tolerance, tokens):
+    """Scores of 1e4 would be infinite after exp; the softmax is then one-hot, whichever key has the largest."""
+    segment_ids = torch.ones(1, tokens, dtype=torch.int64)
+    q, k, v = (randn(tokens, 1, 4, seed=i, dtype=dtype).requires_grad_() for i in range(3))
     out = attend(q * 100, k * 100, v, Segments.of(segment_ids))
     gradients = torch.autograd.grad(out.sum(), [q, k, v])
     assert_close(out, naive(q.double() * 100, k.double() * 100, v.double(), segment_ids, None), tolerance)

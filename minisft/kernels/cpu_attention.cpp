@@ -64,6 +64,19 @@ __attribute__((noinline)) void multiply(View a, int64_t rows, int64_t inner, con
     for (int64_t j = 0; j < columns; j += WIDE * LANES) columns_left(a, rows, inner, b + j, ldb, columns - j, c + j, ldc, add);
 }
 
+// to (16, 16) = x (16, 16) transposed.
+inline void transpose_16(const float* x, int64_t stride, float* to, int64_t to_stride) {
+#if LANES == 16 && !defined(NF4_PORTABLE)
+    __m512i lines[16];
+    for (int64_t i = 0; i < 16; ++i) lines[i] = _mm512_loadu_si512(x + i * stride);
+    ::transpose(lines);
+    for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, lines[i]);
+#else
+    for (int64_t i = 0; i < 16; ++i)
+        for (int64_t j = 0; j < 16; ++j) to[i * to_stride + j] = x[j * stride + i];
+#endif
+}
+
 // ---- a kv head of a segment -------------------------------------------------------------------------------------------------
 
 // The keys of a segment are those of the past, of its prefix and its own, in this order. cpu_attention.py declares the same struct.
@@ -144,12 +157,11 @@ struct Head {
         take(x, a.K, first, length, kv, 1.0f, to + before * m.padded);
     }
 
-    // xt (E, keys) = x (before + length, padded) transposed, zeros to the right.
+    // xt (E, keys) = x (before + length, padded) transposed; what stands to the right reaches no sum.
     void transpose(const float* x, float* xt) const {
-        for (int64_t e = 0; e < a.E; ++e) {
-            for (int64_t i = 0; i < before + length; ++i) xt[e * m.keys + i] = x[i * m.padded + e];
-            for (int64_t i = before + length; i < m.keys; ++i) xt[e * m.keys + i] = 0.0f;
-        }
+        for (int64_t e = 0; e < a.E; e += 16)
+            for (int64_t i = 0; i < before + length; i += 16)
+                transpose_16(x + i * m.padded + e, m.padded, xt + e * m.keys + i, m.keys);
     }
 
     // Some queries of a head, and the keys that any of them sees.

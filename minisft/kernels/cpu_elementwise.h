@@ -17,21 +17,19 @@ struct Whole {
     void store(T* to, Floats v) const {
         put(to, v);
     }
+    Floats only(Floats v) const { return v; }
 };
 struct Rest {
     int64_t count;
     template <class T>
     Floats load(const T* from) const {
-        T whole[LANES] = {};
-        memcpy(whole, from, sizeof(T) * count);
-        return widened(whole);
+        return load_first(from, count);
     }
     template <class T>
     void store(T* to, Floats v) const {
-        T whole[LANES];
-        put(whole, v);
-        memcpy(to, whole, sizeof(T) * count);
+        put_first(to, v, count);
     }
+    Floats only(Floats v) const { return first_of(v, count); }  // zeros beside them
 };
 
 // Calls each(k, lanes) for k = 0, LANES, ... < length.
@@ -58,16 +56,19 @@ inline float norm_row(const T* x, const T* weight, int64_t size, float eps, T* y
 }
 
 inline float largest(const float* numbers, int64_t length) {
-    Floats most = Floats{} + numbers[0];
-    int64_t k = 0;
-    for (; k + LANES <= length; k += LANES) {
+    if (length < LANES) {
+        float most = numbers[0];
+        for (int64_t k = 1; k < length; ++k) most = numbers[k] > most ? numbers[k] : most;
+        return most;
+    }
+    Floats most = load<Floats>(numbers);
+    const auto compare = [&](int64_t k) ALWAYS_INLINE {
         const Floats next = load<Floats>(numbers + k);
         most = next > most ? next : most;
-    }
-    float best = numbers[0];
-    for (int lane = 0; lane < LANES; ++lane) best = most[lane] > best ? most[lane] : best;
-    for (; k < length; ++k) best = numbers[k] > best ? numbers[k] : best;
-    return best;
+    };
+    for (int64_t k = LANES; k + LANES <= length; k += LANES) compare(k);
+    compare(length - LANES);  // some of them for the second time
+    return largest(most);
 }
 
 // scores = exp(scores - max); returns their sum, which softmax divides by.
@@ -75,8 +76,9 @@ inline float softmax(float* scores, int64_t length) {
     const float most = largest(scores, length);
     Floats total = {};
     vectors(length, [&](int64_t k, auto lanes) {
-        lanes.store(scores + k, exponential(lanes.load(scores + k) - most));
-        total += lanes.load(scores + k);  // beyond the end there are zeros
+        const Floats weights = exponential(lanes.load(scores + k) - most);
+        lanes.store(scores + k, weights);
+        total += lanes.only(weights);
     });
     return sum(total);
 }

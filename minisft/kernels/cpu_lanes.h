@@ -90,15 +90,6 @@ inline V load_some(const void* from, int64_t bytes) {  // the rest is zero
     return v;
 }
 
-// The first `count` numbers, fewer than LANES; the rest is zero.
-inline Floats load_first(const float* from, int64_t count) {
-#if LANES == 16 && !defined(NF4_PORTABLE)
-    return _mm512_maskz_loadu_ps((1u << count) - 1, from);
-#else
-    return load_some<Floats>(from, 4 * count);
-#endif
-}
-
 inline Table operator*(Table table, float scale) {
     for (Floats& part : table.part) part = part * scale + 0.0f;  // + 0: no weight is -0, see nf4.dequantize
     return table;
@@ -171,6 +162,31 @@ inline Floats exponential(Floats x) {
     return series * (Floats)power;
 }
 
+#if LANES == 16 && !defined(NF4_PORTABLE)
+// Of 16 vectors, vector i has dword j of vector j's dword i: rows and columns change places.
+inline void transpose(__m512i* v) {
+    __m512i t[16];
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 2; ++j) {
+            v[4 * i + 2 * j] = _mm512_unpacklo_epi64(t[4 * i + j], t[4 * i + 2 + j]);
+            v[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + 2 + j]);
+        }
+    for (int i = 0; i < 4; ++i)
+        for (int half = 0; half < 16; half += 8) {
+            t[half + i] = _mm512_shuffle_i32x4(v[half + i], v[half + 4 + i], 0x88);
+            t[half + 4 + i] = _mm512_shuffle_i32x4(v[half + i], v[half + 4 + i], 0xdd);
+        }
+    for (int i = 0; i < 8; ++i) {
+        v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    }
+}
+#endif
+
 // By halves: lanes i and i + 4 n first, so that no addition waits for more than four others.
 inline float sum(Floats v) {
     Quad quads[LANES / 4];
@@ -178,6 +194,14 @@ inline float sum(Floats v) {
     for (int step = LANES / 8; step > 0; step /= 2)
         for (int i = 0; i < step; ++i) quads[i] += quads[i + step];
     return (quads[0][0] + quads[0][2]) + (quads[0][1] + quads[0][3]);
+}
+
+inline float largest(Floats v) {
+    float lanes[LANES];
+    memcpy(lanes, &v, sizeof v);
+    for (int step = LANES / 2; step > 0; step /= 2)
+        for (int i = 0; i < step; ++i) lanes[i] = lanes[i + step] > lanes[i] ? lanes[i + step] : lanes[i];
+    return lanes[0];
 }
 
 inline float number(float fp32) { return fp32; }
@@ -217,6 +241,36 @@ inline Words bf16_words(Floats v) {
 inline void put(uint16_t* out, Floats v) {
     const Halves halves = __builtin_convertvector(bf16_words(v) >> 16, Halves);
     memcpy(out, &halves, sizeof halves);
+}
+
+// The first `count` numbers, fewer than LANES: loaded, with zeros beside them, and stored.
+template <class T>
+inline Floats load_first(const T* from, int64_t count) {
+#if LANES == 16 && !defined(NF4_PORTABLE)
+    if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps((1u << count) - 1, from);
+#endif
+    T whole[LANES] = {};
+    memcpy(whole, from, sizeof(T) * count);
+    return widened(whole);
+}
+template <class T>
+inline void put_first(T* to, Floats v, int64_t count) {
+#if LANES == 16 && !defined(NF4_PORTABLE)
+    if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(to, (1u << count) - 1, v);
+#endif
+    T whole[LANES];
+    put(whole, v);
+    memcpy(to, whole, sizeof(T) * count);
+}
+
+// v with zeros beyond the first `count` lanes.
+inline Floats first_of(Floats v, int64_t count) {
+#if LANES == 16 && !defined(NF4_PORTABLE)
+    return _mm512_maskz_mov_ps((1u << count) - 1, v);
+#else
+    for (int64_t lane = count; lane < LANES; ++lane) v[lane] = 0.0f;
+    return v;
+#endif
 }
 
 // What is left of v where it is stored as T and read again.

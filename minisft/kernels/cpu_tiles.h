@@ -57,29 +57,6 @@ class Tiles {
     }
 };
 
-// Of 16 vectors, vector i has dword j of vector j's dword i: rows and columns change places.
-inline void transpose(__m512i* v) {
-    __m512i t[16];
-    for (int i = 0; i < 8; ++i) {
-        t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; ++i)
-        for (int j = 0; j < 2; ++j) {
-            v[4 * i + 2 * j] = _mm512_unpacklo_epi64(t[4 * i + j], t[4 * i + 2 + j]);
-            v[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + 2 + j]);
-        }
-    for (int i = 0; i < 4; ++i)
-        for (int half = 0; half < 16; half += 8) {
-            t[half + i] = _mm512_shuffle_i32x4(v[half + i], v[half + 4 + i], 0x88);
-            t[half + 4 + i] = _mm512_shuffle_i32x4(v[half + i], v[half + 4 + i], 0xdd);
-        }
-    for (int i = 0; i < 8; ++i) {
-        v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-        v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-    }
-}
-
 // 32 fp32 numbers as three parts of bf16, `apart` from one another.
 inline ALWAYS_INLINE void split_numbers(const float* from, int64_t apart, void* to) {
     __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
