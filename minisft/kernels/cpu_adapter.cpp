@@ -29,7 +29,7 @@ struct Gradients {
 
 constexpr int64_t SUMS = LANES == 16 ? 24 : 12;  // rows summed at once: registers hold these and two vectors
 constexpr int64_t ROWS = 2 * SUMS;               // of a block
-constexpr int64_t PIECE = 8 * LANES;             // columns at once: with what is added to, they fit into a first cache
+constexpr int64_t PIECE = 4 * LANES;             // columns at once: with what is added to, they fit into a first cache
 constexpr int64_t LOW = ROWS * LANES;            // numbers of a block for LANES ranks
 
 inline int64_t padded(int64_t size) { return pieces(size, LANES) * LANES; }
