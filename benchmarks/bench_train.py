@@ -28,6 +28,7 @@ import torch
 from harness import Worker, out_folder, peak_rss_bytes, provenance, save, serve, spread
 
 BATCH_SIZE, RANK, ALPHA, LR = 8, 16, 32.0, 2e-4
+SHARE_ROUNDS = 3  # for each of the others: a round takes two steps, and says less
 NARROW = 3 * RANK  # products of adapters have no larger side: q, k and v have one for what they want of x
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-in-fp32": torch.bfloat16}
 DTYPES = STORED | {"bf16-in-fp32": torch.float32}  # in which the model is loaded
@@ -197,7 +198,9 @@ def compare(dtype: str, quant: str, malloc: str, folder: Path, rows_path: Path, 
         if step == 0:
             assert all(abs(loss / losses[peer] - 1) < tolerance for loss in losses.values()), f"different losses: {losses}"
         print(f"  {dtype} {malloc} step {step}: {losses}", file=sys.stderr, flush=True)
-    shares = {name: contestant.ask(first=0, count=count, share_rounds=rounds) for name, contestant in workers.items()}
+    shares = {
+        name: contestant.ask(first=0, count=count, share_rounds=SHARE_ROUNDS * rounds) for name, contestant in workers.items()
+    }
     for contestant in workers.values():
         contestant.close()
     return [

@@ -2,10 +2,10 @@
 
     share = seconds of the products alone / seconds of the step
 
-The products are those that the step makes, with their shapes and layouts, each timed by itself on matrices of its own, in
-turns with the step and in the same process. Products with a side of ``narrow`` or less, rows among them, do not count: they are
-work beside the model's own, as those of adapters are. If they run at the same rate, and nothing else takes time, a step of
-PyTorch's products alone has a share of
+The products are those that the step makes, with their shapes and layouts, each by itself on matrices of its own and as often as
+in the step, in turns with it and in the same process: what the machine gives to others meanwhile, it takes from both. Products
+with a side of ``narrow`` or less, rows among them, do not count: they are work beside the model's own, as those of adapters
+are. If they run at the same rate, and nothing else takes time, a step of PyTorch's products alone has a share of
 
     ceiling = operations of the products that count / operations of all products
 
@@ -77,23 +77,20 @@ def flops(product: Product) -> int:
     return 2 * rows * inner * columns
 
 
-def seconds_of(product: Product, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """The median time of one such product, its result written over the one before."""
+def seconds_of(product: Product, count: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """The time of ``count`` such products, each one's result written over that of the one before."""
     a, b = (torch.empty_strided(*layout, dtype=product[2]).fill_(0.5) for layout in product[:2])
     out = a @ b
-    times = []
-    for _ in range(repeats):
-        began = clock()
+    began = clock()
+    for _ in range(count):
         torch.mm(a, b, out=out)
-        times.append(clock() - began)
-    return statistics.median(times)
+    return clock() - began
 
 
 def measure(
     step: Callable[[], object],
     rounds: int,
     narrow: int,
-    repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """The share of a step, again and again.
@@ -102,7 +99,6 @@ def measure(
         step: one training step, always of the same rows.
         rounds: how often the step and its products are timed, in turns.
         narrow: products with a side of so many or fewer do not count.
-        repeats: of each product in a round.
         clock: what is measured; ``time.process_time`` where other work runs beside.
 
     Returns:
@@ -117,7 +113,7 @@ def measure(
         began = clock()
         step()
         whole = clock() - began
-        alone = sum(seconds_of(product, repeats, clock) * count for product, count in products.made.items())
+        alone = sum(seconds_of(product, count, clock) for product, count in products.made.items())
         shares.append(alone / whole)
         rates.append(total / alone)
     rate = statistics.median(rates)

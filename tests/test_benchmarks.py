@@ -74,7 +74,7 @@ def test_a_results_file_names_no_folder_of_this_machine(monkeypatch: pytest.Monk
 def test_the_products_of_a_step_are_counted_both_ways_and_narrow_ones_are_not() -> None:
     layer = LoRALinear(torch.nn.Linear(64, 96), rank=4, alpha=8.0)
     x = torch.randn(32, 64, requires_grad=True)
-    found = gemm_share.measure(lambda: layer(x).sum().backward(), rounds=2, narrow=4, repeats=1)
+    found = gemm_share.measure(lambda: layer(x).sum().backward(), rounds=2, narrow=4)
     large = 2 * (2 * 32 * 64 * 96)  # x W^T and grad W: the weight is frozen
     thin = 3 * (2 * 32 * 4 * (64 + 96))  # each factor's product forward, and its two backward
     assert found["gflops"] == large / 1e9
