@@ -22,7 +22,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# A block has 48 rows or 24, a piece 128 columns or 64, a vector 16 numbers or 8.
+# A block has 48 rows or 24, a piece 64 columns or 32, a vector 16 numbers or 8.
 SIZES = [
     (1, 1, [(1, 1)]), (23, 7, [(9, 3)]), (24, 64, [(16, 8)]), (48, 128, [(64, 16)]), (49, 130, [(129, 5), (40, 16)]),
     (96, 65, [(256, 9), (3, 1), (200, 17)]), (97, 200, [(300, 40)]), (331, 72, [(72, 16), (24, 16), (24, 16)]),
