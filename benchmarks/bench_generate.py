@@ -195,31 +195,32 @@ def cells(folder: Path, chosen: list[str], rounds: int, new_tokens: int, ends: s
 
 
 def adapter_costs(folder: Path, chosen: list[str], rounds: int, turns: int) -> Iterator[dict]:
-    """What a step with an adapter takes of one with it off, and of one of the merged model: ``rounds`` processes, taken anew.
+    """What a step with an adapter takes of one with it off, and of one of the merged model: ``rounds`` processes.
 
     Of a process the median of its turns counts, paired by turn.
     """
     for weights, compressed in ADAPTED:
         if weights not in chosen:
             continue
-        about, found = json.dumps({"weights": weights, "compressed": compressed}), []
+        cell, found = {"weights": weights, "compressed": compressed}, []
         for number in range(rounds):
-            arguments = [about, str(folder / "model"), str(folder / "prompts.json")]
+            arguments = [json.dumps(cell), str(folder / "model"), str(folder / "prompts.json")]
             process = Worker(Path(decode_adapter.__file__), arguments, {})
             found.append(process.ask(turns=turns))
             process.close()
-            note(f"{weights}{', compressed' * compressed}, an adapter, process {number + 1}")
-        yield {"weights": weights, "compressed": compressed, **process.ready, **adapter_row(found)}
+            note(f"{kind_of(cell)}, an adapter, process {number + 1}")
+        yield {**cell, **process.ready, **adapter_row(found)}
 
 
 def adapter_row(found: list[dict]) -> dict:
-    """Of seconds by kind of step and clock, a table a process: ms of each kind, and how often that of another one."""
+    """Of seconds by kind of step and clock, a table a process: ms of each kind, and the adapter's over the others."""
     ms, over = {}, {}
     for kind in (BESIDE, OFF, MERGED):
         ms[kind] = {clock: spread([1e3 * spread(times[kind][clock])["median"] for times in found]) for clock in CLOCKS}
+    for kind in (OFF, MERGED):
         pairs = {clock: [ratio(times[BESIDE][clock], times[kind][clock])["median"] for times in found] for clock in CLOCKS}
-        over[kind] = {clock: spread(ratios) for clock, ratios in pairs.items()}
-    return {"step_ms": ms, "over_off": over[OFF], "over_merged": over[MERGED]}
+        over[f"over_{kind}"] = {clock: spread(ratios) for clock, ratios in pairs.items()}
+    return {"step_ms": ms, **over}
 
 
 def has_llama_cpp() -> bool:
@@ -296,7 +297,7 @@ def targets(found: list[dict], adapters: list[dict], clock: str) -> list[dict]:
         which = weights + name.removeprefix(MINISFT)
         verdicts.append(verdict(f"{which}, {plural(streams)}: {what}", value, f"{least} or more", met))
     for cell in adapters:
-        for other in (MERGED, OFF):
+        for other in (OFF,) if cell["weights"] == "nf4" else (MERGED, OFF):  # merged, 4 bits are 32
             cost = cell[f"over_{other}"][clock]
             verdicts.append(verdict(f"{kind_of(cell)}: an adapter over {other}", cost, "1.05 or less", cost["median"] <= 1.05))
     return verdicts
@@ -397,6 +398,14 @@ def table(result: dict) -> Iterator[str]:
             yield f"| {' | '.join(cells)} |"
             first = ""
     yield ""
+    yield "| an adapter, one stream | MB of weights, of it | ms a step: with it, off, merged | over off | over merged |"
+    yield "|---|---|---|---|---|"
+    for cell in result["adapters"]:
+        name = NAMES[cell["weights"]] + ", compressed" * cell["compressed"]
+        ms = ", ".join(f"{cell['step_ms'][kind][clock]['median']:.1f}" for kind in (BESIDE, OFF, MERGED))
+        ratios = " | ".join(shown(cell[f"over_{kind}"][clock], 3) for kind in (OFF, MERGED))
+        yield f"| {name} | {cell['weight_bytes'] / 1e6:.0f}, {cell['adapter_bytes'] / 1e6:.1f} | {ms} | {ratios} |"
+    yield ""
     yield from (f"- {item['target']}: {shown(item['value'])}; {item['wanted']}" for item in result["targets"])
 
 
@@ -431,7 +440,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure the cells that were asked for, save after each, plot and print."""
-    rounds, new_tokens = (1, 4) if arguments.quick else (arguments.rounds, NEW_TOKENS)
+    rounds, new_tokens, turns = (1, 4, 4) if arguments.quick else (arguments.rounds, NEW_TOKENS, ADAPTER_TURNS)
     clock = "cpu" if torch.get_num_threads() == 1 else "wall"
     result = {
         **provenance("xllamacpp"), "threads": torch.get_num_threads(), "clock": clock, "new_tokens": new_tokens,
@@ -451,7 +460,7 @@ def run(arguments: argparse.Namespace) -> None:
             found.append(cell)
             result |= from_start_to_end(found, clock, new_tokens)
             path = written(result, place)
-        for cell in adapter_costs(Path(name), chosen, rounds, ADAPTER_TURNS if rounds > 1 else 4):
+        for cell in adapter_costs(Path(name), chosen, rounds, turns):
             adapters.append(cell)
             print(f"{kind_of(cell)}: an adapter {shown(cell['over_off'][clock])} over off", flush=True)
             path = written(result, place)

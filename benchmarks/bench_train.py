@@ -28,7 +28,7 @@ import torch
 from harness import Worker, out_folder, peak_rss_bytes, provenance, save, serve, spread
 
 BATCH_SIZE, RANK, ALPHA, LR = 8, 16, 32.0, 2e-4
-SHARE_ROUNDS = 3  # for each of the others: a round takes two steps, and says less
+SHARE_ROUNDS = 3  # of the share for each timed step: single ones differ more
 NARROW = 3 * RANK  # products of adapters have no larger side: q, k and v have one for what they want of x
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-in-fp32": torch.bfloat16}
 DTYPES = STORED | {"bf16-in-fp32": torch.float32}  # in which the model is loaded

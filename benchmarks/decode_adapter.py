@@ -1,8 +1,9 @@
-"""What an adapter costs at one token: steps with it, with it off and of the merged model, in turns of one step.
+"""What an adapter costs at one token: steps with it, with it off and of the merged model, in one process, in turns.
 
 A worker of ``bench_generate.py``: ``decode_adapter.py --worker '{"weights": "fp32", "compressed": false}' MODEL PROMPTS``. All
 steps read the same token after the same prompt. Turns of whole answers are too long for it: what a machine's memory gives
-changes from second to second by more than an adapter costs.
+changes from second to second by more than an adapter costs. The merged model has memory of its own, better or worse than that
+of the other two.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from torch import Tensor
 from minisft import LoRAConfig, QuantConfig
 from minisft.formats import load_model
 from minisft.generation import read_prompts
-from minisft.merge_weights import merge_
+from minisft.merge_weights import merge
 from minisft.model import CausalLM
 from minisft.native.decoder import decode_path, next_logits_of
 from minisft.surgery import adapters_off, apply_lora_, lora_modules, weight_bytes
 
 BESIDE, OFF, MERGED = "beside", "off", "merged"
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+NOW = {"wall": time.perf_counter, "cpu": time.process_time}
 RANK, STD_OF_B = 16, 0.01  # an adapter whose B is not zero, so that merging moves every weight
 TOKEN = 42  # any
 
@@ -40,26 +41,23 @@ def loaded(folder: str, weights: str) -> CausalLM:
 
 
 def adapt_(model: CausalLM) -> int:
-    """An adapter of rank 16 on every linear but the head, each time the same; its bytes."""
+    """An adapter of rank 16 on every linear but the head; its bytes."""
     apply_lora_(model, LoRAConfig(rank=RANK))
     adapters, draw = lora_modules(model).values(), torch.Generator().manual_seed(0)
     for adapter in adapters:
-        adapter.reset_parameters(draw)
         adapter.lora_B.data.normal_(std=STD_OF_B, generator=draw)
     model.eval()
     return sum(adapter.lora_A.nbytes + adapter.lora_B.nbytes for adapter in adapters)
 
 
-def merged(folder: str, weights: str, compressed: bool) -> CausalLM:
+def merged(model: CausalLM, compressed: bool) -> CausalLM:
     """The adapter in the weights, which are dense; where copies are read rounded to bf16, since merged fp32 has no copies."""
-    model = loaded(folder, weights)
-    adapt_(model)
-    merge_(model)
+    found = merge(model)[0]
     if compressed:
-        for parameter in model.parameters():
+        for parameter in found.parameters():
             parameter.data = parameter.data.bfloat16().to(parameter.dtype)
-        compressed_(model)
-    return model
+        compressed_(found)
+    return found
 
 
 def step_of(model: CausalLM, prompt: list[int]) -> Callable[[], Tensor]:
@@ -85,7 +83,7 @@ def check(base: Tensor, logits: dict[str, Tensor]) -> None:
 
 
 def worker(weights: str, compressed: bool, folder: str, prompts: str) -> None:
-    prompt = json.loads(Path(prompts).read_text())[0]
+    prompt = json.loads(Path(prompts).read_text())[-1]  # that of one stream
     model = loaded(folder, weights)
     num_bytes = weight_bytes(model) - (compressed_(model) if compressed else 0)
     base = step_of(model, prompt)()
@@ -94,18 +92,18 @@ def worker(weights: str, compressed: bool, folder: str, prompts: str) -> None:
     for name, without in ((BESIDE, nullcontext()), (OFF, adapters_off(model))):
         with without:
             steps[name] = step_of(model, prompt)
-    steps[MERGED] = step_of(merged(folder, weights, compressed), prompt)
+    steps[MERGED] = step_of(merged(model, compressed), prompt)
     check(base, {name: step() for name, step in steps.items()})
 
     def work(command: dict) -> dict:
         """Seconds of each step by each clock; the step before it is the same one, as in an answer: caches hold what it left."""
-        seconds: dict[str, dict[str, list[float]]] = {name: {clock: [] for clock in CLOCKS} for name in steps}
+        seconds: dict[str, dict[str, list[float]]] = {name: {clock: [] for clock in NOW} for name in steps}
         for turn in range(command["turns"]):
             for name, step in list(steps.items())[:: -1 if turn % 2 else 1]:
                 step()
-                began = {clock: now() for clock, now in CLOCKS.items()}
+                began = {clock: now() for clock, now in NOW.items()}
                 step()
-                for clock, now in CLOCKS.items():
+                for clock, now in NOW.items():
                     seconds[name][clock].append(now() - began[clock])
         return seconds
 

@@ -161,12 +161,14 @@ def test_gradcheck(window):
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, segments, window) * real, inputs)
 
 
-@pytest.mark.parametrize("tokens", [5, 37])
+@pytest.mark.parametrize("tokens", [5, 10, 20, 37])
 @pytest.mark.parametrize(("dtype", "tolerance"), PATHS)
 def test_large_scores_do_not_overflow(dtype, tolerance, tokens):
-    """Scores of 1e4 would be infinite after exp; the softmax is then one-hot, whichever key has the largest."""
+    """Scores of 1e4 would be infinite after exp; the softmax is then one-hot, also where the last two keys have the largest."""
     segment_ids = torch.ones(1, tokens, dtype=torch.int64)
-    q, k, v = (randn(tokens, 1, 4, seed=i, dtype=dtype).requires_grad_() for i in range(3))
+    q, k, v = (randn(tokens, 1, 4, seed=i, dtype=dtype) for i in range(3))
+    k[-1], k[-2] = 8 * q[-1], 7 * q[-1]
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
     out = attend(q * 100, k * 100, v, Segments.of(segment_ids))
     gradients = torch.autograd.grad(out.sum(), [q, k, v])
     assert_close(out, naive(q.double() * 100, k.double() * 100, v.double(), segment_ids, None), tolerance)
@@ -293,6 +295,20 @@ def test_same_bits_for_any_threads_and_neighbours():
     for one, two, own in zip(*found, strict=True):
         assert torch.equal(one, two)
         assert torch.equal(one[70:101], own)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_what_stood_in_memory_reaches_no_number(window, monkeypatch):
+    """Keys are turned in whole tiles, and scores are computed in whole vectors: what lies beyond the last key is anything."""
+
+    def found():
+        mine = [randn(127, heads, 40, seed=heads, dtype=torch.float32).requires_grad_() for heads in (4, 2, 2)]
+        out = attend(*mine, LONG, window)
+        return [x[:101] for x in (out, *torch.autograd.grad(out.square().sum(), mine))]  # padding follows
+
+    clean = found()
+    monkeypatch.setattr(torch, "empty", lambda *size, **given: torch.full(size, torch.nan, **given))
+    assert all(torch.equal(a, b) for a, b in zip(found(), clean, strict=True))
 
 
 def test_a_number_that_is_not_finite_stays_in_its_segment():

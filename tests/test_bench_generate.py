@@ -14,12 +14,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+
+from minisft.config import ModelConfig
+from minisft.surgery import adapters_off
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_generate  # noqa: E402
+import decode_adapter  # noqa: E402
 from decode_contestants import (  # noqa: E402
     BEFORE,
     COMPRESSED,
@@ -76,6 +81,24 @@ def test_an_adapter_costs_the_median_of_its_turns_in_each_process() -> None:
     assert (row["over_off"]["wall"]["median"], row["over_off"]["wall"]["n"]) == (1.75, 2)  # of 2 (2, 1, 3) and 1.5 (3, 1.5, 1)
     assert row["over_merged"]["cpu"]["median"] == 0.75  # of 0.5 (0.25, 0.5, 1) and 1
     assert row["step_ms"]["beside"]["cpu"]["median"] == 1750  # of 2 and 1.5 seconds
+
+
+def test_steps_with_an_adapter_and_without_take_their_turns() -> None:
+    model = tiny.build(ModelConfig("llama", 64, 32, 64, 1, 2, 1, 16), torch.float32).eval()
+    base = decode_adapter.step_of(model, [5, 6, 7])()
+    num_bytes = decode_adapter.adapt_(model)
+    steps = {"beside": decode_adapter.step_of(model, [5, 6, 7])}
+    with adapters_off(model):
+        steps["off"] = decode_adapter.step_of(model, [5, 6, 7])
+    steps["merged"] = decode_adapter.step_of(decode_adapter.merged(model, False), [5, 6, 7])
+    for _ in range(2):  # each is the same step again
+        decode_adapter.check(base, {name: step() for name, step in steps.items()})
+    assert num_bytes == 4 * 16 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
+    for wrong, reason in (("off", "changes the logits"), ("merged", "merging is")):
+        logits = {name: step() for name, step in steps.items()}
+        logits[wrong] = logits["beside" if wrong == "off" else "off"]
+        with pytest.raises(AssertionError, match=reason):
+            decode_adapter.check(base, logits)
 
 
 def test_who_takes_part_where() -> None:
@@ -146,6 +169,7 @@ def test_targets_are_met_or_missed_by_the_numbers() -> None:
         cell("file", 8, transformers=31.0, minisft=20.0, compressed=11.0, llama=11.0),
     ]
     adapters = [adapter_cell("fp32", False, 10.6, 10.0, 12.0), adapter_cell("fp32", True, 4.5, 4.5, 3.0)]
+    adapters.append(adapter_cell("nf4", False, 3.0, 2.0, 9.0))
     verdicts = {v["target"]: (v["value"]["median"], v["met"]) for v in bench_generate.targets(found, adapters, "wall")}
     assert verdicts == {
         "fp32, one stream: share of what reading the weights allows": (0.7, True),
@@ -173,6 +197,7 @@ def test_targets_are_met_or_missed_by_the_numbers() -> None:
         "fp32, one stream: an adapter over off": (1.06, False),
         "fp32, compressed, one stream: an adapter over merged": (1.5, False),
         "fp32, compressed, one stream: an adapter over off": (1.0, True),
+        "nf4, one stream: an adapter over off": (1.5, False),  # merged, it reads dense weights
     }
     without = [cell("nf4", 1, readable=20.0, minisft=4.0, fp32=9.0)]
     assert not [v for v in bench_generate.targets(without, [], "cpu") if "llama" in v["target"]]
@@ -180,7 +205,11 @@ def test_targets_are_met_or_missed_by_the_numbers() -> None:
 
 def test_the_table_has_a_row_a_contestant_and_a_line_a_target() -> None:
     found = [cell("fp32", 1, transformers=30.0, minisft=10.0), cell("fp32", 8, transformers=45.0, minisft=10.0)]
-    lines = list(bench_generate.table({"clock": "cpu", "decoding": found, "targets": bench_generate.targets(found, [], "cpu")}))
+    adapters = [adapter_cell("fp32", True, 0.3, 0.2, 0.1) | {"weight_bytes": 203e6, "adapter_bytes": 19.53e6}]
+    result = {"clock": "cpu", "decoding": found, "adapters": adapters, "targets": bench_generate.targets(found, [], "cpu")}
+    lines = list(bench_generate.table(result))
+    values = "300.0, 200.0, 100.0 | 1.500 (1.500 to 1.500) | 3.000 (3.000 to 3.000)"
+    assert f"| fp32, compressed | 203, 19.5 | {values} |" in lines
     assert lines[2:7] == [
         "| fp32, one | transformers | 0 | 15000.0 (15000.0 to 15000.0) | 0.1 | 3.00 (3.00 to 3.00) | 0.23 | 0.00 |",
         "|  | **minisft** | 0 | 5000.0 (5000.0 to 5000.0) | 0.2 |  | **0.70** | 0.00 |",
@@ -226,9 +255,9 @@ def test_the_benchmark_runs_to_its_end_and_writes_results_and_plot(tmp_path: Pat
     assert bool(result["versions"]["xllamacpp"]) == llama_cpp
     for cell in result["decoding"]:
         rows = {row["name"]: row for row in cell["contestants"]}
-        assert list(rows) == [c.name for c in contestants_of("nf4", cell["streams"], llama_cpp)]
+        assert list(rows) == [c.name for c in contestants_of("nf4", cell["streams"], llama_cpp, False)]
         assert rows[MINISFT]["same_tokens"] == rows[MINISFT]["of"] != []
-        assert rows[MINISFT]["weight_bytes"] > rows[COMPRESSED]["weight_bytes"] > rows[HALF]["weight_bytes"] > 100e6
+        assert rows[MINISFT]["weight_bytes"] > rows[HALF]["weight_bytes"] > rows[COMPRESSED]["weight_bytes"] > 90e6
         less = rows[MINISFT]["weight_bytes"] - rows[COMPRESSED]["weight_bytes"]
         assert 2.3 * 49152 * 576 < less < 2.5 * 49152 * 576  # the head alone is dense
         assert all(len(row["same_tokens"]) == cell["streams"] for row in rows.values())

@@ -501,7 +501,7 @@ def run_again(folder: Path, options: str, environment: dict[str, str], tiles: bo
     compiler = environment.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
     environment["CXX"] = f"{compiler} {options}"
     chosen = "family or lengths or same_bits or full_cache or rms_norm or swiglu or rotate or few_rows or any_bytes"
-    chosen += " or values_and_gradients or common_beginning or past_is or blocks_of_queries or rounded_weights"
+    chosen += " or values_and_gradients or large_scores or common_beginning or past_is or blocks_of_queries or rounded_weights"
     chosen += " or thin_products or weights_themselves or any_words or every_number or row_holds or decoded_weights"
     names = ["native_decode", *OTHERS]
     if tiles:

@@ -45,10 +45,7 @@ struct Piece {
         const int64_t whole = count / LANES * LANES;
         for (int64_t row = 0; row < rows; ++row, from += stride) {
             for (int64_t k = 0; k < whole; k += LANES) put(numbers[row] + k, widened(from + k));
-            if (whole == count) continue;
-            T rest[LANES] = {};
-            memcpy(rest, from + whole, sizeof(T) * (count - whole));
-            put(numbers[row] + whole, widened(rest));
+            if (whole < count) put(numbers[row] + whole, load_first(from + whole, count - whole));
         }
         for (int64_t row = rows; row < ROWS; ++row) memset(numbers[row], 0, sizeof numbers[row]);
     }

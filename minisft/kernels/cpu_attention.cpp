@@ -69,7 +69,7 @@ inline void transpose_16(const float* x, int64_t stride, float* to, int64_t to_s
 #if LANES == 16 && !defined(NF4_PORTABLE)
     __m512i lines[16];
     for (int64_t i = 0; i < 16; ++i) lines[i] = _mm512_loadu_si512(x + i * stride);
-    ::transpose(lines);
+    transpose(lines);
     for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, lines[i]);
 #else
     for (int64_t i = 0; i < 16; ++i)
@@ -157,8 +157,8 @@ struct Head {
         take(x, a.K, first, length, kv, 1.0f, to + before * m.padded);
     }
 
-    // xt (E, keys) = x (before + length, padded) transposed; what stands to the right reaches no sum.
-    void transpose(const float* x, float* xt) const {
+    // xt (E, keys) = x (before + length, padded) transposed. Garbage stands to the right: it reaches only scores that nobody reads.
+    void turn(const float* x, float* xt) const {
         for (int64_t e = 0; e < a.E; e += 16)
             for (int64_t i = 0; i < before + length; i += 16)
                 transpose_16(x + i * m.padded + e, m.padded, xt + e * m.keys + i, m.keys);
@@ -203,7 +203,7 @@ struct Head {
     void forward() const {
         take_keys(a.past_k, a.k, m.k);
         take_keys(a.past_v, a.v, m.v);
-        transpose(m.k, m.kt);
+        turn(m.k, m.kt);
         heads([&](int64_t head) {
             blocks([&](const Block& b) {
                 take(a.q, a.H, first + b.query, b.count, head, scale, m.q);
@@ -218,8 +218,8 @@ struct Head {
     void backward() const {
         take_keys(a.past_k, a.k, m.k);
         take_keys(a.past_v, a.v, m.v);
-        transpose(m.k, m.kt);
-        transpose(m.v, m.vt);
+        turn(m.k, m.kt);
+        turn(m.v, m.vt);
         memset(m.grad_k, 0, 4 * (before + length) * m.padded);
         memset(m.grad_v, 0, 4 * (before + length) * m.padded);
         heads([&](int64_t head) {

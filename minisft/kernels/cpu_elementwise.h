@@ -62,12 +62,10 @@ inline float largest(const float* numbers, int64_t length) {
         return most;
     }
     Floats most = load<Floats>(numbers);
-    const auto compare = [&](int64_t k) ALWAYS_INLINE {
-        const Floats next = load<Floats>(numbers + k);
+    for (int64_t k = LANES; k < length; k += LANES) {
+        const Floats next = load<Floats>(numbers + least(k, length - LANES));  // at the end some for the second time
         most = next > most ? next : most;
-    };
-    for (int64_t k = LANES; k + LANES <= length; k += LANES) compare(k);
-    compare(length - LANES);  // some of them for the second time
+    }
     return largest(most);
 }
 

@@ -1,9 +1,9 @@
 // Vectors of fp32 numbers, and the look-up of 4-bit codes in them: what the C++ files of this folder share.
 //
-// Vectors are GCC's and Clang's own (vector_size), so any CPU with either compiler will do; only the look-up, the widening
-// of codes and of bf16, and the fused multiply-add name instructions. One idea does most of the work: the 16 levels of a code fit in
-// one or two vector registers, so they are multiplied by the scale once a block, and a permutation then looks up 8 or 16 weights at
-// a time.
+// Vectors are GCC's and Clang's own (vector_size), so any CPU with either compiler will do. What they do not express in one
+// instruction names it, beside a form for every CPU: the look-up, widening, the fused multiply-add, parts of a vector. One idea does
+// most of the work: the 16 levels of a code fit in one or two vector registers, so they are multiplied by the scale once a block,
+// and a permutation then looks up 8 or 16 weights at a time.
 
 #pragma once
 #include <cstdint>
@@ -243,7 +243,7 @@ inline void put(uint16_t* out, Floats v) {
     memcpy(out, &halves, sizeof halves);
 }
 
-// The first `count` numbers, fewer than LANES: loaded, with zeros beside them, and stored.
+// The first `count` numbers, fewer than LANES, and zeros.
 template <class T>
 inline Floats load_first(const T* from, int64_t count) {
 #if LANES == 16 && !defined(NF4_PORTABLE)
@@ -253,6 +253,8 @@ inline Floats load_first(const T* from, int64_t count) {
     memcpy(whole, from, sizeof(T) * count);
     return widened(whole);
 }
+
+// The first `count` lanes, fewer than all.
 template <class T>
 inline void put_first(T* to, Floats v, int64_t count) {
 #if LANES == 16 && !defined(NF4_PORTABLE)

@@ -69,7 +69,7 @@ void quantize_block(const float* x, int64_t length, float absmax, const float* m
         memcpy(out + (i >> 1), &bytes, sizeof bytes);
     }
     if (i < length) {
-        const PairBytes bytes = encode(load_some<Floats>(x + i, (length - i) * 4) * reciprocal, midpoints, codes);
+        const PairBytes bytes = encode(load_first(x + i, length - i) * reciprocal, midpoints, codes);
         memcpy(out + (i >> 1), &bytes, (length - i + 1) >> 1);
     }
 }
@@ -150,9 +150,7 @@ void matmul(const Product& p) {
     const int64_t size = p.rows * p.out;
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES) put(y + i, load<Floats>(fp32.y + i));
-    uint16_t rest[LANES];
-    put(rest, load_some<Floats>(fp32.y + i, 4 * (size - i)));
-    memcpy(y + i, rest, 2 * (size - i));
+    put_first(y + i, load_first(fp32.y + i, size - i), size - i);
 }
 
 // ---- merge report -------------------------------------------------------------------------------------------------------

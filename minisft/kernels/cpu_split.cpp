@@ -105,8 +105,8 @@ inline ALWAYS_INLINE void ask_for(const float* at, int64_t stride, int64_t rows)
     }
 }
 
-// A block of x, of at most 32 rows, written in the order in which it lies. What the others of a tile hold reaches no row but
-// their own.
+// A block of x, of at most 32 rows; the packed one is written from front to back. What the others of a tile hold reaches no row
+// but their own.
 inline void pack_block(const float* x, int64_t stride, int64_t rows, int64_t inner, uint16_t* out) {
     for (int64_t k = 0; k < inner; k += TILE_NUMBERS, x += TILE_NUMBERS, out += BLOCK_SIZE) {
         ask_for<false>(x + 2 * TILE_NUMBERS, stride, rows);
@@ -204,7 +204,7 @@ struct Team {
             for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
                 const int64_t first = row + block * BLOCK, rows = least(BLOCK, p.rows - first);
                 float* const y = p.y + first * p.columns + panel * PANEL;
-                ask_for<true>(y, p.columns, rows);  // it comes while tiles multiply
+                ask_for<true>(y, p.columns, rows);  // where nothing is added, it comes while tiles multiply
                 multiply_rows(packed_block(block, inner), weight, inner, k > 0, y, p.columns, rows);
             }
         }
