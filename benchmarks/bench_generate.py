@@ -1,6 +1,7 @@
 """Greedy decoding with SmolLM2-135M: one stream and eight, against transformers and llama.cpp, in turns.
 
     python benchmarks/bench_generate.py [--rounds 5] [--weights fp32,nf4,bf16,file] [--before CHECKOUT]
+    python benchmarks/bench_generate.py --adapters # what an adapter costs, for the results file that is there
     python benchmarks/bench_generate.py --quick    # 4 tokens, one round: does everything still run?
     python benchmarks/bench_generate.py --table    # the results file's numbers as a table in Markdown
 
@@ -424,6 +425,9 @@ def main() -> None:
     parser.add_argument("--weights", default=",".join(WEIGHTS), help="which cells")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--before", type=Path, help="a checkout of minisft as it was, which takes part in one stream")
+    parser.add_argument(
+        "--adapters", action="store_true", help="measure only what adapters cost, for the results that are there"
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", action="store_true", help="print what there is instead")
@@ -448,12 +452,16 @@ def run(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     found: list[dict] = []
     adapters: list[dict] = []
-    result |= {"decoding": found, "adapters": adapters}
     place = out_folder(arguments.out, arguments.quick)
+    if arguments.adapters:
+        by = {name: result[name] for name in ("command", "commit", "date")}
+        result = json.loads((place / "generate.json").read_text()) | {"adapters_by": by}
+        found, clock = result["decoding"], result["clock"]
+    result |= {"decoding": found, "adapters": adapters}
     with tempfile.TemporaryDirectory() as name:
         chosen, before = arguments.weights.split(","), arguments.before and arguments.before.resolve()
         result["prompt_tokens"], ends = prepare(Path(name), chosen)
-        for cell in cells(Path(name), chosen, rounds, new_tokens, ends, before):
+        for cell in [] if arguments.adapters else cells(Path(name), chosen, rounds, new_tokens, ends, before):
             print("\n".join(line(cell, row, clock) for row in cell["contestants"]), flush=True)
             python, speed = cell["python_ms_a_step"]["median"], cell["read_bytes_per_s"][clock]["median"]
             print(f"  Python {python:.2f} ms a step of minisft; reading {speed / 1e9:.1f} GB/s", flush=True)
