@@ -76,7 +76,7 @@ def step_of(model: CausalLM, prompt: list[int]) -> Callable[[], Tensor]:
 
 
 def check(base: Tensor, logits: dict[str, Tensor]) -> None:
-    """An adapter that is off gives the bits of none, and the merged model has it: in bf16 half of so small a one is rounded away."""
+    """An adapter that is off gives the bits of none, and the merged model has it; bf16 rounds half of it away."""
     assert torch.equal(base, logits[OFF]), "an adapter that is off changes the logits"
     moved, apart = ((logits[BESIDE] - logits[name]).abs().mean().item() for name in (OFF, MERGED))
     assert apart < 0.8 * moved, f"merging is {apart:.1e} off, the adapter moves logits by {moved:.1e}"
