@@ -43,7 +43,7 @@ import decode_adapter
 import decode_contestants
 import decode_llama_cpp
 import torch
-from decode_adapter import BESIDE, MERGED, OFF
+from decode_adapter import BESIDE, MERGED, NOW, OFF
 from decode_contestants import (
     BEFORE,
     COMPRESSED,
@@ -66,7 +66,7 @@ STREAMS = (1, 8)
 WEIGHTS = ("fp32", "nf4", "bf16", "file")
 MODEL = "smollm2-135m-instruct"
 READ_NUMBERS = 2**27  # fp32: more bytes than any cache holds
-CLOCKS = ("wall", "cpu")
+CLOCKS = tuple(NOW)
 QUESTIONS = (
     "Name three rivers.",
     "What is a good way to learn the names of the stars?",
@@ -432,8 +432,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", action="store_true", help="print what there is instead")
     arguments = parser.parse_args()
+    place = out_folder(arguments.out, arguments.quick)
+    if (arguments.table or arguments.adapters) and not (place / "generate.json").is_file():
+        raise SystemExit(
+            f"{place}: no generate.json; run this without --table and --adapters first, or name its folder by --out"
+        )
     if arguments.table:
-        print("\n".join(table(json.loads((out_folder(arguments.out, False) / "generate.json").read_text()))))
+        print("\n".join(table(json.loads((place / "generate.json").read_text()))))
         return
     if arguments.before is not None and not (arguments.before / "minisft" / "__init__.py").is_file():
         raise SystemExit(f"--before: no minisft in {arguments.before}; git worktree add {arguments.before} c014459")
@@ -457,6 +462,7 @@ def run(arguments: argparse.Namespace) -> None:
         by = {name: result[name] for name in ("command", "commit", "date")}
         result = json.loads((place / "generate.json").read_text()) | {"adapters_by": by}
         found, clock = result["decoding"], result["clock"]
+        adapters += [cell for cell in result["adapters"] if cell["weights"] not in arguments.weights.split(",")]
     result |= {"decoding": found, "adapters": adapters}
     with tempfile.TemporaryDirectory() as name:
         chosen, before = arguments.weights.split(","), arguments.before and arguments.before.resolve()

@@ -220,6 +220,15 @@ def test_the_table_has_a_row_a_contestant_and_a_line_a_target() -> None:
     assert lines[-1] == "- fp32, eight streams: times as fast as transformers: 4.50 (4.50 to 4.50); 3.0 or more"
 
 
+@pytest.mark.parametrize("option", ["--table", "--adapters"])
+def test_without_results_one_line_says_where_they_were_looked_for(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_generate.py", option, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"no generate\.json"):
+        bench_generate.main()
+
+
 def test_reading_is_timed_by_both_clocks() -> None:
     found = bench_generate.read_bytes_per_s(torch.ones(2**20))
     assert set(found) == {"wall", "cpu"}
