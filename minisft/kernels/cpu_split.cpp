@@ -6,7 +6,7 @@
 // number there is no result: then the BLAS multiplies.
 //
 //     for as many rows of x as fit into the cores' caches, for a part of the inner size: pack x, all threads together
-//         for 32 columns of y, each thread its own: pack W, multiply
+//         for 32 columns of y: pack W, multiply
 //
 // A tile of x is 16 rows x 16 pairs along the inner size, one of W 16 such pairs x 16 columns. A pair is the numbers k and k + 16
 // of each 32: two vectors become one without a permutation. A row of y has the same bits whatever rows there are beside it and
@@ -30,6 +30,8 @@ struct Product {
 constexpr int64_t BLOCK = 2 * TILE_ROWS, PANEL = TILE_OUTPUTS;  // rows and columns of y that are computed at once
 constexpr int64_t MAX_INNER = 576, MAX_X = 640 << 10;  // packed at once: of the inner size; numbers of x for each thread
 constexpr int64_t MIN_BLOCKS = 8, MIN_TASKS = 4;       // for each thread
+constexpr int64_t MAX_GROUPS = 64;                     // of blocks
+constexpr int64_t SPARED = 4;                          // panels of a group that others leave to its own threads
 
 // Packed numbers of 32 along the inner size: of a block, the three parts of 16 rows and those of the next; of a panel.
 constexpr int64_t BLOCK_SIZE = 2 * SPLITS * TILE_SIZE, PANEL_SIZE = 2 * TILE_SIZE;
@@ -171,19 +173,22 @@ inline void multiply_rows(const uint16_t* x, const uint16_t* weight, int64_t inn
 struct Team {
     const Product& p;
     const Cut cut;
-    int32_t lost = 0;  // a weight is no bf16 number
+    int64_t taken[MAX_GROUPS] = {};  // how many panels of a group of blocks have somebody who multiplies them
+    int32_t lost = 0;                // a weight is no bf16 number
 
     void run() {
         const Tiles config(true);
         for (int64_t row = 0; row < p.rows; row += cut.rows)
             for (int64_t k = 0; k < p.inner; k += cut.inner) {
                 const int64_t blocks = pieces(least(cut.rows, p.rows - row), BLOCK), inner = least(cut.inner, p.inner - k);
+                for (int64_t i = omp_get_thread_num(); i < MAX_GROUPS; i += omp_get_num_threads()) taken[i] = 0;
 #pragma omp for schedule(static)
                 for (int64_t block = 0; block < blocks; ++block) {
                     const int64_t first = row + block * BLOCK, rows = least(BLOCK, p.rows - first);
                     pack_block(p.x + first * p.inner + k, p.inner, rows, inner, packed_block(block, inner));
                 }
                 multiply_all(row, k, blocks, inner);
+#pragma omp barrier  // until now x is in use
             }
     }
 
@@ -191,22 +196,42 @@ struct Team {
         return static_cast<uint16_t*>(p.memory) + block * BLOCK * SPLITS * inner;
     }
 
-    // A task is a panel of some blocks. With many blocks each thread has its own, and they stay in its core's cache; then every
-    // thread packs all of W, which takes little beside the multiplying. With few each has panels of its own.
+    // With many blocks each thread has a group of its own, and they stay in its core's cache; then every thread packs all of W,
+    // which takes little beside the multiplying. With few all share them and have panels of their own. Who is done helps others
+    // that are far behind: at times one core's AMX has half of the other's speed. x comes from their cache, so the last panels
+    // are done sooner by themselves.
     void multiply_all(int64_t row, int64_t k, int64_t blocks, int64_t inner) {
-        const int64_t panels = p.columns / PANEL, threads = omp_get_num_threads();
-        const int64_t groups = blocks >= MIN_BLOCKS * threads ? threads : least(blocks, pieces(MIN_TASKS * threads, panels));
+        const int64_t panels = p.columns / PANEL, threads = omp_get_num_threads(), self = omp_get_thread_num();
+        const int64_t enough = blocks >= MIN_BLOCKS * threads ? threads : least(blocks, pieces(MIN_TASKS * threads, panels));
+        const int64_t groups = least(enough, MAX_GROUPS);
+        const auto multiply = [&](int64_t group, int64_t spared) {
+            for (int64_t panel; (panel = next_panel(group, panels - spared)) < panels;)
+                multiply_panel(row, k, inner, panel * PANEL, blocks * group / groups, blocks * (group + 1) / groups);
+        };
+        for (int64_t group = self % groups; group < groups; group += threads) multiply(group, 0);
+        for (int64_t i = 1; i < groups; ++i) multiply((self + i) % groups, SPARED);
+    }
+
+    // One of a group that nobody has; beyond the last one if so many are taken.
+    int64_t next_panel(int64_t group, int64_t most) {
+        int64_t panel;
+#pragma omp atomic read
+        panel = taken[group];
+        if (panel >= most) return INT64_MAX;
+#pragma omp atomic capture
+        panel = taken[group]++;
+        return panel;
+    }
+
+    // 32 columns of the rows of blocks [from, to).
+    void multiply_panel(int64_t row, int64_t k, int64_t inner, int64_t column, int64_t from, int64_t to) {
         uint16_t* const weight = static_cast<uint16_t*>(p.memory) + cut.x_size() + omp_get_thread_num() * cut.panel_size();
-#pragma omp for schedule(static)  // with a barrier at its end: until then x is in use
-        for (int64_t task = 0; task < groups * panels; ++task) {
-            const int64_t group = task / panels, panel = task % panels;
-            if (!pack_panel(panel * PANEL, k, inner, weight)) continue;
-            for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
-                const int64_t first = row + block * BLOCK, rows = least(BLOCK, p.rows - first);
-                float* const y = p.y + first * p.columns + panel * PANEL;
-                ask_for<true>(y, p.columns, rows);  // where nothing is added, it comes while tiles multiply
-                multiply_rows(packed_block(block, inner), weight, inner, k > 0, y, p.columns, rows);
-            }
+        if (!pack_panel(column, k, inner, weight)) return;
+        for (int64_t block = from; block < to; ++block) {
+            const int64_t first = row + block * BLOCK, rows = least(BLOCK, p.rows - first);
+            float* const y = p.y + first * p.columns + column;
+            ask_for<true>(y, p.columns, rows);  // where nothing is added, it comes while tiles multiply
+            multiply_rows(packed_block(block, inner), weight, inner, k > 0, y, p.columns, rows);
         }
     }
 
