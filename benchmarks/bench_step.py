@@ -3,8 +3,8 @@
     PYTHONPATH=OLD OMP_NUM_THREADS=1 python benchmarks/bench_step.py; PYTHONPATH=NEW OMP_NUM_THREADS=1 python ...
 
 in turns: other work on the machine slows CPU time down too, but less. SmolLM2-135M, LoRA of rank 16, 8 rows packed whole.
-The functions are timed twice, in one pass each and as PyTorch's operators, and so are, with ``--products``, products with
-weights that are bf16 numbers; ``--turns 10 --dtype bf16-in-fp32`` compares whole steps. These two measure wall time.
+The functions are timed twice, in one pass each and as PyTorch's operators, and so are, with ``--products``, products in
+fp32 with weights of 8, 11 and 24 bits; ``--turns 10 --dtype fp32`` compares whole steps. These two measure wall time.
 Nothing is kept; what was found stands in LOG.md.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import tempfile
@@ -29,6 +30,7 @@ from minisft.kernels import cpu_nf4
 
 NUM_TOKENS, D, WIDE, HEADS = 662, 576, 1536, 9  # of SmolLM2, and of eight rows of Banking77
 VOCABULARY, NUM_LABELS = 49152, 150
+NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # that weights are, held in fp32
 
 
 def seconds(work: Callable[[], object], repeats: int) -> dict[str, float]:
@@ -104,21 +106,21 @@ def products() -> Iterator[str]:
     """The same product by the BLAS and by AMX tiles, with W^T and with W; weights come from memory, another one each time."""
     from minisft.kernels.cpu_split import split_product
 
-    for inner, columns in ((D, WIDE), (WIDE, D), (D, D), (D, D // 3), (D, VOCABULARY), (VOCABULARY, D)):
+    sizes = ((D, WIDE), (WIDE, D), (D, D), (D, D // 3), (D, VOCABULARY), (VOCABULARY, D))
+    for numbers, (inner, columns), transposed in itertools.product(("bf16", "fp16", "fp32"), sizes, (True, False)):
         x = torch.randn(NUM_LABELS if VOCABULARY in (inner, columns) else NUM_TOKENS, inner)
-        for transposed in (True, False):
-            shape = (columns, inner) if transposed else (inner, columns)
-            weights = [torch.randn(shape).bfloat16().float() for _ in range(2 + 2**24 // (inner * columns))]
-            first = x, weights[0], transposed
-            true, size = _by_blas(x.double(), weights[0].double(), transposed), _by_blas(x.abs(), weights[0].abs(), transposed)
-            errors = [float(((way(*first) - true).abs() / size).max()) for way in (_by_blas, split_product)]
-            times = in_turns((_by_blas, split_product), [(x, weights[i % len(weights)], transposed) for i in range(16)])
-            least, medians = ([1e6 * of(found) for found in times] for of in (min, statistics.median))
-            yield (
-                f"{len(x):4} x {inner:5} x {columns:5}, {'W^T' if transposed else 'W':3}: "
-                f"least {least[0]:6.0f} us by the BLAS, {least[1]:6.0f} by tiles; median {medians[0]:6.0f}, {medians[1]:6.0f}; "
-                f"errors {errors[0]:.1e}, {errors[1]:.1e}"
-            )
+        shape = (columns, inner) if transposed else (inner, columns)
+        weights = [torch.randn(shape).to(NUMBERS[numbers]).float() for _ in range(2 + 2**24 // (inner * columns))]
+        first = x, weights[0], transposed
+        true, size = _by_blas(x.double(), weights[0].double(), transposed), _by_blas(x.abs(), weights[0].abs(), transposed)
+        errors = [float(((way(*first) - true).abs() / size).max()) for way in (_by_blas, split_product)]
+        times = in_turns((_by_blas, split_product), [(x, weights[i % len(weights)], transposed) for i in range(16)])
+        least, medians = ([1e6 * of(found) for found in times] for of in (min, statistics.median))
+        yield (
+            f"{numbers} weights, {len(x):4} x {inner:5} x {columns:5}, {'W^T' if transposed else 'W':3}: "
+            f"least {least[0]:6.0f} us by the BLAS, {least[1]:6.0f} by tiles; median {medians[0]:6.0f}, {medians[1]:6.0f}; "
+            f"errors {errors[0]:.1e}, {errors[1]:.1e}"
+        )
 
 
 def main() -> None:
@@ -127,7 +129,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=0, help="of the share of its products; 0 for none")
     parser.add_argument("--functions", action="store_true", help="time the functions instead")
-    parser.add_argument("--products", action="store_true", help="time products with bf16 numbers instead")
+    parser.add_argument("--products", action="store_true", help="time products with weights of three kinds instead")
     parser.add_argument("--turns", type=int, default=0, help="of whole steps by PyTorch's products and by ours")
     arguments = parser.parse_args()
     dtype = arguments.dtype

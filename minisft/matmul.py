@@ -64,8 +64,9 @@ def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None, n
     | CPU, not fp64 | 1 to 32 | 4 bits | C++: ``kernels.cpu_matmul`` |
     | CPU, not fp64 | 1 to 8 | fp32, 2^16 numbers or more | the same |
     | CPU, not fp64 | 1 to 16 | bf16, 2^16 numbers or more | the same |
-    | CPU with AMX, x in fp32 | 17 or more | fp32, all bf16 numbers; 2^23 multiply-adds | C++: ``kernels.cpu_split`` |
-    | any | any | 4 bits | decoded into a reused buffer, then PyTorch in ``compute_dtype(x)`` |
+    | CPU with AMX, x in fp32 | 17 or more | fp32, bf16 numbers; 2^23 multiply-adds | C++: ``kernels.cpu_split`` |
+    | the same | 96 or more | fp32; 2^23 multiply-adds | the same |
+    | any | any | 4 bits | decoded into a reused buffer, then as a dense one in ``compute_dtype(x)`` |
     | any | any | dense | PyTorch in ``compute_dtype(x)`` |
 
     The Triton products and ``cpu_split`` need rows of W in whole groups of 32, the other C++ in groups of 16 and an x in fp32
@@ -173,8 +174,12 @@ def frozen_linear_t(grad: Tensor, weight: FrozenWeight, onto: Tensor | None = No
     weight = weight.to(dtype)
     if onto is None:
         return times(rows, weight).to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
-    split = split_product(rows, weight, False)
-    return onto.addmm_(rows, weight) if split is None else onto.add_(split)
+    return _add_times_(onto, rows, weight)
+
+
+def _add_times_(onto: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """y + x W without a gradient, in place: (M, in), (M, out), (out, in) -> (M, in)."""
+    return onto.addmm_(rows, weight) if split_product(rows, weight, False, onto) is None else onto
 
 
 def times_transposed(rows: Tensor, weight: Tensor) -> Tensor:
@@ -221,8 +226,11 @@ def _quantized_linear(x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Ten
         if can_use_native(x, q):
             return native_matmul(x, q, bias)
         dtype = compute_dtype(x)
+        bias = None if bias is None else bias.to(dtype)
         with dense_weight(q, dtype) as dense:
-            return F.linear(x.to(dtype), dense, None if bias is None else bias.to(dtype)).to(x.dtype)
+            if (split := _split_linear(x, dense, bias)) is not None:
+                return split
+            return F.linear(x.to(dtype), dense, bias).to(x.dtype)
 
 
 def _quantized_linear_t(grad: Tensor, q: QuantizedWeight, onto: Tensor | None) -> Tensor:
@@ -235,7 +243,10 @@ def _quantized_linear_t(grad: Tensor, q: QuantizedWeight, onto: Tensor | None) -
             return y if onto is None else onto.add_(y)
         dtype = compute_dtype(grad)
         with dense_weight(q, dtype) as dense:
-            return (grad.to(dtype) @ dense).to(grad.dtype) if onto is None else onto.addmm_(grad, dense)
+            if onto is not None:
+                return _add_times_(onto, grad, dense)
+            rows = grad.reshape(-1, grad.shape[-1]).to(dtype)
+            return times(rows, dense).to(grad.dtype).view(*grad.shape[:-1], dense.shape[1])
 
 
 def triton_matmul(x: Tensor, q: QuantizedWeight) -> Tensor:

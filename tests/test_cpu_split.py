@@ -1,6 +1,8 @@
-"""Products with weights that are bf16 numbers, by AMX: as exact as fp32, the same for any threads, and of no other weights."""
+"""Products in fp32 by AMX: as exact as fp32 whatever bits weights have, and the same for any threads."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from minisft.kernels.cpu_split import split_product
 from minisft.lora import LoRALinear
 from minisft.loss import head_loss_sum, token_log_probs
 from minisft.matmul import Linear, frozen_linear, frozen_linear_t, linear
+from minisft.nf4 import dequantize, quantize
+from minisft.nf4_linear import NF4Linear
 
 U = 2.0**-24
 pytestmark = pytest.mark.skipif(not cpu_nf4.tile_floats(), reason="needs a CPU with AMX, and leave to use it")
@@ -22,6 +26,7 @@ pytestmark = pytest.mark.skipif(not cpu_nf4.tile_floats(), reason="needs a CPU w
 @pytest.fixture(autouse=True)
 def _small_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_split, "MIN_ROWS", 1)
+    monkeypatch.setattr(cpu_split, "MIN_SPLIT_ROWS", 1)
     monkeypatch.setattr(cpu_split, "MIN_WORK", 0)
 
 
@@ -39,8 +44,12 @@ def product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     return y
 
 
-def weights_of(inner: int, columns: int, transposed: bool) -> Tensor:
-    return bf16_numbers(*((columns, inner) if transposed else (inner, columns)))
+# Weights of one part, two and three.
+KINDS = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def weights_of(inner: int, columns: int, transposed: bool, kind: torch.dtype = torch.bfloat16) -> Tensor:
+    return normal(*((columns, inner) if transposed else (inner, columns)), seed=1).to(kind).float()
 
 
 # Packed at once: 576 of the inner size, and for each thread rows of 640 Ki numbers in three parts.
@@ -51,11 +60,12 @@ SIZES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
-def test_against_fp64_for_any_threads(rows: int, inner: int, columns: int, transposed: bool) -> None:
-    """Exact products of 3 parts, summed in fp32: 3 K terms in any order, each of at most |x| |w|."""
-    x, weight = normal(rows, inner), weights_of(inner, columns, transposed)
+def test_against_fp64_for_any_threads(rows: int, inner: int, columns: int, transposed: bool, kind: torch.dtype) -> None:
+    """Exact products of parts, summed in fp32: at most 6 K terms in any order, three of at most |x| |w|, others far below."""
+    x, weight = normal(rows, inner), weights_of(inner, columns, transposed, kind)
     found = []
     for count in (1, 2, 3):
         with threads(count):
@@ -84,19 +94,43 @@ def test_no_bit_of_x_is_lost(numbers: list[float], transposed: bool, data: st.Da
     assert torch.equal(product(x, weight, transposed), wanted)
 
 
-def test_a_product_is_added_onto_what_there_is() -> None:
-    """By tiles, and by the BLAS where a weight is another number."""
-    grad, weight, onto = normal(70, 96), bf16_numbers(96, 64), normal(70, 64, seed=2)
-    for number in (1.0, 1.0 + 2.0**-20):
-        weight[-1, -1] = number
-        y = frozen_linear_t(grad, weight, onto.clone())
-        exact = onto.double() + grad.double() @ weight.double()
-        assert ((y - exact).abs() <= 300 * U * (onto.abs() + grad.abs() @ weight.abs())).all()
+@given(
+    st.lists(st.floats(width=32, min_value=2.0**-60, max_value=2.0**60), min_size=1, max_size=40),
+    st.lists(st.floats(width=32, min_value=2.0**-60, max_value=2.0**60), min_size=1, max_size=64),
+    st.booleans(), st.integers(0, 95),
+)  # fmt: skip
+def test_one_product_is_exact_to_its_last_bits(numbers: list[float], weights: list[float], transposed: bool, at: int) -> None:
+    """All that is left out is x_3 W_2 + x_2 W_3 + x_3 W_3; sums of what is kept round up to five times."""
+    x, weight = torch.zeros(len(numbers), 96), torch.zeros(64, 96)
+    x[:, at] = torch.tensor(numbers)
+    weight[: len(weights), at] = torch.tensor(weights)
+    true = x.double() @ weight.double().T
+    y = product(x, weight if transposed else weight.T.contiguous(), transposed)
+    assert ((y - true).abs() <= (2.0**-22 + 5 * U) * true).all()
 
 
 @pytest.mark.parametrize("transposed", [True, False])
-def test_a_row_has_the_same_bits_beside_any_others(transposed: bool) -> None:
-    x, weight = normal(900, 544), weights_of(544, 64, transposed)
+@given(st.lists(st.floats(width=32, min_value=2.0**-100, max_value=2.0**100), min_size=1, max_size=96), st.data())
+def test_no_bit_of_a_weight_is_lost(transposed: bool, numbers: list[float], data: st.DataObject) -> None:
+    """Times one, alone in its sum; wherever it stands among weights of fewer bits."""
+    weight = weights_of(96, 64, transposed, data.draw(st.sampled_from(KINDS)))
+    for number in numbers:
+        weight.view(-1)[data.draw(st.integers(0, weight.numel() - 1))] = number
+    assert torch.equal(product(torch.eye(96), weight, transposed), weight.T if transposed else weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_product_is_added_onto_what_there_is(kind: torch.dtype) -> None:
+    grad, weight, onto = normal(70, 96), weights_of(96, 64, False, kind), normal(70, 64, seed=2)
+    y = frozen_linear_t(grad, weight, onto.clone())
+    exact = onto.double() + grad.double() @ weight.double()
+    assert ((y - exact).abs() <= 300 * U * (onto.abs() + grad.abs() @ weight.abs())).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_row_has_the_same_bits_beside_any_others(transposed: bool, kind: torch.dtype) -> None:
+    x, weight = normal(900, 544), weights_of(544, 64, transposed, kind)
     whole = product(x, weight, transposed)
     for rows in (slice(0, 1), slice(30, 35), slice(411, 650)):
         assert torch.equal(product(x[rows].clone(), weight, transposed), whole[rows])
@@ -106,25 +140,23 @@ def test_a_row_has_the_same_bits_beside_any_others(transposed: bool) -> None:
 @pytest.mark.parametrize("columns", [96, 8256])
 @given(data=st.data())
 def test_one_other_number_is_always_found(columns: int, transposed: bool, data: st.DataObject) -> None:
-    """Then there is no product, and the call that asks gives the BLAS's bits."""
-    x, weight = normal(40, 544), weights_of(544, columns, transposed)
-    row = data.draw(st.integers(0, len(weight) - 1))
-    weight[row, data.draw(st.integers(0, weight.shape[1] - 1))] = 1 + 2.0 ** data.draw(st.integers(-23, -8))
+    """Among bf16 numbers, far from the first one of its row."""
+    weight = weights_of(544, columns, transposed)
+    row, column = data.draw(st.integers(0, len(weight) - 1)), data.draw(st.integers(0, weight.shape[1] - 1))
+    weight[row, column] = 1 + 2.0 ** data.draw(st.integers(-23, -8))
+    x = torch.zeros(3, 544)
+    x[:, column if transposed else row] = 1.0
     with threads(data.draw(st.integers(1, 3))):
-        assert split_product(x, weight, transposed) is None
-        y = frozen_linear(x, weight) if transposed else frozen_linear_t(x, weight)
-    assert torch.equal(y, x @ (weight.T if transposed else weight))
+        y = product(x, weight, transposed)
+    assert torch.equal(y, (weight[:, column] if transposed else weight[row]).expand(3, columns))
 
 
 def test_what_changes_is_seen_by_the_next_call() -> None:
     """Nothing of a weight is kept: not even what PyTorch does not count as a change."""
-    x, weight = normal(40, 64), bf16_numbers(96, 64)
-    assert split_product(x, weight, True) is not None
-    weight.numpy()[50, 3] = 1e-3
-    assert split_product(x, weight, True) is None
-    weight.numpy()[50] = 0.0
-    weight.numpy()[50, 3] = 2.0
-    assert torch.equal(product(x, weight, True)[:, 50], 2 * x[:, 3])
+    x, weight = torch.eye(64), bf16_numbers(96, 64)
+    for number in (0.5, 1e-3, 1.0 + 2.0**-15, 2.0):
+        weight.numpy()[50, 3] = number
+        assert torch.equal(product(x, weight, True), weight.T)
 
 
 def test_what_is_refused() -> None:
@@ -151,6 +183,8 @@ def test_small_products_stay_with_the_blas(monkeypatch: pytest.MonkeyPatch) -> N
     assert split_product(normal(16, 576), weight, True) is None
     assert split_product(normal(17, 576), weight, True) is not None
     assert split_product(normal(70, 192), bf16_numbers(576, 192), True) is None
+    assert split_product(normal(95, 576), normal(1536, 576), True) is None
+    assert split_product(normal(96, 576), normal(1536, 576), True) is not None
     monkeypatch.setattr(cpu_nf4, "USE_TILES", False)
     assert split_product(normal(17, 576), weight, True) is None
 
@@ -186,6 +220,8 @@ def test_threads_wait_for_one_another(sizes: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("row", [0, 700, 1535])
 def test_a_table_of_which_a_row_was_trained_is_not_packed(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a few rows: then the BLAS is faster."""
+    monkeypatch.setattr(cpu_split, "MIN_SPLIT_ROWS", 96)
     monkeypatch.setattr(cpu_split, "borrowed", lambda *_: pytest.fail("memory was asked for"))
     weight = bf16_numbers(1536, 64)
     weight[row] = normal(64)
@@ -213,9 +249,9 @@ def test_a_number_that_is_none_spoils_its_row_alone(number: float) -> None:
 # ---- in a layer ----------------------------------------------------------------------------------------------------------
 
 
-def frozen_layer(bias: bool) -> Linear:
+def frozen_layer(bias: bool, kind: torch.dtype = torch.bfloat16) -> Linear:
     layer = Linear(64, 96, bias=bias)
-    layer.weight.data = bf16_numbers(96, 64)
+    layer.weight.data = weights_of(64, 96, True, kind)
     return layer.requires_grad_(False)
 
 
@@ -230,11 +266,20 @@ def both_ways(monkeypatch: pytest.MonkeyPatch, compute: object) -> tuple[list[Te
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("adapted", [True, False])
-def test_values_and_gradients_of_a_layer(bias: bool, adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer: nn.Module = frozen_layer(bias)
+@pytest.mark.parametrize("kind", [*KINDS, "nf4"])
+def test_values_and_gradients_of_a_layer(
+    bias: bool, adapted: bool, kind: torch.dtype | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = frozen_layer(bias, torch.float32 if kind == "nf4" else kind)
+    layer: nn.Module = dense
+    if kind == "nf4":
+        layer = NF4Linear(quantize(dense.weight.data), dense.bias)
+        dense.weight.data = dequantize(layer.quantized)
+    exact: nn.Module = copy.deepcopy(dense)
     if adapted:
-        layer = LoRALinear(layer, rank=4, alpha=8.0)
+        layer, exact = (LoRALinear(base, rank=4, alpha=8.0) for base in (layer, exact))
         layer.lora_B.data = normal(96, 4, seed=3)
+        exact.load_state_dict({**exact.state_dict(), "lora_A": layer.lora_A, "lora_B": layer.lora_B})
     grad = normal(5, 40, 96, seed=2)
 
     def compute() -> list[Tensor]:
@@ -244,7 +289,7 @@ def test_values_and_gradients_of_a_layer(bias: bool, adapted: bool, monkeypatch:
         return [y.detach(), *torch.autograd.grad(y, parameters, grad)]
 
     found, blas = both_ways(monkeypatch, compute)
-    exact = layer.double()
+    exact = exact.double()
     x = normal(5, 40, 64).double().requires_grad_()
     y = exact(x)
     true = [y, *torch.autograd.grad(y, [x, *(p for p in exact.parameters() if p.requires_grad)], grad.double())]

@@ -10,7 +10,7 @@
 | ``workspace.py`` | the reused buffer for a dense weight | - |
 | ``cpu_nf4.py`` ``cpu_nf4.cpp`` ``cpu_build.py`` | the same on a CPU, in C++ compiled at the first call | in registers |
 | ``cpu_matmul.py`` | y = x W^T for up to 32 rows on a CPU | in registers |
-| ``cpu_split.py`` ``cpu_split.cpp`` | y = x W^T and x W for many rows in fp32 and bf16 numbers in W, by AMX | - |
+| ``cpu_split.py`` ``cpu_split.cpp`` | y = x W^T and x W for many rows in fp32, by AMX | - |
 | ``cpu_decode.py`` ``cpu_decode.cpp`` | a whole decoder, one token for each of up to 16 rows, on a CPU | in registers |
 | ``twelve_bit.py`` ``cpu_twelve_bit.cpp`` ``cpu_twelve_bit.h`` | numbers in 12 bits, for that decoder | in registers |
 | ``gguf_copy.py`` | numbers of a GGUF file in its own 4 to 8 bits again, for the same | in registers |

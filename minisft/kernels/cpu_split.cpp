@@ -1,9 +1,10 @@
-// y = x W^T or y = x W for many rows of x and a W in fp32 that holds bf16 numbers, as a checkpoint in bf16 does, by AMX.
+// y = x W^T or y = x W for many rows in fp32, by AMX, which multiplies bf16 about ten times as fast as vectors multiply fp32.
 //
-// Where the lower 16 bits of every weight are zero the upper ones are the weight. x is split without a remainder into three numbers
-// of bf16, and three products of bf16 are summed in fp32: three times the work of one, and AMX does seven times as much of it as
-// vectors do in fp32. The call that multiplies by the weights looks at all of them, and keeps nothing of them. Where one is no bf16
-// number there is no result: then the BLAS multiplies.
+// An fp32 number is three numbers of bf16, x = x1 + x2 + x3 and W = W1 + W2 + W3, each about 2^-8 of the one before, and products
+// of bf16 are exact in fp32, in which they are summed. Weights that are bf16 numbers, as those of a checkpoint in bf16 are, need
+// three products, x1 W1 + x2 W1 + x3 W1; those of 16 bits, as fp16's and what most files of 4 bits hold, x1 W2 + x2 W2 as well;
+// all others also x1 W3. What is left out, x3 W2 + x2 W3 + x3 W3, is below 2^-22 |x| |W|, and its sign is random. All weights of
+// 32 columns are looked at while they are packed, in every call.
 //
 //     for as many rows of x as fit into the cores' caches, for a part of the inner size: pack x, all threads together
 //         for 32 columns of y: pack W, multiply
@@ -19,10 +20,10 @@ namespace {
 // kernels/cpu_split.py declares the same struct.
 struct Product {
     const float *x, *weight;  // (rows, inner); (columns, inner) where it is transposed, else (inner, columns)
-    float* y;                 // (rows, columns)
+    float* y;                 // (rows, columns); with onto the product is added to what it holds
     void* memory;
     int64_t rows, inner, columns;
-    int32_t transposed, threads;
+    int32_t transposed, onto, threads;
 };
 
 #ifdef TILES
@@ -33,7 +34,7 @@ constexpr int64_t MIN_BLOCKS = 8, MIN_TASKS = 4;       // for each thread
 constexpr int64_t MAX_GROUPS = 64;                     // of blocks
 constexpr int64_t SPARED = 4;                          // panels of a group that others leave to its own threads
 
-// Packed numbers of 32 along the inner size: of a block, the three parts of 16 rows and those of the next; of a panel.
+// Packed numbers of 32 along the inner size: of a block, the three parts of 16 rows and those of the next; of a panel, each part.
 constexpr int64_t BLOCK_SIZE = 2 * SPLITS * TILE_SIZE, PANEL_SIZE = 2 * TILE_SIZE;
 
 inline int64_t evenly(int64_t size, int64_t most, int64_t unit) { return pieces(pieces(size, pieces(size, most)), unit) * unit; }
@@ -47,7 +48,7 @@ struct Cut {
           rows(evenly(p.rows, p.threads * (MAX_X / (SPLITS * inner) / BLOCK * BLOCK), BLOCK)) {}
 
     int64_t x_size() const { return SPLITS * rows * inner; }
-    int64_t panel_size() const { return PANEL * inner; }
+    int64_t panel_size() const { return SPLITS * PANEL * inner; }
 };
 
 // The upper halves of 16 numbers each of two vectors, a's in the lower halves: no numbers change their lanes for it.
@@ -63,7 +64,7 @@ inline ALWAYS_INLINE __m512i weights_of(const float* a, const float* b, __m512i&
 }
 
 // 32 numbers of 32 rows of W (columns, inner).
-inline void pack_transposed(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
+inline void pack_rows(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
     for (int tile = 0; tile < 2; ++tile) {
         __m512i lines[TILE_ROWS];
         for (int i = 0; i < TILE_ROWS; ++i) {
@@ -76,12 +77,47 @@ inline void pack_transposed(const float* weight, int64_t stride, uint16_t* out, 
 }
 
 // 32 numbers of 32 columns of W (inner, columns).
-inline void pack_straight(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
+inline void pack_columns(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
     for (int pair = 0; pair < TILE_ROWS; ++pair, weight += stride)
         for (int tile = 0; tile < 2; ++tile) {
             const float* from = weight + tile * TILE_ROWS;
             const __m512i both = weights_of(from, from + TILE_ROWS * stride, seen);
             _mm512_store_si512(out + tile * TILE_SIZE + pair * TILE_NUMBERS, both);
+        }
+}
+
+// Pairs of weights in three parts, each but the last rounded, or signs of what is left out would not be random; `seen` collects the
+// last one.
+inline ALWAYS_INLINE void split_weights(__m512i a, __m512i b, uint16_t* to, __m512i& seen) {
+    const __m512i upper = _mm512_set1_epi32(0xffff0000), half = _mm512_set1_epi32(0x8000);
+    each<SPLITS>([&](int part) ALWAYS_INLINE {
+        if (part + 1 == SPLITS) seen = _mm512_or_si512(_mm512_or_si512(a, b), seen);
+        const __m512i first = _mm512_add_epi32(a, half), second = _mm512_add_epi32(b, half);
+        _mm512_store_si512(to + part * PANEL_SIZE, upper_halves(first, second));
+        a = (__m512i)((__m512)a - (__m512)(first & upper));
+        b = (__m512i)((__m512)b - (__m512)(second & upper));
+    });
+}
+
+// The same as pack_rows and pack_columns, in three parts.
+inline void split_rows(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
+    for (int tile = 0; tile < 2; ++tile, weight += TILE_ROWS * stride, out += TILE_SIZE) {
+        __m512i halves[2][TILE_ROWS];
+        for (int half = 0; half < 2; ++half) {
+            for (int i = 0; i < TILE_ROWS; ++i) halves[half][i] = _mm512_loadu_si512(weight + i * stride + half * TILE_ROWS);
+            transpose(halves[half]);
+        }
+        for (int pair = 0; pair < TILE_ROWS; ++pair)
+            split_weights(halves[0][pair], halves[1][pair], out + pair * TILE_NUMBERS, seen);
+    }
+}
+
+inline void split_columns(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
+    for (int pair = 0; pair < TILE_ROWS; ++pair, weight += stride)
+        for (int tile = 0; tile < 2; ++tile) {
+            const float* from = weight + tile * TILE_ROWS;
+            const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + TILE_ROWS * stride);
+            split_weights(a, b, out + tile * TILE_SIZE + pair * TILE_NUMBERS, seen);
         }
 }
 
@@ -97,6 +133,9 @@ inline ALWAYS_INLINE void split_in_pairs(const float* from, uint16_t* to) {
         b -= (__m512)((__m512i)b & upper);
     });
 }
+
+// Of how many parts there is memory where so many count.
+constexpr int64_t stored(int parts) { return parts == 1 ? 1 : SPLITS; }
 
 // Asks for the 32 numbers of each of some rows; TO_WRITE says what for.
 template <bool TO_WRITE>
@@ -117,8 +156,9 @@ inline void pack_block(const float* x, int64_t stride, int64_t rows, int64_t inn
     }
 }
 
-// y (16 or, with TWO, 32 rows; 32 columns) = or, with add, += x W. Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights.
-template <bool TWO>
+// y (16 or, with TWO, 32 rows; 32 columns) = or, with add, += x W by the first PARTS parts of W. Tiles 0 to 3 are sums, 4 and 5 rows
+// of x, 6 and 7 weights.
+template <bool TWO, int PARTS>
 inline void multiply(const uint16_t* x, const uint16_t* weight, int64_t inner, bool add, float* y, int64_t stride) {
     float* const below = y + TILE_ROWS * stride;
     written();
@@ -135,19 +175,33 @@ inline void multiply(const uint16_t* x, const uint16_t* weight, int64_t inner, b
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int64_t k = 0; k < inner; k += TILE_NUMBERS, x += BLOCK_SIZE, weight += PANEL_SIZE) {
-        _tile_loadd(6, weight, 64);
-        _tile_loadd(7, weight + TILE_SIZE, 64);
-        for (const uint16_t* part = x; part < x + SPLITS * TILE_SIZE; part += TILE_SIZE) {
-            _tile_loadd(4, part, 64);
+    for (int64_t k = 0; k < inner; k += TILE_NUMBERS, x += BLOCK_SIZE, weight += stored(PARTS) * PANEL_SIZE) {
+        const auto load_weights = [&](int part) ALWAYS_INLINE {
+            _tile_loadd(6, weight + part * PANEL_SIZE, 64);
+            _tile_loadd(7, weight + part * PANEL_SIZE + TILE_SIZE, 64);
+        };
+        const auto load_x = [&](int part) ALWAYS_INLINE {
+            _tile_loadd(4, x + part * TILE_SIZE, 64);
+            if constexpr (TWO) _tile_loadd(5, x + (SPLITS + part) * TILE_SIZE, 64);
+        };
+        const auto add_product = [&]() ALWAYS_INLINE {
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
             if constexpr (TWO) {
-                _tile_loadd(5, part + SPLITS * TILE_SIZE, 64);
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }
+        };
+        // In this order no weight, and no number of x, loses a bit where it is alone in its sum.
+        load_weights(0);
+        load_x(2), add_product();
+        load_x(0), add_product();
+        load_x(1), add_product();
+        if constexpr (PARTS > 1) {
+            load_weights(1), add_product();
+            load_x(0), add_product();
         }
+        if constexpr (PARTS > 2) load_weights(2), add_product();
     }
     _tile_stored(0, y, 4 * stride);
     _tile_stored(1, y + 16, 4 * stride);
@@ -159,13 +213,14 @@ inline void multiply(const uint16_t* x, const uint16_t* weight, int64_t inner, b
 }
 
 // The same for `count` rows, at most 32.
+template <int PARTS>
 inline void multiply_rows(const uint16_t* x, const uint16_t* weight, int64_t inner, bool add, float* y, int64_t stride,
                           int64_t count) {
-    if (count == BLOCK) return multiply<true>(x, weight, inner, add, y, stride);
+    if (count == BLOCK) return multiply<true, PARTS>(x, weight, inner, add, y, stride);
     alignas(64) float whole[BLOCK * PANEL];
     for (int64_t row = 0; add && row < count; ++row) memcpy(whole + row * PANEL, y + row * stride, 4 * PANEL);
-    if (count > TILE_ROWS) multiply<true>(x, weight, inner, add, whole, PANEL);
-    else multiply<false>(x, weight, inner, add, whole, PANEL);
+    if (count > TILE_ROWS) multiply<true, PARTS>(x, weight, inner, add, whole, PANEL);
+    else multiply<false, PARTS>(x, weight, inner, add, whole, PANEL);
     for (int64_t row = 0; row < count; ++row) memcpy(y + row * stride, whole + row * PANEL, 4 * PANEL);
 }
 
@@ -173,8 +228,7 @@ inline void multiply_rows(const uint16_t* x, const uint16_t* weight, int64_t inn
 struct Team {
     const Product& p;
     const Cut cut;
-    int64_t taken[MAX_GROUPS] = {};  // how many panels of a group of blocks have somebody who multiplies them
-    int32_t lost = 0;                // a weight is no bf16 number
+    int64_t taken[MAX_GROUPS];  // how many panels of a group of blocks have somebody who multiplies them
 
     void run() {
         const Tiles config(true);
@@ -224,36 +278,42 @@ struct Team {
     }
 
     // 32 columns of the rows of blocks [from, to).
-    void multiply_panel(int64_t row, int64_t k, int64_t inner, int64_t column, int64_t from, int64_t to) {
+    void multiply_panel(int64_t row, int64_t k, int64_t inner, int64_t column, int64_t from, int64_t to) const {
         uint16_t* const weight = static_cast<uint16_t*>(p.memory) + cut.x_size() + omp_get_thread_num() * cut.panel_size();
-        if (!pack_panel(column, k, inner, weight)) return;
+        const int parts = pack_panel(column, k, inner, weight);
+        const auto multiply = parts == 1 ? multiply_rows<1> : parts == 2 ? multiply_rows<2> : multiply_rows<3>;
         for (int64_t block = from; block < to; ++block) {
             const int64_t first = row + block * BLOCK, rows = least(BLOCK, p.rows - first);
             float* const y = p.y + first * p.columns + column;
             ask_for<true>(y, p.columns, rows);  // where nothing is added, it comes while tiles multiply
-            multiply_rows(packed_block(block, inner), weight, inner, k > 0, y, p.columns, rows);
+            multiply(packed_block(block, inner), weight, inner, k > 0 || p.onto, y, p.columns, rows);
         }
     }
 
-    // False if a weight is no bf16 number, here or where another thread has looked.
-    bool pack_panel(int64_t column, int64_t k, int64_t inner, uint16_t* out) {
-        int32_t stop;
-#pragma omp atomic read
-        stop = lost;
-        if (stop) return false;
-        __m512i seen = {};
-        for (int64_t i = k; i < k + inner; i += TILE_NUMBERS, out += PANEL_SIZE) {
-            if (p.transposed) pack_transposed(p.weight + column * p.inner + i, p.inner, out, seen);
-            else pack_straight(p.weight + i * p.columns + column, p.columns, out, seen);
+    // How many parts the weights have: one, then `out` has but one of each, two or three.
+    int pack_panel(int64_t column, int64_t k, int64_t inner, uint16_t* out) const {
+        const int64_t stride = p.transposed ? p.inner : p.columns, step = p.transposed ? TILE_NUMBERS : TILE_NUMBERS * stride;
+        const float* const first = p.weight + (p.transposed ? column * stride + k : k * stride + column);
+        const int64_t count = inner / TILE_NUMBERS;
+        __m512i lost = {}, last = {};
+        const auto is_whole = [&] { return !_mm512_test_epi32_mask(lost, _mm512_set1_epi32(0xffff)); };
+        for (int64_t i = 0; i < count && is_whole(); ++i) {
+            const float* const from = first + i * step;
+            uint16_t* const to = out + i * PANEL_SIZE;
+            p.transposed ? pack_rows(from, stride, to, lost) : pack_columns(from, stride, to, lost);
         }
-        if (!_mm512_test_epi32_mask(seen, _mm512_set1_epi32(0xffff))) return true;
-#pragma omp atomic write
-        lost = 1;
-        return false;
+        if (is_whole()) return 1;
+        for (int64_t i = 0; i < count; ++i) {
+            const float* const from = first + i * step;
+            uint16_t* const to = out + i * SPLITS * PANEL_SIZE;
+            ask_for<false>(from + step, stride, PANEL);
+            p.transposed ? split_rows(from, stride, to, last) : split_columns(from, stride, to, last);
+        }
+        return _mm512_test_epi32_mask(last, last) ? 3 : 2;
     }
 };
 
-// Whether the first weight of every row is a bf16 number: a table of which training changed a few rows need not be packed to know.
+// Whether the first weight of every row is a bf16 number: then most panels take three products, and few rows are enough.
 inline bool may_be_bf16(const Product& p) {
     const int64_t length = p.transposed ? p.inner : p.columns;
     uint32_t seen = 0;
@@ -265,10 +325,11 @@ inline bool may_be_bf16(const Product& p) {
 
 }  // namespace
 
-// Memory for a product in bytes; 0 where a look at some weights finds one that is no bf16 number.
-extern "C" int64_t split_product_bytes(const Product* p) {
+// Memory for a product in bytes; 0 where vectors are faster: for fewer rows than min_rows if a look at some weights finds one that
+// is no bf16 number.
+extern "C" int64_t split_product_bytes(const Product* p, int64_t min_rows) {
 #ifdef TILES
-    if (!may_be_bf16(*p)) return 0;
+    if (p->rows < min_rows && !may_be_bf16(*p)) return 0;
     const Cut cut(*p);
     return 2 * (cut.x_size() + p->threads * cut.panel_size());
 #else
@@ -276,14 +337,11 @@ extern "C" int64_t split_product_bytes(const Product* p) {
 #endif
 }
 
-// Whether it was computed: not if a weight is no bf16 number. inner and columns are multiples of 32, memory begins at one of 64.
-extern "C" int32_t split_product(const Product* p) {
+// inner and columns are multiples of 32, memory begins at one of 64. There must be tiles.
+extern "C" void split_product(const Product* p) {
 #ifdef TILES
-    Team team{*p, Cut(*p)};
+    Team team{*p, Cut(*p), {}};
 #pragma omp parallel num_threads(p->threads)
     team.run();
-    return !team.lost;
-#else
-    return 0;
 #endif
 }
