@@ -107,10 +107,10 @@ def products() -> Iterator[str]:
     from minisft.kernels.cpu_split import split_product
 
     sizes = ((D, WIDE), (WIDE, D), (D, D), (D, D // 3), (D, VOCABULARY), (VOCABULARY, D))
-    for numbers, (inner, columns), transposed in itertools.product(("bf16", "fp16", "fp32"), sizes, (True, False)):
+    for (numbers, dtype), (inner, columns), transposed in itertools.product(NUMBERS.items(), sizes, (True, False)):
         x = torch.randn(NUM_LABELS if VOCABULARY in (inner, columns) else NUM_TOKENS, inner)
         shape = (columns, inner) if transposed else (inner, columns)
-        weights = [torch.randn(shape).to(NUMBERS[numbers]).float() for _ in range(2 + 2**24 // (inner * columns))]
+        weights = [torch.randn(shape).to(dtype).float() for _ in range(2 + 2**24 // (inner * columns))]
         first = x, weights[0], transposed
         true, size = _by_blas(x.double(), weights[0].double(), transposed), _by_blas(x.abs(), weights[0].abs(), transposed)
         errors = [float(((way(*first) - true).abs() / size).max()) for way in (_by_blas, split_product)]

@@ -174,11 +174,6 @@ def frozen_linear_t(grad: Tensor, weight: FrozenWeight, onto: Tensor | None = No
     weight = weight.to(dtype)
     if onto is None:
         return times(rows, weight).to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
-    return _add_times_(onto, rows, weight)
-
-
-def _add_times_(onto: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """y + x W without a gradient, in place: (M, in), (M, out), (out, in) -> (M, in)."""
     return onto.addmm_(rows, weight) if split_product(rows, weight, False, onto) is None else onto
 
 
@@ -226,11 +221,8 @@ def _quantized_linear(x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Ten
         if can_use_native(x, q):
             return native_matmul(x, q, bias)
         dtype = compute_dtype(x)
-        bias = None if bias is None else bias.to(dtype)
         with dense_weight(q, dtype) as dense:
-            if (split := _split_linear(x, dense, bias)) is not None:
-                return split
-            return F.linear(x.to(dtype), dense, bias).to(x.dtype)
+            return frozen_linear(x, dense, bias)
 
 
 def _quantized_linear_t(grad: Tensor, q: QuantizedWeight, onto: Tensor | None) -> Tensor:
@@ -243,10 +235,7 @@ def _quantized_linear_t(grad: Tensor, q: QuantizedWeight, onto: Tensor | None) -
             return y if onto is None else onto.add_(y)
         dtype = compute_dtype(grad)
         with dense_weight(q, dtype) as dense:
-            if onto is not None:
-                return _add_times_(onto, grad, dense)
-            rows = grad.reshape(-1, grad.shape[-1]).to(dtype)
-            return times(rows, dense).to(grad.dtype).view(*grad.shape[:-1], dense.shape[1])
+            return frozen_linear_t(grad, dense, onto)
 
 
 def triton_matmul(x: Tensor, q: QuantizedWeight) -> Tensor:

@@ -33,7 +33,6 @@ constexpr int64_t PIECE = 4 * LANES;             // columns at once: with what i
 constexpr int64_t LOW = ROWS * LANES;            // numbers of a block for LANES ranks
 
 inline int64_t padded(int64_t size) { return pieces(size, LANES) * LANES; }
-inline Floats splat(float number) { return number - Floats{}; }  // x + 0 is not x where x is -0, and takes an instruction
 
 // A block's numbers of some columns, in fp32.
 struct Piece {

@@ -33,7 +33,7 @@ inline void tile(View a, int64_t inner, const float* b, int64_t ldb, float* c, i
         Floats row[VECTORS];
         each<VECTORS>([&](int v) ALWAYS_INLINE { row[v] = load<Floats>(b + k * ldb + v * LANES); });
         each<ROWS>([&](int i) ALWAYS_INLINE {
-            const Floats number = a.at[i * a.across + k * a.along] - Floats{};
+            const Floats number = splat(a.at[i * a.across + k * a.along]);
             each<VECTORS>([&](int v) ALWAYS_INLINE {
                 sums[i * VECTORS + v] = multiply_add(number, row[v], sums[i * VECTORS + v]);
             });

@@ -60,7 +60,7 @@ struct Step {
 inline void store(float x, float* out) { *out = x; }
 inline void store(float x, uint16_t* out) {
     uint16_t lanes[LANES];
-    put(lanes, Floats{} + x);
+    put(lanes, splat(x));
     *out = lanes[0];
 }
 
@@ -250,10 +250,10 @@ struct Worker {
             int64_t c = 0;
             for (; c + 4 < count; c += 4)
                 for (int i = 0; i < 4; ++i)
-                    sums[i] = multiply_add(widened(values + (c + i) * s.position_stride + e), Floats{} + scores[c + i], sums[i]);
+                    sums[i] = multiply_add(widened(values + (c + i) * s.position_stride + e), splat(scores[c + i]), sums[i]);
             for (; c + 1 < count; ++c)
-                sums[0] = multiply_add(widened(values + c * s.position_stride + e), Floats{} + scores[c], sums[0]);
-            sums[1] = multiply_add(widened(last + e), Floats{} + scores[c], sums[1]);
+                sums[0] = multiply_add(widened(values + c * s.position_stride + e), splat(scores[c]), sums[0]);
+            sums[1] = multiply_add(widened(last + e), splat(scores[c]), sums[1]);
             put(out + e, ((sums[0] + sums[1]) + (sums[2] + sums[3])) * inverse);
         }
         for (; e < s.E; ++e) {

@@ -138,6 +138,8 @@ inline Ints bytes_at(const uint8_t* packed) {
 #endif
 }
 
+inline Floats splat(float number) { return number - Floats{}; }  // x + 0 is not x where x is -0, and takes an instruction
+
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(NF4_PORTABLE)
     return a * b + c;
@@ -150,14 +152,14 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 
 // e^x = 2^n e^r with |r| <= ln 2 / 2, e^r by its series to r^7 / 7!: off by less than 2^-22 of itself. A NaN stays one.
 inline Floats exponential(Floats x) {
-    x = x < -87.0f ? Floats{} - 87.0f : x;
-    x = x > 88.0f ? Floats{} + 88.0f : x;
+    x = x < -87.0f ? splat(-87.0f) : x;
+    x = x > 88.0f ? splat(88.0f) : x;
     const float round = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction, and stands in its low bits
     const Floats shifted = x * 1.44269504f + round, n = shifted - round;
-    const Floats r = multiply_add(n, Floats{} - 1.42860677e-6f, multiply_add(n, Floats{} - 0.693145752f, x));
-    Floats series = Floats{} + 1.0f / 5040;
+    const Floats r = multiply_add(n, splat(-1.42860677e-6f), multiply_add(n, splat(-0.693145752f), x));
+    Floats series = splat(1.0f / 5040);
     for (const float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-        series = multiply_add(series, r, Floats{} + factor);
+        series = multiply_add(series, r, splat(factor));
     const Ints power = ((Ints)shifted - 0x4b400000 + 127) << 23;
     return series * (Floats)power;
 }

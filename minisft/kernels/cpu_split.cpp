@@ -2,9 +2,9 @@
 //
 // An fp32 number is three numbers of bf16, x = x1 + x2 + x3 and W = W1 + W2 + W3, each about 2^-8 of the one before, and products
 // of bf16 are exact in fp32, in which they are summed. Weights that are bf16 numbers, as those of a checkpoint in bf16 are, need
-// three products, x1 W1 + x2 W1 + x3 W1; those of 16 bits, as fp16's and what most files of 4 bits hold, x1 W2 + x2 W2 as well;
-// all others also x1 W3. What is left out, x3 W2 + x2 W3 + x3 W3, is below 2^-22 |x| |W|, and its sign is random. All weights of
-// 32 columns are looked at while they are packed, in every call.
+// three products, x1 W1 + x2 W1 + x3 W1; those of 16 bits, as fp16's and SmolLM2's file of 4 bits, x1 W2 + x2 W2 as well; all
+// others also x1 W3. What is left out, x3 W2 + x2 W3 + x3 W3, is below 2^-22 |x| |W|, and its sign is random. Numbers below 2^-126
+// count as zero, and so do products of parts that are. All weights of 32 columns are looked at while they are packed, in every call.
 //
 //     for as many rows of x as fit into the cores' caches, for a part of the inner size: pack x, all threads together
 //         for 32 columns of y: pack W, multiply
@@ -76,23 +76,30 @@ inline void pack_rows(const float* weight, int64_t stride, uint16_t* out, __m512
     }
 }
 
-// 32 numbers of 32 columns of W (inner, columns).
-inline void pack_columns(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
-    for (int pair = 0; pair < TILE_ROWS; ++pair, weight += stride)
+// Calls visit(a, b, out): pairs of 32 numbers of 32 columns of W (inner, columns).
+template <class Visit>
+inline ALWAYS_INLINE void pairs_of_columns(const float* weight, int64_t stride, uint16_t* out, Visit visit) {
+    for (int pair = 0; pair < TILE_ROWS; ++pair, weight += stride, out += TILE_NUMBERS)
         for (int tile = 0; tile < 2; ++tile) {
             const float* from = weight + tile * TILE_ROWS;
-            const __m512i both = weights_of(from, from + TILE_ROWS * stride, seen);
-            _mm512_store_si512(out + tile * TILE_SIZE + pair * TILE_NUMBERS, both);
+            visit(from, from + TILE_ROWS * stride, out + tile * TILE_SIZE);
         }
 }
 
-// Pairs of weights in three parts, each but the last rounded, or signs of what is left out would not be random; `seen` collects the
-// last one.
+inline void pack_columns(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
+    pairs_of_columns(weight, stride, out, [&](const float* a, const float* b, uint16_t* to) ALWAYS_INLINE {
+        _mm512_store_si512(to, weights_of(a, b, seen));
+    });
+}
+
+// Pairs of weights in three parts. The first two are rounded, or signs of what is left out would not be random; the last one needs
+// none, and rounding could make a NaN zero. `seen` collects it.
 inline ALWAYS_INLINE void split_weights(__m512i a, __m512i b, uint16_t* to, __m512i& seen) {
     const __m512i upper = _mm512_set1_epi32(0xffff0000), half = _mm512_set1_epi32(0x8000);
     each<SPLITS>([&](int part) ALWAYS_INLINE {
-        if (part + 1 == SPLITS) seen = _mm512_or_si512(_mm512_or_si512(a, b), seen);
-        const __m512i first = _mm512_add_epi32(a, half), second = _mm512_add_epi32(b, half);
+        const bool is_last = part + 1 == SPLITS;
+        if (is_last) seen = _mm512_or_si512(_mm512_or_si512(a, b), seen);
+        const __m512i first = is_last ? a : _mm512_add_epi32(a, half), second = is_last ? b : _mm512_add_epi32(b, half);
         _mm512_store_si512(to + part * PANEL_SIZE, upper_halves(first, second));
         a = (__m512i)((__m512)a - (__m512)(first & upper));
         b = (__m512i)((__m512)b - (__m512)(second & upper));
@@ -113,12 +120,9 @@ inline void split_rows(const float* weight, int64_t stride, uint16_t* out, __m51
 }
 
 inline void split_columns(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
-    for (int pair = 0; pair < TILE_ROWS; ++pair, weight += stride)
-        for (int tile = 0; tile < 2; ++tile) {
-            const float* from = weight + tile * TILE_ROWS;
-            const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + TILE_ROWS * stride);
-            split_weights(a, b, out + tile * TILE_SIZE + pair * TILE_NUMBERS, seen);
-        }
+    pairs_of_columns(weight, stride, out, [&](const float* a, const float* b, uint16_t* to) ALWAYS_INLINE {
+        split_weights(_mm512_loadu_si512(a), _mm512_loadu_si512(b), to, seen);
+    });
 }
 
 // 32 fp32 numbers as three parts, tiles apart: each the upper half of what those before it leave, so that nothing is rounded.
@@ -313,7 +317,7 @@ struct Team {
     }
 };
 
-// Whether the first weight of every row is a bf16 number: then most panels take three products, and few rows are enough.
+// Whether the first weight of every row is a bf16 number: then most panels should take three products, and few rows are enough.
 inline bool may_be_bf16(const Product& p) {
     const int64_t length = p.transposed ? p.inner : p.columns;
     uint32_t seen = 0;

@@ -1,4 +1,4 @@
-"""Products of many rows in fp32 on a CPU with AMX, 1.5 to 2.5 times as fast as the BLAS and as exact; by ``cpu_split.cpp``.
+"""Products of many rows in fp32 on a CPU with AMX, sooner than by the BLAS and as exact; by ``cpu_split.cpp``.
 
 AMX multiplies bf16 alone, about ten times as fast as vectors multiply fp32. An fp32 number is a sum of three numbers of bf16,
 x = x_1 + x_2 + x_3 and W = W_1 + W_2 + W_3, each about 2^-8 of the one before, so
@@ -6,7 +6,7 @@ x = x_1 + x_2 + x_3 and W = W_1 + W_2 + W_3, each about 2^-8 of the one before, 
     x W^T = sum over i + j <= 4 of x_i W_j^T, but for a part below 2^-22 |x| |W|^T
 
 is six products of bf16, which are summed in fp32. Weights of fewer bits take fewer: three if they are bf16 numbers, as those
-of a checkpoint in bf16 are (W_2 = W_3 = 0), five if they have 16 bits, as numbers of fp16 and those of many files of 4 bits.
+of a checkpoint in bf16 are (W_2 = W_3 = 0), five if they have 16 bits, as numbers of fp16 and of SmolLM2's file of 4 bits.
 Frozen weights stay such numbers while adapters train. The call that multiplies looks at every weight, so nothing is
 remembered and nothing can be out of date. ``matmul.py`` decides when this code is asked.
 
@@ -66,29 +66,29 @@ def split_product(x: Tensor, weight: Tensor, transposed: bool, onto: Tensor | No
     """x W^T, or x W, without a gradient.
 
     Args:
-        x: (M, inner) fp32. Numbers below 2^-126, and parts that are, of x and of W, count as zero; infinities give NaN.
-        weight: (columns, inner) where ``transposed``, else (inner, columns); fp32. What rounds to 2^128 in bf16 is infinite.
+        x: (M, inner) fp32. Numbers below 2^-126 count as zero: parts of x and W, their products, and sums. Infinities give NaN.
+        weight: (columns, inner) where ``transposed``, else (inner, columns); fp32. What rounds to 2^128 in bf16 gives NaN.
         transposed: whether the product is with W^T.
         onto: (M, columns) fp32 without gaps, to which the product is added in place; or None.
 
     Returns:
-        (M, columns) fp32, ``onto`` where it is given; None where the caller has to multiply: fewer than 96 rows by weights that
-        are no bf16 numbers, and where ``can_split`` refuses.
+        (M, columns) fp32, ``onto`` where it is given; None where the caller has to multiply: fewer than 96 rows by weights of
+        which the first ones of rows are no bf16 numbers, and where ``can_split`` refuses.
     """
     if not can_split(x, weight, transposed):
         return None
     library = cpu_nf4.library()
     assert library is not None
     library.split_product_bytes.restype = ctypes.c_int64
-    x, shape = x.contiguous(), (len(x), weight.shape[0 if transposed else 1])
-    y = x.new_empty(shape) if onto is None else onto
-    assert cpu_nf4.has_numbers(y), y.stride()
-    assert (y.dtype, *y.shape) == (x.dtype, *shape), (y.dtype, y.shape)
-    sizes = (*x.shape, y.shape[1], transposed, onto is not None, torch.get_num_threads())
-    product = _Product(x.data_ptr(), weight.data_ptr(), y.data_ptr(), None, *sizes)
+    shape = (len(x), weight.shape[0 if transposed else 1])
+    sizes = (*x.shape, shape[1], transposed, onto is not None, torch.get_num_threads())
+    product = _Product(None, weight.data_ptr(), None, None, *sizes)
     if not (num_bytes := library.split_product_bytes(ctypes.byref(product), ctypes.c_int64(MIN_SPLIT_ROWS))):
         return None
+    x, y = x.contiguous(), x.new_empty(shape) if onto is None else onto
+    assert cpu_nf4.has_numbers(y), y.stride()
+    assert (y.dtype, *y.shape) == (x.dtype, *shape), (y.dtype, y.shape)
     with borrowed((num_bytes,), torch.uint8, x.device) as memory:
-        product.memory = memory.data_ptr()
+        product.x, product.y, product.memory = x.data_ptr(), y.data_ptr(), memory.data_ptr()
         library.split_product(ctypes.byref(product))
     return y

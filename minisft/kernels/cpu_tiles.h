@@ -4,7 +4,7 @@
 // one in 12 bits they are made, and for one in 4 or 8, where a block's sum is multiplied by its scale as well. x is fp32 and is
 // split without a remainder into three numbers of bf16, x = high + middle + low (8 bits each), and so are the levels of 4 bits,
 // so nothing is lost that fp32 would keep; the order of sums is another than DenseMatrix's. Numbers below 2^-126 count as zero,
-// parts of x among them, and infinities become NaN. Splitting a W in fp32 as well takes longer than multiplying it by vectors.
+// parts of x among them, and infinities become NaN. For so few rows splitting a W in fp32 as well takes longer than multiplying it by vectors.
 // Linux lets only a process that asked use these registers (arch_prctl).
 //
 // Ref: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBF16PS, LDTILECFG.
