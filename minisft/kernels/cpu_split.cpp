@@ -4,7 +4,7 @@
 // of bf16 are exact in fp32, in which they are summed. Weights that are bf16 numbers, as those of a checkpoint in bf16 are, need
 // three products, x1 W1 + x2 W1 + x3 W1; those of 16 bits, as fp16's and SmolLM2's file of 4 bits, x1 W2 + x2 W2 as well; all
 // others also x1 W3. What is left out, x3 W2 + x2 W3 + x3 W3, is below 2^-22 |x| |W|, and its sign is random. Numbers below 2^-126
-// count as zero, and so do products of parts that are. All weights of 32 columns are looked at while they are packed, in every call.
+// count as zero, and so do products of parts that are. All weights of 32 columns are looked at while they are packed, each time.
 //
 //     for as many rows of x as fit into the cores' caches, for a part of the inner size: pack x, all threads together
 //         for 32 columns of y: pack W, multiply
@@ -92,21 +92,26 @@ inline void pack_columns(const float* weight, int64_t stride, uint16_t* out, __m
     });
 }
 
-// Pairs of weights in three parts. The first two are rounded, or signs of what is left out would not be random; the last one needs
-// none, and rounding could make a NaN zero. `seen` collects it.
-inline ALWAYS_INLINE void split_weights(__m512i a, __m512i b, uint16_t* to, __m512i& seen) {
+// Pairs of numbers as three parts, `apart` from one another: each the upper half of what those before it leave, so that nothing is
+// lost. Of weights the first two are rounded, or signs of what is left out would not be random; the last one needs none, and
+// rounding could make a NaN zero. Returns its bits. split_numbers takes longer: it keeps neighbours beside each other, for weights
+// that are read as they lie.
+template <bool ROUND>
+inline ALWAYS_INLINE __m512i split_pairs(__m512i a, __m512i b, int64_t apart, uint16_t* to) {
     const __m512i upper = _mm512_set1_epi32(0xffff0000), half = _mm512_set1_epi32(0x8000);
+    __m512i last = {};
     each<SPLITS>([&](int part) ALWAYS_INLINE {
-        const bool is_last = part + 1 == SPLITS;
-        if (is_last) seen = _mm512_or_si512(_mm512_or_si512(a, b), seen);
-        const __m512i first = is_last ? a : _mm512_add_epi32(a, half), second = is_last ? b : _mm512_add_epi32(b, half);
-        _mm512_store_si512(to + part * PANEL_SIZE, upper_halves(first, second));
+        const bool is_last = part + 1 == SPLITS, rounded = ROUND && !is_last;
+        if (is_last) last = _mm512_or_si512(a, b);
+        const __m512i first = rounded ? _mm512_add_epi32(a, half) : a, second = rounded ? _mm512_add_epi32(b, half) : b;
+        _mm512_store_si512(to + part * apart, upper_halves(first, second));
         a = (__m512i)((__m512)a - (__m512)(first & upper));
         b = (__m512i)((__m512)b - (__m512)(second & upper));
     });
+    return last;
 }
 
-// The same as pack_rows and pack_columns, in three parts.
+// The same as pack_rows and pack_columns, in three parts; `seen` collects the last ones.
 inline void split_rows(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
     for (int tile = 0; tile < 2; ++tile, weight += TILE_ROWS * stride, out += TILE_SIZE) {
         __m512i halves[2][TILE_ROWS];
@@ -115,31 +120,15 @@ inline void split_rows(const float* weight, int64_t stride, uint16_t* out, __m51
             transpose(halves[half]);
         }
         for (int pair = 0; pair < TILE_ROWS; ++pair)
-            split_weights(halves[0][pair], halves[1][pair], out + pair * TILE_NUMBERS, seen);
+            seen |= split_pairs<true>(halves[0][pair], halves[1][pair], PANEL_SIZE, out + pair * TILE_NUMBERS);
     }
 }
 
 inline void split_columns(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
     pairs_of_columns(weight, stride, out, [&](const float* a, const float* b, uint16_t* to) ALWAYS_INLINE {
-        split_weights(_mm512_loadu_si512(a), _mm512_loadu_si512(b), to, seen);
+        seen |= split_pairs<true>(_mm512_loadu_si512(a), _mm512_loadu_si512(b), PANEL_SIZE, to);
     });
 }
-
-// 32 fp32 numbers as three parts, tiles apart: each the upper half of what those before it leave, so that nothing is rounded.
-// split_numbers takes longer: it keeps neighbours beside each other, for weights that are read as they lie, and rounds, for
-// products of which parts are left out.
-inline ALWAYS_INLINE void split_in_pairs(const float* from, uint16_t* to) {
-    const __m512i upper = _mm512_set1_epi32(0xffff0000);
-    __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + TILE_ROWS);
-    each<SPLITS>([&](int part) ALWAYS_INLINE {
-        _mm512_store_si512(to + part * TILE_SIZE, upper_halves((__m512i)a, (__m512i)b));
-        a -= (__m512)((__m512i)a & upper);
-        b -= (__m512)((__m512i)b & upper);
-    });
-}
-
-// Of how many parts there is memory where so many count.
-constexpr int64_t stored(int parts) { return parts == 1 ? 1 : SPLITS; }
 
 // Asks for the 32 numbers of each of some rows; TO_WRITE says what for.
 template <bool TO_WRITE>
@@ -155,13 +144,16 @@ inline ALWAYS_INLINE void ask_for(const float* at, int64_t stride, int64_t rows)
 inline void pack_block(const float* x, int64_t stride, int64_t rows, int64_t inner, uint16_t* out) {
     for (int64_t k = 0; k < inner; k += TILE_NUMBERS, x += TILE_NUMBERS, out += BLOCK_SIZE) {
         ask_for<false>(x + 2 * TILE_NUMBERS, stride, rows);
-        for (int64_t row = 0; row < rows; ++row)
-            split_in_pairs(x + row * stride, out + row / TILE_ROWS * SPLITS * TILE_SIZE + row % TILE_ROWS * TILE_NUMBERS);
+        for (int64_t row = 0; row < rows; ++row) {
+            const float* const from = x + row * stride;
+            uint16_t* const to = out + row / TILE_ROWS * SPLITS * TILE_SIZE + row % TILE_ROWS * TILE_NUMBERS;
+            split_pairs<false>(_mm512_loadu_si512(from), _mm512_loadu_si512(from + TILE_ROWS), TILE_SIZE, to);
+        }
     }
 }
 
-// y (16 or, with TWO, 32 rows; 32 columns) = or, with add, += x W by the first PARTS parts of W. Tiles 0 to 3 are sums, 4 and 5 rows
-// of x, 6 and 7 weights.
+// y (16 or, with TWO, 32 rows; 32 columns) = or, with add, += x W by the first PARTS parts of W. Tiles 0 to 3 are sums, 4 and 5
+// rows of x, 6 and 7 weights.
 template <bool TWO, int PARTS>
 inline void multiply(const uint16_t* x, const uint16_t* weight, int64_t inner, bool add, float* y, int64_t stride) {
     float* const below = y + TILE_ROWS * stride;
@@ -179,7 +171,7 @@ inline void multiply(const uint16_t* x, const uint16_t* weight, int64_t inner, b
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int64_t k = 0; k < inner; k += TILE_NUMBERS, x += BLOCK_SIZE, weight += stored(PARTS) * PANEL_SIZE) {
+    for (int64_t k = 0; k < inner; k += TILE_NUMBERS, x += BLOCK_SIZE, weight += (PARTS == 1 ? 1 : SPLITS) * PANEL_SIZE) {
         const auto load_weights = [&](int part) ALWAYS_INLINE {
             _tile_loadd(6, weight + part * PANEL_SIZE, 64);
             _tile_loadd(7, weight + part * PANEL_SIZE + TILE_SIZE, 64);
