@@ -59,12 +59,15 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, start + rows)
             h, targets = hidden[part].to(matmul_dtype), target_ids[part, None]
             logits = times_transposed(h, head_VD).to(precise)
-            logsum = torch.logsumexp(logits, -1, keepdim=True)
-            total += (logsum - logits.gather(1, targets)).sum()
+            # In place: logsumexp would take as much memory again, at the moment of a step when all activations are alive.
+            largest, of_targets = logits.amax(-1, keepdim=True), logits.gather(1, targets)
+            weights = logits.sub_(largest).exp_()
+            sums = weights.sum(-1, keepdim=True)
+            total += (sums.log() + largest - of_targets).sum()
             if not any(ctx.needs_input_grad):
                 continue
-            grad_logits = logits.sub_(logsum).exp_()
-            grad_logits.scatter_add_(1, targets, torch.full_like(logsum, -1))
+            grad_logits = weights.div_(sums)
+            grad_logits.scatter_add_(1, targets, torch.full_like(sums, -1))
             if grad_hidden is not None:
                 grad_hidden[part] = times(grad_logits.to(matmul_dtype), head_VD).to(hidden.dtype)
             if grad_trained is not None:
