@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from minisft.adam_8bit import Moments, adamw_8bit_
 
+_WHOLE = 2**16  # numbers of a gradient whose norm is taken at once
+
 
 class MasterAdamW:
     """Decoupled-weight-decay Adam (``torch.optim.AdamW``) over named parameters.
@@ -75,10 +77,10 @@ class MasterAdamW:
         return math.sqrt(self._sum_of_squares())
 
     def _sum_of_squares(self) -> float:
-        """In fp64 over the norms of rows: one fp32 sum over a large table is too low, and an fp64 copy of it takes memory."""
+        """In fp64 over norms in fp32, of a large table by rows: one fp32 sum is too low, and an fp64 copy takes memory."""
         gradients = [m.grad for m in self.master_weights.values() if m.grad is not None]
-        norms = [torch.linalg.vector_norm(g, dim=-1).reshape(-1) for g in gradients]
-        return float(torch.cat(norms).double().square().sum()) if norms else 0.0
+        parts = [g if g.numel() <= _WHOLE else torch.linalg.vector_norm(g, dim=-1) for g in gradients]
+        return float(torch.stack(torch._foreach_norm(parts)).double().square().sum()) if parts else 0.0
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """One update at rate ``lr`` (times a parameter's ratio) with all gradients multiplied by ``grad_scale`` (clipping)."""
