@@ -51,7 +51,7 @@ class LoRALinear(Adapter):
         """Whether there is dropout to draw, or something of the base to train."""
         if self.training and self.dropout.p > 0:
             return True
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.base.parameters())
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.base.parameters(recurse=False))
 
     @property
     def together(self) -> Callable[[Tensor, Sequence[LoRALinear]], Sequence[Tensor]] | None:

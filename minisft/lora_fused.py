@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from minisft.common.autograd import Context
 from minisft.kernels.cpu_adapter import adapter_gradients, can_use_native
-from minisft.matmul import FrozenWeight, Linear, compute_dtype, frozen_linear_t, frozen_linear_with_update
+from minisft.matmul import FrozenWeight, Linear, as_dtype, compute_dtype, frozen_linear_t, frozen_linear_with_update
 from minisft.nf4_linear import NF4Linear
 
 
@@ -80,32 +80,39 @@ class _AdaptedLinears(torch.autograd.Function):
         count, dtype, needed = len(grads), compute_dtype(grads[0]), ctx.needs_input_grad
         As, Bs, lows = saved[: 2 * count : 2], saved[1 : 2 * count : 2], saved[2 * count :]
         gs, rows = [_flat(grad) for grad in grads], _flat(x)  # (M, out), (M, in)
-        found: Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
+        of_factors: Sequence[tuple[Tensor | None, Tensor | None]]
         if all(needed[2:]) and can_use_native(rows, gs, Bs):
-            found = adapter_gradients(rows, gs, Bs, lows, [scaling for _, scaling in ctx.frozen])
+            H, of_factors = adapter_gradients(rows, gs, Bs, lows, [scaling for _, scaling in ctx.frozen])
+            gs = [as_dtype(g, dtype) for g in gs]
         else:
-            layers = zip(gs, Bs, lows, ctx.frozen, needed[2::2], needed[3::2], strict=True)
-            found = [_gradients(rows.to(dtype), g.to(dtype), B, low, s, *wanted) for g, B, low, (_, s), *wanted in layers]
+            gs, rows = [as_dtype(g, dtype) for g in gs], as_dtype(rows, dtype)
+            Hs = [g @ as_dtype(B, dtype) * s for g, B, (_, s) in zip(gs, Bs, ctx.frozen, strict=True)]
+            layers = zip(gs, Hs, lows, ctx.frozen, needed[2::2], needed[3::2], strict=True)
+            of_factors = [_of_factors(rows, g, H, low, s, *wanted) for g, H, low, (_, s), *wanted in layers]
+            H = _joined(Hs, 1)
         grad_x = None
         if needed[0]:
             for g, (base, _) in zip(gs, ctx.frozen, strict=True):
-                grad_x = frozen_linear_t(g.to(dtype), _weight(base), grad_x)
+                grad_x = frozen_linear_t(g, _weight(base), grad_x)
             assert grad_x is not None
-            H, A = torch.cat([H for H, _, _ in found], 1), torch.cat(As)
-            grad_x = grad_x.addmm_(H.to(dtype), A.to(dtype)).to(x.dtype).view(x.shape)
+            A = _joined(As, 0)  # (sum of ranks, in)
+            grad_x = as_dtype(grad_x.addmm_(as_dtype(H, dtype), as_dtype(A, dtype)), x.dtype).view(x.shape)
         # The factors are fp32: their gradients are too, also where the products ran in bf16.
-        of_factors = zip([of_one for _, *pair in found for of_one in pair], saved, strict=False)
-        return grad_x, None, *(None if of_one is None else of_one.to(factor.dtype) for of_one, factor in of_factors)
+        each = zip([one for pair in of_factors for one in pair], saved, strict=False)
+        return grad_x, None, *(None if one is None else as_dtype(one, factor.dtype) for one, factor in each)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _gradients(
-    rows: Tensor, g: Tensor, lora_B: Tensor, low: Tensor, scaling: float, need_A: bool, need_B: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """H (M, rank), grad_A and grad_B of one layer."""
-    H = g @ lora_B.to(g.dtype) * scaling
-    grad_B = (low.to(g.dtype).T @ g).T * scaling if need_B else None  # in this order g is read along its rows
-    return H, H.T @ rows if need_A else None, grad_B
+def _of_factors(
+    rows: Tensor, g: Tensor, H: Tensor, low: Tensor, scaling: float, need_A: bool, need_B: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """grad_A and grad_B of one layer."""
+    grad_B = (as_dtype(low, g.dtype).T @ g).T * scaling if need_B else None  # in this order g is read along its rows
+    return H.T @ rows if need_A else None, grad_B

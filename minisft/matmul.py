@@ -49,6 +49,11 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and _cpu_multiplies_bf16() else torch.float32
 
 
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)`` without asking PyTorch where that changes nothing: a layer does it some ten times a step."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 # ---- with a frozen weight, on tensors without gradients --------------------------------------------------------------
 
 
@@ -133,26 +138,27 @@ def frozen_linear_with_update(
         rows = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
         y = add_update_(frozen_linear(rows, weight, bias, native), rows, update)
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[1]), down
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (M, in)
-    xa = rows @ lora_A.to(dtype).T  # (M, rank)
-    y = _add_to_linear(rows, weight, bias, xa * scaling, lora_B.to(dtype).T, native)
-    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1]), xa
+    rows = as_dtype(x.reshape(-1, x.shape[-1]), dtype)  # (M, in)
+    xa, up = rows @ as_dtype(lora_A, dtype).T, as_dtype(lora_B, dtype).T  # (M, rank), (rank, out)
+    y = _add_to_linear(rows, weight, bias, xa, up, scaling, native)
+    return as_dtype(y, x.dtype).view(*x.shape[:-1], y.shape[1]), xa
 
 
 def _split_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    if not can_split(x, weight, True) or (y := split_product(x.reshape(-1, x.shape[-1]), weight, True)) is None:
-        return None
-    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], weight.shape[0])
+    y = split_product(x, weight, True)
+    return y if y is None or bias is None else y.add_(bias)
 
 
-def _add_to_linear(rows: Tensor, weight: FrozenWeight, bias: Tensor | None, xa: Tensor, up: Tensor, native: bool) -> Tensor:
-    """rows W^T + b + xa up: (M, in), (M, rank), (rank, out) -> (M, out)."""
+def _add_to_linear(
+    rows: Tensor, weight: FrozenWeight, bias: Tensor | None, xa: Tensor, up: Tensor, scaling: float, native: bool
+) -> Tensor:
+    """rows W^T + b + scaling xa up: (M, in), (M, rank), (rank, out) -> (M, out)."""
     if isinstance(weight, QuantizedWeight) or (native and can_use_native(rows, weight)):
-        return frozen_linear(rows, weight, bias, native).addmm_(xa, up)
+        return frozen_linear(rows, weight, bias, native).addmm_(xa, up, alpha=scaling)
     if native and (split := _split_linear(rows, weight, bias)) is not None:
-        return split.addmm_(xa, up)
+        return split.addmm_(xa, up, alpha=scaling)
     # Bias first, as nn.Linear does it: a zero update then leaves every bit in place, whatever the order of the sums below.
-    y = xa @ up if bias is None else torch.addmm(bias.to(rows.dtype), xa, up)
+    y = xa * scaling @ up if bias is None else torch.addmm(bias.to(rows.dtype), xa, up, alpha=scaling)
     return y.addmm_(rows, weight.to(rows.dtype).T)
 
 
@@ -170,10 +176,9 @@ def frozen_linear_t(grad: Tensor, weight: FrozenWeight, onto: Tensor | None = No
     if isinstance(weight, QuantizedWeight):
         return _quantized_linear_t(grad, weight, onto)
     dtype = compute_dtype(grad)
-    rows = grad.reshape(-1, grad.shape[-1]).to(dtype)
-    weight = weight.to(dtype)
+    rows, weight = as_dtype(grad.reshape(-1, grad.shape[-1]), dtype), as_dtype(weight, dtype)
     if onto is None:
-        return times(rows, weight).to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+        return as_dtype(times(rows, weight), grad.dtype).view(*grad.shape[:-1], weight.shape[1])
     return onto.addmm_(rows, weight) if split_product(rows, weight, False, onto) is None else onto
 
 

@@ -245,7 +245,7 @@ def test_more_groups_of_rows_than_are_counted() -> None:
 def test_a_table_of_which_a_row_was_trained_is_not_packed(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a few rows: then the BLAS is faster."""
     monkeypatch.setattr(cpu_split, "MIN_SPLIT_ROWS", 96)
-    monkeypatch.setattr(cpu_split, "borrowed", lambda *_: pytest.fail("memory was asked for"))
+    monkeypatch.setattr(cpu_split, "memory", lambda *_: pytest.fail("memory was asked for"))
     weight = bf16_numbers(1536, 64)
     weight[row] = normal(64)
     assert split_product(normal(40, 64), weight, True) is None

@@ -15,7 +15,7 @@ namespace {
 struct Layer {
     const void* grad;                   // (rows, out)
     const float *lora_B, *low;          // (out, rank); x A^T (rows, rank)
-    float *low_grad, *grad_A, *grad_B;  // H (rows, rank), (rank, in), (out, rank)
+    float *low_grad, *grad_A, *grad_B;  // H (rows, rank), a part of rows of `ranks`; (rank, in), (out, rank)
     int64_t out, rank;
     float scaling;
 };
@@ -23,7 +23,7 @@ struct Gradients {
     const Layer* layers;
     const void* x;  // (rows, in)
     float* memory;
-    int64_t num_layers, rows, in;
+    int64_t num_layers, rows, in, ranks;  // ranks: of all layers together
     int32_t bf16, threads;  // grad and x are bf16, not fp32
 };
 
@@ -141,7 +141,7 @@ struct Team {
             for (int64_t i = 0; i < rows; ++i) {
                 float* const line = part.low_grad + i * LANES;
                 put(line, load<Floats>(line) * part.layer.scaling);
-                memcpy(part.layer.low_grad + (row + i) * rank + part.first, line, 4 * part.ranks);
+                memcpy(part.layer.low_grad + (row + i) * p.ranks + part.first, line, 4 * part.ranks);
             }
         });
         const T* const x = static_cast<const T*>(p.x) + row * p.in;

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minisft.kernels import cpu_nf4
-from minisft.kernels.workspace import borrowed
+from minisft.kernels.workspace import memory
 
 MIN_ROWS = 128  # below, and for other ranks, PyTorch's products are as fast
 RANKS = (8, 16)
@@ -34,7 +34,7 @@ class _Gradients(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("layers", "x", "memory")),
-        *((name, ctypes.c_int64) for name in ("num_layers", "rows", "in")),
+        *((name, ctypes.c_int64) for name in ("num_layers", "rows", "in", "ranks")),
         ("bf16", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
@@ -61,7 +61,7 @@ def can_use_native(x: Tensor, grads: Sequence[Tensor], lora_Bs: Sequence[Tensor]
 
 def adapter_gradients(
     x: Tensor, grads: Sequence[Tensor], lora_Bs: Sequence[Tensor], lows: Sequence[Tensor], scalings: Sequence[float]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """For each layer with G = grad: H = s G B, grad_A = H^T x and grad_B = s G^T (x A^T); sums in fp32.
 
     Args:
@@ -72,22 +72,28 @@ def adapter_gradients(
         scalings: s of each.
 
     Returns:
-        H (M, rank), grad_A (rank, in) and grad_B (out, rank) of each, in fp32; the last bits depend on the number of threads.
+        H of all layers beside each other, (M, sum of ranks), and grad_A (rank, in) and grad_B (out, rank) of each; in fp32. The
+        last bits depend on the number of threads.
     """
     library = cpu_nf4.library()
     assert library is not None, "ask can_use_native first"
     library.adapter_gradients_floats.restype = ctypes.c_int64
     rows, columns = x.shape
+    ranks = sum(B.shape[1] for B in lora_Bs)
+    H = x.new_empty(rows, ranks, dtype=torch.float32)
+    at = H.data_ptr()
     found, layers = [], (_Layer * len(grads))()
     lows = [low.to(torch.float32).contiguous() for low in lows]
     for i, (grad, B, low, scaling) in enumerate(zip(grads, lora_Bs, lows, scalings, strict=True)):
         out, rank = B.shape
         assert (*grad.shape, *low.shape) == (rows, out, rows, rank), (grad.shape, low.shape, x.shape, B.shape)
-        gradients = (torch.empty_like(low), low.new_empty(rank, columns), low.new_empty(out, rank))
+        gradients = (H.new_empty(rank, columns), H.new_empty(out, rank))
         found.append(gradients)
-        layers[i] = _Layer(*(t.data_ptr() for t in (grad, B, low, *gradients)), out, rank, scaling)
-    sizes = (len(found), rows, columns, x.dtype == torch.bfloat16, torch.get_num_threads())
-    ask = _Gradients(ctypes.addressof(layers), None, None, *sizes)
-    with borrowed((library.adapter_gradients_floats(ctypes.byref(ask)),), torch.float32, x.device) as memory:
-        library.adapter_gradients(ctypes.byref(_Gradients(ctypes.addressof(layers), x.data_ptr(), memory.data_ptr(), *sizes)))
-    return found
+        pointers = (*(t.data_ptr() for t in (grad, B, low)), at, *(t.data_ptr() for t in gradients))
+        layers[i] = _Layer(*pointers, out, rank, scaling)
+        at += rank * H.itemsize
+    sizes = (len(found), rows, columns, ranks, x.dtype == torch.bfloat16, torch.get_num_threads())
+    ask = _Gradients(ctypes.addressof(layers), x.data_ptr(), None, *sizes)
+    ask.memory = memory(library.adapter_gradients_floats(ctypes.byref(ask)), torch.float32).data_ptr()
+    library.adapter_gradients(ctypes.byref(ask))
+    return H, found

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minisft.kernels import cpu_nf4
-from minisft.kernels.workspace import borrowed
+from minisft.kernels.workspace import memory
 
 MIN_ROWS = 17  # below, and below so many multiply-adds, packing takes what the product wins
 MIN_SPLIT_ROWS = 96  # the same for weights that are no bf16 numbers
@@ -66,13 +66,13 @@ def split_product(x: Tensor, weight: Tensor, transposed: bool, onto: Tensor | No
     """x W^T, or x W, without a gradient.
 
     Args:
-        x: (M, inner) fp32. Numbers below 2^-126 count as zero: parts of x and W, their products, and sums. Infinities give NaN.
+        x: (..., inner) fp32. Numbers below 2^-126 count as zero: parts of x and W, products, sums. Infinities give NaN.
         weight: (columns, inner) where ``transposed``, else (inner, columns); fp32. What rounds to 2^128 in bf16 gives NaN.
         transposed: whether the product is with W^T.
-        onto: (M, columns) fp32 without gaps, to which the product is added in place; or None.
+        onto: (..., columns) fp32 without gaps, to which the product is added in place; or None.
 
     Returns:
-        (M, columns) fp32, ``onto`` where it is given; None where the caller has to multiply: fewer than 96 rows by weights of
+        (..., columns) fp32, ``onto`` where it is given; None where the caller has to multiply: fewer than 96 rows by weights of
         which the first ones of rows are no bf16 numbers, and where ``can_split`` refuses.
     """
     if not can_split(x, weight, transposed):
@@ -80,15 +80,15 @@ def split_product(x: Tensor, weight: Tensor, transposed: bool, onto: Tensor | No
     library = cpu_nf4.library()
     assert library is not None
     library.split_product_bytes.restype = ctypes.c_int64
-    shape = (len(x), weight.shape[0 if transposed else 1])
-    sizes = (*x.shape, shape[1], transposed, onto is not None, torch.get_num_threads())
+    *outer, inner = x.shape
+    shape = (*outer, weight.shape[0 if transposed else 1])
+    sizes = (x.numel() // inner, inner, shape[-1], transposed, onto is not None, torch.get_num_threads())
     product = _Product(None, weight.data_ptr(), None, None, *sizes)
     if not (num_bytes := library.split_product_bytes(ctypes.byref(product), ctypes.c_int64(MIN_SPLIT_ROWS))):
         return None
     x, y = x.contiguous(), x.new_empty(shape) if onto is None else onto
     assert cpu_nf4.has_numbers(y), y.stride()
     assert (y.dtype, *y.shape) == (x.dtype, *shape), (y.dtype, y.shape)
-    with borrowed((num_bytes,), torch.uint8, x.device) as memory:
-        product.x, product.y, product.memory = x.data_ptr(), y.data_ptr(), memory.data_ptr()
-        library.split_product(ctypes.byref(product))
+    product.x, product.y, product.memory = x.data_ptr(), y.data_ptr(), memory(num_bytes, torch.uint8).data_ptr()
+    library.split_product(ctypes.byref(product))
     return y

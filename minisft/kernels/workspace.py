@@ -23,6 +23,7 @@ class _OfThisThread(threading.local):
         self.buffers: _Buffers = {}
 
 
+_CPU = torch.device("cpu")
 _on_gpus: _Buffers = {}
 _on_cpu = _OfThisThread()
 _lock = threading.RLock()  # two threads that fill one stream's buffer
@@ -42,19 +43,33 @@ def borrowed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     Yields:
         the tensor.
     """
+    size = math.prod(shape)
     if device.type != "cuda":
-        yield _grown(_on_cpu.buffers, (device, dtype), shape, dtype, device)
+        yield memory(size, dtype)[:size].view(shape)
         return
     with _lock:
-        yield _grown(_on_gpus, (device, dtype, torch.cuda.current_stream(device).cuda_stream), shape, dtype, device)
+        key = (device, dtype, torch.cuda.current_stream(device).cuda_stream)
+        yield _grown(_on_gpus, key, size, dtype, device)[:size].view(shape)
 
 
-def _grown(buffers: _Buffers, key: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    size = math.prod(shape)
+def memory(size: int, dtype: torch.dtype) -> Tensor:
+    """The CPU's buffer of this thread as it is, for who wants its address and nothing else, hundreds of times a step.
+
+    Args:
+        size: numbers, at least.
+        dtype: of them.
+
+    Returns:
+        a flat tensor that is valid until somebody asks for one of this dtype again.
+    """
+    return _grown(_on_cpu.buffers, dtype, size, dtype, _CPU)
+
+
+def _grown(buffers: _Buffers, key: Hashable, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if key not in buffers or buffers[key].numel() < size:
         buffers.pop(key, None)  # the old one is freed before the new one is allocated
         buffers[key] = torch.empty(size, dtype=dtype, device=device)
-    return buffers[key][:size].view(shape)
+    return buffers[key]
 
 
 def release() -> int:
