@@ -150,6 +150,14 @@ struct Head {
             vectors(a.E, [&](int64_t e, auto lanes) { lanes.store(to + e, lanes.load(from + e) * factor); });
     }
 
+    // Asks for a head of some tokens of x; TO_WRITE says what for.
+    template <bool TO_WRITE>
+    void ask_for(const void* x, int64_t token, int64_t count, int64_t head) const {
+        const T* from = static_cast<const T*>(x) + (token * a.H + head) * a.E;
+        for (int64_t i = 0; i < count; ++i, from += a.H * a.E)
+            for (int64_t e = 0; e < a.E; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + e, TO_WRITE);
+    }
+
     // to (before + length, padded): all keys, or all values.
     void take_keys(const void* past, const void* x, float* to) const {
         if (a.past) take(past, a.K, 0, a.past, kv, 1.0f, to);
@@ -166,7 +174,7 @@ struct Head {
 
     // Some queries of a head, and the keys that any of them sees.
     struct Block {
-        int64_t query, count, key, keys, width;  // width: keys in whole vectors
+        int64_t query, count, key, keys, width, left;  // width: keys in whole vectors; left: queries of the next block
     };
 
     // The first key that a query sees; the last one is before + query.
@@ -176,7 +184,7 @@ struct Head {
     void blocks(Each each) const {
         for (int64_t query = 0; query < length; query += QUERIES) {
             const int64_t count = least(QUERIES, length - query), key = first_key(query), keys = before + query + count - key;
-            each(Block{query, count, key, keys, (keys + LANES - 1) / LANES * LANES});
+            each(Block{query, count, key, keys, (keys + LANES - 1) / LANES * LANES, least(QUERIES, length - query - count)});
         }
     }
 
@@ -207,6 +215,8 @@ struct Head {
         heads([&](int64_t head) {
             blocks([&](const Block& b) {
                 take(a.q, a.H, first + b.query, b.count, head, scale, m.q);
+                ask_for<true>(a.out, first + b.query, b.count, head);
+                ask_for<false>(a.q, first + b.query + b.count, b.left, head);
                 weights(b);
                 multiply({m.p, m.keys, 1}, b.count, b.keys, m.v + b.key * m.padded, m.padded, m.padded, m.result, m.padded);
                 give(m.result, 1.0f, a.out, a.H, first + b.query, b.count, head);
@@ -226,6 +236,8 @@ struct Head {
             blocks([&](const Block& b) {
                 take(a.q, a.H, first + b.query, b.count, head, scale, m.q);
                 take(a.grad, a.H, first + b.query, b.count, head, 1.0f, m.grad);
+                ask_for<true>(a.grad_q, first + b.query, b.count, head);
+                for (const void* x : {a.q, a.grad}) ask_for<false>(x, first + b.query + b.count, b.left, head);
                 weights(b);
                 const int64_t key = b.key * m.padded;
                 multiply({m.p, 1, m.keys}, b.keys, b.count, m.grad, m.padded, m.padded, m.grad_v + key, m.padded, true);
@@ -267,11 +279,17 @@ void attend(const Attention& a) {
         team = omp_get_num_threads();
         const Memory memory(a, a.memory + omp_get_thread_num() * Memory(a, a.memory).size);
         if (a.grad) memset(memory.prefix_grad, 0, 4 * 2 * memory.prefix_size(a));
-#pragma omp for schedule(static, 1)
-        for (int64_t task = 0; task < a.S * a.K; ++task) {
+        const auto compute = [&](int64_t task) {
             const Head<T> head(a, memory, task / a.K, task % a.K);
             if (a.grad) head.backward();
             else head.forward();
+        };
+        if (a.grad && a.prefixes) {  // whose sums are each thread's own: who computes what must not change from run to run
+#pragma omp for schedule(static, 1)
+            for (int64_t task = 0; task < a.S * a.K; ++task) compute(task);
+        } else {
+#pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < a.S * a.K; ++task) compute(task);
         }
         if (a.grad && a.prefixes) {
 #pragma omp for schedule(static)

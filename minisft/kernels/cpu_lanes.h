@@ -199,11 +199,13 @@ inline float sum(Floats v) {
 }
 
 inline float largest(Floats v) {
-    float lanes[LANES];
-    memcpy(lanes, &v, sizeof v);
-    for (int step = LANES / 2; step > 0; step /= 2)
-        for (int i = 0; i < step; ++i) lanes[i] = lanes[i + step] > lanes[i] ? lanes[i + step] : lanes[i];
-    return lanes[0];
+    Quad quads[LANES / 4];
+    memcpy(quads, &v, sizeof v);
+    const auto larger = [](Quad a, Quad b) ALWAYS_INLINE { return b > a ? b : a; };
+    for (int step = LANES / 8; step > 0; step /= 2)
+        for (int i = 0; i < step; ++i) quads[i] = larger(quads[i], quads[i + step]);
+    const Quad pair = larger(quads[0], Quad{quads[0][2], quads[0][3], quads[0][0], quads[0][1]});
+    return pair[1] > pair[0] ? pair[1] : pair[0];
 }
 
 inline float number(float fp32) { return fp32; }
