@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import re
@@ -56,6 +57,9 @@ def needs_native() -> None:
     assert reason == ""
 
 
+TAILS = replace(FAMILIES["llama"], intermediate_size=128, vocab_size=77)  # 77 outputs: two tiles and a part, odd
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -67,14 +71,14 @@ def threads(count: int) -> Iterator[None]:
 
 
 @functools.cache
-def built(config: ModelConfig, kind: str, adapted: bool = False) -> CausalLM:
+def built(config: ModelConfig, kind: str, adapted: bool = False, rank: int = 5) -> CausalLM:
     """A random model in eval mode: ``kind`` fp32 or bf16, behind it nf4 for linears in 4 bits, or nf4-plain (fp32 scales)."""
     dtype, _, quant = kind.partition("+")
     model = tiny.build(config, torch.bfloat16 if dtype == "bf16" else torch.float32)
     if quant:
         quantize_(model, QuantConfig(double_quant=quant == "nf4"))
     if adapted:
-        apply_lora_(model, LoRAConfig(rank=5, alpha=3.0))
+        apply_lora_(model, LoRAConfig(rank=rank, alpha=3.0))
         randomize_adapters_(model)
     return model.eval().requires_grad_(False)
 
@@ -87,11 +91,11 @@ def randomize_adapters_(model: nn.Module, seed: int = 7) -> None:
 
 
 @functools.cache
-def exact(config: ModelConfig, kind: str, adapted: bool = False) -> CausalLM:
+def exact(config: ModelConfig, kind: str, adapted: bool = False, rank: int = 5) -> CausalLM:
     """The same numbers in fp64, dense: what both ways of computing should give."""
-    model, same = tiny.build(config, torch.float64), built(config, kind, adapted)
+    model, same = tiny.build(config, torch.float64), built(config, kind, adapted, rank)
     if adapted:
-        apply_lora_(model, LoRAConfig(rank=5, alpha=3.0))
+        apply_lora_(model, LoRAConfig(rank=rank, alpha=3.0))
     modules = dict(same.named_modules())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -138,6 +142,30 @@ def test_logits_of_every_family(name: str, kind: str, adapted: bool) -> None:
     check_against(built(FAMILIES[name], kind, adapted), exact(FAMILIES[name], kind, adapted), PROMPTS, 6)
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("rank", [1, 16, 20])
+def test_ranks(rank: int, kind: str) -> None:
+    """Less than a vector, one or two, more than one; where tiles multiply 16 rows too."""
+    for prompts in (PROMPTS, [[1 + n % 7, 2, 3] for n in range(MAX_ROWS)]):
+        check_against(built(TAILS, kind, True, rank), exact(TAILS, kind, True, rank), prompts, 2)
+
+
+@pytest.mark.parametrize("rank", [1, 16, 20])
+def test_a_bf16_model_reads_its_adapter_in_bf16(rank: int) -> None:
+    """As products of many rows do: rounding the factors before changes no bit. In fp32 it does."""
+    for kind in ("bf16", "fp32"):
+        found = []
+        for dtype in (torch.float32, torch.bfloat16):
+            model = copy.deepcopy(built(TAILS, kind, True, rank))
+            for layer in lora_modules(model).values():
+                for factor in (layer.lora_A, layer.lora_B):
+                    factor.data = factor.data.to(dtype).float()
+            with torch.inference_mode():
+                cache = read_prompts(built(TAILS, kind), PROMPTS, 1)[0]
+                found.append(NativeDecoder(model, cache).logits(torch.tensor([1, 2, 3, 4]), cache).float())
+        assert torch.equal(*found) == (kind == "bf16")
+
+
 @pytest.mark.slow
 @given(
     st.lists(st.lists(st.integers(0, tiny.VOCAB - 1), min_size=1, max_size=12), min_size=1, max_size=MAX_ROWS),
@@ -173,7 +201,6 @@ def test_a_row_gives_the_same_bits_alone_and_in_a_batch(kind: str) -> None:
 # ---- tiles of AMX --------------------------------------------------------------------------------------------------------
 
 TILED = {"bf16": 6, "fp32+nf4": 10}  # rows from which on tiles multiply
-TAILS = replace(FAMILIES["llama"], intermediate_size=128, vocab_size=77)  # 77 outputs: two tiles and a part, odd
 needs_tiles = pytest.mark.skipif(not cpu_nf4.tile_floats(), reason="needs a CPU with AMX, and leave to use it")
 
 

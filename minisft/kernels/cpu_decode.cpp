@@ -30,10 +30,11 @@ struct EightBit {
 // y = x W^T + b + scaling * (x A^T) B^T. kernels/cpu_decode.py declares the same structs.
 struct Linear {
     const void* weight;  // (out, in): numbers, a Weight, an EightBit or a TwelveBit
-    const float *bias, *A, *B;  // (out,) or null; (rank, in) and (out, rank), null where there is no adapter
+    const float* bias;   // (out,) or null
+    const void *A, *B;   // (rank, in) and (out, rank), null where there is no adapter
     int64_t in, out, rank;
     float scaling;
-    int32_t kind;
+    int32_t kind, factor_kind;  // of A and B: FP32 or BF16
 };
 
 struct Layer {
@@ -151,7 +152,7 @@ struct Worker {
 
     template <class Store>
     void multiply(const Linear& l, const float* in, const float* down, Store store) {
-        const Added added{l.A ? l.B : nullptr, down, l.rank, 1.0f};
+        const Added added{l.A ? l.B : nullptr, down, l.rank, 1.0f, l.factor_kind == BF16};
         const int64_t out = l.out;
         if (is_tiled(l)) return multiply_by_tiles(l, added, store);
         if (l.kind == FP32) return multiply(DenseMatrix<float>{static_cast<const float*>(l.weight), l.in}, in, out, added, store);
@@ -181,9 +182,11 @@ struct Worker {
             quantized |= l.kind == NF4 && !is_tiled(l);
             adapted |= l.A != nullptr;
             float* down = low + i * s.rows * s.max_rank;
-            if (l.A)
-                multiply(DenseMatrix<float>{l.A, l.in}, in, l.rank, Added{},
-                         [&](int64_t row, int64_t r, float value) { down[row * l.rank + r] = l.scaling * value; });
+            if (!l.A) continue;
+            const auto store = [&](int64_t row, int64_t r, float value) { down[row * l.rank + r] = l.scaling * value; };
+            if (l.factor_kind == BF16)
+                multiply(DenseMatrix<uint16_t>{static_cast<const uint16_t*>(l.A), l.in}, in, l.rank, Added{}, store);
+            else multiply(DenseMatrix<float>{static_cast<const float*>(l.A), l.in}, in, l.rank, Added{}, store);
         }
         if (tiled) pack(in, s.rows, outputs[0].linear.in, packed);
         if (quantized) split(in, s.rows * outputs[0].linear.in, halves);

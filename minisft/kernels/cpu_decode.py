@@ -50,6 +50,7 @@ class LinearFields(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("in_features", "out_features", "rank")),
         ("scaling", ctypes.c_float),
         ("kind", ctypes.c_int32),
+        ("factor_kind", ctypes.c_int32),
     )
 
 
@@ -142,7 +143,7 @@ class Pointers:
         Args:
             weight: (out, in), dense or in 4, 8 or 12 bits.
             bias: (out,) or None.
-            update: lora_A (rank, in), lora_B (out, rank) in fp32, and the scaling; or None.
+            update: lora_A (rank, in), lora_B (out, rank), both in fp32 or both in bf16, and the scaling; or None.
             what: the layer's name, for the reason.
             whole: of a weight in 12 bits the same in bf16, if there is one: many rows are multiplied by that.
 
@@ -179,11 +180,11 @@ class Pointers:
             address = self.numbers(weight, what)
             kind = KINDS[weight.dtype]
         A = B = None
-        rank, scaling = 0, 0.0
+        rank, scaling, factor_kind = 0, 0.0, 0
         if update is not None:
             lora_A, lora_B, scaling = update
-            A, B = (self.numbers(factor, f"a factor of {what}", (torch.float32,)) for factor in (lora_A, lora_B))
-            rank = lora_A.shape[0]
+            A, B = (self.numbers(factor, f"a factor of {what}", (lora_A.dtype,)) for factor in (lora_A, lora_B))
+            rank, factor_kind = lora_A.shape[0], KINDS[lora_A.dtype]
             fit = lora_A.shape == (rank, in_features) and lora_B.shape == (out_features, rank)
             require(fit, f"the factors of {what} do not fit it")
         return LinearFields(
@@ -196,4 +197,5 @@ class Pointers:
             rank,
             scaling,
             kind,
+            factor_kind,
         )

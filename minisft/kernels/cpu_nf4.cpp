@@ -92,7 +92,7 @@ struct Product {
 
 template <class Matrix>
 void product(const Product& p, const Matrix& matrix, const float* x) {
-    const Added added{p.A ? p.B : nullptr, p.down, p.rank, p.scaling};
+    const Added added{p.A ? p.B : nullptr, p.down, p.rank, p.scaling, false};
 #pragma omp parallel for num_threads(p.threads) schedule(static)
     for (int64_t column = 0; column < p.out; column += COLUMNS_AT_ONCE) {
         const int count = p.out - column < COLUMNS_AT_ONCE ? int(p.out - column) : COLUMNS_AT_ONCE;

@@ -171,17 +171,19 @@ inline void split(const float* x, int64_t length, float* out) {
 // What a low-rank adapter adds to a product, scaling * down B^T with down = x A^T: its sums begin with it, which costs a
 // multiply-add an output instead of a sum of its own.
 struct Added {
-    const float *B, *down;  // (out, rank), null for nothing; (rows, rank)
+    const void* B;      // (out, rank) in fp32 or bf16, null for nothing
+    const float* down;  // (rows, rank)
     int64_t rank;
     float scaling;
+    bool is_bf16;  // B
 };
 
 // Not by vectors(): its lambda is not inlined for certain, and then the sums leave the registers (8 rows: a third more time).
 template <int ROWS, int COLUMNS>
 inline void begin(const Added& added, int64_t column, Floats* sums) {
-    const auto some_ranks = [&](int64_t r, auto numbers_at) ALWAYS_INLINE {
+    const auto some_ranks = [&](const auto* B, int64_t r, auto numbers_at) ALWAYS_INLINE {
         Floats up[COLUMNS];
-        each<COLUMNS>([&](int c) ALWAYS_INLINE { up[c] = numbers_at(added.B + (column + c) * added.rank + r); });
+        each<COLUMNS>([&](int c) ALWAYS_INLINE { up[c] = numbers_at(B + (column + c) * added.rank + r); });
         each<ROWS>([&](int row) ALWAYS_INLINE {
             const Floats down = numbers_at(added.down + row * added.rank + r) * added.scaling;
             each<COLUMNS>([&](int c) ALWAYS_INLINE {
@@ -189,10 +191,13 @@ inline void begin(const Added& added, int64_t column, Floats* sums) {
             });
         });
     };
-    int64_t r = 0;
-    for (; r + LANES <= added.rank; r += LANES) some_ranks(r, [](const float* at) ALWAYS_INLINE { return load<Floats>(at); });
-    if (const int64_t rest = added.rank - r)
-        some_ranks(r, [=](const float* at) ALWAYS_INLINE { return load_first(at, rest); });
+    const auto all_ranks = [&](const auto* B) ALWAYS_INLINE {
+        int64_t r = 0;
+        for (; r + LANES <= added.rank; r += LANES) some_ranks(B, r, [](const auto* at) ALWAYS_INLINE { return widened(at); });
+        if (const int64_t rest = added.rank - r)
+            some_ranks(B, r, [=](const auto* at) ALWAYS_INLINE { return load_first(at, rest); });
+    };
+    added.is_bf16 ? all_ranks(static_cast<const uint16_t*>(added.B)) : all_ranks(static_cast<const float*>(added.B));
 }
 
 // y (rows, COLUMNS_AT_ONCE): COLUMNS outputs from `column` on, of ROWS rows of x.

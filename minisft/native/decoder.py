@@ -8,9 +8,10 @@ cache, attention, output, norm, MLP, head. Everything is multiplied and summed i
 The readable model stays the reference, and it does the step where ``decode_path`` says so: for a model with
 ``ModelConfig.switches`` (SmolLM3, Granite, OLMo 2, Gemma 3), one that transformers computes or that processes share, on a GPU,
 in fp64 or fp16, while a module has hooks, under autocast, for DoRA and for adapters of the embedding, for more than 16 rows,
-and without a C++ compiler. Weights are not copied, but for a model in ``in_eight_bits`` or ``in_compressed``. Pointers are
-taken when a decoder is made, which is once for each batch of prompts, so whatever was trained, merged, replaced or turned off
-before is seen.
+and without a C++ compiler. Weights are not copied, but for a model in ``in_eight_bits`` or ``in_compressed``; nor are adapters,
+but for those of a model in bf16, which are read in bf16, as products of many rows multiply them. Pointers and copies are taken
+when a decoder is made, which is once for each batch of prompts, so whatever was trained, merged, replaced or turned off before
+is seen.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ class _Model:
         _require_plain(model)
         if cpu_nf4.library() is None:
             raise Unsupported(_no_library())
-        self._eight_bits, self._compressed = eight_bits, compressed
+        self._eight_bits, self._compressed, self._dtype = eight_bits, compressed, model.dtype
         self.copies: list[ExactCopy] = []
         self.pointers, self.config, body = Pointers(), model.config, model.model
         self.max_rank, D, V = 0, model.config.hidden_size, model.config.vocab_size
@@ -207,7 +208,8 @@ class _Model:
         update = whole = None
         if isinstance(layer, LoRALinear):
             if layer.enabled:
-                update = (layer.lora_A, layer.lora_B, layer.scaling)
+                lora_A, lora_B = (factor.detach().to(self._dtype) for factor in (layer.lora_A, layer.lora_B))
+                update = lora_A, lora_B, layer.scaling
                 self.max_rank = max(self.max_rank, layer.rank)
             layer = layer.base
         assert isinstance(layer, (nn.Linear, NF4Linear))
