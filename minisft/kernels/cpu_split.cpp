@@ -92,16 +92,16 @@ inline void pack_columns(const float* weight, int64_t stride, uint16_t* out, __m
     });
 }
 
-// Pairs of numbers as three parts, `apart` from one another: each the upper half of what those before it leave, so that nothing is
-// lost. Of weights the first two are rounded, or signs of what is left out would not be random; the last one needs none, and
+// Pairs of numbers as some parts, `apart` from one another: each the upper half of what those before it leave; three lose nothing.
+// Of weights all but the last one are rounded, or signs of what is left out would not be random; the last one needs none, and
 // rounding could make a NaN zero. Returns its bits. split_numbers takes longer: it keeps neighbours beside each other, for weights
 // that are read as they lie.
-template <bool ROUND>
+template <bool ROUND, int PARTS = SPLITS>
 inline ALWAYS_INLINE __m512i split_pairs(__m512i a, __m512i b, int64_t apart, uint16_t* to) {
     const __m512i upper = _mm512_set1_epi32(0xffff0000), half = _mm512_set1_epi32(0x8000);
     __m512i last = {};
-    each<SPLITS>([&](int part) ALWAYS_INLINE {
-        const bool is_last = part + 1 == SPLITS, rounded = ROUND && !is_last;
+    each<PARTS>([&](int part) ALWAYS_INLINE {
+        const bool is_last = part + 1 == PARTS, rounded = ROUND && !is_last;
         if (is_last) last = _mm512_or_si512(a, b);
         const __m512i first = rounded ? _mm512_add_epi32(a, half) : a, second = rounded ? _mm512_add_epi32(b, half) : b;
         _mm512_store_si512(to + part * apart, upper_halves(first, second));
@@ -111,7 +111,8 @@ inline ALWAYS_INLINE __m512i split_pairs(__m512i a, __m512i b, int64_t apart, ui
     return last;
 }
 
-// The same as pack_rows and pack_columns, in three parts; `seen` collects the last ones.
+// The same as pack_rows and pack_columns, in PARTS parts; `seen` collects the last ones.
+template <int PARTS>
 inline void split_rows(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
     for (int tile = 0; tile < 2; ++tile, weight += TILE_ROWS * stride, out += TILE_SIZE) {
         __m512i halves[2][TILE_ROWS];
@@ -120,13 +121,14 @@ inline void split_rows(const float* weight, int64_t stride, uint16_t* out, __m51
             transpose(halves[half]);
         }
         for (int pair = 0; pair < TILE_ROWS; ++pair)
-            seen |= split_pairs<true>(halves[0][pair], halves[1][pair], PANEL_SIZE, out + pair * TILE_NUMBERS);
+            seen |= split_pairs<true, PARTS>(halves[0][pair], halves[1][pair], PANEL_SIZE, out + pair * TILE_NUMBERS);
     }
 }
 
+template <int PARTS>
 inline void split_columns(const float* weight, int64_t stride, uint16_t* out, __m512i& seen) {
     pairs_of_columns(weight, stride, out, [&](const float* a, const float* b, uint16_t* to) ALWAYS_INLINE {
-        seen |= split_pairs<true>(_mm512_loadu_si512(a), _mm512_loadu_si512(b), PANEL_SIZE, to);
+        seen |= split_pairs<true, PARTS>(_mm512_loadu_si512(a), _mm512_loadu_si512(b), PANEL_SIZE, to);
     });
 }
 
@@ -171,7 +173,7 @@ inline void multiply(const uint16_t* x, const uint16_t* weight, int64_t inner, b
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int64_t k = 0; k < inner; k += TILE_NUMBERS, x += BLOCK_SIZE, weight += (PARTS == 1 ? 1 : SPLITS) * PANEL_SIZE) {
+    for (int64_t k = 0; k < inner; k += TILE_NUMBERS, x += BLOCK_SIZE, weight += PARTS * PANEL_SIZE) {
         const auto load_weights = [&](int part) ALWAYS_INLINE {
             _tile_loadd(6, weight + part * PANEL_SIZE, 64);
             _tile_loadd(7, weight + part * PANEL_SIZE + TILE_SIZE, 64);
@@ -286,26 +288,29 @@ struct Team {
         }
     }
 
-    // How many parts the weights have: one, then `out` has but one of each, two or three.
+    // How many parts the weights have, one, two or three; `out` has no more.
     int pack_panel(int64_t column, int64_t k, int64_t inner, uint16_t* out) const {
+        if (pack_parts<1>(column, k, inner, out)) return 1;
+        if (pack_parts<2>(column, k, inner, out)) return 2;
+        pack_parts<3>(column, k, inner, out);
+        return 3;
+    }
+
+    // Whether so many parts are enough; if not, some weights are not packed.
+    template <int PARTS>
+    bool pack_parts(int64_t column, int64_t k, int64_t inner, uint16_t* out) const {
         const int64_t stride = p.transposed ? p.inner : p.columns, step = p.transposed ? TILE_NUMBERS : TILE_NUMBERS * stride;
-        const float* const first = p.weight + (p.transposed ? column * stride + k : k * stride + column);
-        const int64_t count = inner / TILE_NUMBERS;
-        __m512i lost = {}, last = {};
-        const auto is_whole = [&] { return !_mm512_test_epi32_mask(lost, _mm512_set1_epi32(0xffff)); };
-        for (int64_t i = 0; i < count && is_whole(); ++i) {
-            const float* const from = first + i * step;
-            uint16_t* const to = out + i * PANEL_SIZE;
-            p.transposed ? pack_rows(from, stride, to, lost) : pack_columns(from, stride, to, lost);
+        const float* from = p.weight + (p.transposed ? column * stride + k : k * stride + column);
+        __m512i lost = {};
+        for (int64_t end = inner / TILE_NUMBERS; end > 0; --end, from += step, out += PARTS * PANEL_SIZE) {
+            if constexpr (PARTS == 1) p.transposed ? pack_rows(from, stride, out, lost) : pack_columns(from, stride, out, lost);
+            else {
+                ask_for<false>(from + step, stride, PANEL);
+                p.transposed ? split_rows<PARTS>(from, stride, out, lost) : split_columns<PARTS>(from, stride, out, lost);
+            }
+            if (PARTS < SPLITS && _mm512_test_epi32_mask(lost, _mm512_set1_epi32(0xffff))) return false;
         }
-        if (is_whole()) return 1;
-        for (int64_t i = 0; i < count; ++i) {
-            const float* const from = first + i * step;
-            uint16_t* const to = out + i * SPLITS * PANEL_SIZE;
-            ask_for<false>(from + step, stride, PANEL);
-            p.transposed ? split_rows(from, stride, to, last) : split_columns(from, stride, to, last);
-        }
-        return _mm512_test_epi32_mask(last, last) ? 3 : 2;
+        return true;
     }
 };
 
