@@ -303,11 +303,9 @@ struct Team {
         const float* from = p.weight + (p.transposed ? column * stride + k : k * stride + column);
         __m512i lost = {};
         for (int64_t end = inner / TILE_NUMBERS; end > 0; --end, from += step, out += PARTS * PANEL_SIZE) {
+            ask_for<false>(from + step, stride, PANEL);
             if constexpr (PARTS == 1) p.transposed ? pack_rows(from, stride, out, lost) : pack_columns(from, stride, out, lost);
-            else {
-                ask_for<false>(from + step, stride, PANEL);
-                p.transposed ? split_rows<PARTS>(from, stride, out, lost) : split_columns<PARTS>(from, stride, out, lost);
-            }
+            else p.transposed ? split_rows<PARTS>(from, stride, out, lost) : split_columns<PARTS>(from, stride, out, lost);
             if (PARTS < SPLITS && _mm512_test_epi32_mask(lost, _mm512_set1_epi32(0xffff))) return false;
         }
         return true;
