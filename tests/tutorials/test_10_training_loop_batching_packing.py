@@ -87,7 +87,9 @@ def agrees_train_step(built: Namespace, model: CausalLM, rows: Sequence[Encoded]
         assert loss == pytest.approx(result.loss, rel=1e-8)
         assert norm == pytest.approx(result.grad_norm, rel=1e-7)
     for name, parameter in mine.named_parameters():
-        assert_close(parameter, theirs.get_parameter(name), 1e-7, name)
+        # A row of two tokens has one target, which sees one key: the gradients of q and k are rounding alone, some 1e-14, and
+        # AdamW divides them by its eps of 1e-8 and multiplies by rates of 0.06 in sum.
+        assert_close(parameter, theirs.get_parameter(name), 1e-6, name)
 
 
 @given(st.lists(st.integers(0, 14), max_size=30), st.integers(1, 12))
