@@ -198,7 +198,8 @@ def cells(folder: Path, chosen: list[str], rounds: int, new_tokens: int, ends: s
 def adapter_costs(folder: Path, chosen: list[str], rounds: int, turns: int) -> Iterator[dict]:
     """What a step with an adapter takes of one with it off, and of one of the merged model: ``rounds`` processes.
 
-    Of a process the median of its turns counts, paired by turn.
+    Of a process the median of its turns counts, paired by turn. A dense model counts twice: before and after it exchanged
+    memory with the merged one.
     """
     for weights, compressed in ADAPTED:
         if weights not in chosen:
@@ -207,7 +208,8 @@ def adapter_costs(folder: Path, chosen: list[str], rounds: int, turns: int) -> I
         for number in range(rounds):
             arguments = [json.dumps(cell), str(folder / "model"), str(folder / "prompts.json")]
             process = Worker(Path(decode_adapter.__file__), arguments, {})
-            found.append(process.ask(turns=turns))
+            is_dense = weights != "nf4" and not compressed
+            found += [process.ask(turns=turns, exchange=exchange) for exchange in (False, True)[: 1 + is_dense]]
             process.close()
             note(f"{kind_of(cell)}, an adapter, process {number + 1}")
         yield {**cell, **process.ready, **adapter_row(found)}

@@ -90,7 +90,8 @@ def test_steps_with_an_adapter_and_without_take_their_turns() -> None:
     steps = {"beside": decode_adapter.step_of(model, [5, 6, 7])}
     with adapters_off(model):
         steps["off"] = decode_adapter.step_of(model, [5, 6, 7])
-    steps["merged"] = decode_adapter.step_of(decode_adapter.merged(model, False), [5, 6, 7])
+    merged = decode_adapter.merged(model, False)
+    steps["merged"] = decode_adapter.step_of(merged, [5, 6, 7])
     for _ in range(2):  # each is the same step again
         decode_adapter.check(base, {name: step() for name, step in steps.items()})
     assert num_bytes == 4 * 16 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
@@ -99,6 +100,26 @@ def test_steps_with_an_adapter_and_without_take_their_turns() -> None:
         logits[wrong] = logits["beside" if wrong == "off" else "off"]
         with pytest.raises(AssertionError, match=reason):
             decode_adapter.check(base, logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_merged_weights_and_the_base_exchange_their_memory(tied: bool) -> None:
+    config = ModelConfig("llama", 64, 32, 64, 1, 2, 1, 16, tie_word_embeddings=tied)
+    model = tiny.build(config, torch.float32).eval()
+    decode_adapter.adapt_(model)
+    merged = decode_adapter.merged(model, False)
+    logits = [decode_adapter.step_of(each, [5, 6, 7])() for each in (model, merged)]
+
+    def memory() -> tuple[list[int], list[int]]:
+        own = {name.replace(".base.", "."): weight.data_ptr() for name, weight in model.named_parameters()}
+        theirs = {name: weight.data_ptr() for name, weight in merged.named_parameters()}
+        return [own[name] for name in theirs], list(theirs.values())
+
+    before = memory()
+    decode_adapter.exchange_memory(model, merged)
+    assert memory() == before[::-1]
+    for each, same in zip((model, merged), logits, strict=True):
+        assert torch.equal(decode_adapter.step_of(each, [5, 6, 7])(), same)
 
 
 def test_who_takes_part_where() -> None:
