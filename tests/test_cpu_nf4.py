@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minisft import effect, lora_fused, matmul, nf4
 from minisft.common.errors import UserError
 from minisft.kernels import cpu_build, cpu_matmul, cpu_nf4
+from minisft.kernels.workspace import borrowed
 from minisft.lora import LoRALinear
 from minisft.matmul import Linear, dense_weight
 from minisft.nf4_linear import NF4Linear
@@ -529,6 +530,12 @@ def test_each_thread_has_a_buffer_of_its_own() -> None:
         thread.start()
         thread.join()
         assert same_bits(ours, nf4.dequantize(q, torch.bfloat16))
+
+
+def test_a_buffer_is_on_the_device_that_was_asked_for() -> None:
+    for name in ("cpu", "meta", "cpu"):  # of the devices that are neither a CPU nor CUDA, all have meta
+        with borrowed((3, 2), torch.float32, torch.device(name)) as buffer:
+            assert (buffer.device.type, *buffer.shape) == (name, 3, 2)
 
 
 # ---- compiling, loading, refusing ------------------------------------------------------------------------------------

@@ -45,24 +45,25 @@ def borrowed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     """
     size = math.prod(shape)
     if device.type != "cuda":
-        yield memory(size, dtype)[:size].view(shape)
+        yield memory(size, dtype, device)[:size].view(shape)
         return
     with _lock:
         key = (device, dtype, torch.cuda.current_stream(device).cuda_stream)
         yield _grown(_on_gpus, key, size, dtype, device)[:size].view(shape)
 
 
-def memory(size: int, dtype: torch.dtype) -> Tensor:
-    """The CPU's buffer of this thread as it is, for who wants its address and nothing else, hundreds of times a step.
+def memory(size: int, dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
+    """This thread's buffer as it is, for who wants its address and nothing else, hundreds of times a step.
 
     Args:
         size: numbers, at least.
         dtype: of them.
+        device: any but a GPU of CUDA.
 
     Returns:
         a flat tensor that is valid until somebody asks for one of this dtype again.
     """
-    return _grown(_on_cpu.buffers, dtype, size, dtype, _CPU)
+    return _grown(_on_cpu.buffers, (device, dtype), size, dtype, device)
 
 
 def _grown(buffers: _Buffers, key: Hashable, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
