@@ -600,6 +600,21 @@ def test_a_compiled_library_is_reused(cache: Path, built: list[Path]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_on_a_terminal_a_line_says_that_it_compiles(
+    is_terminal: bool, cache: Path, built: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    assert load_anew().handle is not None
+    assert capsys.readouterr().err == ""
+    library_in(cache).unlink()
+    assert load_anew().handle is not None
+    assert len(built) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("compiling minisft's C++") if is_terminal else said == ""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0, 10, 5000, -1])
 def test_a_library_that_was_cut_short_is_compiled_again(cache: Path, built: list[Path], keep: int) -> None:
     path = library_in(cache)

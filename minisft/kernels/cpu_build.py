@@ -79,6 +79,8 @@ def _library() -> ctypes.CDLL:
     for path, _ in ways:
         if path.exists() and (library := _open(path)):
             return library
+    if sys.stderr.isatty():  # or a newcomer's first command stands still without a word
+        print("compiling minisft's C++ for this CPU, once: about 20 seconds", file=sys.stderr, flush=True)
     for path, command in ways:
         problem = _build(command, path) or problem
         if path.exists() and (library := _open(path)):
