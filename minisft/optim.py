@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minisft.adam_8bit import Moments, adamw_8bit_
 
-_WHOLE = 2**16  # numbers of a gradient whose norm is taken at once
+_WHOLE = 2**16  # numbers of a gradient whose norm is one fp32 sum: 5e-5 too low at most, if all are the same
 
 
 class MasterAdamW:
@@ -79,8 +79,10 @@ class MasterAdamW:
     def _sum_of_squares(self) -> float:
         """In fp64 over norms in fp32, of a large table by rows: one fp32 sum is too low, and an fp64 copy takes memory."""
         gradients = [m.grad for m in self.master_weights.values() if m.grad is not None]
-        parts = [g if g.numel() <= _WHOLE else torch.linalg.vector_norm(g, dim=-1) for g in gradients]
-        return float(torch.stack(torch._foreach_norm(parts)).double().square().sum()) if parts else 0.0
+        small = [g for g in gradients if g.numel() <= _WHOLE]
+        norms = [torch.linalg.vector_norm(g, dim=-1).reshape(-1) for g in gradients if g.numel() > _WHOLE]
+        norms += torch.stack(torch._foreach_norm(small)).unsqueeze(0) if small else []
+        return float(torch.cat(norms).double().square().sum()) if norms else 0.0
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """One update at rate ``lr`` (times a parameter's ratio) with all gradients multiplied by ``grad_scale`` (clipping)."""
