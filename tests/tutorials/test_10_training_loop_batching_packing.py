@@ -89,7 +89,7 @@ def agrees_train_step(built: Namespace, model: CausalLM, rows: Sequence[Encoded]
     for name, parameter in mine.named_parameters():
         # A row of two tokens has one target, which sees one key: the gradients of q and k are rounding alone, some 1e-14, and
         # AdamW divides them by its eps of 1e-8 and multiplies by rates of 0.06 in sum.
-        assert_close(parameter, theirs.get_parameter(name), 1e-6, name)
+        assert_close(parameter, theirs.get_parameter(name), 1e-6 if "q_proj" in name or "k_proj" in name else 1e-7, name)
 
 
 @given(st.lists(st.integers(0, 14), max_size=30), st.integers(1, 12))
