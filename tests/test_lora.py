@@ -513,3 +513,20 @@ def test_bf16_over_4_bits_stays_close_to_fp64(fast_bf16):
     assert [t.dtype for t in results[0]] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
     for a, b in zip(*results, strict=True):
         assert_close(a, b, 0.02)
+
+
+def test_a_trained_part_inside_the_base_gets_its_gradient() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * self.scale
+
+    layer = LoRALinear(make_linear(8, 4, False, torch.float64), 2, 3.0)
+    weight, scale = layer.base.weight.detach().clone(), Scale()
+    nn.utils.parametrize.register_parametrization(layer.base, "weight", scale)
+    x = randn(3, 8, seed=1)
+    layer(x).sum().backward()  # d sum(s x W^T) / d s; the fresh adapter adds nothing
+    assert_close(scale.scale.grad, (x @ weight.T).sum())
