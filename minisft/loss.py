@@ -63,7 +63,7 @@ class _HeadLoss(torch.autograd.Function):
             largest, of_targets = logits.amax(-1, keepdim=True), logits.gather(1, targets)
             weights = logits.sub_(largest).exp_()
             sums = weights.sum(-1, keepdim=True)
-            total += (sums.log() + largest - of_targets).sum()
+            total += (sums.log() + (largest - of_targets)).sum()
             if not any(ctx.needs_input_grad):
                 continue
             grad_logits = weights.div_(sums)

@@ -1,5 +1,7 @@
 """The loss as a sum over supervised positions: equal to cross-entropy of full logits, in value and in every gradient."""
 
+import itertools
+import math
 from unittest import mock
 
 import pytest
@@ -206,6 +208,26 @@ def test_the_loss_is_minus_the_sum_of_log_probs():
     head, hidden = make_head("plain"), randn(9, D, seed=4)
     target_ids = torch.tensor([1, IGNORE_INDEX, 3, 0, 12, IGNORE_INDEX, 5, 6, 7])
     assert_close(-token_log_probs(hidden, head, target_ids).sum(), head_loss_sum(hidden, head, target_ids))
+
+
+def test_the_gradient_of_logits_takes_the_memory_of_the_logits():
+    """The loss comes when a step holds all its activations; PyTorch's own account of memory says how much it adds."""
+    head, rows = Linear(D, 2**14, bias=False), 128
+    head.weight.requires_grad_(False)
+    hidden = randn(rows, D, dtype=torch.float32).requires_grad_()
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        head_loss_sum(hidden, head, torch.arange(rows)).backward()
+    changes = [event.nbytes() for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    logits = 4 * rows * 2**14
+    assert logits <= max(itertools.accumulate(changes)) < 1.5 * logits
+
+
+def test_the_loss_of_a_sure_model_is_not_lost_beside_large_logits():
+    """log(1 + e^-9) = 1.2e-4, where fp32 numbers near the logits are 1e-3 apart."""
+    head = Linear(1, 2, bias=False)
+    head.weight.data = torch.tensor([[1e4], [1e4 - 9]])
+    loss_sum = head_loss_sum(torch.ones(1, 1), head, torch.tensor([0]))
+    assert loss_sum.item() == pytest.approx(math.log1p(math.exp(-9)), rel=1e-3)
 
 
 def test_log_probs_never_hold_all_logits():
