@@ -183,7 +183,8 @@ class Pointers:
         rank, scaling, factor_kind = 0, 0.0, 0
         if update is not None:
             lora_A, lora_B, scaling = update
-            A, B = (self.numbers(factor, f"a factor of {what}", (lora_A.dtype,)) for factor in (lora_A, lora_B))
+            A, B = (self.numbers(factor, f"a factor of {what}") for factor in (lora_A, lora_B))
+            require(lora_A.dtype == lora_B.dtype, f"the factors of {what} have two dtypes")
             rank, factor_kind = lora_A.shape[0], KINDS[lora_A.dtype]
             fit = lora_A.shape == (rank, in_features) and lora_B.shape == (out_features, rank)
             require(fit, f"the factors of {what} do not fit it")
