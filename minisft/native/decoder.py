@@ -9,9 +9,9 @@ The readable model stays the reference, and it does the step where ``decode_path
 ``ModelConfig.switches`` (SmolLM3, Granite, OLMo 2, Gemma 3), one that transformers computes or that processes share, on a GPU,
 in fp64 or fp16, while a module has hooks, under autocast, for DoRA and for adapters of the embedding, for more than 16 rows,
 and without a C++ compiler. Weights are not copied, but for a model in ``in_eight_bits`` or ``in_compressed``; nor are adapters,
-but for those of a model in bf16, which are read in bf16, as products of many rows multiply them. Pointers and copies are taken
-when a decoder is made, which is once for each batch of prompts, so whatever was trained, merged, replaced or turned off before
-is seen.
+but for those of a model in bf16 on a CPU with bf16 instructions: there products of many rows multiply by A and B in bf16, and
+steps read them so. Pointers and copies are taken when a decoder is made, which is once for each batch of prompts, so whatever
+was trained, merged, replaced or turned off before is seen.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from minisft.kernels.cpu_decode import (
 from minisft.kernels.eight_bit import eight_bits_of
 from minisft.kernels.exact_copy import ExactCopy, exact_copy_of
 from minisft.lora import LoRALinear
-from minisft.matmul import Linear
+from minisft.matmul import Linear, compute_dtype
 from minisft.model import MLP, Attention, CausalLM, KVCache, Layer, RMSNorm, Transformer, rope_angles
 from minisft.nf4 import QuantizedWeight
 from minisft.nf4_linear import NF4Linear
@@ -75,7 +75,7 @@ def decode_path(model: CausalLM, num_rows: int = 1) -> str:
 
 
 def is_native(model: CausalLM) -> bool:
-    """Whether native code decodes the model as it is now; nothing is copied or said."""
+    """Whether native code decodes the model as it is now; no weight is copied, nothing is said."""
     if cpu_nf4.library() is None:
         return False
     try:
@@ -171,7 +171,8 @@ class _Model:
         _require_plain(model)
         if cpu_nf4.library() is None:
             raise Unsupported(_no_library())
-        self._eight_bits, self._compressed, self._dtype = eight_bits, compressed, model.dtype
+        self._eight_bits, self._compressed = eight_bits, compressed
+        self._factors = compute_dtype(torch.empty(0, dtype=model.dtype))
         self.copies: list[ExactCopy] = []
         self.pointers, self.config, body = Pointers(), model.config, model.model
         self.max_rank, D, V = 0, model.config.hidden_size, model.config.vocab_size
@@ -208,7 +209,7 @@ class _Model:
         update = whole = None
         if isinstance(layer, LoRALinear):
             if layer.enabled:
-                lora_A, lora_B = (factor.detach().to(self._dtype) for factor in (layer.lora_A, layer.lora_B))
+                lora_A, lora_B = (factor.detach().to(self._factors) for factor in (layer.lora_A, layer.lora_B))
                 update = lora_A, lora_B, layer.scaling
                 self.max_rank = max(self.max_rank, layer.rank)
             layer = layer.base
