@@ -81,7 +81,8 @@ class MasterAdamW:
         gradients = [m.grad for m in self.master_weights.values() if m.grad is not None]
         small = [g for g in gradients if g.numel() <= _WHOLE]
         norms = [torch.linalg.vector_norm(g, dim=-1).reshape(-1) for g in gradients if g.numel() > _WHOLE]
-        norms += torch.stack(torch._foreach_norm(small)).unsqueeze(0) if small else []
+        if small:
+            norms.append(torch.stack(torch._foreach_norm(small)))
         return float(torch.cat(norms).double().square().sum()) if norms else 0.0
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:

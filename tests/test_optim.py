@@ -83,14 +83,14 @@ def test_grad_norm_is_over_everything(dtype):
     assert optimizer.grad_norm() == 0.0
 
 
-@pytest.mark.parametrize(("shape", "rel"), [((2**14, 2**10), 1e-5), ((2**18, 2**6), 1e-6), ((2**8, 2**8), 1e-4)])
+@pytest.mark.parametrize(("shape", "rel"), [((2**14, 2**10), 1e-5), ((2**18, 2**6), 1e-6), ((2**8, 2**8), 5e-5)])
 def test_the_norm_of_a_large_table_is_exact(shape, rel):
     """As large as an embedding: one fp32 sum of squares on a CPU is about 1e-3 low. A small gradient's norm is such a sum."""
     table, bias = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(16))
     optimizer = MasterAdamW({"table": table, "bias": bias}, betas=(0.9, 0.95), weight_decay=0.0)
-    table.grad, bias.grad = torch.full(shape, 0.3), torch.full((16,), 300.0)
-    expected = math.sqrt(table.numel() * float(torch.tensor(0.3)) ** 2 + 16 * 300.0**2)
-    assert optimizer.grad_norm() == pytest.approx(expected, rel=rel)
+    length = 0.3 * math.sqrt(table.numel())
+    table.grad, bias.grad = torch.full(shape, 0.3), torch.full((16,), length / 4)  # both of one length
+    assert optimizer.grad_norm() == pytest.approx(math.sqrt(2) * length, rel=rel)
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
