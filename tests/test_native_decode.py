@@ -28,7 +28,7 @@ from minisft.config import LoRAConfig, ModelConfig, QuantConfig
 from minisft.formats import load_adapter_, save_adapter
 from minisft.generation import generate, read_prompts, sample_groups
 from minisft.kernels import cpu_build, cpu_nf4
-from minisft.kernels.cpu_decode import MAX_ROWS, Unsupported
+from minisft.kernels.cpu_decode import MAX_ROWS, Pointers, Unsupported
 from minisft.kernels.eight_bit import quantize_8bit
 from minisft.kernels.exact_copy import exact_copy_of
 from minisft.merge_weights import merge_
@@ -167,6 +167,16 @@ def test_a_bf16_model_reads_its_adapter_in_bf16(rank: int, multiplies_bf16: bool
                 cache = read_prompts(built(TAILS, kind), PROMPTS, 1)[0]
                 found.append(NativeDecoder(model, cache).logits(torch.tensor([1, 2, 3, 4]), cache).float())
         assert torch.equal(*found) == (kind == "bf16" and multiplies_bf16)
+
+
+@pytest.mark.parametrize(
+    ("of_A", "of_B", "reason"),
+    [(torch.float32, torch.bfloat16, "two dtypes"), (torch.float64, torch.float64, "a factor of q is float64")],
+)
+def test_factors_that_are_not_read_are_refused(of_A: torch.dtype, of_B: torch.dtype, reason: str) -> None:
+    update = (torch.zeros(2, 32, dtype=of_A), torch.zeros(8, 2, dtype=of_B), 1.0)
+    with pytest.raises(Unsupported, match=reason):
+        Pointers().linear(torch.zeros(8, 32), None, update, "q")
 
 
 @pytest.mark.slow
