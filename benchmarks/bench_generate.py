@@ -208,8 +208,8 @@ def adapter_costs(folder: Path, chosen: list[str], rounds: int, turns: int) -> I
         for number in range(rounds):
             arguments = [json.dumps(cell), str(folder / "model"), str(folder / "prompts.json")]
             process = Worker(Path(decode_adapter.__file__), arguments, {})
-            is_dense = weights != "nf4" and not compressed
-            found += [process.ask(turns=turns, exchange=exchange) for exchange in (False, True)[: 1 + is_dense]]
+            exchanges = (False,) if weights == "nf4" or compressed else (False, True)
+            found += [process.ask(turns=turns, exchange=exchange) for exchange in exchanges]
             process.close()
             note(f"{kind_of(cell)}, an adapter, process {number + 1}")
         yield {**cell, **process.ready, **adapter_row(found)}

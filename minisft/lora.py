@@ -51,7 +51,7 @@ class LoRALinear(Adapter):
         """Whether there is dropout to draw, or something of the base to train."""
         if self.training and self.dropout.p > 0:
             return True
-        parameters = self.base.parameters(recurse=bool(self.base._modules))  # a plain layer's are found in half the time
+        parameters = self.base.parameters(recurse=bool(self.base._modules))  # a plain layer has none inside
         return torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
 
     @property

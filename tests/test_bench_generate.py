@@ -90,8 +90,7 @@ def test_steps_with_an_adapter_and_without_take_their_turns() -> None:
     steps = {"beside": decode_adapter.step_of(model, [5, 6, 7])}
     with adapters_off(model):
         steps["off"] = decode_adapter.step_of(model, [5, 6, 7])
-    merged = decode_adapter.merged(model, False)
-    steps["merged"] = decode_adapter.step_of(merged, [5, 6, 7])
+    steps["merged"] = decode_adapter.step_of(decode_adapter.merged(model, False), [5, 6, 7])
     for _ in range(2):  # each is the same step again
         decode_adapter.check(base, {name: step() for name, step in steps.items()})
     assert num_bytes == 4 * 16 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))

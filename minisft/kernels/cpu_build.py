@@ -61,7 +61,7 @@ class _NoLibraryError(Exception):
 
 @functools.cache
 def load() -> Native:
-    """The library, compiled now if it has to be (a few seconds). The answer stands for the rest of the process."""
+    """The library, compiled now if it has to be (some 20 seconds). The answer stands for the rest of the process."""
     try:
         return Native(_library(), "")
     except (_NoLibraryError, OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
